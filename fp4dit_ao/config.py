@@ -1,0 +1,130 @@
+"""What to quantize to what: :class:`QuantConfig`, and the named recipes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from fp4dit_ao.formats import FloatFormat
+
+HIGH_PRECISION = (
+    "*pos_embed*", "*time_embed*", "*timestep*", "*time_text_embed*", "*text_embed*", "*context_embed*", "*x_embed*",
+    "*caption_*", "*adaln_single*", "*time_extra_emb*", "norm_out*", "proj_out*", "*guidance_embed*",
+)  # fmt: skip
+"""Module names left in high precision by every recipe: patch, time and text embedders, final norm and projection."""
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How one linear (and the attention it feeds) is quantized. Formats are names that ``FloatFormat.parse`` reads.
+
+    Raises:
+        ValueError: an unknown format name, granularity, search or group size, in one sentence.
+    """
+
+    weight: str | None = "e2m1"
+    """Format of linear weights; ``None`` leaves them as they are (and the layer unquantized)."""
+    activation: str | None = "e2m3"
+    """Format of linear inputs; ``None`` quantizes weights only."""
+    group_size: int = 128
+    """Consecutive inputs of one output channel that share a scale (``weight_granularity="group"``)."""
+    pre_gelu_weight: str | None = "e3m0"
+    """Format of the linear whose output reaches a GELU or SiLU gate; ``None`` uses ``weight``."""
+    attention: str | None = "e2m3"
+    """Format of the q, k and v that enter scaled-dot-product attention, per head and token; ``None`` leaves them."""
+    weight_candidates: tuple[str, ...] = ()
+    """If given, each linear takes the one with the smallest output error on calibration data, instead of ``weight``."""
+    weight_granularity: Literal["group", "channel", "tensor"] = "group"
+    weight_search: Literal["absmax", "mse"] = "absmax"
+    """How a weight scale is found: from the largest magnitude (the paper), or the one with the least squared error."""
+    activation_granularity: Literal["token", "tensor"] = "token"
+    """``"token"``: online, from each token's own absmax (the paper); ``"tensor"``: one static range, calibrated."""
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type of the stored weight scales."""
+    indivisible: Literal["error", "divisor", "keep"] = "error"
+    """When ``group_size`` does not divide a layer's inputs: refuse; take its largest divisor that is a multiple of 16; or
+    keep the layer in high precision."""
+    skip: tuple[str, ...] = HIGH_PRECISION
+    """Globs over module names that stay in high precision."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight_candidates", tuple(self.weight_candidates))
+        object.__setattr__(self, "skip", tuple(self.skip))
+        for name in (self.weight, self.activation, self.pre_gelu_weight, self.attention, *self.weight_candidates):
+            if name is not None:
+                FloatFormat.parse(name)
+        for field, allowed in _CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"QuantConfig: {field}={getattr(self, field)!r}; choose one of {', '.join(allowed)}")
+        if not isinstance(self.group_size, int) or self.group_size < 2 or self.group_size % 2:
+            raise ValueError(f"QuantConfig: group_size={self.group_size!r}; it must be an even whole number, such as 128")
+
+    @staticmethod
+    def from_name(name: str) -> "QuantConfig":
+        """The recipe of that name, one of :data:`RECIPES`.
+
+        Raises:
+            ValueError: no such recipe.
+        """
+        if name not in RECIPES:
+            raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(sorted(RECIPES))}")
+        return RECIPES[name]()
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "QuantConfig":
+        """The inverse of ``dataclasses.asdict``, as read from JSON.
+
+        Raises:
+            ValueError: a field this version does not know.
+        """
+        unknown = set(data) - {field.name for field in fields(QuantConfig)}
+        if unknown:
+            raise ValueError(f"QuantConfig does not know {', '.join(sorted(unknown))}; was it written by a newer version?")
+        return QuantConfig(**data)
+
+
+_CHOICES = {
+    "weight_granularity": ("group", "channel", "tensor"),
+    "weight_search": ("absmax", "mse"),
+    "activation_granularity": ("token", "tensor"),
+    "scale_dtype": ("float32", "float16", "bfloat16"),
+    "indivisible": ("error", "divisor", "keep"),
+}
+
+
+def w4a6() -> QuantConfig:
+    """FP4DiT W4A6: E2M1 weights, E3M0 before GELU, groups of 128; token-wise online E2M3 activations, q, k and v."""
+    return QuantConfig()
+
+
+def w4a8() -> QuantConfig:
+    """FP4DiT W4A8: as :func:`w4a6` with E3M4 activations."""
+    return QuantConfig(activation="e3m4", attention="e3m4")
+
+
+def w4a6_auto() -> QuantConfig:
+    """As :func:`w4a6`, but each linear takes whichever 4-bit format errs least at its output on calibration data."""
+    return QuantConfig(weight_candidates=("e1m2", "e2m1", "e3m0"), pre_gelu_weight=None)
+
+
+def int_w4a6() -> QuantConfig:
+    """The naive integer baseline: symmetric INT4 weights (groups of 128), token-wise INT6 activations, q, k and v."""
+    return QuantConfig(weight="int4", activation="int6", pre_gelu_weight=None, attention="int6")
+
+
+def int_w4a8() -> QuantConfig:
+    """As :func:`int_w4a6` with INT8 activations."""
+    return QuantConfig(weight="int4", activation="int8", pre_gelu_weight=None, attention="int8")
+
+
+RECIPES: dict[str, Callable[[], QuantConfig]] = {
+    "w4a6": w4a6,
+    "w4a8": w4a8,
+    "w4a6_auto": w4a6_auto,
+    "w4a6_e2m1": lambda: replace(w4a6(), pre_gelu_weight=None),
+    "w4a6_e1m2": lambda: replace(w4a6(), weight="e1m2"),
+    "w4a6_static": lambda: replace(w4a6(), activation_granularity="tensor"),
+    "w4a6_mse": lambda: replace(w4a6(), weight_search="mse"),
+    "int_w4a6": int_w4a6,
+    "int_w4a8": int_w4a8,
+}
+"""Recipes by name, for the command line and :meth:`QuantConfig.from_name`."""

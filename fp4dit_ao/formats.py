@@ -1,0 +1,175 @@
+"""Low-bit number formats as integer lattices.
+
+Every ``ExMy`` format is, on its own finest step, a set of integers (exponent field ``e``, mantissa field ``m``)::
+
+    level(e, m) = m                        e = 0 (subnormal)
+                = (2^M + m) * 2^(e - 1)    e >= 1
+
+A tensor value is ``level * step`` with ``step = absmax / lattice_max``. That *is* the real-valued exponent bias of FP4DiT
+(arXiv 2503.15465): ``b = 2^E - log2(maxval) + log2(2 - 2^-M) - 1`` and ``step = 2^(1 - b - M)``; see
+:meth:`FloatFormat.exponent_bias`. A code is ``sign | exponent field | mantissa field``, so magnitudes sort like codes.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+_PATTERN = re.compile(r"^(?:e(?P<e>\d+)m(?P<m>\d+)(?P<fn>fn)?|int(?P<int>\d+))$")
+_MAX_BITS = 8
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """A signed ``ExMy`` number format without infinities: ``FloatFormat(2, 1)``, spelled ``"e2m1"``.
+
+    Attributes:
+        exponent_bits: E, 0 to 6. ``E = 0`` is the symmetric integer format (``e0m3`` = INT4, ±7 in sign and magnitude).
+        mantissa_bits: M, 0 to 7.
+        nan: whether the largest code is set aside for NaN, as in hardware FP8 (``e4m3fn``: largest value 448, not 480).
+
+    Raises:
+        ValueError: fewer than 1 or more than 7 magnitude bits, or levels that exceed 63-bit integers (e6m1, e7m0).
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    nan: bool = False
+
+    def __post_init__(self) -> None:
+        e, m = self.exponent_bits, self.mantissa_bits
+        if e < 0 or m < 0 or not 1 <= e + m < _MAX_BITS:
+            raise ValueError(f"format e{e}m{m} has {1 + e + m} bits; a format has 2 to {_MAX_BITS}, such as 'e2m1'")
+        if self.nan and (e == 0 or m == 0):
+            raise ValueError(f"format e{e}m{m}fn: only formats with exponent and mantissa bits set a code aside for NaN")
+        if self.lattice_max >= 2**63:
+            raise ValueError(f"format e{e}m{m} spans more than 63 bits of integers; use fewer exponent bits")
+
+    @staticmethod
+    @lru_cache
+    def parse(name: str) -> "FloatFormat":
+        """``"e2m1"``, ``"e4m3fn"`` (hardware FP8), or ``"int4"`` for ``e0m3``; ``parse(str(fmt)) == fmt``."""
+        found = _PATTERN.match(name) if isinstance(name, str) else None
+        if found is None:
+            raise ValueError(
+                f"unknown number format {name!r}; write 'e2m1' for 2 exponent and 1 mantissa bits, 'int4' for a symmetric integer"
+            )
+        if found["int"]:
+            return FloatFormat(0, int(found["int"]) - 1)
+        return FloatFormat(int(found["e"]), int(found["m"]), nan=found["fn"] is not None)
+
+    def __str__(self) -> str:
+        return f"e{self.exponent_bits}m{self.mantissa_bits}" + ("fn" if self.nan else "")
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code, the sign included."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def max_code(self) -> int:
+        """The code of the largest value."""
+        return 2 ** (self.bits - 1) - 1 - self.nan
+
+    @property
+    def max_binade(self) -> int:
+        """k of the highest binade; values there are multiples of ``2^k`` steps."""
+        return max(0, 2**self.exponent_bits - 2)
+
+    @cached_property
+    def lattice_max(self) -> int:
+        """The largest level: an integer, in steps."""
+        return self.level(self.max_code)
+
+    def level(self, code: int) -> int:
+        """The integer that a code stands for (plain Python, the specification of everything below)."""
+        magnitude = code & (2 ** (self.bits - 1) - 1)
+        e, m = magnitude >> self.mantissa_bits, magnitude & (2**self.mantissa_bits - 1)
+        if self.exponent_bits == 0 or e == 0:
+            value = magnitude if self.exponent_bits == 0 else m
+        else:
+            value = (2**self.mantissa_bits + m) << (e - 1)
+        return -value if code >> (self.bits - 1) & 1 else value
+
+    @property
+    def lattice(self) -> Tensor:
+        """int64, ascending, both signs, zero once: every level of the format, in steps."""
+        positive = [self.level(code) for code in range(self.max_code + 1)]
+        return torch.tensor([-v for v in reversed(positive[1:])] + positive, dtype=torch.int64)
+
+    @property
+    def fits_int8(self) -> bool:
+        """Whether every level is an int8, so that products run exactly on int8 units."""
+        return self.lattice_max <= 127
+
+    def exponent_bias(self, maxval: float) -> float:
+        """The paper's real-valued bias of a tensor whose largest magnitude is ``maxval`` (FP4DiT, section 3)."""
+        from math import log2
+
+        return 2**self.exponent_bits - log2(maxval) + log2(2 - 2.0**-self.mantissa_bits) - 1
+
+    # --- tensors -----------------------------------------------------------------------------------------------------
+
+    def element_step(self, y: Tensor) -> Tensor:
+        """Distance between neighbouring levels at ``y``: ``2^k`` for ``|y|`` in binade k. float32, in steps, like ``y``."""
+        return _power_of_two(self._binade(y.float()))
+
+    def encode(self, y: Tensor) -> Tensor:
+        """Codes (uint8) of the levels nearest to ``y`` (any shape, in steps): ties to even, saturating, NaN to zero."""
+        y = torch.nan_to_num(y.float(), nan=0.0).clamp(-float(self.lattice_max), float(self.lattice_max))
+        k = self._binade(y)
+        mantissa = torch.round(y.abs() * _power_of_two(-k)).to(torch.int32)
+        magnitude = ((k << self.mantissa_bits) + mantissa).clamp(max=self.max_code)
+        return (magnitude + (torch.signbit(y).to(torch.int32) << (self.bits - 1))).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Levels (float32, exact, in steps) of uint8 ``codes``."""
+        code = codes.to(torch.int32)
+        magnitude = code & (2 ** (self.bits - 1) - 1)
+        if self.exponent_bits == 0:
+            level = magnitude.float()
+        else:
+            e = magnitude >> self.mantissa_bits
+            mantissa = (magnitude & (2**self.mantissa_bits - 1)) + ((e > 0).to(torch.int32) << self.mantissa_bits)
+            level = mantissa.float() * _power_of_two((e - 1).clamp(min=0))
+        return torch.where((code >> (self.bits - 1)) > 0, -level, level)
+
+    def round(self, y: Tensor) -> Tensor:
+        """The levels nearest to ``y``, float32: ``decode(encode(y))`` without the codes in between."""
+        y = torch.nan_to_num(y.float(), nan=0.0).clamp(-float(self.lattice_max), float(self.lattice_max))
+        k = self._binade(y)
+        return (torch.round(y * _power_of_two(-k)) * _power_of_two(k)).clamp(-float(self.lattice_max), float(self.lattice_max))
+
+    def _binade(self, y: Tensor) -> Tensor:
+        """int32 k such that levels near ``y`` (float32) are multiples of 2^k; 0 in the subnormal range."""
+        exponent = (y.view(torch.int32) >> 23 & 0xFF) - 127
+        return (exponent - self.mantissa_bits).clamp(0, self.max_binade)
+
+
+def _power_of_two(k: Tensor) -> Tensor:
+    """Exact float32 ``2^k`` of int32 ``k`` in [-126, 127], from its bits: no libm, so it is exact on every backend."""
+    return ((k + 127) << 23).view(torch.float32)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Store uint8 codes ``(..., K)`` compactly: two 4-bit codes a byte ``(..., K/2)``, the first in the low nibble.
+
+    Codes wider than four bits keep a byte each.
+
+    Raises:
+        ValueError: K is odd for codes of at most four bits.
+    """
+    if bits > 4:
+        return codes
+    if codes.shape[-1] % 2:
+        raise ValueError(f"cannot pack {codes.shape[-1]} codes of {bits} bits a row two to a byte; the count must be even")
+    return (codes[..., 0::2] | (codes[..., 1::2] << 4)).contiguous()
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """What :func:`pack` was given: uint8 ``(..., K)``."""
+    if bits > 4:
+        return packed
+    return torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)

@@ -1,0 +1,97 @@
+"""``torch.ops.fp4dit_ao.*``: choose a scale, quantize to codes, dequantize.
+
+All three take torchao's ``block_size``: how many elements along each dimension share a scale, -1 for a whole dimension. A
+scale tensor keeps the rank: ``scale.shape[i] == x.shape[i] // block_size[i]``. They are composites of plain aten
+operators, so Inductor fuses them into what surrounds them, autograd and fake tensors see through them, and a backend
+may still register its own kernel under its dispatch key.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fp4dit_ao.formats import FloatFormat
+
+LIBRARY = torch.library.Library("fp4dit_ao", "DEF")
+LIBRARY.define("choose_scale(Tensor x, SymInt[] block_size, str fmt, ScalarType scale_dtype) -> Tensor")
+LIBRARY.define("quantize(Tensor x, SymInt[] block_size, Tensor scale, str fmt) -> Tensor")
+LIBRARY.define(
+    "dequantize(Tensor codes, SymInt[] block_size, Tensor scale, str fmt, ScalarType output_dtype) -> Tensor"
+)
+
+
+def full_block(shape: Sequence[int], block_size: Sequence[int]) -> list[int]:
+    """``block_size`` with every -1 replaced by the dimension it stands for.
+
+    Raises:
+        ValueError: the ranks differ, or a block does not divide its dimension.
+    """
+    if len(shape) != len(block_size):
+        raise ValueError(f"block_size {list(block_size)} has {len(block_size)} entries for a tensor of rank {len(shape)}")
+    full = [size if block == -1 else block for size, block in zip(shape, block_size, strict=True)]
+    for dim, (size, block) in enumerate(zip(shape, full, strict=True)):
+        if not isinstance(block, torch.SymInt) and not isinstance(size, torch.SymInt) and (block <= 0 or size % block):
+            raise ValueError(f"a block of {block} does not divide dimension {dim} of shape {tuple(shape)}")
+    return full
+
+
+def _blocked(x: Tensor, block_size: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """``x`` viewed with every split dimension as (blocks, block), and the dimensions to reduce over."""
+    shape: list[int] = []
+    reduce: list[int] = []
+    for size, asked, block in zip(x.shape, block_size, full_block(x.shape, block_size), strict=True):
+        if asked == 1:
+            shape.append(size)
+        elif asked == -1 or (not isinstance(size, torch.SymInt) and size == block):
+            reduce.append(len(shape))
+            shape.append(size)
+        else:
+            reduce.append(len(shape) + 1)
+            shape += [size // block, block]
+    return x.reshape(shape), reduce
+
+
+def _scale_shape(x: Tensor, block_size: Sequence[int]) -> list[int]:
+    return [1 if asked == -1 else size // asked for size, asked in zip(x.shape, block_size, strict=True)]
+
+
+def _expand(scale: Tensor, x: Tensor, block_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """float32 scales and ``x``, shaped so that they broadcast against each other."""
+    blocked, reduce = _blocked(x, block_size)
+    expected = _scale_shape(x, block_size)
+    if scale.ndim != len(expected):
+        raise ValueError(f"scale of shape {tuple(scale.shape)} does not fit: expected {tuple(expected)} for block_size {list(block_size)}")
+    shape = [1 if dim in reduce else size for dim, size in enumerate(blocked.shape)]
+    return scale.float().reshape(shape), blocked
+
+
+def choose_scale(x: Tensor, block_size: Sequence[int], fmt: str, scale_dtype: torch.dtype) -> Tensor:
+    """``absmax / lattice_max`` of every block.
+
+    Never zero or infinite: an all-zero block gets the smallest normal number, an infinite one the largest. A NaN in ``x``
+    makes its block's scale NaN, so that it stays visible.
+    """
+    blocked, reduce = _blocked(x, block_size)
+    absmax = blocked.abs().amax(reduce) if reduce else blocked.abs()
+    scale = absmax.float() / float(FloatFormat.parse(fmt).lattice_max)
+    limits = torch.finfo(scale_dtype)
+    return scale.clamp(limits.tiny, limits.max).to(scale_dtype).reshape(_scale_shape(x, block_size))
+
+
+def quantize(x: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str) -> Tensor:
+    """uint8 codes, shaped like ``x``, of the format's levels nearest to ``x / scale`` (ties to even, saturating)."""
+    scale, blocked = _expand(scale, x, block_size)
+    return FloatFormat.parse(fmt).encode(blocked.float() / scale).reshape(x.shape)
+
+
+def dequantize(
+    codes: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str, output_dtype: torch.dtype
+) -> Tensor:
+    """``level(codes) * scale`` in ``output_dtype``, shaped like ``codes``; the product is rounded once, from float32."""
+    scale, blocked = _expand(scale, codes, block_size)
+    return (FloatFormat.parse(fmt).decode(blocked) * scale).to(output_dtype).reshape(codes.shape)
+
+
+for _name, _implementation in (("choose_scale", choose_scale), ("quantize", quantize), ("dequantize", dequantize)):
+    LIBRARY.impl(_name, _implementation, "CompositeImplicitAutograd")

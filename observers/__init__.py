@@ -1,0 +1,16 @@
+"""Observers: they watch a tensor in the prepared graph, and say how that edge is quantized.
+
+Import them from ``fp4dit_ao.observers``.
+"""
+
+from fp4dit_ao.observers.activation import StaticActivationObserver, TokenActivationObserver
+from fp4dit_ao.observers.base import FloatObserver, set_fake_quantize
+from fp4dit_ao.observers.weight import WeightObserver
+
+__all__ = [
+    "FloatObserver",
+    "StaticActivationObserver",
+    "TokenActivationObserver",
+    "WeightObserver",
+    "set_fake_quantize",
+]

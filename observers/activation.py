@@ -1,0 +1,113 @@
+"""Activation observers: token-wise online (the paper's), and one static range per tensor (what it argues against)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.observers.base import FloatObserver, add_buffer, refuse_non_finite, replace_observer
+from fp4dit_ao.ops import choose_scale
+
+_OPS = torch.ops.fp4dit_ao
+
+
+class ActivationObserver(FloatObserver):
+    """An observer of activations that can also accumulate their Gram matrix ``X^T X``.
+
+    Attributes:
+        gram: float32 ``(features, features)``, summed over all observed tokens; None until seen or if not asked for.
+    """
+
+    gram: Tensor | None
+
+    def __init__(self, fmt: str | FloatFormat, name: str = "activation", collect_gram: bool = False, **spec: Any):
+        super().__init__(fmt, **spec)
+        self.name = name
+        self.collect_gram = collect_gram
+        self.register_buffer("gram", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fake_quantize:
+            return self._fake_quantize(x)
+        refuse_non_finite(x, f"calibration data at {self.name}")
+        if self.collect_gram:
+            rows = x.detach().flatten(0, -2).float()
+            gram = rows.T @ rows
+            self.gram = gram if self.gram is None else self.gram.add_(gram)
+        self.observe(x.detach())
+        return x
+
+    def observe(self, x: Tensor) -> None:
+        """Take note of one calibration tensor."""
+
+    def _fake_quantize(self, x: Tensor) -> Tensor:
+        return self._quantize_dequantize(x)
+
+
+class TokenActivationObserver(ActivationObserver):
+    """Online quantization of every token by its own absmax (FP4DiT): nothing to calibrate, at any timestep.
+
+    ``convert`` emits ``choose_scale -> quantize -> dequantize``; the scale is float32 ``(..., tokens, 1)``.
+    """
+
+    def block_size(self, x: Tensor) -> list[int]:
+        return [1] * (x.ndim - 1) + [-1]
+
+    def convert(self, model: GraphModule, observer_node: Node) -> None:
+        source = observer_node.args[0]
+        assert isinstance(source, Node)
+        value = source.meta["val"]
+        block_size, fmt = self.block_size(value), str(self.fmt)
+        with model.graph.inserting_before(observer_node):
+            call = model.graph.call_function
+            scale = call(_OPS.choose_scale.default, (source, block_size, fmt, torch.float32))
+            codes = call(_OPS.quantize.default, (source, block_size, scale, fmt))
+            new = call(_OPS.dequantize.default, (codes, block_size, scale, fmt, value.dtype))
+        replace_observer(model, observer_node, new)
+
+
+class StaticActivationObserver(ActivationObserver):
+    """One range for the whole tensor, the largest magnitude seen in calibration: the baseline.
+
+    Attributes:
+        absmax: float32 scalar.
+    """
+
+    absmax: Tensor
+
+    def __init__(self, fmt: str | FloatFormat, name: str = "activation", collect_gram: bool = False, **spec: Any):
+        super().__init__(fmt, name, collect_gram, **spec)
+        self.register_buffer("absmax", torch.zeros(()))
+
+    def block_size(self, x: Tensor) -> list[int]:
+        return [-1] * x.ndim
+
+    def observe(self, x: Tensor) -> None:
+        self.absmax = torch.maximum(self.absmax.to(x.device), x.abs().amax().float())
+
+    def scale(self, rank: int) -> Tensor:
+        """float32, ``[1] * rank``.
+
+        Raises:
+            RuntimeError: nothing was observed.
+        """
+        if self.absmax == 0:
+            raise RuntimeError(f"the static range at {self.name} saw no data; run calibrate(prepared, samples) first")
+        return choose_scale(self.absmax.reshape([1] * rank), [-1] * rank, str(self.fmt), torch.float32)
+
+    def _fake_quantize(self, x: Tensor) -> Tensor:
+        return self._quantize_dequantize(x, self.scale(x.ndim))
+
+    def convert(self, model: GraphModule, observer_node: Node) -> None:
+        source = observer_node.args[0]
+        assert isinstance(source, Node)
+        value = source.meta["val"]
+        block_size, fmt = self.block_size(value), str(self.fmt)
+        with model.graph.inserting_before(observer_node):
+            call = model.graph.call_function
+            scale = add_buffer(model, f"{self.name}_scale", self.scale(value.ndim))
+            codes = call(_OPS.quantize.default, (source, block_size, scale, fmt))
+            new = call(_OPS.dequantize.default, (codes, block_size, scale, fmt, value.dtype))
+        replace_observer(model, observer_node, new)

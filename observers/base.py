@@ -1,0 +1,78 @@
+"""What all observers share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.observer import ObserverBase
+
+from fp4dit_ao import _compat
+from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.ops import choose_scale, dequantize, quantize
+
+
+class FloatObserver(ObserverBase):  # type: ignore[misc]
+    """A torchao observer for an ``ExMy`` format.
+
+    While observing, ``forward`` returns its input unchanged. With ``fake_quantize`` set (see :func:`set_fake_quantize`)
+    it returns the quantized and dequantized tensor: exactly what the graph computes after ``convert_pt2e``.
+
+    Attributes:
+        fmt: the number format.
+        fake_quantize: whether ``forward`` quantizes.
+    """
+
+    def __init__(self, fmt: str | FloatFormat, **spec: Any):
+        super().__init__(dtype=torch.uint8, is_dynamic=False)
+        self.fmt = FloatFormat.parse(fmt) if isinstance(fmt, str) else fmt
+        self.fake_quantize = False
+
+    def calculate_qparams(self, **kwargs: Any) -> Any:
+        raise RuntimeError(f"{type(self).__name__} emits its own quantize and dequantize nodes; call convert(model, node)")
+
+    def block_size(self, x: Tensor) -> list[int]:
+        """torchao's ``block_size`` of a tensor like ``x``, -1 for a whole dimension."""
+        raise NotImplementedError
+
+    def convert(self, model: GraphModule, observer_node: Node) -> None:
+        """Replace the observer's node in the graph by what it stands for."""
+        raise NotImplementedError
+
+    def _quantize_dequantize(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        block_size, fmt = self.block_size(x), str(self.fmt)
+        scale = choose_scale(x, block_size, fmt, torch.float32) if scale is None else scale
+        return dequantize(quantize(x, block_size, scale, fmt), block_size, scale, fmt, x.dtype)
+
+
+def refuse_non_finite(x: Tensor, what: str) -> None:
+    """Raise ``ValueError`` if ``x`` (named ``what`` in the message) holds NaN or Inf."""
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise ValueError(
+            f"{what} of shape {tuple(x.shape)} holds {bad} NaN or Inf of {x.numel()} values; "
+            "repair the checkpoint, or load it in a wider type (float16 overflows at 65504)"
+        )
+
+
+def replace_observer(model: GraphModule, observer_node: Node, new: Node) -> None:
+    """Let every user of the observer's node take ``new``, which keeps the observed value's metadata."""
+    source = observer_node.args[0]
+    assert isinstance(source, Node)
+    new.meta.update({key: source.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in source.meta})
+    observer_node.replace_all_uses_with(new)
+    model.graph.erase_node(observer_node)
+
+
+def add_buffer(model: GraphModule, name: str, value: Tensor) -> Node:
+    """A ``get_attr`` node (at the current insertion point) for a new buffer ``name``, made unique."""
+    return _compat.create_buffer_node(model, name, value)
+
+
+def set_fake_quantize(model: nn.Module, weight: bool, activation: bool) -> None:
+    """Switch the observers of a prepared graph between observing (False) and fake quantization (True)."""
+    from fp4dit_ao.observers.weight import WeightObserver
+
+    for module in model.modules():
+        if isinstance(module, FloatObserver):
+            module.fake_quantize = weight if isinstance(module, WeightObserver) else activation

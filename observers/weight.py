@@ -1,0 +1,162 @@
+"""The weight observer: format, scale and, once learned, the rounding of one linear's weight."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, PerTensor
+
+from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.observers.activation import ActivationObserver
+from fp4dit_ao.observers.base import FloatObserver, add_buffer, refuse_non_finite, replace_observer
+from fp4dit_ao.observers.range_search import SEARCHES
+from fp4dit_ao.ops import dequantize, quantize
+
+_OPS = torch.ops.fp4dit_ao
+
+
+class WeightObserver(FloatObserver):
+    """Quantizes a weight ``(out_features, in_features)`` to codes and scales that ``convert`` stores as buffers.
+
+    Args:
+        fmt: the format, or several: then :meth:`resolve` takes the one with the least output error.
+        granularity: torchao's ``PerTensor()``, ``PerAxis(0)`` or ``PerGroup(n)``.
+        search: a name in ``range_search.SEARCHES``.
+        scale_dtype: type of the stored scales.
+        name: the module's fully qualified name, for messages and buffers.
+
+    Attributes:
+        scale: ``(out_features or 1, groups)``, set by the first forward.
+        codes: uint8, shaped like the weight, once a rounding was learned; None means round to nearest.
+        rounding: a module that maps the weight to its (softly) rounded value while a rounding is being learned.
+    """
+
+    scale: Tensor | None
+    codes: Tensor | None
+
+    def __init__(
+        self,
+        fmt: str | FloatFormat | Sequence[str | FloatFormat],
+        granularity: Granularity = PerGroup(128),
+        search: str = "absmax",
+        scale_dtype: torch.dtype = torch.float32,
+        name: str = "weight",
+        **spec: Any,
+    ):
+        formats = [fmt] if isinstance(fmt, str | FloatFormat) else list(fmt)
+        self_formats = tuple(FloatFormat.parse(f) if isinstance(f, str) else f for f in formats)
+        super().__init__(self_formats[0], **spec)
+        self.candidates = self_formats
+        self.resolved = len(self_formats) == 1
+        self.granularity, self.search, self.scale_dtype, self.name = granularity, search, scale_dtype, name
+        self.rounding: nn.Module | None = None
+        self.register_buffer("scale", None)
+        self.register_buffer("codes", None)
+
+    def block_size(self, x: Tensor) -> list[int]:
+        if isinstance(self.granularity, PerGroup):
+            return [1, self.granularity.group_size]
+        if isinstance(self.granularity, PerAxis):
+            return [1, -1]
+        if isinstance(self.granularity, PerTensor):
+            return [-1, -1]
+        raise ValueError(f"{self.name}: granularity {self.granularity}; a weight takes PerTensor, PerAxis(0) or PerGroup")
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.scale is None:
+            refuse_non_finite(weight, f"weight {self.name}")
+            self.scale = self._search(weight.detach())
+        if not self.fake_quantize:
+            return weight
+        if self.rounding is not None:
+            rounded: Tensor = self.rounding(weight)
+            return rounded
+        return self.dequantized(weight)
+
+    def _search(self, weight: Tensor) -> Tensor:
+        return SEARCHES[self.search](weight, self.block_size(weight), self.fmt, self.scale_dtype)
+
+    def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, scale): the learned codes if there are any, else to nearest."""
+        if self.scale is None:
+            refuse_non_finite(weight, f"weight {self.name}")
+            self.scale = self._search(weight.detach())
+        if self.codes is not None:
+            return self.codes, self.scale
+        return quantize(weight, self.block_size(weight), self.scale, str(self.fmt)), self.scale
+
+    def dequantized(self, weight: Tensor) -> Tensor:
+        """The weight as the converted graph will have it."""
+        codes, scale = self.quantized(weight)
+        return dequantize(codes, self.block_size(weight), scale, str(self.fmt), weight.dtype)
+
+    @torch.no_grad()
+    def resolve(self, weight: Tensor, gram: Tensor | None) -> None:
+        """Fix the format: the candidate with the least output error ``||(W - W^) X||^2 = tr(E G E^T)``, ``G = X^T X``.
+
+        Args:
+            weight: float ``(out_features, in_features)``.
+            gram: float32 ``(in_features, in_features)`` of the calibration inputs.
+
+        Raises:
+            RuntimeError: several candidates and no Gram matrix.
+        """
+        if self.resolved:
+            return
+        if gram is None:
+            raise RuntimeError(f"{self.name}: choosing a weight format needs data; run calibrate(prepared, samples) first")
+        best: tuple[float, FloatFormat, Tensor] | None = None
+        for candidate in self.candidates:
+            self.fmt = candidate
+            self.scale = self._search(weight)
+            error = (self.dequantized(weight) - weight).float()
+            loss = float(((error @ gram) * error).sum())
+            if best is None or loss < best[0]:
+                best = (loss, candidate, self.scale)
+        assert best is not None
+        _, self.fmt, self.scale = best
+        self.resolved = True
+
+    def convert(self, model: GraphModule, observer_node: Node) -> None:
+        source = observer_node.args[0]
+        assert isinstance(source, Node)
+        weight = weight_of(model, observer_node)
+        self.resolve(weight, gram_of(model, observer_node))
+        codes, scale = self.quantized(weight)
+        name = self.name.replace(".", "_")
+        with model.graph.inserting_before(observer_node):
+            new = model.graph.call_function(
+                _OPS.dequantize.default,
+                (
+                    add_buffer(model, f"{name}_codes", codes),
+                    self.block_size(weight),
+                    add_buffer(model, f"{name}_scale", scale),
+                    str(self.fmt),
+                    weight.dtype,
+                ),
+            )
+        replace_observer(model, observer_node, new)
+
+
+def weight_of(model: GraphModule, observer_node: Node) -> Tensor:
+    """The float weight that a weight observer's node looks at."""
+    source = observer_node.args[0]
+    assert isinstance(source, Node) and source.op == "get_attr"
+    value: Any = model
+    for part in str(source.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+def gram_of(model: GraphModule, observer_node: Node) -> Tensor | None:
+    """The Gram matrix that the observer at the same linear's input accumulated, if it did."""
+    for user in observer_node.users:
+        source = user.args[0] if user.args else None
+        if isinstance(source, Node) and source.op == "call_module":
+            observer = model.get_submodule(str(source.target))
+            if isinstance(observer, ActivationObserver):
+                return observer.gram
+    return None
