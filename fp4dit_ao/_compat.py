@@ -1,12 +1,68 @@
 """The one place that touches private torch and torchao API. Tested in tests/test_compat.py against every version we claim."""
 
-from torch import Tensor
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.utils import create_getattr_from_value
+from torch.fx.graph import _PyTreeCodeGen
 
 
-def create_buffer_node(model: GraphModule, name: str, value: Tensor) -> Node:
-    """Register ``value`` as a buffer under a free name that starts with ``name``, and a ``get_attr`` node for it."""
-    node = create_getattr_from_value(model, model.graph, name, value.detach(), value.device)
-    assert isinstance(node, Node)
-    return node
+class SignatureCodeGen(_PyTreeCodeGen):
+    """Generates ``forward`` with default values, so that a graph is called as the module it was captured from."""
+
+    def __init__(self, inner: _PyTreeCodeGen, defaults: Mapping[str, object]):
+        super().__init__(inner.pytree_info)
+        self.defaults = dict(defaults)
+
+    def gen_fn_def(self, *args: Any, **kwargs: Any) -> str:
+        text: str = super().gen_fn_def(*args, **kwargs)
+        found = re.match(r"\s*def forward\((.*?)\)", text, re.DOTALL)
+        assert found is not None
+        names = [part.strip() for part in found[1].split(",") if part.strip()]
+        parts, optional = [], False
+        for name in names:
+            optional = optional or name in self.defaults
+            parts.append(f"{name}={self.defaults.get(name)!r}" if optional else name)
+        return text[: found.start(1)] + ", ".join(parts) + text[found.end(1) :]
+
+
+def exported_graph(exported: ExportedProgram, defaults: Mapping[str, object]) -> GraphModule:
+    """The exported program as a plain GraphModule: no guards on the example's sizes, ``defaults`` in its signature."""
+    module = exported.module(check_guards=False)
+    codegen = module.graph._codegen
+    assert isinstance(codegen, _PyTreeCodeGen)
+    graph = GraphModule(module, module.graph)
+    graph.graph.set_codegen(SignatureCodeGen(codegen, defaults))
+    graph.meta.update(module.meta)
+    graph.recompile()
+    return graph
+
+
+def input_names(graph: GraphModule) -> list[str]:
+    """The parameter names of a captured graph's ``forward``."""
+    codegen = graph.graph._codegen
+    if isinstance(codegen, _PyTreeCodeGen):
+        return [name for name in codegen.pytree_info.orig_args if name != "self"]
+    return [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+def create_buffer_node(model: GraphModule, path: str, value: Tensor) -> Node:
+    """Register ``value`` as the buffer ``path`` (dotted, made unique) and a ``get_attr`` node for it.
+
+    torchao's own helper puts every buffer on the root under a flattened name; next to the weight it replaces, a buffer
+    keeps its fully qualified name.
+    """
+    *parents, leaf = path.split(".")
+    module: nn.Module = model
+    for part in parents:
+        if not isinstance(getattr(module, part, None), nn.Module):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    name, copy = leaf, 1
+    while hasattr(module, name):
+        name, copy = f"{leaf}_{copy}", copy + 1
+    module.register_buffer(name, value.detach())
+    return model.graph.get_attr(".".join([*parents, name]))

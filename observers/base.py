@@ -65,7 +65,7 @@ def replace_observer(model: GraphModule, observer_node: Node, new: Node) -> None
 
 
 def add_buffer(model: GraphModule, name: str, value: Tensor) -> Node:
-    """A ``get_attr`` node (at the current insertion point) for a new buffer ``name``, made unique."""
+    """A ``get_attr`` node (at the current insertion point) for a new buffer of that dotted name, made unique."""
     return _compat.create_buffer_node(model, name, value)
 
 

@@ -25,7 +25,8 @@ class WeightObserver(FloatObserver):
         granularity: torchao's ``PerTensor()``, ``PerAxis(0)`` or ``PerGroup(n)``.
         search: a name in ``range_search.SEARCHES``.
         scale_dtype: type of the stored scales.
-        name: the module's fully qualified name, for messages and buffers.
+        name: the parameter's fully qualified name, such as ``blocks.0.fc.weight``: for messages, and for the buffers
+            ``…weight_codes`` and ``…weight_scale`` that ``convert`` creates beside it.
 
     Attributes:
         scale: ``(out_features or 1, groups)``, set by the first forward.
@@ -125,14 +126,13 @@ class WeightObserver(FloatObserver):
         weight = weight_of(model, observer_node)
         self.resolve(weight, gram_of(model, observer_node))
         codes, scale = self.quantized(weight)
-        name = self.name.replace(".", "_")
         with model.graph.inserting_before(observer_node):
             new = model.graph.call_function(
                 _OPS.dequantize.default,
                 (
-                    add_buffer(model, f"{name}_codes", codes),
+                    add_buffer(model, f"{self.name}_codes", codes),
                     self.block_size(weight),
-                    add_buffer(model, f"{name}_scale", scale),
+                    add_buffer(model, f"{self.name}_scale", scale),
                     str(self.fmt),
                     weight.dtype,
                 ),

@@ -1,0 +1,117 @@
+"""``torch.export`` of a diffusion transformer into one aten graph, dynamic in batch, image size and text length."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from fp4dit_ao import _compat
+
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+def bind(model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """``sample`` as the keyword arguments of ``model.forward``, in its order, with its defaults filled in.
+
+    Raises:
+        ValueError: a key that ``forward`` does not take, or one that it needs is missing.
+    """
+    signature = inspect.signature(model.forward)
+    accepted = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    unknown = sorted(set(sample) - set(accepted))
+    missing = sorted(n for n, p in accepted.items() if p.default is p.empty and n not in sample)
+    if unknown or missing:
+        wrong = "; ".join(
+            part for part in (f"unknown {', '.join(unknown)}" if unknown else "", f"missing {', '.join(missing)}" if missing else "") if part
+        )
+        raise ValueError(
+            f"the sample does not match {type(model).__name__}.forward: {wrong}; "
+            f"give a dict with keys among {', '.join(accepted)}"
+        )
+    bound = {name: sample.get(name, parameter.default) for name, parameter in accepted.items()}
+    if "return_dict" in bound:
+        bound["return_dict"] = False
+    return bound
+
+
+def capture(model: nn.Module, sample: Mapping[str, Any]) -> GraphModule:
+    """Export ``model`` (non-strict) as a GraphModule with the call signature of ``model.forward``.
+
+    Batch, spatial and sequence dimensions are dynamic (``Dim.AUTO``); nothing else of the sample but its dtypes and its
+    constants (``None``, flags) is baked in. The graph returns a tuple, as with ``return_dict=False``.
+
+    Args:
+        model: any module whose tensors arrive as arguments, such as ``pipe.transformer``; put in eval mode.
+        sample: keyword arguments of one forward call, as the pipeline makes it.
+
+    Raises:
+        ValueError: the sample's keys do not match ``forward``.
+    """
+    model.eval()
+    kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().contiguous(), bind(model, sample))
+    kwargs = _unspecialised(model, kwargs)
+    shapes = pytree.tree_map(lambda x: dict.fromkeys(range(x.ndim), Dim.AUTO) if isinstance(x, Tensor) else None, kwargs)
+    with torch.no_grad(), _positions_computed(model):
+        exported = torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
+    defaults = {name: value for name, value in _defaults(model).items() if name in kwargs}
+    graph = _compat.exported_graph(exported, defaults)
+    _drop_asserts(graph)
+    return graph
+
+
+def _defaults(model: nn.Module) -> dict[str, object]:
+    """The constant defaults of ``forward``; the graph is called with ``return_dict=False`` unless told otherwise."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if isinstance(p.default, _CONSTANTS)}
+    return defaults | ({"return_dict": False} if "return_dict" in defaults else {})
+
+
+def _computes_positions(module: nn.Module) -> bool:
+    """Whether a module caches a position table for one image size and recomputes it for any other (diffusers' PatchEmbed)."""
+    return hasattr(module, "pos_embed") and hasattr(module, "height") and hasattr(module, "width")
+
+
+@contextlib.contextmanager
+def _positions_computed(model: nn.Module) -> Iterator[None]:
+    """Make cached position tables look stale, so that export records the code that serves every image size."""
+    cached = [module for module in model.modules() if _computes_positions(module)]
+    sizes = [module.height for module in cached]
+    try:
+        for module in cached:
+            module.height = -1  # type: ignore[assignment]
+        yield
+    finally:
+        for module, height in zip(cached, sizes, strict=True):
+            module.height = height
+
+
+def _unspecialised(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The sample with sizes that export does not take for constants: a batch of at least two, and images not square."""
+    tensors = [x for x in pytree.tree_leaves(kwargs) if isinstance(x, Tensor) and x.ndim]
+    if tensors and tensors[0].shape[0] == 1:
+        kwargs = pytree.tree_map_only(
+            Tensor, lambda x: torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x, kwargs
+        )
+    if any(_computes_positions(module) for module in model.modules()):
+        kwargs = pytree.tree_map_only(
+            Tensor, lambda x: torch.cat([x, x], -1) if x.ndim == 4 and x.shape[-1] == x.shape[-2] else x, kwargs
+        )
+    return kwargs
+
+
+_ASSERTS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default)
+
+
+def _drop_asserts(graph: GraphModule) -> None:
+    """Remove export's run-time checks: they pin the graph to the device and the proportions of the example."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and node.target in _ASSERTS:
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
