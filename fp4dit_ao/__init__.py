@@ -1,3 +1,51 @@
 """FP4DiT: floating-point post-training quantization of diffusion transformers, in PyTorch's export flow (PT2E)."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "FloatFormat": "formats",
+    "QuantConfig": "config",
+    "w4a6": "config",
+    "w4a8": "config",
+    "w4a6_auto": "config",
+    "FP4DiTQuantizer": "quantizer",
+    "AdaRoundConfig": "passes.reconstruct",
+    "reconstruct": "passes.reconstruct",
+    "lower": "passes.lower",
+    "capture": "capture",
+    "calibrate": "calibration",
+    "collect_samples": "calibration",
+    "quantize_pipeline": "pipeline",
+    "load_pipeline": "pipeline",
+    "MinifloatTensor": "tensor",
+}
+"""Where each public name lives; loaded on first use, so that importing the package stays quick."""
+
+__all__ = [*_HOME]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from fp4dit_ao.calibration import calibrate, collect_samples
+    from fp4dit_ao.capture import capture
+    from fp4dit_ao.config import QuantConfig, w4a6, w4a6_auto, w4a8
+    from fp4dit_ao.formats import FloatFormat
+    from fp4dit_ao.passes.lower import lower
+    from fp4dit_ao.passes.reconstruct import AdaRoundConfig, reconstruct
+    from fp4dit_ao.pipeline import load_pipeline, quantize_pipeline
+    from fp4dit_ao.quantizer import FP4DiTQuantizer
+    from fp4dit_ao.tensor import MinifloatTensor
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fp4dit_ao' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fp4dit_ao.{_HOME[name]}"), name)
+    # a function may share its module's name (capture); keep the function, as the import above set the module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

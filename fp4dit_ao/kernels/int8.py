@@ -1,0 +1,47 @@
+"""int8 x int8 -> int32 multiplication of lattice integers: exact for every pair of formats whose levels are int8."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.ops import choose_scale
+
+_CUDA_ROWS = 32
+"""cuBLAS's int8 product wants more than 16 rows."""
+
+
+def supports(fmt: FloatFormat, act_fmt: FloatFormat | None) -> bool:
+    return act_fmt is not None and fmt.fits_int8 and act_fmt.fits_int8
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    block_size: Sequence[int],
+    fmt: FloatFormat,
+    act_fmt: FloatFormat | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """See :func:`fp4dit_ao.kernels.linear`. One integer product per group of K, converted once, times the group's scale."""
+    assert act_fmt is not None
+    features = codes.shape[-1]
+    group = features if block_size[1] == -1 else block_size[1]
+    tokens = x.reshape(-1, features)
+    token_scale = choose_scale(tokens, [1, -1], str(act_fmt), torch.float32)
+    rounded = act_fmt.round(tokens.float() / token_scale).to(torch.int8)
+    rows = rounded.shape[0]
+    if x.is_cuda:
+        rounded = F.pad(rounded, (0, 0, 0, _CUDA_ROWS))
+    levels = fmt.decode(codes).to(torch.int8)
+    y = torch.zeros((), dtype=torch.float32, device=x.device)
+    for index in range(features // group):
+        columns = slice(index * group, (index + 1) * group)
+        product = torch._int_mm(rounded[:, columns].contiguous(), levels[:, columns].contiguous().T)
+        y = y + product[:rows].float() * scale[:, index].float()
+    y = y * token_scale
+    y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], codes.shape[0])

@@ -1,0 +1,33 @@
+"""float32 multiplication of dequantized weights: for any pair of formats, and the specification of the others."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.ops import choose_scale, dequantize
+
+
+def supports(fmt: FloatFormat, act_fmt: FloatFormat | None) -> bool:
+    return True
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    block_size: Sequence[int],
+    fmt: FloatFormat,
+    act_fmt: FloatFormat | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """See :func:`fp4dit_ao.kernels.linear`. The token's scale is applied after the product, as in the fast backends."""
+    weight = dequantize(codes, block_size, scale, str(fmt), torch.float32)
+    if act_fmt is None:
+        y = F.linear(x.float(), weight)
+    else:
+        token_scale = choose_scale(x, [1] * (x.ndim - 1) + [-1], str(act_fmt), torch.float32)
+        y = F.linear(act_fmt.round(x.float() / token_scale), weight) * token_scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)

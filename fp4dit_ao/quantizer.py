@@ -1,0 +1,255 @@
+"""``FP4DiTQuantizer``: says which edges of an aten graph are quantized, and to what. It only annotates."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, PerTensor
+from torchao.quantization.pt2e.quantizer import (
+    EdgeOrNode,
+    QuantizationAnnotation,
+    QuantizationSpec,
+    QuantizationSpecBase,
+    Quantizer,
+    SharedQuantizationSpec,
+)
+
+from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.observers import StaticActivationObserver, TokenActivationObserver, WeightObserver
+
+ANNOTATION = "quantization_annotation"
+_ATEN = torch.ops.aten
+_GATES = (_ATEN.gelu.default, _ATEN.silu.default)
+_TRANSPARENT = (
+    _ATEN.dropout.default, _ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN.clone.default, _ATEN.contiguous.default,
+    _ATEN.view.default, _ATEN.reshape.default, _ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.slice.Tensor,
+)  # fmt: skip
+_ACTIVATION_OBSERVERS = {"token": TokenActivationObserver, "tensor": StaticActivationObserver}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of one linear or attention, for reports.
+
+    Attributes:
+        name: fully qualified module name.
+        kind: ``"linear"`` or ``"attention"``.
+        config: its recipe, with ``weight`` and ``group_size`` resolved; None where left in high precision.
+        reason: why it was left, or which rule chose its format.
+    """
+
+    name: str
+    kind: Literal["linear", "attention"]
+    config: QuantConfig | None
+    reason: str
+
+
+class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
+    """A torchao PT2E quantizer for diffusion transformers.
+
+    ``FP4DiTQuantizer().set_global(w4a6()).set_module_name("transformer_blocks.0.*", None)``: the last rule that matches
+    a module wins, and ``None`` leaves it in high precision. Attention follows the config of its module's name.
+
+    Attributes:
+        decisions: after ``prepare_pt2e``, a :class:`Decision` for every linear and attention of the graph.
+    """
+
+    def __init__(self) -> None:
+        self._rules: list[tuple[str, Any, QuantConfig | None]] = []
+        self.decisions: dict[str, Decision] = {}
+
+    def set_global(self, config: QuantConfig | None) -> "FP4DiTQuantizer":
+        """Use ``config`` for every module that its own ``skip`` globs do not name."""
+        self._rules.append(("global", None, config))
+        return self
+
+    def set_module_name(self, glob: str, config: QuantConfig | None) -> "FP4DiTQuantizer":
+        """Use ``config`` for modules whose fully qualified name matches ``glob`` (``*`` also crosses dots)."""
+        self._rules.append(("name", glob, config))
+        return self
+
+    def set_module_type(self, module_type: type[nn.Module], config: QuantConfig | None) -> "FP4DiTQuantizer":
+        """Use ``config`` for modules of that type and everything inside them."""
+        self._rules.append(("type", f"{module_type.__module__}.{module_type.__qualname__}", config))
+        return self
+
+    # --- torchao's interface -----------------------------------------------------------------------------------------
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        self._refuse_unmatched(model)
+        self.decisions = {}
+        shared: dict[tuple[Any, ...], EdgeOrNode] = {}
+        for node in model.graph.nodes:
+            if node.target is _ATEN.linear.default:
+                self._annotate_linear(node, shared)
+            elif node.target is _ATEN.scaled_dot_product_attention.default:
+                self._annotate_attention(node, shared)
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        if not any(decision.config for decision in self.decisions.values()):
+            raise ValueError(
+                "nothing in this graph would be quantized; call set_global(w4a6()), and check that skip globs leave a linear"
+            )
+
+    # --- rules -------------------------------------------------------------------------------------------------------
+
+    def _config(self, name: str, types: tuple[str, ...]) -> tuple[QuantConfig | None, str]:
+        """The config of module ``name`` inside modules of ``types``, and the reason."""
+        for kind, key, config in reversed(self._rules):
+            if kind == "name" and fnmatchcase(name, key):
+                return config, f"name matches {key!r}"
+            if kind == "type" and key not in types:
+                continue
+            if kind in ("global", "type"):
+                if config is None:
+                    return None, f"{kind} rule"
+                glob = next((glob for glob in config.skip if fnmatchcase(name, glob)), None)
+                return (None, f"recipe keeps {glob!r}") if glob else (config, f"{kind} rule")
+        return None, "no rule"
+
+    def _refuse_unmatched(self, model: GraphModule) -> None:
+        """A name rule that matches no module is a typing mistake; saying nothing would leave the user believing it."""
+        names = [_linear_name(n) if n.target is _ATEN.linear.default else _module_name(n) for n in _quantizable(model)]
+        for kind, glob, _ in self._rules:
+            if kind == "name" and not any(fnmatchcase(name, glob) for name in names):
+                close = difflib.get_close_matches(glob, names, n=1, cutoff=0.3)
+                hint = f"; did you mean {close[0]!r}" if close else ""
+                raise ValueError(f"set_module_name({glob!r}, …) matches no linear or attention of this graph{hint}")
+
+    # --- annotations -------------------------------------------------------------------------------------------------
+
+    def _annotate_linear(self, node: Node, shared: dict[tuple[Any, ...], EdgeOrNode]) -> None:
+        name = _linear_name(node)
+        source, weight = node.args[0], node.args[1]
+        config, reason = self._config(name, _types(node))
+        assert isinstance(source, Node) and isinstance(weight, Node)
+        if config is not None and config.weight is None and not config.weight_candidates:
+            config, reason = None, "its config names no weight format"
+        if config is not None and weight.op != "get_attr":
+            config, reason = None, "its weight is computed, not stored"
+        if config is not None:
+            config, reason = _fit_group(name, int(weight.meta["val"].shape[-1]), config, reason)
+        if config is not None and config.pre_gelu_weight is not None and reaches_gate(node):
+            config = dataclasses.replace(config, weight=config.pre_gelu_weight, weight_candidates=())
+            reason += ", before a gate"
+        self.decisions[name] = Decision(name, "linear", config, reason)
+        if config is None:
+            return
+        spec = QuantizationSpec(dtype=torch.uint8, observer_or_fake_quant_ctr=_weight_observer(str(weight.target), config))
+        specs: dict[Node, QuantizationSpecBase | None] = {weight: spec}
+        if config.activation is not None:
+            gram = bool(config.weight_candidates)
+            specs[source] = _activation_spec(source, node, config.activation, config, f"{name}.input", gram, shared)
+        node.meta[ANNOTATION] = QuantizationAnnotation(specs, allow_implicit_sharing=False, _annotated=True)
+
+    def _annotate_attention(self, node: Node, shared: dict[tuple[Any, ...], EdgeOrNode]) -> None:
+        name = _module_name(node)
+        config, reason = self._config(name, _types(node))
+        if config is not None and config.attention is None:
+            config, reason = None, "its config names no attention format"
+        unique = name if name not in self.decisions else f"{name}#{node.name}"
+        self.decisions[unique] = Decision(name, "attention", config, reason)
+        if config is None or config.attention is None:
+            return
+        specs: dict[Node, QuantizationSpecBase | None] = {}
+        for role, source in zip("qkv", node.args[:3], strict=True):
+            assert isinstance(source, Node)
+            if source not in specs:
+                specs[source] = _activation_spec(source, node, config.attention, config, f"{name}.{role}", False, shared)
+        node.meta[ANNOTATION] = QuantizationAnnotation(specs, allow_implicit_sharing=False, _annotated=True)
+
+
+def reaches_gate(node: Node) -> bool:
+    """Whether the output of ``node`` reaches a GELU or SiLU through nothing but views, chunks, casts and dropout."""
+    for user in node.users:
+        if user.target in _GATES:
+            return True
+        passes = user.target in _TRANSPARENT or getattr(user.target, "__name__", "") == "getitem"
+        if passes and user.args[0] is node and reaches_gate(user):
+            return True
+    return False
+
+
+def _activation_spec(
+    source: Node, user: Node, fmt: str, config: QuantConfig, name: str, gram: bool, shared: dict[tuple[Any, ...], EdgeOrNode]
+) -> QuantizationSpecBase:
+    """One observer per (tensor, format): q, k and v projections of one input share it, and quantize once."""
+    key = (source, fmt, config.activation_granularity, gram)
+    if key in shared:
+        return SharedQuantizationSpec(shared[key])
+    shared[key] = (source, user)
+    observer = _ACTIVATION_OBSERVERS[config.activation_granularity]
+    return QuantizationSpec(
+        dtype=torch.uint8, observer_or_fake_quant_ctr=observer.with_args(fmt=fmt, name=name, collect_gram=gram)
+    )
+
+
+def _weight_observer(name: str, config: QuantConfig) -> Any:
+    granularities: dict[str, Granularity] = {
+        "group": PerGroup(config.group_size), "channel": PerAxis(0), "tensor": PerTensor(),
+    }  # fmt: skip
+    return WeightObserver.with_args(
+        fmt=config.weight_candidates or (config.weight,),
+        granularity=granularities[config.weight_granularity],
+        search=config.weight_search,
+        scale_dtype=getattr(torch, config.scale_dtype),
+        name=name,
+    )
+
+
+def _fit_group(name: str, features: int, config: QuantConfig, reason: str) -> tuple[QuantConfig | None, str]:
+    """The config with a group size that divides ``features``, as its ``indivisible`` field asks.
+
+    Raises:
+        ValueError: it does not divide, and the config says to refuse (or no divisor serves).
+    """
+    if config.weight_granularity != "group" or features % config.group_size == 0:
+        return config, reason
+    if config.indivisible == "keep":
+        return None, f"groups of {config.group_size} do not divide its {features} inputs"
+    sizes = [g for g in range(16, config.group_size, 16) if features % g == 0]
+    if config.indivisible == "divisor" and sizes:
+        return dataclasses.replace(config, group_size=sizes[-1]), f"{reason}, groups of {sizes[-1]}"
+    raise ValueError(
+        f"{name}: groups of {config.group_size} do not divide its {features} input features; "
+        "use a group_size that does, indivisible='divisor' or 'keep', or weight_granularity='channel'"
+    )
+
+
+# --- names in the graph ----------------------------------------------------------------------------------------------
+
+
+def _quantizable(model: GraphModule) -> Iterator[Node]:
+    for node in model.graph.nodes:
+        if node.target in (_ATEN.linear.default, _ATEN.scaled_dot_product_attention.default):
+            yield node
+
+
+def _stack(node: Node) -> list[tuple[str, Any]]:
+    return list(node.meta.get("nn_module_stack", {}).values())
+
+
+def _module_name(node: Node) -> str:
+    """Name of the innermost module that the node was traced in."""
+    stack = _stack(node)
+    return stack[-1][0] if stack else node.name
+
+
+def _linear_name(node: Node) -> str:
+    """Name of the module that owns the linear's weight; unlike the module stack it survives weight sharing."""
+    weight = node.args[1]
+    if isinstance(weight, Node) and weight.op == "get_attr":
+        return str(weight.target).rpartition(".")[0] or str(weight.target)
+    return _module_name(node)
+
+
+def _types(node: Node) -> tuple[str, ...]:
+    """Qualified type names of every module around the node."""
+    return tuple(t if isinstance(t, str) else f"{t.__module__}.{t.__qualname__}" for _, t in _stack(node))

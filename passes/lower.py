@@ -1,0 +1,93 @@
+"""From the converted graph's reference semantics to low-bit tensor subclasses that ``torch.compile`` runs fast."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fp4dit_ao.tensor import MinifloatTensor
+
+_OPS = torch.ops.fp4dit_ao
+
+
+def lower(model: GraphModule) -> GraphModule:
+    """Rewrite ``linear(dequantize(quantize(x)), dequantize(codes))`` to ``linear(x, MinifloatTensor)``.
+
+    The parameter takes the float weight's place and name (``blocks.0.fc.weight``), so the state dict has the original's
+    keys. Token-wise input quantization moves into the tensor's ``linear``; what else is quantized (a static input range, q,
+    k and v) stays as operators, which Inductor fuses. Each linear computes what the converted graph does, up to the order
+    in which float32 group sums are added.
+
+    Args:
+        model: the result of ``convert_pt2e``; not changed.
+    """
+    model = copy.deepcopy(model)
+    for node in list(model.graph.nodes):
+        if node.target is torch.ops.aten.linear.default and _is_stored_weight(node.args[1]):
+            _lower_linear(model, node)
+    model.graph.eliminate_dead_code()
+    model.delete_all_unused_submodules()
+    _delete_unused_buffers(model)
+    model.graph.lint()
+    model.recompile()
+    return model
+
+
+def _is_stored_weight(node: Any) -> bool:
+    """Whether a node dequantizes codes and scales that are buffers."""
+    if not isinstance(node, Node) or node.target is not _OPS.dequantize.default:
+        return False
+    codes, scale = node.args[0], node.args[2]
+    return isinstance(codes, Node) and codes.op == "get_attr" and isinstance(scale, Node) and scale.op == "get_attr"
+
+
+def _lower_linear(model: GraphModule, node: Node) -> None:
+    dequantized = node.args[1]
+    assert isinstance(dequantized, Node)
+    codes_node, block_size, scale_node, fmt, dtype = dequantized.args
+    assert isinstance(codes_node, Node) and isinstance(scale_node, Node)
+    x, act_fmt = _token_wise_input(node.args[0])
+    codes, scale = _get(model, str(codes_node.target)), _get(model, str(scale_node.target))
+    weight = MinifloatTensor.from_codes(codes, scale, list(block_size), fmt, act_fmt, dtype)  # type: ignore[arg-type]
+    path = str(codes_node.target).removesuffix("_codes")
+    parent, _, leaf = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    while hasattr(owner, leaf):  # a shared weight whose uses differ in activation format
+        leaf += "_"
+    owner.register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
+    with model.graph.inserting_before(node):
+        parameter = model.graph.get_attr(f"{parent}.{leaf}" if parent else leaf)
+    parameter.meta["val"] = dequantized.meta.get("val")
+    node.update_arg(0, x)
+    node.update_arg(1, parameter)
+
+
+def _token_wise_input(node: Any) -> tuple[Any, str | None]:
+    """(x, format) if ``node`` is the token-wise quantized and dequantized ``x``, else (node, None)."""
+    if not isinstance(node, Node) or node.target is not _OPS.dequantize.default:
+        return node, None
+    codes, _, scale, fmt, _ = node.args
+    if not (isinstance(codes, Node) and codes.target is _OPS.quantize.default):
+        return node, None
+    if not (isinstance(scale, Node) and scale.target is _OPS.choose_scale.default):
+        return node, None
+    x, block_size = scale.args[0], list(scale.args[1])  # type: ignore[arg-type]
+    token_wise = block_size[-1] == -1 and all(size == 1 for size in block_size[:-1])
+    return (x, str(fmt)) if token_wise and codes.args[0] is x else (node, None)
+
+
+def _get(model: nn.Module, path: str) -> Tensor:
+    parent, _, leaf = path.rpartition(".")
+    value = getattr(model.get_submodule(parent), leaf)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _delete_unused_buffers(model: GraphModule) -> None:
+    used = {str(node.target) for node in model.graph.nodes if node.op == "get_attr"}
+    for path, _ in list(model.named_buffers()):
+        if path not in used:
+            parent, _, leaf = path.rpartition(".")
+            delattr(model.get_submodule(parent), leaf)
