@@ -24,7 +24,7 @@ _HOME = {
 }
 """Where each public name lives; loaded on first use, so that importing the package stays quick."""
 
-__all__ = [*_HOME]  # noqa: PLE0604
+__all__ = [*_HOME]
 
 if TYPE_CHECKING:
     from fp4dit_ao.calibration import calibrate, collect_samples

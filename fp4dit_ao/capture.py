@@ -28,7 +28,12 @@ def bind(model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
     missing = sorted(n for n, p in accepted.items() if p.default is p.empty and n not in sample)
     if unknown or missing:
         wrong = "; ".join(
-            part for part in (f"unknown {', '.join(unknown)}" if unknown else "", f"missing {', '.join(missing)}" if missing else "") if part
+            part
+            for part in (
+                f"unknown {', '.join(unknown)}" if unknown else "",
+                f"missing {', '.join(missing)}" if missing else "",
+            )
+            if part
         )
         raise ValueError(
             f"the sample does not match {type(model).__name__}.forward: {wrong}; "
@@ -56,7 +61,9 @@ def capture(model: nn.Module, sample: Mapping[str, Any]) -> GraphModule:
     model.eval()
     kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().contiguous(), bind(model, sample))
     kwargs = _unspecialised(model, kwargs)
-    shapes = pytree.tree_map(lambda x: dict.fromkeys(range(x.ndim), Dim.AUTO) if isinstance(x, Tensor) else None, kwargs)
+    shapes = pytree.tree_map(
+        lambda x: dict.fromkeys(range(x.ndim), Dim.AUTO) if isinstance(x, Tensor) else None, kwargs
+    )
     with torch.no_grad(), _positions_computed(model):
         exported = torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
     defaults = {name: value for name, value in _defaults(model).items() if name in kwargs}
@@ -95,9 +102,7 @@ def _unspecialised(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The sample with sizes that export does not take for constants: a batch of at least two, and images not square."""
     tensors = [x for x in pytree.tree_leaves(kwargs) if isinstance(x, Tensor) and x.ndim]
     if tensors and tensors[0].shape[0] == 1:
-        kwargs = pytree.tree_map_only(
-            Tensor, lambda x: torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x, kwargs
-        )
+        kwargs = pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x, kwargs)
     if any(_computes_positions(module) for module in model.modules()):
         kwargs = pytree.tree_map_only(
             Tensor, lambda x: torch.cat([x, x], -1) if x.ndim == 4 and x.shape[-1] == x.shape[-2] else x, kwargs

@@ -142,7 +142,9 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         self.decisions[name] = Decision(name, "linear", config, reason)
         if config is None:
             return
-        spec = QuantizationSpec(dtype=torch.uint8, observer_or_fake_quant_ctr=_weight_observer(str(weight.target), config))
+        spec = QuantizationSpec(
+            dtype=torch.uint8, observer_or_fake_quant_ctr=_weight_observer(str(weight.target), config)
+        )
         specs: dict[Node, QuantizationSpecBase | None] = {weight: spec}
         if config.activation is not None:
             gram = bool(config.weight_candidates)
@@ -162,7 +164,9 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         for role, source in zip("qkv", node.args[:3], strict=True):
             assert isinstance(source, Node)
             if source not in specs:
-                specs[source] = _activation_spec(source, node, config.attention, config, f"{name}.{role}", False, shared)
+                specs[source] = _activation_spec(
+                    source, node, config.attention, config, f"{name}.{role}", False, shared
+                )
         node.meta[ANNOTATION] = QuantizationAnnotation(specs, allow_implicit_sharing=False, _annotated=True)
 
 
@@ -178,7 +182,13 @@ def reaches_gate(node: Node) -> bool:
 
 
 def _activation_spec(
-    source: Node, user: Node, fmt: str, config: QuantConfig, name: str, gram: bool, shared: dict[tuple[Any, ...], EdgeOrNode]
+    source: Node,
+    user: Node,
+    fmt: str,
+    config: QuantConfig,
+    name: str,
+    gram: bool,
+    shared: dict[tuple[Any, ...], EdgeOrNode],
 ) -> QuantizationSpecBase:
     """One observer per (tensor, format): q, k and v projections of one input share it, and quantize once."""
     key = (source, fmt, config.activation_granularity, gram)

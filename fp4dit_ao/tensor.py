@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
-from fp4dit_ao import kernels
+from fp4dit_ao import __version__, kernels
 from fp4dit_ao.formats import FloatFormat, pack, unpack
 from fp4dit_ao.ops import choose_scale, dequantize, quantize
 
@@ -62,7 +62,12 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
     @classmethod
     def from_hp(
-        cls, weight: Tensor, block_size: list[int], fmt: str, act_fmt: str | None = None, scale_dtype: torch.dtype = torch.float32
+        cls,
+        weight: Tensor,
+        block_size: list[int],
+        fmt: str,
+        act_fmt: str | None = None,
+        scale_dtype: torch.dtype = torch.float32,
     ) -> "MinifloatTensor":
         """Round a float weight to nearest, with absmax scales."""
         scale = choose_scale(weight, block_size, fmt, scale_dtype)
@@ -76,6 +81,11 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a float tensor of ``dtype``."""
         return dequantize(self.codes, self.block_size, self.scale, self.fmt, output_dtype or self.dtype)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What torch's on-disk compile caches know this tensor by: everything that shapes the generated code."""
+        parts = [(part.dtype, tuple(part.shape), part.stride(), part.device) for part in (self.qdata, self.scale)]
+        return repr((__version__, parts, list(self.block_size), self.fmt, self.act_fmt, self.dtype))
 
     def _quantization_type(self) -> str:
         return f"fmt={self.fmt}, act_fmt={self.act_fmt}, block_size={self.block_size}, shape={tuple(self.shape)}"
@@ -95,7 +105,12 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> MinifloatTensor:
     self = args[0]
     device = kwargs.get("device") or self.device
     return MinifloatTensor(
-        self.qdata.to(device), self.scale.to(device), self.block_size, self.fmt, self.act_fmt, kwargs.get("dtype") or self.dtype
+        self.qdata.to(device),
+        self.scale.to(device),
+        self.block_size,
+        self.fmt,
+        self.act_fmt,
+        kwargs.get("dtype") or self.dtype,
     )
 
 

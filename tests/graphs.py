@@ -14,9 +14,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
-        )
+        q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -64,7 +62,9 @@ class TinyDiT(nn.Module):
         return (self.proj_out(x),)
 
 
-def tiny_sample(batch: int = 2, tokens: int = 6, width: int = 128, channels: int = 4, seed: int = 1) -> dict[str, Tensor]:
+def tiny_sample(
+    batch: int = 2, tokens: int = 6, width: int = 128, channels: int = 4, seed: int = 1
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(batch, tokens, channels, generator=generator)
     return {"hidden_states": hidden, "shift": torch.randn(batch, 1, width, generator=generator)}

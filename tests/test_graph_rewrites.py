@@ -40,7 +40,9 @@ class TestGraphRewrites(TestCase):
         return convert_pt2e(prepared)
 
     def test_captured(self) -> None:
-        self.assertExpectedInline(show(self.captured), """\
+        self.assertExpectedInline(
+            show(self.captured),
+            """\
 pos_embedder_weight = self.pos_embedder.weight
 pos_embedder_bias = self.pos_embedder.bias
 blocks_0_attn_to_q_weight = self.blocks.0.attn.to_q.weight
@@ -81,11 +83,14 @@ gelu = gelu(linear_5, approximate=tanh)
 linear_6 = linear(gelu, blocks_0_ff_down_weight, blocks_0_ff_down_bias)
 add_3 = add.Tensor(add_1, linear_6)
 linear_7 = linear(add_3, proj_out_weight, proj_out_bias)
-return (linear_7,)""")
+return (linear_7,)""",
+        )
 
     def test_annotated(self) -> None:
         graph = self.quantizer.annotate(copy.deepcopy(self.captured))
-        self.assertExpectedInline(annotations(graph), """\
+        self.assertExpectedInline(
+            annotations(graph),
+            """\
 blocks_0_attn_to_q_weight -> linear_1: WeightObserver e2m1
 add -> linear_1: TokenActivationObserver e2m3
 blocks_0_attn_to_k_weight -> linear_2: WeightObserver e2m1
@@ -100,12 +105,15 @@ flatten -> linear_4: TokenActivationObserver e2m3
 blocks_0_ff_up_weight -> linear_5: WeightObserver e3m0
 add_2 -> linear_5: TokenActivationObserver e2m3
 blocks_0_ff_down_weight -> linear_6: WeightObserver e2m1
-gelu -> linear_6: TokenActivationObserver e2m3""")
+gelu -> linear_6: TokenActivationObserver e2m3""",
+        )
 
     def test_annotated_without_attention_and_gate_format(self) -> None:
         config = replace(w4a6(), attention=None, pre_gelu_weight=None, activation_granularity="tensor")
         graph = FP4DiTQuantizer().set_global(config).annotate(copy.deepcopy(self.captured))
-        self.assertExpectedInline(annotations(graph), """\
+        self.assertExpectedInline(
+            annotations(graph),
+            """\
 blocks_0_attn_to_q_weight -> linear_1: WeightObserver e2m1
 add -> linear_1: StaticActivationObserver e2m3
 blocks_0_attn_to_k_weight -> linear_2: WeightObserver e2m1
@@ -117,11 +125,14 @@ flatten -> linear_4: StaticActivationObserver e2m3
 blocks_0_ff_up_weight -> linear_5: WeightObserver e2m1
 add_2 -> linear_5: StaticActivationObserver e2m3
 blocks_0_ff_down_weight -> linear_6: WeightObserver e2m1
-gelu -> linear_6: StaticActivationObserver e2m3""")
+gelu -> linear_6: StaticActivationObserver e2m3""",
+        )
 
     def test_prepared(self) -> None:
         prepared = prepare_pt2e(copy.deepcopy(self.captured), self.quantizer)
-        self.assertExpectedInline(show(prepared), """\
+        self.assertExpectedInline(
+            show(prepared),
+            """\
 pos_embedder_weight = self.pos_embedder.weight
 pos_embedder_bias = self.pos_embedder.bias
 blocks_0_attn_to_q_weight = self.blocks.0.attn.to_q.weight
@@ -175,10 +186,13 @@ activation_post_process_11 = activation_post_process_11(gelu)
 linear_6 = linear(activation_post_process_11, activation_post_process_12, blocks_0_ff_down_bias)
 add_3 = add.Tensor(add_1, linear_6)
 linear_7 = linear(add_3, proj_out_weight, proj_out_bias)
-return (linear_7,)""")
+return (linear_7,)""",
+        )
 
     def test_converted(self) -> None:
-        self.assertExpectedInline(show(self.converted()), """\
+        self.assertExpectedInline(
+            show(self.converted()),
+            """\
 pos_embedder_weight = self.pos_embedder.weight
 pos_embedder_bias = self.pos_embedder.bias
 blocks_0_attn_to_q_weight_codes = self.blocks.0.attn.to_q.weight_codes
@@ -252,10 +266,13 @@ dequantize_default_12 = fp4dit_ao.dequantize(quantize_default_6, [1, 1, -1], cho
 linear_6 = linear(dequantize_default_12, dequantize_default_5, blocks_0_ff_down_bias)
 add_3 = add.Tensor(add_1, linear_6)
 linear_7 = linear(add_3, proj_out_weight, proj_out_bias)
-return (linear_7,)""")
+return (linear_7,)""",
+        )
 
     def test_lowered(self) -> None:
-        self.assertExpectedInline(show(lower(self.converted())), """\
+        self.assertExpectedInline(
+            show(lower(self.converted())),
+            """\
 pos_embedder_weight = self.pos_embedder.weight
 pos_embedder_bias = self.pos_embedder.bias
 blocks_0_attn_to_q_bias = self.blocks.0.attn.to_q.bias
@@ -305,4 +322,5 @@ blocks_0_ff_down_weight = self.blocks.0.ff.down.weight
 linear_6 = linear(gelu, blocks_0_ff_down_weight, blocks_0_ff_down_bias)
 add_3 = add.Tensor(add_1, linear_6)
 linear_7 = linear(add_3, proj_out_weight, proj_out_bias)
-return (linear_7,)""")
+return (linear_7,)""",
+        )

@@ -100,7 +100,7 @@ def test_state_dict_has_the_originals_keys_and_no_float_copy() -> None:
 
 
 def test_the_converted_graph_is_left_alone() -> None:
-    graph, sample = converted(w4a6())
+    graph, _ = converted(w4a6())
     before = copy.deepcopy(graph.state_dict())
     code = graph.code
     lower(graph)

@@ -12,7 +12,9 @@ from fp4dit_ao import FloatFormat, MinifloatTensor, kernels
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def make(fmt="e2m1", act_fmt="e2m3", shape=(48, 256), block=(1, 128), dtype=torch.float32, device="cpu", scale=torch.float32):
+def make(
+    fmt="e2m1", act_fmt="e2m3", shape=(48, 256), block=(1, 128), dtype=torch.float32, device="cpu", scale=torch.float32
+):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     return MinifloatTensor.from_hp(weight, list(block), fmt, act_fmt, scale)
 
@@ -33,12 +35,14 @@ def test_dequantize_is_the_nearest_level(fmt) -> None:
     step = tensor.scale.double().repeat_interleave(128, 1)
     nearest = (lattice - (weight.double() / step)[..., None]).abs().min(-1).values
     error = (tensor.dequantize().double() - weight.double()).abs() / step
-    assert torch.allclose(error, nearest, atol=1e-5)
+    # the product level * scale is rounded once, to float32
+    assert ((error - nearest).abs() <= 2e-7 * FloatFormat.parse(fmt).lattice_max).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("fmt", "act_fmt"), [*itertools.product(["e2m1", "e3m0", "e1m2"], ["e2m3", "e3m4", "int8", "e4m3fn", None]), ("e2m3", "e2m3")]
+    ("fmt", "act_fmt"),
+    [*itertools.product(["e2m1", "e3m0", "e1m2"], ["e2m3", "e3m4", "int8", "e4m3fn", None]), ("e2m3", "e2m3")],
 )
 @pytest.mark.parametrize("block", [(1, 128), (1, -1), (-1, -1)])
 def test_linear_against_float64(fmt, act_fmt, block, device) -> None:

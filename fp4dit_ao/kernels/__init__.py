@@ -26,7 +26,13 @@ def pick(fmt: FloatFormat, act_fmt: FloatFormat | None) -> str:
 
 
 def linear(
-    x: Tensor, codes: Tensor, scale: Tensor, block_size: Sequence[int], fmt: str, act_fmt: str | None, bias: Tensor | None
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    block_size: Sequence[int],
+    fmt: str,
+    act_fmt: str | None,
+    bias: Tensor | None,
 ) -> Tensor:
     """``x @ W^T + bias`` with ``W`` given by codes and scales, and ``x`` quantized token-wise to ``act_fmt``.
 
