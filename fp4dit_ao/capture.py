@@ -75,7 +75,7 @@ def capture(model: nn.Module, sample: Mapping[str, Any]) -> GraphModule:
 def _defaults(model: nn.Module) -> dict[str, object]:
     """The constant defaults of ``forward``; the graph is called with ``return_dict=False`` unless told otherwise."""
     parameters = inspect.signature(model.forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if isinstance(p.default, _CONSTANTS)}
+    defaults: dict[str, object] = {p.name: p.default for p in parameters if isinstance(p.default, _CONSTANTS)}
     return defaults | ({"return_dict": False} if "return_dict" in defaults else {})
 
 

@@ -1,6 +1,6 @@
 """``MinifloatTensor``: a weight held as packed low-bit codes and group scales, multiplied without becoming a float weight."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
         dtype: the type this tensor presents itself as, and of ``dequantize()``.
     """
 
-    tensor_data_names = ["qdata", "scale"]
-    tensor_attribute_names = ["block_size", "fmt", "act_fmt", "dtype"]
+    tensor_data_names: ClassVar[list[str]] = ["qdata", "scale"]
+    tensor_attribute_names: ClassVar[list[str]] = ["block_size", "fmt", "act_fmt", "dtype"]
 
     qdata: Tensor
     scale: Tensor
