@@ -134,7 +134,8 @@ def main(
     for i in np.flatnonzero(~right):
         print(f"  {texts[i]!r} looks like {reference.prompts()[nearest(generated[i : i + 1])[0]]!r}")
     if picture is not None:
-        shown = [i * prompts // 32 for i in range(min(32, prompts))]
+        count = min(32, prompts)
+        shown = [i * prompts // count for i in range(count)]
         rows = []
         for start in range(0, len(shown), 16):
             part_shown = shown[start : start + 16]

@@ -2,7 +2,7 @@
 
 Three stages, each resumable (Ctrl-C or kill, then the same command again):
 
-``autoencoder``  64 px pictures to 16 x 16 x 4 latents (L1 + edges + a little KL).
+``autoencoder``  64 px pictures to 16 x 16 x 4 latents (L1 + edges + coarse colours + a little KL).
 ``transformer``  a PixArt diffusion transformer and its T5 text encoder, jointly, v-prediction in latent space.
 ``export``       the exponential averages, in half precision, as a folder that ``PixArtSigmaPipeline`` loads.
 
@@ -43,6 +43,7 @@ Work = Annotated[Path, typer.Option(help="Folder for training state.")]
 
 
 def build_autoencoder() -> AutoencoderKL:
+    """Three levels: 64 px to 16 x 16 latents of 4 channels."""
     return AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=4, sample_size=64, norm_num_groups=16, layers_per_block=1,
         block_out_channels=(32, 64, 128), down_block_types=("DownEncoderBlock2D",) * 3,
@@ -50,12 +51,11 @@ def build_autoencoder() -> AutoencoderKL:
     )  # fmt: skip
 
 
-def build_transformer(width_heads: int = 4, layers: int = 6) -> PixArtTransformer2DModel:
-    width = 64 * width_heads
+def build_transformer() -> PixArtTransformer2DModel:
+    """7 M parameters; every linear layer's input is a multiple of 128 wide, the group size of the paper's weights."""
     model = PixArtTransformer2DModel(
-        num_attention_heads=width_heads, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=layers,
-        cross_attention_dim=width, sample_size=16, patch_size=2, caption_channels=256,
-        use_additional_conditions=False,
+        num_attention_heads=4, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=6,
+        cross_attention_dim=256, sample_size=16, patch_size=2, caption_channels=256, use_additional_conditions=False,
     )  # fmt: skip
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -70,6 +70,7 @@ def build_transformer(width_heads: int = 4, layers: int = 6) -> PixArtTransforme
 
 
 def build_text_encoder(vocabulary: int) -> T5EncoderModel:
+    """Two layers, as wide as the transformer."""
     config = T5Config(
         vocab_size=vocabulary, d_model=256, d_kv=64, d_ff=512, num_layers=2, num_heads=4, dropout_rate=0.0,
         feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
@@ -104,6 +105,7 @@ def load_tokenizer(work: Path, emoji: list[Emoji]) -> PreTrainedTokenizerFast:
 
 
 def scheduler() -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ of second order, as PixArt-Sigma; the transformer is trained on the same noise levels."""
     return DPMSolverMultistepScheduler(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
         prediction_type="v_prediction", algorithm_type="dpmsolver++", solver_order=2,
@@ -200,6 +202,7 @@ def pixels(emoji: list[Emoji]) -> Tensor:
 
 
 def edges(x: Tensor) -> Tensor:
+    """Differences between neighbouring pixels, flattened: what a blurred picture gets wrong."""
     return torch.cat([(x[..., 1:, :] - x[..., :-1, :]).flatten(1), (x[..., 1:] - x[..., :-1]).flatten(1)], 1)
 
 
@@ -257,6 +260,8 @@ def finished_autoencoder(work: Path, images: Tensor) -> AutoencoderKL:
 
 
 class TextToLatent(nn.Module):
+    """Text encoder and transformer as one module, so that they train as one."""
+
     def __init__(self, vocabulary: int):
         super().__init__()
         self.text_encoder = build_text_encoder(vocabulary)
@@ -324,8 +329,7 @@ def draw_history(runs: dict[str, Run], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     for axes, (name, run) in zip(figure.subplots(1, len(runs)), runs.items(), strict=True):
-        steps, losses = zip(*run.history, strict=True)
-        axes.plot(steps, losses, linewidth=1)
+        axes.plot([step for step, _ in run.history], [loss for _, loss in run.history], linewidth=1)
         axes.set(title=f"{name}: {run.step} steps, {run.seconds / 60:.0f} min", xlabel="step", ylabel="loss (smoothed)")
         axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both")
