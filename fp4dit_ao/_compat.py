@@ -1,5 +1,6 @@
 """The one place that touches private torch and torchao API. Tested in tests/test_compat.py against every version we claim."""
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -47,6 +48,28 @@ def input_names(graph: GraphModule) -> list[str]:
     if isinstance(codegen, _PyTreeCodeGen):
         return [name for name in codegen.pytree_info.orig_args if name != "self"]
     return [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+def flat_inputs(graph: GraphModule, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a captured graph's placeholders, by node name, when it is called with ``**sample``.
+
+    Raises:
+        TypeError: ``sample`` does not fit the graph's signature.
+        ValueError: an argument does not have the structure that was captured.
+    """
+    bound = inspect.signature(graph.forward).bind(**sample)
+    bound.apply_defaults()
+    values: list[Any] = list(bound.arguments.values())
+    codegen = graph.graph._codegen
+    if isinstance(codegen, _PyTreeCodeGen):
+        names, spec = codegen.pytree_info.orig_args, codegen.pytree_info.in_spec
+        names = [name for name in names if name != "self"]
+        count = spec.child(0).num_children
+        arguments = [bound.arguments[name] for name in names]
+        keywords = dict(zip(spec.child(1).context, arguments[count:], strict=True))
+        values = spec.flatten_up_to((tuple(arguments[:count]), keywords))
+    placeholders = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+    return dict(zip(placeholders, values, strict=True))
 
 
 def create_buffer_node(model: GraphModule, path: str, value: Tensor) -> Node:

@@ -28,7 +28,9 @@ def full_block(shape: Sequence[int], block_size: Sequence[int]) -> list[int]:
         ValueError: the ranks differ, or a block does not divide its dimension.
     """
     if len(shape) != len(block_size):
-        raise ValueError(f"block_size {list(block_size)} has {len(block_size)} entries for a tensor of rank {len(shape)}")
+        raise ValueError(
+            f"block_size {list(block_size)} has {len(block_size)} entries for a tensor of rank {len(shape)}"
+        )
     full = [size if block == -1 else block for size, block in zip(shape, block_size, strict=True)]
     for dim, (size, block) in enumerate(zip(shape, full, strict=True)):
         if not isinstance(block, torch.SymInt) and not isinstance(size, torch.SymInt) and (block <= 0 or size % block):
@@ -61,9 +63,17 @@ def _expand(scale: Tensor, x: Tensor, block_size: Sequence[int]) -> tuple[Tensor
     blocked, reduce = _blocked(x, block_size)
     expected = _scale_shape(x, block_size)
     if scale.ndim != len(expected):
-        raise ValueError(f"scale of shape {tuple(scale.shape)} does not fit: expected {tuple(expected)} for block_size {list(block_size)}")
+        raise ValueError(
+            f"scale of shape {tuple(scale.shape)} does not fit: expected {tuple(expected)} for block_size {list(block_size)}"
+        )
     shape = [1 if dim in reduce else size for dim, size in enumerate(blocked.shape)]
     return scale.float().reshape(shape), blocked
+
+
+def expand_scale(scale: Tensor, x: Tensor, block_size: Sequence[int]) -> Tensor:
+    """float32 scales, repeated so that every element of ``x`` has its own."""
+    expanded, blocked = _expand(scale, x, block_size)
+    return expanded.expand_as(blocked).reshape(x.shape)
 
 
 def choose_scale(x: Tensor, block_size: Sequence[int], fmt: str, scale_dtype: torch.dtype) -> Tensor:
@@ -85,9 +95,7 @@ def quantize(x: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str) -> T
     return FloatFormat.parse(fmt).encode(blocked.float() / scale).reshape(x.shape)
 
 
-def dequantize(
-    codes: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str, output_dtype: torch.dtype
-) -> Tensor:
+def dequantize(codes: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str, output_dtype: torch.dtype) -> Tensor:
     """``level(codes) * scale`` in ``output_dtype``, shaped like ``codes``; the product is rounded once, from float32."""
     scale, blocked = _expand(scale, codes, block_size)
     return (FloatFormat.parse(fmt).decode(blocked) * scale).to(output_dtype).reshape(codes.shape)

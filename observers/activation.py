@@ -29,6 +29,8 @@ class ActivationObserver(FloatObserver):
         self.register_buffer("gram", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.paused:
+            return x
         if self.fake_quantize:
             return self._fake_quantize(x)
         refuse_non_finite(x, f"calibration data at {self.name}")

@@ -21,15 +21,19 @@ class FloatObserver(ObserverBase):  # type: ignore[misc]
     Attributes:
         fmt: the number format.
         fake_quantize: whether ``forward`` quantizes.
+        paused: whether ``forward`` neither observes nor quantizes.
     """
 
     def __init__(self, fmt: str | FloatFormat, **spec: Any):
         super().__init__(dtype=torch.uint8, is_dynamic=False)
         self.fmt = FloatFormat.parse(fmt) if isinstance(fmt, str) else fmt
         self.fake_quantize = False
+        self.paused = False
 
     def calculate_qparams(self, **kwargs: Any) -> Any:
-        raise RuntimeError(f"{type(self).__name__} emits its own quantize and dequantize nodes; call convert(model, node)")
+        raise RuntimeError(
+            f"{type(self).__name__} emits its own quantize and dequantize nodes; call convert(model, node)"
+        )
 
     def block_size(self, x: Tensor) -> list[int]:
         """torchao's ``block_size`` of a tensor like ``x``, -1 for a whole dimension."""
@@ -42,7 +46,20 @@ class FloatObserver(ObserverBase):  # type: ignore[misc]
     def _quantize_dequantize(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         block_size, fmt = self.block_size(x), str(self.fmt)
         scale = choose_scale(x, block_size, fmt, torch.float32) if scale is None else scale
-        return dequantize(quantize(x, block_size, scale, fmt), block_size, scale, fmt, x.dtype)
+        rounded = dequantize(quantize(x, block_size, scale, fmt), block_size, scale, fmt, x.dtype)
+        return StraightThrough.apply(x, rounded) if x.requires_grad else rounded  # type: ignore[no-untyped-call, no-any-return]
+
+
+class StraightThrough(torch.autograd.Function):
+    """Gives ``rounded`` and passes its gradient to ``x`` unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, None]:
+        return gradients[0], None
 
 
 def refuse_non_finite(x: Tensor, what: str) -> None:
@@ -69,10 +86,14 @@ def add_buffer(model: GraphModule, name: str, value: Tensor) -> Node:
     return _compat.create_buffer_node(model, name, value)
 
 
-def set_fake_quantize(model: nn.Module, weight: bool, activation: bool) -> None:
-    """Switch the observers of a prepared graph between observing (False) and fake quantization (True)."""
+def set_fake_quantize(model: nn.Module, weight: bool, activation: bool, paused: bool = False) -> None:
+    """Switch the observers of a prepared graph between observing (False) and fake quantization (True).
+
+    ``paused`` makes them do neither: the graph then computes the original model, and notes nothing.
+    """
     from fp4dit_ao.observers.weight import WeightObserver
 
     for module in model.modules():
         if isinstance(module, FloatObserver):
             module.fake_quantize = weight if isinstance(module, WeightObserver) else activation
+            module.paused = paused

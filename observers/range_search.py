@@ -40,5 +40,8 @@ def _sum_blocks(x: Tensor, blocks: Sequence[int]) -> Tensor:
     return x.reshape(shape).sum(dim=list(range(1, 2 * len(blocks), 2)))
 
 
-SEARCHES: dict[str, Callable[[Tensor, Sequence[int], FloatFormat, torch.dtype], Tensor]] = {"absmax": absmax, "mse": mse}
+SEARCHES: dict[str, Callable[[Tensor, Sequence[int], FloatFormat, torch.dtype], Tensor]] = {
+    "absmax": absmax,
+    "mse": mse,
+}
 """By the name that ``QuantConfig.weight_search`` uses."""

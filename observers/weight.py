@@ -63,9 +63,13 @@ class WeightObserver(FloatObserver):
             return [1, -1]
         if isinstance(self.granularity, PerTensor):
             return [-1, -1]
-        raise ValueError(f"{self.name}: granularity {self.granularity}; a weight takes PerTensor, PerAxis(0) or PerGroup")
+        raise ValueError(
+            f"{self.name}: granularity {self.granularity}; a weight takes PerTensor, PerAxis(0) or PerGroup"
+        )
 
     def forward(self, weight: Tensor) -> Tensor:
+        if self.paused:
+            return weight
         if self.scale is None:
             refuse_non_finite(weight, f"weight {self.name}")
             self.scale = self._search(weight.detach())
@@ -107,7 +111,9 @@ class WeightObserver(FloatObserver):
         if self.resolved:
             return
         if gram is None:
-            raise RuntimeError(f"{self.name}: choosing a weight format needs data; run calibrate(prepared, samples) first")
+            raise RuntimeError(
+                f"{self.name}: choosing a weight format needs data; run calibrate(prepared, samples) first"
+            )
         best: tuple[float, FloatFormat, Tensor] | None = None
         for candidate in self.candidates:
             self.fmt = candidate

@@ -1,0 +1,132 @@
+"""How far the lowered model is from the converted graph: ``python -m benchmarks.exactness``.
+
+Prints, for each recipe on the reference transformer: the largest error of any lowered linear against float64 on the same
+quantized operands (relative to the sum of magnitudes, the natural unit of float32 rounding); the same for the converted
+graph's own linears; the whole model's difference between the two in one call; and how many of the activation codes
+differ, because a last-bit difference moved a value across a rounding boundary. Writes ``exactness.json`` beside the table.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from fp4dit_ao import FloatFormat, FP4DiTQuantizer, MinifloatTensor, QuantConfig, capture, collect_samples, lower
+from fp4dit_ao.environment import environment
+from fp4dit_ao.ops import choose_scale
+
+_LINEAR = torch.ops.aten.linear.default
+
+
+class Linears(Interpreter):
+    """Runs a graph and keeps every linear's input, weight, bias and output."""
+
+    def __init__(self, graph: GraphModule):
+        super().__init__(graph)
+        self.seen: list[tuple[Tensor, Any, Tensor | None, Tensor]] = []
+
+    def run_node(self, node: Node) -> Any:
+        result = super().run_node(node)
+        if node.target is _LINEAR:
+            x, weight, *rest = self.fetch_args_kwargs_from_env(node)[0]
+            self.seen.append((x, weight, rest[0] if rest else None, result))
+        return result
+
+
+def token_wise(x: Tensor, fmt: str) -> Tensor:
+    """The levels of ``x`` times their token's scale, in float64."""
+    scale = choose_scale(x, [1] * (x.ndim - 1) + [-1], fmt, torch.float32)
+    return FloatFormat.parse(fmt).round(x.float() / scale).double() * scale.double()
+
+
+def error(x_hat: Tensor, w_hat: Tensor, bias: Tensor | None, got: Tensor) -> float:
+    """Largest deviation from the float64 product, over the sum of its terms' magnitudes."""
+    exact = F.linear(x_hat, w_hat, None if bias is None else bias.double())
+    magnitude = F.linear(x_hat.abs(), w_hat.abs(), None if bias is None else bias.double().abs())
+    return float(((got.double() - exact).abs() / magnitude.clamp_min(1e-30)).max())
+
+
+def lowered_errors(seen: list[tuple[Tensor, Any, Tensor | None, Tensor]]) -> Iterator[tuple[float, Tensor]]:
+    for x, weight, bias, got in seen:
+        if isinstance(weight, MinifloatTensor):
+            x_hat = token_wise(x, weight.act_fmt) if weight.act_fmt else x.double()
+            yield error(x_hat, weight.dequantize(torch.float32).double(), bias, got), x_hat
+
+
+@torch.no_grad()
+def measure(recipe: str, transformer: torch.nn.Module, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    graph = capture(transformer, samples[0])
+    prepared = prepare_pt2e(graph, FP4DiTQuantizer().set_global(QuantConfig.from_name(recipe)))
+    for sample in samples:
+        prepared(**sample)
+    converted = convert_pt2e(prepared)
+    lowered = lower(converted)
+    worst, reference_worst, output, moved, codes = 0.0, 0.0, 0.0, 0, 0
+    for sample in samples:
+        inputs = torch.utils._pytree.tree_leaves(([], {k: v for k, v in _bound(graph, sample).items()}))
+        a, b = Linears(lowered), Linears(converted)
+        fast, reference = a.run(*inputs), b.run(*inputs)
+        fast, reference = fast[0], reference[0]
+        output = max(output, float((fast - reference).norm() / reference.norm()))
+        pairs = [pair for pair in zip(a.seen, b.seen, strict=True) if isinstance(pair[0][1], MinifloatTensor)]
+        for (found, x_hat), (_, (x, weight, bias, got)) in zip(lowered_errors([p[0] for p in pairs]), pairs, strict=True):
+            worst = max(worst, found)
+            reference_worst = max(reference_worst, error(x.double(), weight.double(), bias, got))
+            moved += int(((x_hat - x).abs() > 1e-3 * x.abs().amax(-1, keepdim=True)).sum())
+            codes += x.numel()
+    return {
+        "recipe": recipe,
+        "linear": worst,
+        "linear_converted": reference_worst,
+        "model": output,
+        "codes_moved": moved / codes,
+    }
+
+
+def _bound(graph: GraphModule, sample: dict[str, Any]) -> dict[str, Any]:
+    import inspect
+
+    bound = inspect.signature(graph.forward).bind(**sample)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def main(
+    recipes: Annotated[str, typer.Option(help="Comma-separated.")] = "w4a6,w4a6_auto,w4a8,int_w4a6",
+    samples: int = 4,
+    out: Path = Path("benchmarks/results"),
+) -> None:
+    """Measure and print."""
+    from diffusers import PixArtSigmaPipeline
+
+    from fp4dit_ao import reference
+
+    pipe = PixArtSigmaPipeline.from_pretrained(reference.path(), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    data = collect_samples(pipe, reference.prompts()[:8], samples=samples, **reference.generation())
+    rows = [measure(recipe, pipe.transformer, data) for recipe in recipes.split(",")]
+    lines = [
+        "| recipe | lowered linear vs float64 | converted linear vs float64 | whole model, lowered vs converted "
+        "| activation codes that moved |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| `{row['recipe']}` | {row['linear']:.1e} | {row['linear_converted']:.1e} | {row['model']:.1e} "
+            f"| {row['codes_moved']:.4%} |"
+        )
+    print("\n".join(lines))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "exactness.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    (out / "exactness.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

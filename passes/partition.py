@@ -1,0 +1,134 @@
+"""Cut a graph into its transformer blocks, and what lies between them, in topological order."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Graph, GraphModule, Node
+
+from fp4dit_ao.observers import FloatObserver, WeightObserver
+
+_BLOCK = re.compile(r".*\.\d+")
+
+
+@dataclass
+class Segment:
+    """One piece of a graph, callable on its own.
+
+    Attributes:
+        name: fully qualified name of the block, or ``"(glue)"``.
+        graph: shares parameters, buffers and observers with the whole; takes ``inputs``, gives a tuple of ``outputs``.
+        inputs: names of the values it reads: nodes of the whole graph.
+        outputs: names of the values that later segments (or the result) read.
+        dead: names of the values that nothing reads afterwards.
+    """
+
+    name: str
+    graph: GraphModule
+    inputs: list[str]
+    outputs: list[str]
+    dead: list[str]
+
+    @property
+    def observers(self) -> list[tuple[Node, WeightObserver]]:
+        """Its weight observers, with their nodes."""
+        return list(weight_observers(self.graph))
+
+
+def weight_observers(graph: GraphModule) -> Iterator[tuple[Node, WeightObserver]]:
+    """Every weight observer of a prepared graph, with its node."""
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            observer = graph.get_submodule(str(node.target))
+            if isinstance(observer, WeightObserver):
+                yield node, observer
+
+
+def partition(model: GraphModule) -> list[Segment]:
+    """The segments of ``model``; run one after the other they compute what it computes.
+
+    A block is the outermost module with a numbered name (``transformer_blocks.3``) in which a node was traced, read off
+    ``nn_module_stack``, if it holds a weight observer. Without one, or if blocks interleave, the whole graph is one segment.
+    """
+    stages, names = _stages(model)
+    nodes = [node for node in model.graph.nodes if node.op not in ("placeholder", "output")]
+    last = {
+        node: max((stages[user] for user in node.users if user in stages), default=-1) for node in model.graph.nodes
+    }
+    result = {node for node in model.graph.nodes for user in node.users if user.op == "output"}
+    end = max(stages.values(), default=0)
+    segments = []
+    for stage in sorted(set(stages.values())):
+        inside = [node for node in nodes if stages[node] == stage]
+        members = set(inside)
+        inputs = list(dict.fromkeys(a for node in inside for a in node.all_input_nodes if a not in members))
+        outputs = [node for node in inside if last[node] > stage or node in result]
+        dead = [
+            node.name
+            for node in (*inputs, *outputs)
+            if last[node] <= stage and node not in result or stage == end and node not in result
+        ]
+        graph = _extract(model, inside, inputs, outputs)
+        name = names.get(stage, "(glue)")
+        segments.append(Segment(name, graph, [n.name for n in inputs], [n.name for n in outputs], dead))
+    return segments
+
+
+def _stages(model: GraphModule) -> tuple[dict[Node, int], dict[int, str]]:
+    """For every node, the position of its segment: blocks at odd numbers, what lies between at even ones."""
+    labels = _labels(model)
+    order = {name: 2 * i + 1 for i, name in enumerate(dict.fromkeys(label for label in labels.values() if label))}
+    stages: dict[Node, int] = {}
+    for node in model.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        after = max((stages.get(source, 0) for source in node.all_input_nodes), default=0)
+        label = labels.get(node)
+        if label is None:
+            stages[node] = after + after % 2
+        elif after > order[label]:
+            return _one_segment(model)
+        else:
+            stages[node] = order[label]
+    for node in model.graph.nodes:
+        if node.op == "get_attr":
+            stages[node] = min((stages[user] for user in node.users if user in stages), default=0)
+    if not order:
+        return _one_segment(model)
+    return stages, {stage: name for name, stage in order.items()}
+
+
+def _one_segment(model: GraphModule) -> tuple[dict[Node, int], dict[int, str]]:
+    return {node: 1 for node in model.graph.nodes if node.op not in ("placeholder", "output")}, {1: "(model)"}
+
+
+def _labels(model: GraphModule) -> dict[Node, str | None]:
+    """The block of every node, None outside; observers, which torchao inserts without a module stack, go with a user."""
+    labels: dict[Node, str | None] = {}
+    for node in reversed(model.graph.nodes):
+        if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), FloatObserver):
+            labels[node] = next((labels[user] for user in sorted(node.users) if labels.get(user)), None)
+        else:
+            labels[node] = _block_of(node)
+    quantized = {labels[node] for node, _ in weight_observers(model)}
+    ordered = {node: labels[node] for node in model.graph.nodes if node in labels}
+    return {node: label if label in quantized else None for node, label in ordered.items()}
+
+
+def _block_of(node: Node) -> str | None:
+    for name, _ in node.meta.get("nn_module_stack", {}).values():
+        if _BLOCK.fullmatch(name):
+            return str(name)
+    return None
+
+
+def _extract(model: GraphModule, inside: list[Node], inputs: list[Node], outputs: list[Node]) -> GraphModule:
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in inside:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    return GraphModule(model, graph)
