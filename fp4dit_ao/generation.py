@@ -1,0 +1,50 @@
+"""How a pipeline is meant to be called: ``generation.json`` beside its ``model_index.json``."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+FILE = "generation.json"
+
+
+def generation_defaults(folder: str | Path) -> dict[str, Any]:
+    """The keyword arguments in ``folder/generation.json`` (steps, guidance, size, …); ``{}`` if there is no such file.
+
+    Raises:
+        ValueError: the file is not a JSON object.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); repair or delete it") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object of keyword arguments, found {type(data).__name__}")
+    return data
+
+
+def defaults_of(pipe: Any) -> dict[str, Any]:
+    """What :func:`generation_defaults` says of the folder that ``pipe`` was loaded from."""
+    carried = vars(pipe).get("generation_defaults")
+    if isinstance(carried, dict):
+        return dict(carried)
+    source = getattr(pipe, "name_or_path", None) or getattr(pipe, "config", {}).get("_name_or_path")
+    return generation_defaults(source) if source and Path(source).is_dir() else {}
+
+
+def call_arguments(pipe: Any, **call: Any) -> dict[str, Any]:
+    """``call`` on top of the pipeline's own defaults.
+
+    Raises:
+        ValueError: an argument that the pipeline's ``__call__`` does not take.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters.values()
+    accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    unknown = sorted(set(call) - accepted)
+    if unknown:
+        name = type(pipe).__name__
+        raise ValueError(f"{name} takes no argument {', '.join(unknown)}; see help({name}.__call__)")
+    return {name: value for name, value in defaults_of(pipe).items() if name in accepted} | call

@@ -1,0 +1,249 @@
+"""``QuantizedTransformer``: a quantized graph in the place of a pipeline's ``transformer``.
+
+Saved pipelines name this module and class in their ``model_index.json``, and diffusers looks for ``ModelMixin`` beside the
+class: neither may move.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fp4dit_ao import _compat, samples, skeleton
+from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.passes.device import move_to
+from fp4dit_ao.quantizer import Decision
+from fp4dit_ao.tensor import MinifloatTensor
+
+_NOT_CONFIG = ("quantization_config", "_use_default_values", "_name_or_path")
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One row of :meth:`QuantizedTransformer.summary`.
+
+    Attributes:
+        name: fully qualified module name.
+        kind: ``"linear"`` or ``"attention"``.
+        weight: number format of the weight, or its type if it stayed in high precision; None for an attention.
+        activation: number format of the inputs (of q, k and v for an attention); None if they are not quantized.
+        shape: of the weight, (out_features, in_features); None for an attention.
+        bytes: that the weight takes, scales included.
+        quantized: whether anything of the layer is quantized.
+        reason: which rule chose this, or why the layer stayed in high precision.
+    """
+
+    name: str
+    kind: str
+    weight: str | None
+    activation: str | None
+    shape: tuple[int, ...] | None
+    bytes: int
+    quantized: bool
+    reason: str
+
+
+class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """A lowered graph with the config, the plain attributes and the call signature of the model that it was captured from.
+
+    Args:
+        graph: the lowered graph.
+        model: the float model, for its config and attributes; it is not kept.
+        description: of the sample that the graph was captured with (``samples.describe``).
+        decisions: for every linear and attention; see ``skeleton.resolve``.
+        recipe: the config that was asked for.
+        source: name or path of the float model.
+
+    Attributes:
+        graph: the lowered graph, a ``GraphModule``.
+        report: what ``reconstruct`` returned; None if nothing was reconstructed in this process.
+    """
+
+    config_name = "config.json"
+    graph: GraphModule
+
+    def __init__(
+        self,
+        graph: GraphModule,
+        model: nn.Module,
+        description: Any,
+        decisions: Iterable[Decision],
+        recipe: QuantConfig | None = None,
+        source: str | None = None,
+    ):
+        super().__init__()
+        config: Any = model.config
+        own = {key: value for key, value in config.items() if key not in _NOT_CONFIG}
+        self._internal_dict = FrozenDict(own | {"_class_name": type(model).__name__})
+        # pipelines read plain numbers off their transformer, such as Hunyuan-DiT's num_heads
+        for name, value in vars(model).items():
+            if isinstance(value, bool | int | float | str) and not name.startswith("_") and name not in ("training", "report"):
+                setattr(self, name, value)
+        self.graph = graph
+        self.description = description
+        self.decisions = list(decisions)
+        self.recipe = recipe
+        self.source = source
+        self.report: Any = None
+        self._compile = False
+        self._ready: tuple[GraphModule, torch.device] | None = None
+        self.eval()
+
+    # --- calls -------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the float model's ``forward`` takes; returns ``Transformer2DModelOutput``, or a tuple if ``return_dict=False``.
+
+        Raises:
+            ValueError: an argument that the captured graph cannot honour: unknown, of another rank, or not the constant that
+                was captured.
+        """
+        names = _compat.input_names(self.graph)
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        return_dict = arguments.pop("return_dict", True)
+        if not torch.compiler.is_compiling():
+            if len(args) > len(names):
+                raise ValueError(f"{self._class} takes {len(names)} arguments, found {len(args)}")
+            self._check(names, arguments)
+            self._prepare(next(x.device for _, x in samples.tensors(arguments)))
+        output = self._run(**arguments)
+        return Transformer2DModelOutput(sample=output[0]) if return_dict else output
+
+    @property
+    def _class(self) -> str:
+        return str(self.config["_class_name"])
+
+    def _check(self, names: list[str], arguments: dict[str, Any]) -> None:
+        unknown = sorted(set(arguments) - set(names))
+        if unknown:
+            raise ValueError(f"quantized {self._class}: no argument {', '.join(unknown)}; it takes {', '.join(names)}")
+        for name, captured in self.description["dict"].items():
+            if name in names and name != "return_dict":
+                wrong = samples.difference(captured, arguments.get(name), name)
+                if wrong:
+                    raise ValueError(f"quantized {self._class}: {wrong}; quantize again with a call like this one to change it")
+
+    def _prepare(self, device: torch.device) -> None:
+        """Bring the graph's own device constants to where the inputs are, and compile if asked."""
+        if self._ready is not None and self._ready[0] is self.graph and self._ready[1] == device:
+            return
+        move_to(self.graph, device)
+        run = torch.compile(self.graph, dynamic=True, fullgraph=True) if self._compile else self.graph
+        object.__setattr__(self, "_run", run)  # not as a submodule: its tensors are the graph's
+        self._ready = (self.graph, device)
+
+    def compile_graph(self, on: bool = True) -> "QuantizedTransformer":
+        """Run the graph under ``torch.compile(dynamic=True, fullgraph=True)`` from the next call on (or no longer)."""
+        self._compile, self._ready = on, None
+        return self
+
+    # --- placement ---------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the unquantized tensors."""
+        return next((p.dtype for p in self.graph.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return next((x.device for x in (*self.graph.parameters(), *self.graph.buffers())), torch.device("cpu"))
+
+    def to(self, *args: Any, **kwargs: Any) -> "QuantizedTransformer":
+        """Move to a device, or to another floating-point type for everything that is not quantized.
+
+        Types are part of a captured graph, so another type captures the graph anew (seconds); codes and scales stay.
+        """
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and dtype != self.dtype:
+            self._recapture(dtype)
+        if device is not None:
+            super().to(device)
+        return self
+
+    def half(self, *args: Any) -> "QuantizedTransformer":
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> "QuantizedTransformer":
+        return self.to(torch.bfloat16)
+
+    def float(self, *args: Any) -> "QuantizedTransformer":
+        return self.to(torch.float32)
+
+    def _recapture(self, dtype: torch.dtype) -> None:
+        from fp4dit_ao.checkpoint import empty_model
+
+        stored: dict[str, Tensor] = {}
+        for name, x in skeleton.state_of(self.graph).items():
+            quantized = isinstance(x, MinifloatTensor)
+            parts = skeleton.flatten(name, x.detach())
+            stored |= {k: v.to(dtype) if v.is_floating_point() and not quantized else v for k, v in parts.items()}
+        graph = skeleton.build(empty_model(dict(self.config)), self.description, self.decisions, dtype)
+        skeleton.fill(graph, stored)
+        self.graph = graph
+
+    # --- what it is made of ------------------------------------------------------------------------------------------
+
+    def summary(self) -> list[LayerSummary]:
+        """One row per linear and attention of the graph."""
+        weights = dict(self.graph.named_parameters())
+        rows = []
+        for decision in self.decisions:
+            config = decision.config
+            if decision.kind == "attention":
+                fmt = config.attention if config else None
+                rows.append(LayerSummary(decision.name, "attention", None, fmt, None, 0, fmt is not None, decision.reason))
+                continue
+            weight = weights.get(f"{decision.name}.weight")
+            shape = tuple(weight.shape) if weight is not None else None
+            size = sum(x.nbytes for x in skeleton.flatten("", weight.detach()).values()) if weight is not None else 0
+            kept = str(weight.dtype).removeprefix("torch.") if weight is not None else None
+            name = config.weight if config else kept
+            activation = config.activation if config else None
+            quantized = config is not None
+            rows.append(LayerSummary(decision.name, "linear", name, activation, shape, size, quantized, decision.reason))
+        return rows
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor that the graph reads."""
+        state = skeleton.state_of(self.graph)
+        return sum(part.nbytes for name, x in state.items() for part in skeleton.flatten(name, x.detach()).values())
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True) -> None:
+        """Write ``config.json`` and one safetensors file into a folder; see :func:`fp4dit_ao.checkpoint.save`.
+
+        Raises:
+            ValueError: ``safe_serialization=False``: nothing is pickled.
+            OSError: the folder cannot be written.
+        """
+        from fp4dit_ao.checkpoint import save
+
+        if not safe_serialization:
+            raise ValueError("a quantized transformer is saved as safetensors only; leave safe_serialization=True")
+        save(self, save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> "QuantizedTransformer":
+        """What :meth:`save_pretrained` wrote, in ``dtype`` (or ``torch_dtype``), which is as saved if None.
+
+        Other arguments of diffusers' ``from_pretrained`` but ``subfolder`` have no effect here.
+
+        Raises:
+            ValueError: the folder holds something else, or is damaged; see :func:`fp4dit_ao.checkpoint.load`.
+        """
+        from fp4dit_ao.checkpoint import load
+
+        model = load(Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or ""))
+        dtype = dtype or kwargs.get("torch_dtype")
+        return model.to(dtype) if isinstance(dtype, torch.dtype) else model
+

@@ -1,0 +1,125 @@
+"""A sample is the keyword arguments of one ``forward``: tensors, constants, and dicts, lists and tuples of them.
+
+Here they are turned into JSON (with the tensors kept apart, or described by shape and type) and back.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+def encode(value: Any, tensor: Callable[[Tensor], Any], where: str = "sample") -> Any:
+    """``value`` as JSON: ``{"tensor": tensor(x)}``, ``{"constant": …}``, ``{"dict": {…}}``, ``{"list": […]}`` or ``"tuple"``.
+
+    Args:
+        value: a tree of tensors and constants.
+        tensor: what stands for a tensor.
+        where: the name of ``value``, for the message.
+
+    Raises:
+        ValueError: something that is neither; it says where.
+    """
+    if isinstance(value, Tensor):
+        return {"tensor": tensor(value)}
+    if isinstance(value, _CONSTANTS):
+        return {"constant": value}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: encode(item, tensor, f"{where}.{key}") for key, item in value.items()}}
+    if isinstance(value, list | tuple):
+        items = [encode(item, tensor, f"{where}[{i}]") for i, item in enumerate(value)]
+        return {"list" if isinstance(value, list) else "tuple": items}
+    raise ValueError(f"{where} is a {type(value).__name__}; a sample holds tensors, numbers, strings, None, dicts and lists")
+
+
+def decode(data: Any, tensor: Callable[[Any], Tensor]) -> Any:
+    """The inverse of :func:`encode`; ``tensor`` makes a tensor of what stands for it.
+
+    Raises:
+        ValueError: not something that ``encode`` wrote.
+    """
+    if not isinstance(data, dict) or len(data) != 1:
+        raise ValueError(f"not the description of a sample: {str(data)[:60]}")
+    ((kind, value),) = data.items()
+    if kind == "tensor":
+        return tensor(value)
+    if kind == "constant":
+        return value
+    if kind == "dict":
+        return {key: decode(item, tensor) for key, item in value.items()}
+    if kind in ("list", "tuple"):
+        items = [decode(item, tensor) for item in value]
+        return items if kind == "list" else tuple(items)
+    raise ValueError(f"not the description of a sample: unknown kind {kind!r}")
+
+
+def describe(sample: Mapping[str, Any]) -> Any:
+    """``sample`` as JSON with shapes and types in place of the tensors."""
+    return encode(sample, lambda x: {"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")})
+
+
+def empty_like(description: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """A sample of uninitialised tensors that fits ``description`` (see :func:`describe`).
+
+    Args:
+        description: what :func:`describe` returned.
+        dtype: replaces the type of every floating-point tensor.
+    """
+
+    def tensor(spec: dict[str, Any]) -> Tensor:
+        own: torch.dtype = getattr(torch, spec["dtype"])
+        return torch.empty(spec["shape"], dtype=dtype if dtype is not None and own.is_floating_point else own)
+
+    sample = decode(description, tensor)
+    if not isinstance(sample, dict):
+        raise ValueError("not the description of a sample: a dict of keyword arguments is expected")
+    return sample
+
+
+def tensors(value: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a sample, with its dotted name."""
+    if isinstance(value, Tensor):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from tensors(item, f"{where}[{i}]")
+
+
+def difference(description: Any, value: Any, where: str) -> str | None:
+    """Why ``value`` cannot take the place that ``description`` describes in a captured graph; None if it can.
+
+    Tensors may differ in their sizes, but not in rank; constants are part of the graph and may not differ at all.
+    """
+    ((kind, spec),) = description.items()
+    if kind == "tensor":
+        if not isinstance(value, Tensor):
+            return f"{where} must be a tensor, found {_brief(value)}"
+        if value.ndim != len(spec["shape"]):
+            return f"{where} must have {len(spec['shape'])} dimensions, found shape {tuple(value.shape)}"
+        return None
+    if kind == "constant":
+        same = type(value) is type(spec) and value == spec
+        return None if same else f"{where} is fixed to {spec!r}, found {_brief(value)}"
+    if kind == "dict":
+        if not isinstance(value, Mapping) or set(value) != set(spec):
+            return f"{where} must be a dict with keys {', '.join(spec)}, found {_brief(value)}"
+        pairs = [(spec[key], value[key], f"{where}.{key}") for key in spec]
+    else:
+        if not isinstance(value, list | tuple) or len(value) != len(spec):
+            return f"{where} must hold {len(spec)} items, found {_brief(value)}"
+        pairs = [(item, value[i], f"{where}[{i}]") for i, item in enumerate(spec)]
+    return next((found for pair in pairs if (found := difference(*pair)) is not None), None)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a dict with keys {', '.join(map(str, value)) or '(none)'}"
+    return repr(value)[:80]

@@ -1,0 +1,175 @@
+"""A quantized graph without its weights: built anew from a model's config, so that nothing needs to be unpickled.
+
+Capture, annotate, convert and lower run on fake tensors (shapes and types, no memory), by the same code that made the graph
+in the first place; then stored codes, scales and float tensors take the fake ones' places. The cost is one ``torch.export``.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from fp4dit_ao import samples
+from fp4dit_ao.capture import capture
+from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.observers import StaticActivationObserver, WeightObserver
+from fp4dit_ao.observers.weight import weight_of
+from fp4dit_ao.ops import full_block
+from fp4dit_ao.passes.lower import lower
+from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer
+from fp4dit_ao.tensor import MinifloatTensor
+
+_DEVICE = torch.device("cpu")
+
+
+def resolve(decisions: Iterable[Decision], graph: GraphModule) -> list[Decision]:
+    """The decisions with configs that no longer depend on data or on the graph around a layer.
+
+    Args:
+        decisions: of the quantizer that annotated the graph.
+        graph: the lowered graph; a weight format that was searched for is read off its tensors.
+    """
+    weights = dict(graph.named_parameters())
+    resolved = []
+    for decision in decisions:
+        config = decision.config
+        if config is not None:
+            weight = weights.get(f"{decision.name}.weight")
+            fmt = weight.fmt if isinstance(weight, MinifloatTensor) else config.weight
+            fmt = fmt if decision.kind == "linear" else None
+            config = dataclasses.replace(config, weight=fmt, weight_candidates=(), pre_gelu_weight=None)
+        resolved.append(dataclasses.replace(decision, config=config))
+    return resolved
+
+
+def _rules(decisions: Iterable[Decision]) -> dict[str, QuantConfig | None]:
+    """One config a module; where a module is an attention and owns weights, its linear's config also says what q, k, v do."""
+    rules: dict[str, QuantConfig | None] = {}
+    for decision in sorted(decisions, key=lambda d: d.kind == "linear"):
+        rules[decision.name] = decision.config or rules.get(decision.name)
+    return rules
+
+
+def build(
+    model: nn.Module,
+    description: Any,
+    decisions: Iterable[Decision],
+    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> GraphModule:
+    """The lowered graph of ``model``, all of fake tensors.
+
+    Args:
+        model: the float model, on the meta device; its tensors are replaced.
+        description: of the sample it is captured with (``samples.describe``).
+        decisions: for every linear and attention, as :func:`resolve` left them.
+        dtype: of the model, and of the sample's floating-point tensors.
+        dtypes: of tensors that have another type, by name.
+
+    Raises:
+        ValueError: the decisions or the sample are not those of this model.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _fake(model, mode, dtypes or {}, dtype)
+    quantizer = FP4DiTQuantizer()
+    for name, config in _rules(decisions).items():
+        quantizer.set_module_name(name, config)
+    with mode, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # copying fake tensors warns about data pointers that nobody reads
+        graph = capture(model, samples.empty_like(description, dtype))
+        prepared = prepare_pt2e(graph, quantizer)
+        _pretend_calibrated(prepared)
+        lowered: GraphModule = lower(convert_pt2e(prepared))
+    return lowered
+
+
+def _fake(model: nn.Module, mode: FakeTensorMode, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype) -> None:
+    for prefix, module in model.named_modules():
+        for slots in (module._parameters, module._buffers):
+            for leaf, x in slots.items():
+                if x is None:
+                    continue
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                own = dtypes.get(name, dtype if x.is_floating_point() else x.dtype)
+                fake = FakeTensor(mode, torch.empty_like(x, device="meta", dtype=own), _DEVICE)
+                slots[leaf] = nn.Parameter(fake, requires_grad=False) if isinstance(x, nn.Parameter) else fake
+
+
+def _pretend_calibrated(prepared: GraphModule) -> None:
+    """Give every observer codes and scales of the right shape, so that converting computes nothing from weights."""
+    for node in prepared.graph.nodes:
+        observer = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(observer, WeightObserver):
+            weight = weight_of(prepared, node)
+            blocks = [n // b for n, b in zip(weight.shape, full_block(weight.shape, observer.block_size(weight)), strict=True)]
+            observer.scale = torch.empty(blocks, dtype=observer.scale_dtype)
+            observer.codes = torch.empty(weight.shape, dtype=torch.uint8)
+        elif isinstance(observer, StaticActivationObserver):
+            observer.scale = lambda rank: torch.empty([1] * rank)  # type: ignore[method-assign]
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def state_of(graph: GraphModule) -> dict[str, Tensor]:
+    """Every tensor that the graph reads, by name: parameters, buffers and constants."""
+    names = dict.fromkeys(str(node.target) for node in graph.graph.nodes if node.op == "get_attr")
+    return {name: value for name in names if isinstance(value := _get(graph, name), Tensor)}
+
+
+def flatten(name: str, x: Tensor) -> dict[str, Tensor]:
+    """The plain tensors that ``x`` is made of: itself, or ``name.qdata`` and ``name.scale``."""
+    if not isinstance(x, MinifloatTensor):
+        return {name: x}
+    return {f"{name}.{part}": getattr(x, part) for part in MinifloatTensor.tensor_data_names}
+
+
+def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
+    """Put stored tensors in the places of the fake ones.
+
+    Args:
+        graph: from :func:`build`; changed.
+        stored: plain tensors, as :func:`flatten` named them.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or has another shape or type than the graph's.
+    """
+    places = state_of(graph)
+    expected = {part: y for name, x in places.items() for part, y in flatten(name, x).items()}
+    missing, unknown = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
+    if missing or unknown:
+        wrong = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}, which the model does not have"
+        raise ValueError(f"it {wrong} ({len(missing)} missing and {len(unknown)} unknown tensors)")
+    for part, y in expected.items():
+        found = stored[part]
+        if found.shape != y.shape or found.dtype != y.dtype:
+            raise ValueError(
+                f"{part} is {tuple(found.shape)} of {found.dtype}, where the model has {tuple(y.shape)} of {y.dtype}"
+            )
+    for name, x in places.items():
+        value = stored.get(name)
+        if isinstance(x, MinifloatTensor):
+            data: list[Any] = [stored[f"{name}.{part}"] for part in MinifloatTensor.tensor_data_names]
+            value = MinifloatTensor(*data, *(getattr(x, attribute) for attribute in MinifloatTensor.tensor_attribute_names))
+        assert value is not None
+        _set(graph, name, value)
+
+
+def _get(root: nn.Module, path: str) -> Any:
+    parent, _, leaf = path.rpartition(".")
+    return getattr(root.get_submodule(parent), leaf)
+
+
+def _set(root: nn.Module, path: str, value: Tensor) -> None:
+    parent, _, leaf = path.rpartition(".")
+    owner = root.get_submodule(parent)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value
