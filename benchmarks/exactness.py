@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from fp4dit_ao import FloatFormat, FP4DiTQuantizer, MinifloatTensor, QuantConfig, capture, collect_samples, lower
+from fp4dit_ao import (
+    FloatFormat,
+    FP4DiTQuantizer,
+    MinifloatTensor,
+    QuantConfig,
+    _compat,
+    capture,
+    collect_samples,
+    lower,
+)
 from fp4dit_ao.environment import environment
 from fp4dit_ao.ops import choose_scale
 
@@ -70,13 +79,15 @@ def measure(recipe: str, transformer: torch.nn.Module, samples: list[dict[str, A
     lowered = lower(converted)
     worst, reference_worst, output, moved, codes = 0.0, 0.0, 0.0, 0, 0
     for sample in samples:
-        inputs = torch.utils._pytree.tree_leaves(([], {k: v for k, v in _bound(graph, sample).items()}))
+        inputs = _compat.flat_inputs(graph, sample).values()
         a, b = Linears(lowered), Linears(converted)
         fast, reference = a.run(*inputs), b.run(*inputs)
         fast, reference = fast[0], reference[0]
         output = max(output, float((fast - reference).norm() / reference.norm()))
         pairs = [pair for pair in zip(a.seen, b.seen, strict=True) if isinstance(pair[0][1], MinifloatTensor)]
-        for (found, x_hat), (_, (x, weight, bias, got)) in zip(lowered_errors([p[0] for p in pairs]), pairs, strict=True):
+        for (found, x_hat), (_, (x, weight, bias, got)) in zip(
+            lowered_errors([p[0] for p in pairs]), pairs, strict=True
+        ):
             worst = max(worst, found)
             reference_worst = max(reference_worst, error(x.double(), weight.double(), bias, got))
             moved += int(((x_hat - x).abs() > 1e-3 * x.abs().amax(-1, keepdim=True)).sum())
@@ -88,14 +99,6 @@ def measure(recipe: str, transformer: torch.nn.Module, samples: list[dict[str, A
         "model": output,
         "codes_moved": moved / codes,
     }
-
-
-def _bound(graph: GraphModule, sample: dict[str, Any]) -> dict[str, Any]:
-    import inspect
-
-    bound = inspect.signature(graph.forward).bind(**sample)
-    bound.apply_defaults()
-    return dict(bound.arguments)
 
 
 def main(

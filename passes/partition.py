@@ -64,9 +64,7 @@ def partition(model: GraphModule) -> list[Segment]:
         inputs = list(dict.fromkeys(a for node in inside for a in node.all_input_nodes if a not in members))
         outputs = [node for node in inside if last[node] > stage or node in result]
         dead = [
-            node.name
-            for node in (*inputs, *outputs)
-            if last[node] <= stage and node not in result or stage == end and node not in result
+            node.name for node in (*inputs, *outputs) if node not in result and (last[node] <= stage or stage == end)
         ]
         graph = _extract(model, inside, inputs, outputs)
         name = names.get(stage, "(glue)")

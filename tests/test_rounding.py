@@ -1,0 +1,132 @@
+"""Learned rounding: both candidates are codes of the format, and the gradients are those of the paper's theorems."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchao.quantization.granularity import PerGroup, PerTensor
+
+from fp4dit_ao import FloatFormat
+from fp4dit_ao.observers import WeightObserver
+from fp4dit_ao.passes.rounding import RULES, SHIFT, STRETCH, AdaRound, ScaleAwareAdaRound
+
+FORMATS = ["e2m1", "e3m0", "e1m2", "int4", "e2m3", "e3m2", "e3m4", "e4m3fn", "e1m1", "e2m0", "int8"]
+
+
+def rule(weight: torch.Tensor, fmt: str, kind: type[AdaRound] = AdaRound, group: int | None = None) -> AdaRound:
+    observer = WeightObserver(fmt, PerGroup(group) if group else PerTensor())
+    observer(weight)
+    return kind(weight, observer)
+
+
+def dense(fmt: str) -> torch.Tensor:
+    """Every level, every midpoint, and points close beside both, with the largest level on absmax."""
+    lattice = FloatFormat.parse(fmt).lattice.double()
+    points = torch.cat([lattice, (lattice[1:] + lattice[:-1]) / 2])
+    near = torch.cat([points * (1 + e) for e in (0, 1e-6, -1e-6, 1e-2, -1e-2)])
+    return near.clamp(lattice[0], lattice[-1]).float()[None]
+
+
+@pytest.mark.parametrize("kind", RULES.values())
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_both_candidates_are_levels_that_enclose_the_weight(fmt, kind) -> None:
+    weight = dense(fmt)
+    rounding = rule(weight, fmt, kind)
+    lattice = set(FloatFormat.parse(fmt).lattice.tolist())
+    y = weight / rounding.scale
+    up = (rounding.low + rounding.step).clamp(max=rounding.lattice_max)
+    assert set(rounding.low.flatten().tolist()) <= lattice
+    assert set(up.flatten().tolist()) <= lattice
+    assert (rounding.low <= y).all()
+    assert (y <= up).all()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_it_starts_at_the_weight_and_hardens_to_nearest(fmt) -> None:
+    """The gate's initial value puts the soft weight on the original; hard, it is a nearest level."""
+    weight = dense(fmt)
+    rounding = rule(weight, fmt)
+    assert torch.allclose(rounding(weight), weight, rtol=1e-5, atol=1e-5 * float(weight.abs().max()))
+    hard = rounding.hard_levels()
+    y = weight / rounding.scale
+    nearest = FloatFormat.parse(fmt).round(y)
+    assert torch.allclose((hard - y).abs(), (nearest - y).abs(), rtol=1e-4, atol=1e-4)
+
+
+@given(
+    st.sampled_from(FORMATS),
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=8, max_size=8),
+    st.lists(st.floats(-50, 50, width=32), min_size=8, max_size=8),
+)
+@settings(max_examples=150, deadline=None)
+def test_whatever_is_learned_is_a_code(fmt, values, logits) -> None:
+    weight = torch.tensor([values])
+    for kind in RULES.values():
+        rounding = rule(weight, fmt, kind, group=4)
+        with torch.no_grad():
+            rounding.alpha.copy_(torch.tensor([logits]) * rounding.unit)
+        levels = rounding.hard_levels()
+        format_ = FloatFormat.parse(fmt)
+        assert torch.equal(format_.decode(format_.encode(levels)), levels)
+        assert torch.isfinite(rounding(weight)).all()
+        assert 0 <= rounding.regularizer(20.0).item() <= 1 + 1e-6
+
+
+def gradients(kind: type[AdaRound]) -> tuple[torch.Tensor, torch.Tensor, AdaRound]:
+    """(dL/dalpha, dL/dw^) of a random linear loss."""
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    rounding = rule(weight, "e2m1", kind, group=16)
+    outer = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    (rounding(weight) * outer).sum().backward()
+    assert rounding.alpha.grad is not None
+    return rounding.alpha.grad, outer, rounding
+
+
+def slope(rounding: AdaRound) -> torch.Tensor:
+    """h'(v) of a gate that is not clipped."""
+    v = (rounding.alpha / rounding.unit).detach()
+    sigmoid = torch.sigmoid(v)
+    return STRETCH * sigmoid * (1 - sigmoid)
+
+
+def inside(rounding: AdaRound) -> torch.Tensor:
+    """Weights that do not stand on a level, where the gate's clip makes the gradient a matter of the last bit."""
+    return (rounding.gate().detach() - 0.5).abs() < 0.4999
+
+
+def test_theorem_1_plain_gradients_carry_the_step() -> None:
+    gradient, outer, rounding = gradients(AdaRound)
+    expected = rounding.scale * rounding.step * outer * slope(rounding)
+    free = inside(rounding)
+    assert free.float().mean() > 0.9
+    assert torch.allclose(gradient[free], expected[free], atol=1e-6)
+
+
+def test_theorem_2_scale_aware_gradients_do_not() -> None:
+    gradient, outer, rounding = gradients(ScaleAwareAdaRound)
+    free = inside(rounding)
+    assert torch.allclose(gradient[free], (outer * slope(rounding))[free], atol=1e-6)
+
+
+@pytest.mark.parametrize(("fmt", "same"), [("int4", True), ("e1m2", True), ("e2m1", False)])
+def test_under_adam_weights_move_alike_only_if_scale_aware(fmt, same) -> None:
+    """One Adam step moves every logit by lr (plain) or by lr / step (scale-aware): equal where steps are."""
+    weight = torch.linspace(-0.99, 0.99, 64)[None]
+    moves = []
+    for kind in RULES.values():
+        rounding = rule(weight, fmt, kind)
+        optimizer = torch.optim.Adam([rounding.alpha], lr=rounding.learning_rate(1e-3), eps=1e-20)
+        before = (rounding.alpha / rounding.unit).detach().clone()
+        rounding(weight).sum().backward()
+        optimizer.step()
+        moves.append(((rounding.alpha / rounding.unit).detach() - before).abs())
+    moved = (moves[0] > 0) & (moves[1] > 0)
+    assert moved.sum() > 10
+    assert torch.allclose(moves[0][moved], moves[1][moved], rtol=1e-2) is same
+
+
+def test_half_precision_weights_round_in_float32() -> None:
+    weight = torch.randn(4, 32).to(torch.bfloat16)
+    rounding = rule(weight, "e2m1", ScaleAwareAdaRound, group=16)
+    assert rounding(weight).dtype == torch.bfloat16
+    assert rounding.alpha.dtype == torch.float32
