@@ -1,0 +1,206 @@
+"""How much quality each recipe costs, on the pipeline that ships: ``python benchmarks/quality.py``.
+
+Prints the table of the README and writes ``benchmarks/results/quality.{md,json}``. Every row is quantized with the same
+calibration samples, generates the same prompts with the same seeds, and is judged image by image against full precision.
+A finished row is kept in the work folder: a run that is killed resumes at the row where it was.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import typer
+
+from fp4dit_ao import AdaRoundConfig, QuantConfig, models, quantize_pipeline, reference
+from fp4dit_ao.config import RECIPES
+from fp4dit_ao.evaluate import Comparison, Evaluation, Fidelity, timed_generate, write_text
+from fp4dit_ao.metrics import Images
+
+Rounding = Literal["nearest", "plain", "scale-aware"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    label: str
+    config: QuantConfig | None = None
+    rounding: Rounding = "nearest"
+    batch_size: int | None = None
+    """Other than the run's, for the floor below which a difference means nothing."""
+
+
+W4A6, INT = RECIPES["w4a6"](), RECIPES["int_w4a6"]()
+E2M1, AUTO = RECIPES["w4a6_e2m1"](), RECIPES["w4a6_auto"]()
+STATIC, W4A8 = RECIPES["w4a6_static"](), RECIPES["w4a8"]()
+
+ROWS: dict[str, Row] = {
+    "full": Row("full precision"),
+    "floor": Row("full precision, other batch size", batch_size=20),
+    "int-nearest": Row("INT4/INT6, nearest", INT),
+    "int-adaround": Row("INT4/INT6, AdaRound", INT, "plain"),
+    "w4a6-nearest": Row("W4A6, nearest", W4A6),
+    "w4a6-plain": Row("W4A6, plain AdaRound", W4A6, "plain"),
+    "w4a6": Row("W4A6, scale-aware AdaRound", W4A6, "scale-aware"),
+    "e2m1-nearest": Row("W4A6 without E3M0, nearest", E2M1),
+    "e2m1": Row("W4A6 without E3M0, scale-aware", E2M1, "scale-aware"),
+    "auto-nearest": Row("W4A6 auto, nearest", AUTO),
+    "auto": Row("W4A6 auto, scale-aware", AUTO, "scale-aware"),
+    "static-nearest": Row("W4A6 static per tensor, nearest", STATIC),
+    "static": Row("W4A6 static per tensor, scale-aware", STATIC, "scale-aware"),
+    "w4a8-nearest": Row("W4A8, nearest", W4A8),
+    "w4a8": Row("W4A8, scale-aware", W4A8, "scale-aware"),
+}
+"""The table of the README."""
+
+WHY: dict[str, Row] = {
+    "only-e2m1": Row("weights E2M1 alone", replace(E2M1, activation=None, attention=None)),
+    "only-e3m0-gelu": Row("weights E2M1, E3M0 before GELU, alone", replace(W4A6, activation=None, attention=None)),
+    "only-e1m2": Row("weights E1M2 alone", replace(E2M1, weight="e1m2", activation=None, attention=None)),
+    "only-int4": Row("weights INT4 alone", replace(INT, activation=None, attention=None)),
+    "auto-mse": Row("W4A6 auto, scales searched, nearest", replace(AUTO, weight_search="mse")),
+    "e2m3": Row("INT4 weights, E2M3 activations", replace(INT, activation="e2m3", attention="e2m3")),
+    "int6": Row("E2M1 weights, INT6 activations", replace(E2M1, activation="int6", attention="int6")),
+}
+"""What explains the table: weights alone, and formats of weights and activations exchanged."""
+
+PAIRS = [
+    ("w4a6-nearest", "int-nearest"), ("int-adaround", "int-nearest"), ("w4a6-plain", "w4a6-nearest"),
+    ("w4a6", "w4a6-nearest"), ("w4a6", "w4a6-plain"), ("w4a6", "int-adaround"), ("e2m1-nearest", "w4a6-nearest"),
+    ("e2m1", "w4a6"), ("auto-nearest", "w4a6-nearest"), ("auto", "w4a6"), ("auto", "int-adaround"),
+    ("w4a6-nearest", "static-nearest"), ("w4a6", "static"), ("w4a8-nearest", "w4a6-nearest"), ("w4a8", "w4a6"),
+    ("e2m3", "int-nearest"), ("int6", "e2m1-nearest"), ("only-e2m1", "only-e3m0-gelu"), ("only-e2m1", "only-int4"),
+]  # fmt: skip
+"""Paired differences worth printing: the same images, so much narrower intervals than those of two rows."""
+
+
+class Run:
+    """One table in the making; everything finished is in ``work``.
+
+    Raises:
+        ValueError: the folder holds rows of other settings.
+    """
+
+    def __init__(
+        self, work: Path, prompts: int, seeds: int, steps: int, iters: int, samples: int, batch_size: int, compile: bool
+    ):
+        self.work, self.batch_size, self.compile = work, batch_size, compile
+        self.seeds, self.iters, self.samples = range(seeds), iters, samples
+        self.call: dict[str, Any] = {"num_inference_steps": steps}
+        self.indices = models.reference_indices(prompts)
+        self.texts = [reference.prompts()[index] for index in self.indices]
+        weights = reference.path() / "transformer" / "diffusion_pytorch_model.safetensors"
+        self.settings: dict[str, Any] = {
+            "prompts": prompts, "seeds": seeds, "steps": steps, "iterations": iters, "calibration samples": samples,
+            "batch size": batch_size,
+        }  # fmt: skip
+        stamp = self.settings | {"transformer": checksum(weights)}
+        work.mkdir(parents=True, exist_ok=True)
+        if (work / "settings.json").exists():
+            if json.loads((work / "settings.json").read_text(encoding="utf-8")) != stamp:
+                raise ValueError(
+                    f"{work} holds rows of other settings or another model; name another --work folder or delete it"
+                )
+        else:
+            write_text(work / "settings.json", json.dumps(stamp, indent=1))
+        self.pipe = models.open_pipeline(models.REFERENCE, "cpu")
+        self.calibration = [reference.prompts()[index] for index in models.reference_indices(64)]
+
+    def row(self, key: str) -> Fidelity:
+        """The finished row, made now if it is not in the work folder."""
+        path = self.work / f"{key}.json"
+        if path.exists():
+            return Fidelity.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        row = (ROWS | WHY)[key]
+        start = time.perf_counter()
+        pipe = self.pipe if row.config is None else self.quantized(key, row)
+        prepared = time.perf_counter() - start
+        if row.config is not None and self.compile:  # compile outside of what is timed
+            timed_generate(pipe, self.texts[:2], [0], progress=None, num_inference_steps=2)
+        batch_size = row.batch_size or self.batch_size
+        images, seconds = timed_generate(
+            pipe, self.texts, self.seeds, batch_size=batch_size, progress=row.label, **self.call
+        )
+        np.savez_compressed(self.work / f"{key}.npz", images=images)
+        size, bits = models.size_at_16_bits(pipe.transformer)
+        notes = {"bits / weight": f"{bits:.2f}", "MB": f"{size / 1e6:.1f}"}
+        notes["quantize, s"] = "" if row.config is None else f"{prepared:.0f}"
+        fidelity = Fidelity.of(row.label, images, self.originals(images, key), self.indices, seconds, notes)
+        write_text(path, json.dumps(fidelity.to_dict()))
+        shutil.rmtree(self.work / "blocks" / key, ignore_errors=True)
+        return fidelity
+
+    def originals(self, images: Images, key: str) -> Images:
+        if key == "full":
+            return images
+        stored: Images = np.load(self.work / "full.npz")["images"]
+        return stored
+
+    def quantized(self, key: str, row: Row) -> Any:
+        """The compiled pipeline of a row; what reconstruction reports goes into the work folder."""
+        assert row.config is not None
+        pipe = quantize_pipeline(
+            self.pipe, row.config, prompts=self.calibration, samples=self.samples, cache_dir=self.work / "samples",
+            rounding="nearest" if row.rounding == "nearest" else "adaround",
+            adaround=AdaRoundConfig(iters=self.iters, scale_aware=row.rounding == "scale-aware"),
+            checkpoint_dir=self.work / "blocks" / key if row.rounding != "nearest" else None,
+            compile=self.compile, **self.call,
+        )  # fmt: skip
+        if pipe.transformer.report is not None:
+            write_text(self.work / f"{key}.report.md", pipe.transformer.report.to_markdown() + "\n")
+            write_text(self.work / f"{key}.report.json", json.dumps(pipe.transformer.report.to_dict()))
+        formats = {layer.name: layer.weight for layer in pipe.transformer.summary() if layer.quantized and layer.weight}
+        write_text(self.work / f"{key}.formats.json", json.dumps(formats, indent=1))
+        return pipe
+
+
+def checksum(path: Path) -> str:
+    import hashlib
+
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(
+    prompts: Annotated[int, typer.Option(min=2, help="Prompts, spread over the reference pipeline's.")] = 100,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per prompt.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    iters: Annotated[int, typer.Option(min=1, help="Iterations of learned rounding per block.")] = 250,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images generated together.")] = 32,
+    rows: Annotated[str, typer.Option(help="Comma-separated keys of ROWS and WHY, or 'all', or 'why'.")] = "all",
+    work: Annotated[Path, typer.Option(help="Where finished rows are kept.")] = Path("outputs/quality"),
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path(__file__).parent / "results",
+    name: Annotated[str, typer.Option(help="Name of the result files.")] = "quality",
+    compile: Annotated[bool, typer.Option(help="Generate under torch.compile.")] = True,
+) -> None:
+    """Print the table, and write it as Markdown and JSON."""
+    sets = {"all": list(ROWS), "why": ["full", *WHY]}
+    keys = sets.get(rows) or ["full", *(key for key in rows.split(",") if key != "full")]
+    unknown = sorted(set(keys) - set(ROWS | WHY))
+    if unknown:
+        raise typer.BadParameter(f"no row {', '.join(unknown)}; there are {', '.join(ROWS | WHY)}")
+    run = Run(work, prompts, seeds, steps, iters, samples, batch_size, compile)
+    done: dict[str, Fidelity] = {}
+    for key in keys:
+        done[key] = run.row(key)
+        show(run, done, out, name)
+    print(show(run, done, out, name))
+
+
+def show(run: Run, done: dict[str, Fidelity], out: Path, name: str) -> str:
+    """Write what is finished so far, and return it as Markdown."""
+    pairs = [Comparison.of(done[a], done[b]) for a, b in PAIRS if a in done and b in done]
+    evaluation = Evaluation(list(done.values()), run.settings, pairs)
+    evaluation.save(out / f"{name}.json")
+    text = evaluation.markdown()
+    write_text(out / f"{name}.md", text)
+    return text
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,71 @@
+"""``fp4dit-ao demo``: the pipeline that ships, quantized in front of your eyes, in a few minutes on two cores."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from fp4dit_ao import AdaRoundConfig, models, picture, quantize_pipeline, reference
+from fp4dit_ao.evaluate import Evaluation, Fidelity, generate, write_text
+from fp4dit_ao.metrics import Images
+
+JUDGED, SHOWN = 48, 8
+"""Prompts that are generated for the table, and those of them that the picture shows."""
+CALIBRATION_PROMPTS, CALIBRATION_SAMPLES = 16, 64
+BATCH = 16
+
+
+def demo(out: Path, iters: int, seed: int, compile: bool) -> None:
+    """Quantize to W4A6 and to naive INT4/INT6; write ``comparison.png``, ``table.md`` and ``w4a6/`` into ``out``."""
+    start = time.perf_counter()
+    print("[1/4] loading the reference pipeline", flush=True)
+    pipe = models.open_pipeline(models.REFERENCE, "cpu")
+    known = reference.prompts()
+    judged = models.reference_indices(JUDGED)
+    prompts = [known[index] for index in judged]
+    calibration = [known[index] for index in models.reference_indices(CALIBRATION_PROMPTS)]
+
+    print(f"[2/4] quantizing to W4A6: {iters} iterations of scale-aware AdaRound a block", flush=True)
+    common: dict[str, Any] = {"prompts": calibration, "seed": seed, "batch_size": 4}
+    began = time.perf_counter()
+    w4a6 = quantize_pipeline(
+        pipe, "w4a6", samples=CALIBRATION_SAMPLES, adaround=AdaRoundConfig(iters=iters), compile=compile, **common
+    )
+    seconds = {"original": 0.0, "W4A6": time.perf_counter() - began}
+    began = time.perf_counter()
+    naive = quantize_pipeline(pipe, "int_w4a6", rounding="nearest", compile=compile, **common)
+    seconds["INT4/INT6 nearest"] = time.perf_counter() - began
+
+    print(f"[3/4] drawing {JUDGED} prompts with each", flush=True)
+    variants = {"original": pipe, "W4A6": w4a6, "INT4/INT6 nearest": naive}
+    images: dict[str, Images] = {}
+    rows = []
+    for name, variant in variants.items():
+        warm_up = time.perf_counter()
+        generate(variant, prompts[:2], [seed], progress=None, num_inference_steps=2)
+        drawing = time.perf_counter()
+        images[name] = generate(variant, prompts, [seed], batch_size=BATCH, progress=name)
+        each = (time.perf_counter() - drawing) / JUDGED
+        size, bits = models.size_at_16_bits(variant.transformer)
+        notes = {"bits / weight": f"{bits:.2f}", "transformer, bytes": f"{size:,}"}
+        notes |= {"quantize, s": f"{seconds[name]:.0f}", "warm up, s": f"{drawing - warm_up:.0f}"}
+        rows.append(Fidelity.of(name, images[name], images["original"], judged, each, notes))
+
+    print("[4/4] writing the picture, the table and the quantized pipeline", flush=True)
+    w4a6.save_pretrained(out / "w4a6")
+    shown = range(0, JUDGED, JUDGED // SHOWN)
+    columns = {name: drawn[0][list(shown)] for name, drawn in images.items()}
+    picture.save(picture.comparison(columns, [prompts[index] for index in shown]), out / "comparison.png")
+    settings = {
+        "prompts": JUDGED,
+        "seeds": 1,
+        "steps": reference.generation()["num_inference_steps"],
+        "iterations": iters,
+    }
+    evaluation = Evaluation(rows, settings | {"compiled": str(compile)})
+    write_text(out / "table.md", evaluation.markdown())
+    evaluation.save(out / "table.json")
+    print()
+    print(evaluation.markdown())
+    print(f"Bytes count everything that is not quantized at 16 bits. {time.perf_counter() - start:.0f} s in all.")
+    print(f"picture: {out / 'comparison.png'}")
+    print(f"quantized pipeline: {out / 'w4a6'} (try: fp4dit-ao inspect {out / 'w4a6'} --against reference)")
