@@ -1,6 +1,8 @@
 """FP4DiT: floating-point post-training quantization of diffusion transformers, in PyTorch's export flow (PT2E)."""
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -42,10 +44,19 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'fp4dit_ao' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"fp4dit_ao.{_HOME[name]}"), name)
-    # a function may share its module's name (capture); keep the function, as the import above set the module
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        # the import system binds a submodule to its name here; capture() shares that of its module, and comes first
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

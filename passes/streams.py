@@ -23,12 +23,14 @@ class Rows:
     """Which values of a graph grow with the batch, read off their symbolic shapes."""
 
     def __init__(self, model: GraphModule):
-        first = next(
-            (n for n in model.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)), None
-        )
-        size = first.meta["val"].shape[0] if first is not None and first.meta["val"].ndim else None
-        self.first = first.name if first is not None else None
+        inputs = [n for n in model.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
+        sizes = {n.name: n.meta["val"].shape[0] for n in inputs if n.meta["val"].ndim}
+        self.first = inputs[0].name if inputs else None
+        size: Any = sizes.get(self.first or "")
         self.symbol = str(size) if isinstance(size, torch.SymInt) and str(size).isidentifier() else None
+        # nothing in the graph may tie the batch of a mask to that of the latents: it then has a symbol of its own
+        same = {str(s) for s in sizes.values() if isinstance(s, torch.SymInt) and self.symbol and s.node.hint == size.node.hint}
+        self._batch = re.compile(rf"\b({'|'.join(sorted(same))})\b")
         self.batched = {node.name for node in model.graph.nodes if self._grows(node)}
 
     def _grows(self, node: Node) -> bool:
@@ -39,7 +41,7 @@ class Rows:
         return (
             self.symbol is not None
             and isinstance(size, torch.SymInt)
-            and re.search(rf"\b{self.symbol}\b", str(size)) is not None
+            and self._batch.search(str(size)) is not None
         )
 
     def count(self, values: Values) -> int:
