@@ -54,7 +54,8 @@ def psnr(images: Images, originals: Images) -> Floats:
         ratio = peak_signal_noise_ratio(
             torch.from_numpy(a), torch.from_numpy(b), data_range=255.0, reduction="none", dim=(1, 2, 3)
         )
-        return np.minimum(ratio.numpy().astype(np.float64), PSNR_CAP)
+        capped: Floats = np.minimum(ratio.numpy().astype(np.float64), PSNR_CAP)
+        return capped
 
     return _per_image(chunk, images, originals)
 

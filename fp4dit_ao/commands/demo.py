@@ -4,9 +4,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fp4dit_ao import AdaRoundConfig, models, picture, quantize_pipeline, reference
+from fp4dit_ao import models, picture, reference
 from fp4dit_ao.evaluate import Evaluation, Fidelity, generate, write_text
 from fp4dit_ao.metrics import Images
+from fp4dit_ao.passes.reconstruct import AdaRoundConfig
+from fp4dit_ao.pipeline import quantize_pipeline
 
 JUDGED, SHOWN = 48, 8
 """Prompts that are generated for the table, and those of them that the picture shows."""
