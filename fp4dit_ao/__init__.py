@@ -23,6 +23,7 @@ _HOME = {
     "quantize_pipeline": "pipeline",
     "load_pipeline": "pipeline",
     "MinifloatTensor": "tensor",
+    "QuantizedTransformer": "quantized_transformer",
 }
 """Where each public name lives; loaded on first use, so that importing the package stays quick."""
 
@@ -36,11 +37,14 @@ if TYPE_CHECKING:
     from fp4dit_ao.passes.lower import lower
     from fp4dit_ao.passes.reconstruct import AdaRoundConfig, reconstruct
     from fp4dit_ao.pipeline import load_pipeline, quantize_pipeline
+    from fp4dit_ao.quantized_transformer import QuantizedTransformer
     from fp4dit_ao.quantizer import FP4DiTQuantizer
     from fp4dit_ao.tensor import MinifloatTensor
 
 
 def __getattr__(name: str) -> object:
+    if name == "ModelMixin":  # saved pipelines name fp4dit_ao.QuantizedTransformer; diffusers looks for its base beside it
+        return importlib.import_module("diffusers").ModelMixin
     if name not in _HOME:
         raise AttributeError(f"module 'fp4dit_ao' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"fp4dit_ao.{_HOME[name]}"), name)

@@ -79,7 +79,8 @@ def quantize_pipeline(
     config = QuantConfig.from_name(recipe) if isinstance(recipe, str) else recipe
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r}; choose one of {', '.join(ROUNDINGS)}")
-    needs_data = rounding != "nearest" or bool(config.weight_candidates) or config.activation_granularity == "tensor"
+    needs_calibration = bool(config.weight_candidates) or config.activation_granularity == "tensor"
+    needs_data = needs_calibration or rounding != "nearest"
     data = collect_samples(
         pipe, prompts, steps=steps, seed=seed, samples=samples if needs_data else 1, batch_size=batch_size,
         cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
@@ -89,7 +90,7 @@ def quantize_pipeline(
         quantizer.set_module_name(glob, None)
     with torch.no_grad():
         prepared = prepare_pt2e(capture(model, data[0]), quantizer)
-        if needs_data:
+        if needs_calibration:
             calibrate(prepared, data, progress=progress)
     report = None
     if rounding == "adaround":

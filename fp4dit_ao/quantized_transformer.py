@@ -1,7 +1,6 @@
 """``QuantizedTransformer``: a quantized graph in the place of a pipeline's ``transformer``.
 
-Saved pipelines name this module and class in their ``model_index.json``, and diffusers looks for ``ModelMixin`` beside the
-class: neither may move.
+This module imports diffusers; ``fp4dit_ao.QuantizedTransformer`` does so on first use.
 """
 
 from collections.abc import Iterable
@@ -66,6 +65,8 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         report: what ``reconstruct`` returned; None if nothing was reconstructed in this process.
     """
 
+    # what a saved pipeline's model_index.json names, so that from_pretrained finds the class once the package is imported
+    __module__ = "fp4dit_ao"
     config_name = "config.json"
     graph: GraphModule
 

@@ -1,5 +1,6 @@
 """Calibration samples on disk: one safetensors file per combination of weights, prompts and settings."""
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -99,4 +100,5 @@ def save(folder: str | Path, key: str, samples: Sequence[Sample]) -> None:
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot keep calibration data in {folder}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
