@@ -10,14 +10,14 @@ A tensor value is ``level * step`` with ``step = absmax / lattice_max``. That *i
 :meth:`FloatFormat.exponent_bias`. A code is ``sign | exponent field | mantissa field``, so magnitudes sort like codes.
 """
 
+import math
 import re
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-_PATTERN = re.compile(r"^(?:e(?P<e>\d+)m(?P<m>\d+)(?P<fn>fn)?|int(?P<int>\d+))$")
+_PATTERN = re.compile(r"e(?P<e>[0-9]+)m(?P<m>[0-9]+)(?P<fn>fn)?|int(?P<int>[0-9]+)")
 _MAX_BITS = 8
 
 
@@ -43,15 +43,20 @@ class FloatFormat:
         if e < 0 or m < 0 or not 1 <= e + m < _MAX_BITS:
             raise ValueError(f"format e{e}m{m} has {1 + e + m} bits; a format has 2 to {_MAX_BITS}, such as 'e2m1'")
         if self.nan and (e == 0 or m == 0):
-            raise ValueError(f"format e{e}m{m}fn: only formats with exponent and mantissa bits set a code aside for NaN")
+            raise ValueError(
+                f"format e{e}m{m}fn: only formats with exponent and mantissa bits set a code aside for NaN"
+            )
         if self.lattice_max >= 2**63:
             raise ValueError(f"format e{e}m{m} spans more than 63 bits of integers; use fewer exponent bits")
 
     @staticmethod
-    @lru_cache
     def parse(name: str) -> "FloatFormat":
-        """``"e2m1"``, ``"e4m3fn"`` (hardware FP8), or ``"int4"`` for ``e0m3``; ``parse(str(fmt)) == fmt``."""
-        found = _PATTERN.match(name) if isinstance(name, str) else None
+        """``"e2m1"``, ``"e4m3fn"`` (hardware FP8), or ``"int4"`` for ``e0m3``; ``parse(str(fmt)) == fmt``.
+
+        Raises:
+            ValueError: not such a name, or not such a format.
+        """
+        found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
         if found is None:
             raise ValueError(
                 f"unknown number format {name!r}; write 'e2m1' for 2 exponent and 1 mantissa bits, 'int4' for a symmetric integer"
@@ -78,7 +83,7 @@ class FloatFormat:
         """k of the highest binade; values there are multiples of ``2^k`` steps."""
         return max(0, 2**self.exponent_bits - 2)
 
-    @cached_property
+    @property
     def lattice_max(self) -> int:
         """The largest level: an integer, in steps."""
         return self.level(self.max_code)
@@ -87,10 +92,7 @@ class FloatFormat:
         """The integer that a code stands for (plain Python, the specification of everything below)."""
         magnitude = code & (2 ** (self.bits - 1) - 1)
         e, m = magnitude >> self.mantissa_bits, magnitude & (2**self.mantissa_bits - 1)
-        if self.exponent_bits == 0 or e == 0:
-            value = magnitude if self.exponent_bits == 0 else m
-        else:
-            value = (2**self.mantissa_bits + m) << (e - 1)
+        value = (2**self.mantissa_bits + m) << (e - 1) if e else m
         return -value if code >> (self.bits - 1) & 1 else value
 
     @property
@@ -105,10 +107,8 @@ class FloatFormat:
         return self.lattice_max <= 127
 
     def exponent_bias(self, maxval: float) -> float:
-        """The paper's real-valued bias of a tensor whose largest magnitude is ``maxval`` (FP4DiT, section 3)."""
-        from math import log2
-
-        return 2**self.exponent_bits - log2(maxval) + log2(2 - 2.0**-self.mantissa_bits) - 1
+        """The paper's real-valued bias b of a tensor whose largest magnitude is ``maxval``: ``step = 2^(1 - b - M)``."""
+        return 1 - self.mantissa_bits + math.log2(self.lattice_max / maxval)
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 
@@ -117,30 +117,41 @@ class FloatFormat:
         return _power_of_two(self._binade(y.float()))
 
     def encode(self, y: Tensor) -> Tensor:
-        """Codes (uint8) of the levels nearest to ``y`` (any shape, in steps): ties to even, saturating, NaN to zero."""
-        y = torch.nan_to_num(y.float(), nan=0.0).clamp(-float(self.lattice_max), float(self.lattice_max))
+        """Codes (uint8) of the levels nearest to ``y`` (any shape, in steps): ties to the even code, saturating, NaN to 0.
+
+        Computed in float32, and exact for every float32: the nearest level, and at the exact middle the even code.
+        """
+        y = self._saturated(y)
         k = self._binade(y)
-        mantissa = torch.round(y.abs() * _power_of_two(-k)).to(torch.int32)
-        magnitude = ((k << self.mantissa_bits) + mantissa).clamp(max=self.max_code)
+        magnitude = (k << self.mantissa_bits) + self._mantissa(y, k).abs().to(torch.int32)
         return (magnitude + (torch.signbit(y).to(torch.int32) << (self.bits - 1))).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Levels (float32, exact, in steps) of uint8 ``codes``."""
         code = codes.to(torch.int32)
         magnitude = code & (2 ** (self.bits - 1) - 1)
-        if self.exponent_bits == 0:
-            level = magnitude.float()
-        else:
-            e = magnitude >> self.mantissa_bits
-            mantissa = (magnitude & (2**self.mantissa_bits - 1)) + ((e > 0).to(torch.int32) << self.mantissa_bits)
-            level = mantissa.float() * _power_of_two((e - 1).clamp(min=0))
-        return torch.where((code >> (self.bits - 1)) > 0, -level, level)
+        e = magnitude >> self.mantissa_bits
+        mantissa = (magnitude & (2**self.mantissa_bits - 1)) + ((e > 0).to(torch.int32) << self.mantissa_bits)
+        level = mantissa.float() * _power_of_two((e - 1).clamp(min=0))
+        return torch.where((code >> (self.bits - 1) & 1) > 0, -level, level)
 
     def round(self, y: Tensor) -> Tensor:
         """The levels nearest to ``y``, float32: ``decode(encode(y))`` without the codes in between."""
-        y = torch.nan_to_num(y.float(), nan=0.0).clamp(-float(self.lattice_max), float(self.lattice_max))
+        y = self._saturated(y)
         k = self._binade(y)
-        return (torch.round(y * _power_of_two(-k)) * _power_of_two(k)).clamp(-float(self.lattice_max), float(self.lattice_max))
+        return self._mantissa(y, k) * _power_of_two(k)
+
+    def _saturated(self, y: Tensor) -> Tensor:
+        largest = float(self.lattice_max)
+        return torch.nan_to_num(y.float(), nan=0.0).clamp(-largest, largest)
+
+    def _mantissa(self, y: Tensor, k: Tensor) -> Tensor:
+        """``y`` (in binade k) in units of ``2^k``, rounded so that ties go to the even code."""
+        mantissa = y * _power_of_two(-k)
+        if self.mantissa_bits:
+            return torch.round(mantissa)
+        odd = (k & 1) * torch.sign(y)  # without mantissa bits, a code is even or odd by its exponent
+        return torch.round(mantissa - odd) + odd
 
     def _binade(self, y: Tensor) -> Tensor:
         """int32 k such that levels near ``y`` (float32) are multiples of 2^k; 0 in the subnormal range."""
@@ -164,7 +175,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits > 4:
         return codes
     if codes.shape[-1] % 2:
-        raise ValueError(f"cannot pack {codes.shape[-1]} codes of {bits} bits a row two to a byte; the count must be even")
+        raise ValueError(
+            f"cannot pack {codes.shape[-1]} codes of {bits} bits a row two to a byte; the count must be even"
+        )
     return (codes[..., 0::2] | (codes[..., 1::2] << 4)).contiguous()
 
 
