@@ -238,6 +238,14 @@ def encode_all(model: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def reconstruction_psnr(model: AutoencoderKL, images: Tensor) -> float:
+    """Mean over ``images`` of the peak signal-to-noise ratio of decode(encode(image)), in dB."""
+    reconstructed = torch.cat([model.decode(part).sample for part in torch.split(encode_all(model, images), 32)])
+    error = ((reconstructed.clamp(-1, 1) - images) / 2).square().flatten(1).mean(1)
+    return float((-10 * error.log10()).mean())
+
+
+@torch.no_grad()
 def finished_autoencoder(work: Path, images: Tensor) -> AutoencoderKL:
     """The averaged autoencoder, each channel of its latents brought to mean 0, and all together to variance 1.
 
@@ -317,7 +325,7 @@ def transformer(
 
 
 GENERATION = {
-    "num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64, "use_resolution_binning": False,
+    "num_inference_steps": 20, "guidance_scale": 1.5, "height": 64, "width": 64, "use_resolution_binning": False,
     "max_sequence_length": TEXT_LENGTH, "clean_caption": False,
 }  # fmt: skip
 """How the trained pipeline is meant to be called; written beside it as ``generation.json``."""
@@ -343,6 +351,7 @@ def export(
     """Write the pipeline folder, the sprite sheet and the record of the run."""
     emoji = read_package(package)
     vae = finished_autoencoder(work, pixels(emoji))
+    psnr = reconstruction_psnr(vae, pixels(emoji))
     tokenizer = load_tokenizer(work, emoji)
     run = Run(work / "transformer", TextToLatent(len(tokenizer)), 0.0, 0.0, seed)
     model: Any = run.averaged()
@@ -354,10 +363,11 @@ def export(
     (out / "generation.json").write_text(json.dumps(GENERATION, indent=2) + "\n", encoding="utf-8")
     runs = {"autoencoder": Run(work / "autoencoder", build_autoencoder(), 0.0, 0.0, seed), "transformer": run}
     draw_history(runs, out / "training.png")
-    record = {
+    record: dict[str, Any] = {
         name: {"steps": r.step, "minutes": round(r.seconds / 60, 1), "seed": r.seed, "loss": r.history}
         for name, r in runs.items()
     }
+    record["autoencoder"]["psnr"] = round(psnr, 2)
     (out / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
