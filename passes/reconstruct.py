@@ -165,7 +165,7 @@ class _Block:
             for observer, rule in rules.items():
                 observer.codes = observer.fmt.encode(rule.hard_levels())
             learned = self._error()
-            moved = sum(int((observer.codes != codes).sum()) for observer, codes in nearest.items())
+            moved = sum(int(torch.ne(observer.codes, codes).sum()) for observer, codes in nearest.items())
             changed = moved / sum(codes.numel() for codes in nearest.values())
             if learned < before:
                 after, kept = learned, "learned"
@@ -221,7 +221,7 @@ class _Block:
                     penalty = sum(rule.regularizer(beta) * (rule.alpha.numel() / count) for rule in rules.values())
                     loss = loss + config.regularizer * penalty
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 bar.update()
 

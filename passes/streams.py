@@ -78,7 +78,7 @@ class Stream:
             return value
         if not isinstance(value, Tensor):
             return value // self.rows * count
-        return value.unflatten(0, (self.rows, -1))[index].flatten(0, 1)
+        return value.reshape(self.rows, -1, *value.shape[1:])[index].flatten(0, 1)
 
     @torch.no_grad()
     def advance(self, values: Values, segment: Segment, chunk: int) -> None:
