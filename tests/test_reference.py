@@ -1,6 +1,7 @@
 """The reference pipeline is what it says: loadable, small, recognisable, and reproducible from its training script."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,15 @@ def test_statistics_name_every_linear_layer(pipe: Any) -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads gain nothing at this size, and on a busy machine wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def package(tmp_path: Path) -> Path:
     """Three emoji, laid out as in the npm package ``emoji-datasource-google``."""
     folder = tmp_path / "package"
@@ -135,6 +145,7 @@ def package(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_training_run_resumes_to_the_same_bits(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
