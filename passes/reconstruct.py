@@ -39,7 +39,7 @@ class AdaRoundConfig:
     batch_size: int = 16
     """Calibration rows (a sample of guidance batch 2 is two rows) in one step."""
     lr: float | None = None
-    """Adam's learning rate, absolute: in weight units if scale-aware (the paper: 1e-4), else in logits. None: ``relative_lr``."""
+    """Adam's learning rate, absolute: in weight units if scale-aware (the paper: 1e-4), else logits. None: ``relative_lr``."""
     relative_lr: float | None = None
     """Logits that the median weight's gate moves in a step. The paper's 1e-4 lies between 3e-3 and 1e-2 where group maxima
     are near 0.1. None: 5e-3, or ``12.5 / iters`` if that is more, so that a short run can still cross from gate to gate."""
@@ -162,10 +162,11 @@ class _Block:
         after, changed, kept = before, 0.0, "nearest"
         if self.config.iters and self.targets and before > 0:
             self._optimise(rules, before, bar)
+            moved = 0
             for observer, rule in rules.items():
                 observer.codes = observer.fmt.encode(rule.hard_levels())
+                moved += int((observer.codes != nearest[observer]).sum())
             learned = self._error()
-            moved = sum(int(torch.ne(observer.codes, codes).sum()) for observer, codes in nearest.items())
             changed = moved / sum(codes.numel() for codes in nearest.values())
             if learned < before:
                 after, kept = learned, "learned"
@@ -268,6 +269,6 @@ def _check_memory(used: int, streams: list[Stream], config: AdaRoundConfig) -> N
         rows = sum(stream.rows for stream in streams)
         fit = rows * config.memory_limit_bytes // used
         raise ValueError(
-            f"reconstruction would hold {used / 2**20:.0f} MiB of block inputs and outputs for {rows} calibration rows, over the "
-            f"limit of {config.memory_limit_bytes / 2**20:.0f} MiB; give about {fit} rows, or raise memory_limit_bytes"
+            f"reconstruction would hold {used / 2**20:.1f} MiB of block inputs and outputs for {rows} calibration rows, "
+            f"over the limit of {config.memory_limit_bytes / 2**20:.1f} MiB; give about {fit} rows, or raise the limit"
         )

@@ -29,7 +29,11 @@ class Rows:
         size: Any = sizes.get(self.first or "")
         self.symbol = str(size) if isinstance(size, torch.SymInt) and str(size).isidentifier() else None
         # nothing in the graph may tie the batch of a mask to that of the latents: it then has a symbol of its own
-        same = {str(s) for s in sizes.values() if isinstance(s, torch.SymInt) and self.symbol and s.node.hint == size.node.hint}
+        same = {
+            str(s)
+            for s in sizes.values()
+            if isinstance(s, torch.SymInt) and self.symbol and s.node.hint == size.node.hint
+        }
         self._batch = re.compile(rf"\b({'|'.join(sorted(same))})\b")
         self.batched = {node.name for node in model.graph.nodes if self._grows(node)}
 
@@ -38,11 +42,7 @@ class Rows:
             node = node.args[0]
         value = node.meta.get("val")
         size = value.shape[0] if isinstance(value, Tensor) and value.ndim else value
-        return (
-            self.symbol is not None
-            and isinstance(size, torch.SymInt)
-            and self._batch.search(str(size)) is not None
-        )
+        return self.symbol is not None and isinstance(size, torch.SymInt) and self._batch.search(str(size)) is not None
 
     def count(self, values: Values) -> int:
         """Rows in one sample's placeholder values."""

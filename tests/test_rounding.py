@@ -8,7 +8,7 @@ from torchao.quantization.granularity import PerGroup, PerTensor
 
 from fp4dit_ao import FloatFormat
 from fp4dit_ao.observers import WeightObserver
-from fp4dit_ao.passes.rounding import RULES, SHIFT, STRETCH, AdaRound, ScaleAwareAdaRound
+from fp4dit_ao.passes.rounding import RULES, STRETCH, AdaRound, ScaleAwareAdaRound
 
 FORMATS = ["e2m1", "e3m0", "e1m2", "int4", "e2m3", "e3m2", "e3m4", "e4m3fn", "e1m1", "e2m0", "int8"]
 
