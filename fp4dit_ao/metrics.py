@@ -48,13 +48,13 @@ def psnr(images: Images, originals: Images) -> Floats:
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    def chunk(a: NDArray[np.float32], b: NDArray[np.float32]) -> Floats:
+    def chunk(a: Floats, b: Floats) -> Floats:
         import torch
 
         ratio = peak_signal_noise_ratio(
             torch.from_numpy(a), torch.from_numpy(b), data_range=255.0, reduction="none", dim=(1, 2, 3)
         )
-        capped: Floats = np.minimum(ratio.numpy().astype(np.float64), PSNR_CAP)
+        capped: Floats = np.minimum(ratio.double().numpy(), PSNR_CAP)
         return capped
 
     return _per_image(chunk, images, originals)
@@ -64,13 +64,13 @@ def ssim(images: Images, originals: Images) -> Floats:
     """Structural similarity of each image (Wang et al. 2004: Gaussian window, σ = 1.5); arguments as :func:`psnr`."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    def chunk(a: NDArray[np.float32], b: NDArray[np.float32]) -> Floats:
+    def chunk(a: Floats, b: Floats) -> Floats:
         import torch
 
         value = structural_similarity_index_measure(
             torch.from_numpy(a), torch.from_numpy(b), data_range=255.0, reduction="none"
         )
-        return np.atleast_1d(value.numpy().astype(np.float64))
+        return np.atleast_1d(value.double().numpy())
 
     return _per_image(chunk, images, originals)
 
@@ -81,10 +81,11 @@ def _per_image(chunk: Callable[..., Floats], images: Images, originals: Images) 
             f"images of shape {images.shape} cannot be compared with originals of shape {originals.shape}; "
             "generate both with the same prompts, seeds and size"
         )
+    # float64: SSIM subtracts squares, and float32 calls two identical white squares different
     flat, flat_originals = (x.reshape(-1, *x.shape[-3:]) for x in (images, originals))
     parts = []
     for start in range(0, len(flat), _CHUNK):
-        pair = (x[start : start + _CHUNK].transpose(0, 3, 1, 2).astype(np.float32) for x in (flat, flat_originals))
+        pair = (x[start : start + _CHUNK].transpose(0, 3, 1, 2).astype(np.float64) for x in (flat, flat_originals))
         parts.append(chunk(*pair))
     return np.concatenate(parts).reshape(images.shape[:-3])
 

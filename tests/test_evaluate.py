@@ -57,6 +57,12 @@ def test_psnr_is_the_textbook_formula(images):
     assert np.allclose(metrics.psnr(other, images), 10 * np.log10(255**2 / error), atol=1e-4)
 
 
+@pytest.mark.parametrize("colour", [0, 128, 255])
+def test_ssim_of_flat_images_is_exact(colour):
+    flat = np.full((1, 1, 32, 32, 3), colour, np.uint8)
+    assert abs(metrics.ssim(flat, flat) - 1).max() < 1e-6
+
+
 def test_identical_images_have_capped_psnr_and_full_ssim(images):
     assert (metrics.psnr(images, images) == metrics.PSNR_CAP).all()
     assert np.allclose(metrics.ssim(images, images), 1)
