@@ -43,7 +43,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    if name == "ModelMixin":  # saved pipelines name fp4dit_ao.QuantizedTransformer; diffusers looks for its base beside it
+    if (
+        name == "ModelMixin"
+    ):  # saved pipelines name fp4dit_ao.QuantizedTransformer; diffusers looks for its base beside it
         return importlib.import_module("diffusers").ModelMixin
     if name not in _HOME:
         raise AttributeError(f"module 'fp4dit_ao' has no attribute {name!r}")

@@ -1,13 +1,17 @@
 """The one place that touches private torch and torchao API. Tested in tests/test_compat.py against every version we claim."""
 
+import contextlib
 import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.fx.experimental import _config as symbolic_config
 from torch.fx.graph import _PyTreeCodeGen
 
 
@@ -89,3 +93,20 @@ def create_buffer_node(model: GraphModule, path: str, value: Tensor) -> Node:
         name, copy = f"{leaf}_{copy}", copy + 1
     module.register_buffer(name, value.detach())
     return model.graph.get_attr(".".join([*parents, name]))
+
+
+def fake_like(x: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Tensor:
+    """A tensor of ``x``'s shape that claims to be on the CPU and holds nothing."""
+    return FakeTensor(mode, torch.empty_like(x, device="meta", dtype=dtype), torch.device("cpu"))
+
+
+def parse_to(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None]:
+    """The device and the type in the arguments of ``Module.to``."""
+    device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+    return device, dtype
+
+
+def distinct_sizes() -> contextlib.AbstractContextManager[None]:
+    """While compiling, sizes that happen to be equal (height and width, batch and heads) are not taken to always be so."""
+    patch: contextlib.AbstractContextManager[None] = symbolic_config.patch(use_duck_shape=False)
+    return patch

@@ -42,7 +42,9 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, one prompt a line") from error
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, one prompt a line"
+        ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompts; write one a line")
@@ -88,7 +90,9 @@ def collect_samples(
     """
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(transformer, nn.Module):
-        raise ValueError(f"{type(pipe).__name__} has no transformer; calibration needs a diffusion transformer's pipeline")
+        raise ValueError(
+            f"{type(pipe).__name__} has no transformer; calibration needs a diffusion transformer's pipeline"
+        )
     if samples is not None and samples < 1:
         raise ValueError(f"samples={samples}; at least one is needed")
     if batch_size < 1:
@@ -99,7 +103,13 @@ def collect_samples(
     batches = _batches(pipe, prompts, arguments, batch_size)
     key = None
     if cache_dir is not None:
-        settings = {"prompts": prompts, "seed": seed, "samples": samples, "batch": batch_size, "limit": memory_limit_bytes}
+        settings = {
+            "prompts": prompts,
+            "seed": seed,
+            "samples": samples,
+            "batch": batch_size,
+            "limit": memory_limit_bytes,
+        }
         key = sample_cache.fingerprint(pipe, settings, arguments)
         found = sample_cache.load(cache_dir, key, _device(transformer))
         if found is not None:
@@ -124,7 +134,9 @@ def _batches(pipe: Any, prompts: Sequence[str] | None, arguments: dict[str, Any]
         batch = {name: v for name, v in arguments.items() if name not in embeddings} | {"output_type": "latent"}
         for name, value in embeddings.items():
             if len(value) not in (1, count):
-                raise ValueError(f"{name} has {len(value)} rows for {count} prompts; give one row a prompt, or one for all")
+                raise ValueError(
+                    f"{name} has {len(value)} rows for {count} prompts; give one row a prompt, or one for all"
+                )
             batch[name] = value[start:stop] if len(value) == count else value.expand(stop - start, *value.shape[1:])
         if prompts:
             batch["prompt"] = list(prompts[start:stop])
@@ -154,7 +166,9 @@ class _Recorder:
             sample = dict(zip(self.names, args, strict=False)) | kwargs
             sample.pop("return_dict", None)
             # a scheduler or pipeline may overwrite in place what it passed; shared embeddings stay shared
-            self.kept[self.calls] = {name: _own(value) if name == self.names[0] else value for name, value in sample.items()}
+            self.kept[self.calls] = {
+                name: _own(value) if name == self.names[0] else value for name, value in sample.items()
+            }
         self.calls += 1
         self.bar.update()
 
@@ -244,7 +258,9 @@ def _fit(trajectory: list[Sample], wanted: int, batches: int, limit: int) -> int
         return min(count, batches) * shared + count * each
 
     if total(1) > limit:
-        raise ValueError(f"one calibration sample takes {one:,} bytes, over memory_limit_bytes={limit:,}; raise the limit")
+        raise ValueError(
+            f"one calibration sample takes {one:,} bytes, over memory_limit_bytes={limit:,}; raise the limit"
+        )
     if total(wanted) <= limit:
         return wanted
     low, high = 1, wanted

@@ -41,10 +41,14 @@ def save(model: "QuantizedTransformer", folder: str | Path) -> None:
         OSError: it cannot be written.
     """
     state = skeleton.state_of(model.graph)
-    tensors = {k: v.cpu().contiguous() for name, x in state.items() for k, v in skeleton.flatten(name, x.detach()).items()}
+    tensors = {
+        k: v.cpu().contiguous() for name, x in state.items() for k, v in skeleton.flatten(name, x.detach()).items()
+    }
     with whole_folder(folder, replaceable=is_quantized(folder)) as partial:
         file = partial / WEIGHTS
-        save_file(tensors, file, metadata={"format": "pt", "quant_method": METHOD, "format_version": str(FORMAT_VERSION)})
+        save_file(
+            tensors, file, metadata={"format": "pt", "quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
+        )
         quantization = _describe(model) | {
             "weights": {"file": WEIGHTS, "bytes": file.stat().st_size, "sha256": _checksum(file)},
         }
@@ -66,7 +70,9 @@ def load(folder: str | Path) -> "QuantizedTransformer":
     quantization = config["quantization_config"]
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
-        raise ValueError(f"{folder} has format version {version}, this fp4dit_ao reads {FORMAT_VERSION}; update fp4dit_ao")
+        raise ValueError(
+            f"{folder} has format version {version}, this fp4dit_ao reads {FORMAT_VERSION}; update fp4dit_ao"
+        )
     try:
         decisions = _decisions(quantization["layers"], [QuantConfig.from_dict(c) for c in quantization["configs"]])
         recipe = QuantConfig.from_dict(quantization["recipe"]) if quantization["recipe"] else None
@@ -166,7 +172,9 @@ def _describe(model: "QuantizedTransformer") -> dict[str, Any]:
 
 def _decisions(layers: list[dict[str, Any]], configs: list[QuantConfig]) -> list[Decision]:
     return [
-        Decision(layer["name"], layer["kind"], None if layer["config"] is None else configs[layer["config"]], layer["reason"])
+        Decision(
+            layer["name"], layer["kind"], None if layer["config"] is None else configs[layer["config"]], layer["reason"]
+        )
         for layer in layers
     ]
 

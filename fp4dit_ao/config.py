@@ -18,7 +18,7 @@ class QuantConfig:
     """How one linear (and the attention it feeds) is quantized. Formats are names that ``FloatFormat.parse`` reads.
 
     Raises:
-        ValueError: an unknown format name, granularity, search or group size, in one sentence.
+        ValueError: an unknown format name, granularity, search or group size, or a field of the wrong type, in one sentence.
     """
 
     weight: str | None = "e2m1"
@@ -47,16 +47,24 @@ class QuantConfig:
     """Globs over module names that stay in high precision."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weight_candidates", tuple(self.weight_candidates))
-        object.__setattr__(self, "skip", tuple(self.skip))
-        for name in (self.weight, self.activation, self.pre_gelu_weight, self.attention, *self.weight_candidates):
-            if name is not None:
-                FloatFormat.parse(name)
+        for field in ("weight_candidates", "skip"):
+            names = getattr(self, field)
+            if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+                raise ValueError(
+                    f"QuantConfig: {field}={names!r}; it must be a tuple of names, such as {_EXAMPLES[field]}"
+                )
+            object.__setattr__(self, field, tuple(names))
+        for field in ("weight", "activation", "pre_gelu_weight", "attention", "weight_candidates"):
+            value = getattr(self, field)
+            for name in value if field == "weight_candidates" else (value,):
+                _check_format(field, name)
         for field, allowed in _CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"QuantConfig: {field}={getattr(self, field)!r}; choose one of {', '.join(allowed)}")
         if not isinstance(self.group_size, int) or self.group_size < 2 or self.group_size % 2:
-            raise ValueError(f"QuantConfig: group_size={self.group_size!r}; it must be an even whole number, such as 128")
+            raise ValueError(
+                f"QuantConfig: group_size={self.group_size!r}; it must be an even whole number, such as 128"
+            )
 
     @staticmethod
     def from_name(name: str) -> "QuantConfig":
@@ -76,12 +84,24 @@ class QuantConfig:
         Raises:
             ValueError: a field this version does not know.
         """
+        if not isinstance(data, dict):
+            raise ValueError(f"QuantConfig: expected a mapping of fields, found {type(data).__name__}")
         unknown = set(data) - {field.name for field in fields(QuantConfig)}
         if unknown:
-            raise ValueError(f"QuantConfig does not know {', '.join(sorted(unknown))}; was it written by a newer version?")
+            raise ValueError(
+                f"QuantConfig does not know {', '.join(sorted(unknown))}; was it written by a newer version?"
+            )
         return QuantConfig(**data)
 
 
+def _check_format(field: str, name: str | None) -> None:
+    try:
+        _ = name is None or FloatFormat.parse(name)
+    except ValueError as error:
+        raise ValueError(f"QuantConfig: {field}: {error}") from None
+
+
+_EXAMPLES = {"weight_candidates": ("e2m1", "e3m0"), "skip": ("proj_out*",)}
 _CHOICES = {
     "weight_granularity": ("group", "channel", "tensor"),
     "weight_search": ("absmax", "mse"),

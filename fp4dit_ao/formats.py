@@ -59,7 +59,8 @@ class FloatFormat:
         found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
         if found is None:
             raise ValueError(
-                f"unknown number format {name!r}; write 'e2m1' for 2 exponent and 1 mantissa bits, 'int4' for a symmetric integer"
+                f"unknown number format {name!r}; write 'e2m1' for 2 exponent and 1 mantissa bits, "
+                "'int4' for a symmetric integer"
             )
         if found["int"]:
             return FloatFormat(0, int(found["int"]) - 1)

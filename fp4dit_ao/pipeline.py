@@ -96,7 +96,9 @@ def quantize_pipeline(
     if rounding == "adaround":
         from fp4dit_ao.passes.reconstruct import AdaRoundConfig, reconstruct
 
-        report = reconstruct(prepared, data, adaround or AdaRoundConfig(), checkpoint_dir=checkpoint_dir, progress=progress)
+        report = reconstruct(
+            prepared, data, adaround or AdaRoundConfig(), checkpoint_dir=checkpoint_dir, progress=progress
+        )
     with torch.no_grad():
         graph = lower(convert_pt2e(prepared))
     source = getattr(pipe, "name_or_path", None) or None
@@ -127,7 +129,11 @@ def save_pipeline(pipe: Any, folder: str | Path, **kwargs: Any) -> None:
 
 
 def load_pipeline(
-    folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None, compile: bool = False
+    folder: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
 ) -> Any:
     """The quantized pipeline in ``folder``, which draws what the saved one drew, bit for bit.
 
@@ -158,7 +164,9 @@ def load_pipeline(
         with warnings.catch_warnings():
             # newer diffusers call the argument dtype, older ones know only torch_dtype
             warnings.simplefilter("ignore", FutureWarning)
-            pipe = DiffusionPipeline.from_pretrained(str(folder), transformer=None, torch_dtype=dtypes, local_files_only=True)
+            pipe = DiffusionPipeline.from_pretrained(
+                str(folder), transformer=None, torch_dtype=dtypes, local_files_only=True
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder}: a component besides the transformer cannot be loaded: {first}") from error
@@ -196,7 +204,9 @@ def _float_transformer(pipe: Any) -> nn.Module:
     config = getattr(model, "config", {})
     already = getattr(model, "is_quantized", False) or "quantization_config" in config
     if already or type(model).__name__ == "QuantizedTransformer":
-        raise ValueError(f"the transformer of this {type(pipe).__name__} is already quantized; start from the float pipeline")
+        raise ValueError(
+            f"the transformer of this {type(pipe).__name__} is already quantized; start from the float pipeline"
+        )
     return model
 
 

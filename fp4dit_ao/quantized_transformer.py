@@ -3,7 +3,7 @@
 This module imports diffusers; ``fp4dit_ao.QuantizedTransformer`` does so on first use.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from fp4dit_ao import _compat, samples, skeleton
 from fp4dit_ao.config import QuantConfig
@@ -85,7 +86,11 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self._internal_dict = FrozenDict(own | {"_class_name": type(model).__name__})
         # pipelines read plain numbers off their transformer, such as Hunyuan-DiT's num_heads
         for name, value in vars(model).items():
-            if isinstance(value, bool | int | float | str) and not name.startswith("_") and name not in ("training", "report"):
+            if (
+                isinstance(value, bool | int | float | str)
+                and not name.startswith("_")
+                and name not in ("training", "report")
+            ):
                 setattr(self, name, value)
         self.graph = graph
         self.description = description
@@ -129,14 +134,16 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             if name in names and name != "return_dict":
                 wrong = samples.difference(captured, arguments.get(name), name)
                 if wrong:
-                    raise ValueError(f"quantized {self._class}: {wrong}; quantize again with a call like this one to change it")
+                    raise ValueError(
+                        f"quantized {self._class}: {wrong}; quantize again with a call like this one to change it"
+                    )
 
     def _prepare(self, device: torch.device) -> None:
         """Bring the graph's own device constants to where the inputs are, and compile if asked."""
         if self._ready is not None and self._ready[0] is self.graph and self._ready[1] == device:
             return
         move_to(self.graph, device)
-        run = torch.compile(self.graph, dynamic=True, fullgraph=True) if self._compile else self.graph
+        run = _compiled(self.graph) if self._compile else self.graph
         object.__setattr__(self, "_run", run)  # not as a submodule: its tensors are the graph's
         self._ready = (self.graph, device)
 
@@ -161,7 +168,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         Types are part of a captured graph, so another type captures the graph anew (seconds); codes and scales stay.
         """
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype = _compat.parse_to(*args, **kwargs)
         if dtype is not None and dtype != self.dtype:
             self._recapture(dtype)
         if device is not None:
@@ -199,7 +206,9 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             config = decision.config
             if decision.kind == "attention":
                 fmt = config.attention if config else None
-                rows.append(LayerSummary(decision.name, "attention", None, fmt, None, 0, fmt is not None, decision.reason))
+                rows.append(
+                    LayerSummary(decision.name, "attention", None, fmt, None, 0, fmt is not None, decision.reason)
+                )
                 continue
             weight = weights.get(f"{decision.name}.weight")
             shape = tuple(weight.shape) if weight is not None else None
@@ -208,7 +217,9 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             name = config.weight if config else kept
             activation = config.activation if config else None
             quantized = config is not None
-            rows.append(LayerSummary(decision.name, "linear", name, activation, shape, size, quantized, decision.reason))
+            rows.append(
+                LayerSummary(decision.name, "linear", name, activation, shape, size, quantized, decision.reason)
+            )
         return rows
 
     def nbytes(self) -> int:
@@ -248,3 +259,18 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         dtype = dtype or kwargs.get("torch_dtype")
         return model.to(dtype) if isinstance(dtype, torch.dtype) else model
 
+
+def _compiled(graph: GraphModule) -> Callable[..., Any]:
+    """``graph`` under ``torch.compile``: once for every batch of two or more, square image size and text length.
+
+    A batch of one, and images that are not square, are compiled once more on first use.
+    """
+    run = torch.compile(graph, dynamic=True, fullgraph=True)
+
+    def call(**arguments: Any) -> Any:
+        # pipelines expand one timestep over the batch: a view, whose strides would be compiled in
+        arguments = pytree.tree_map_only(Tensor, lambda x: x.contiguous(), arguments)
+        with _compat.distinct_sizes():
+            return run(**arguments)
+
+    return call

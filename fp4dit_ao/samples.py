@@ -32,7 +32,9 @@ def encode(value: Any, tensor: Callable[[Tensor], Any], where: str = "sample") -
     if isinstance(value, list | tuple):
         items = [encode(item, tensor, f"{where}[{i}]") for i, item in enumerate(value)]
         return {"list" if isinstance(value, list) else "tuple": items}
-    raise ValueError(f"{where} is a {type(value).__name__}; a sample holds tensors, numbers, strings, None, dicts and lists")
+    raise ValueError(
+        f"{where} is a {type(value).__name__}; a sample holds tensors, numbers, strings, None, dicts and lists"
+    )
 
 
 def decode(data: Any, tensor: Callable[[Any], Tensor]) -> Any:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao import samples
+from fp4dit_ao._compat import FakeTensorMode, fake_like
 from fp4dit_ao.capture import capture
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.observers import StaticActivationObserver, WeightObserver
@@ -24,8 +24,6 @@ from fp4dit_ao.ops import full_block
 from fp4dit_ao.passes.lower import lower
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer
 from fp4dit_ao.tensor import MinifloatTensor
-
-_DEVICE = torch.device("cpu")
 
 
 def resolve(decisions: Iterable[Decision], graph: GraphModule) -> list[Decision]:
@@ -97,7 +95,7 @@ def _fake(model: nn.Module, mode: FakeTensorMode, dtypes: Mapping[str, torch.dty
                     continue
                 name = f"{prefix}.{leaf}" if prefix else leaf
                 own = dtypes.get(name, dtype if x.is_floating_point() else x.dtype)
-                fake = FakeTensor(mode, torch.empty_like(x, device="meta", dtype=own), _DEVICE)
+                fake = fake_like(x, mode, own)
                 slots[leaf] = nn.Parameter(fake, requires_grad=False) if isinstance(x, nn.Parameter) else fake
 
 
@@ -107,7 +105,9 @@ def _pretend_calibrated(prepared: GraphModule) -> None:
         observer = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(observer, WeightObserver):
             weight = weight_of(prepared, node)
-            blocks = [n // b for n, b in zip(weight.shape, full_block(weight.shape, observer.block_size(weight)), strict=True)]
+            blocks = [
+                n // b for n, b in zip(weight.shape, full_block(weight.shape, observer.block_size(weight)), strict=True)
+            ]
             observer.scale = torch.empty(blocks, dtype=observer.scale_dtype)
             observer.codes = torch.empty(weight.shape, dtype=torch.uint8)
         elif isinstance(observer, StaticActivationObserver):
@@ -156,7 +156,9 @@ def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
         value = stored.get(name)
         if isinstance(x, MinifloatTensor):
             data: list[Any] = [stored[f"{name}.{part}"] for part in MinifloatTensor.tensor_data_names]
-            value = MinifloatTensor(*data, *(getattr(x, attribute) for attribute in MinifloatTensor.tensor_attribute_names))
+            value = MinifloatTensor(
+                *data, *(getattr(x, attribute) for attribute in MinifloatTensor.tensor_attribute_names)
+            )
         assert value is not None
         _set(graph, name, value)
 

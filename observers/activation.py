@@ -74,14 +74,14 @@ class StaticActivationObserver(ActivationObserver):
     """One range for the whole tensor, the largest magnitude seen in calibration: the baseline.
 
     Attributes:
-        absmax: float32 scalar.
+        absmax: float32 scalar; negative until something was seen.
     """
 
     absmax: Tensor
 
     def __init__(self, fmt: str | FloatFormat, name: str = "activation", collect_gram: bool = False, **spec: Any):
         super().__init__(fmt, name, collect_gram, **spec)
-        self.register_buffer("absmax", torch.zeros(()))
+        self.register_buffer("absmax", torch.tensor(-1.0))
 
     def block_size(self, x: Tensor) -> list[int]:
         return [-1] * x.ndim
@@ -95,7 +95,7 @@ class StaticActivationObserver(ActivationObserver):
         Raises:
             RuntimeError: nothing was observed.
         """
-        if self.absmax == 0:
+        if self.absmax < 0:
             raise RuntimeError(f"the static range at {self.name} saw no data; run calibrate(prepared, samples) first")
         return choose_scale(self.absmax.reshape([1] * rank), [-1] * rank, str(self.fmt), torch.float32)
 

@@ -1,4 +1,4 @@
-"""How a weight scale is found. Each function takes weights, a block size and a format and gives float32 scales."""
+"""How a weight scale is found: functions of a weight, a block size, a format and the type in which to store the scales."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fp4dit_ao.formats import FloatFormat
-from fp4dit_ao.ops import choose_scale, dequantize, quantize
+from fp4dit_ao.ops import choose_scale, dequantize, quantize, to_scale_dtype
 
 CLIPS = torch.linspace(0.4, 1.2, 81).tolist()
 """Fractions of absmax that the search tries; more than 1 lets the second-largest levels carry more of the group."""
@@ -18,20 +18,25 @@ def absmax(weight: Tensor, block_size: Sequence[int], fmt: FloatFormat, scale_dt
 
 
 def mse(weight: Tensor, block_size: Sequence[int], fmt: FloatFormat, scale_dtype: torch.dtype) -> Tensor:
-    """Per block, the scale among :data:`CLIPS` of absmax whose rounding has the least squared error.
+    """Per block, the scale among :data:`CLIPS` of absmax whose rounding has the least squared error; of equals, absmax.
 
     Source: the clip search of arXiv 2408.06995 (LBFP), with its 0.1 to 1.2 grid narrowed to where minima occur.
     """
     base = choose_scale(weight, block_size, str(fmt), torch.float32)
-    best = base.to(scale_dtype)
-    least = torch.full_like(base, torch.inf)
+    best = to_scale_dtype(base, scale_dtype)
+    least = squared_error(weight, block_size, fmt, best)
     for clip in CLIPS:
-        scale = (base * clip).to(scale_dtype)
-        rounded = dequantize(quantize(weight, block_size, scale, str(fmt)), block_size, scale, str(fmt), torch.float32)
-        error = _sum_blocks((rounded - weight.float()).square(), base.shape)
+        scale = to_scale_dtype(base * clip, scale_dtype)
+        error = squared_error(weight, block_size, fmt, scale)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
+
+
+def squared_error(weight: Tensor, block_size: Sequence[int], fmt: FloatFormat, scale: Tensor) -> Tensor:
+    """Of rounding to nearest, summed over each block: float32, shaped like ``scale``."""
+    rounded = dequantize(quantize(weight, block_size, scale, str(fmt)), block_size, scale, str(fmt), torch.float32)
+    return _sum_blocks((rounded - weight.float()).square(), scale.shape)
 
 
 def _sum_blocks(x: Tensor, blocks: Sequence[int]) -> Tensor:

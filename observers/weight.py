@@ -46,11 +46,11 @@ class WeightObserver(FloatObserver):
         name: str = "weight",
         **spec: Any,
     ):
-        formats = [fmt] if isinstance(fmt, str | FloatFormat) else list(fmt)
-        self_formats = tuple(FloatFormat.parse(f) if isinstance(f, str) else f for f in formats)
-        super().__init__(self_formats[0], **spec)
-        self.candidates = self_formats
-        self.resolved = len(self_formats) == 1
+        names = [fmt] if isinstance(fmt, str | FloatFormat) else fmt
+        candidates = tuple(FloatFormat.parse(f) if isinstance(f, str) else f for f in names)
+        super().__init__(candidates[0], **spec)
+        self.candidates = candidates
+        self.resolved = len(candidates) == 1
         self.granularity, self.search, self.scale_dtype, self.name = granularity, search, scale_dtype, name
         self.rounding: nn.Module | None = None
         self.register_buffer("scale", None)
@@ -59,7 +59,7 @@ class WeightObserver(FloatObserver):
     def block_size(self, x: Tensor) -> list[int]:
         if isinstance(self.granularity, PerGroup):
             return [1, self.granularity.group_size]
-        if isinstance(self.granularity, PerAxis):
+        if isinstance(self.granularity, PerAxis) and self.granularity.axis == 0:
             return [1, -1]
         if isinstance(self.granularity, PerTensor):
             return [-1, -1]

@@ -146,7 +146,9 @@ def test_a_pipeline_without_transformer_is_refused() -> None:
 # --- cache -----------------------------------------------------------------------------------------------------------
 
 
-def test_cache_returns_the_same_samples_without_running(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_returns_the_same_samples_without_running(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = collect(pipe, samples=4, cache_dir=tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
     monkeypatch.setattr(calibration, "_collect", lambda *a: pytest.fail("ran the pipeline"))
@@ -162,7 +164,10 @@ def test_cache_notices_other_weights_prompts_and_settings(pipe: Any, tmp_path: P
 
     other = tiny_pipeline(seed=1, layers=1)
     assert key() == key()
-    assert len({key(), key(other), key(settings={"prompts": ["x"]}), key(guidance_scale=2.0), key(latents=torch.ones(1))}) == 5
+    assert (
+        len({key(), key(other), key(settings={"prompts": ["x"]}), key(guidance_scale=2.0), key(latents=torch.ones(1))})
+        == 5
+    )
 
 
 def test_a_damaged_cache_is_reported_and_made_anew(pipe: Any, tmp_path: Path) -> None:

@@ -194,7 +194,9 @@ def test_config_that_is_not_json(saved: Path) -> None:
 
 def test_a_float_transformer_is_not_mistaken_for_a_quantized_one(tmp_path: Path) -> None:
     tiny_pipeline(layers=1).transformer.save_pretrained(tmp_path / "float")
-    with pytest.raises(ValueError, match="holds no quantized transformer; load it with diffusers, then use quantize_pipeline"):
+    with pytest.raises(
+        ValueError, match="holds no quantized transformer; load it with diffusers, then use quantize_pipeline"
+    ):
         checkpoint.load(tmp_path / "float")
 
 
@@ -213,7 +215,10 @@ def test_a_save_that_fails_leaves_nothing(
     with pytest.raises((OSError, KeyboardInterrupt)) as caught:
         transformer.save_pretrained(tmp_path / "out")
     if isinstance(failure, OSError):
-        assert str(caught.value) == f"cannot save to {tmp_path / 'out'}: No space left on device; nothing was written there"
+        assert (
+            str(caught.value)
+            == f"cannot save to {tmp_path / 'out'}: No space left on device; nothing was written there"
+        )
     assert list(tmp_path.iterdir()) == []
 
 

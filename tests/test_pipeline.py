@@ -102,7 +102,9 @@ def test_the_report_is_kept(quantized: Any) -> None:
 
 
 def test_formats_chosen_on_data(original: Any, tmp_path: Path) -> None:
-    pipe = quantize_pipeline(original, w4a6_auto(), prompts=PROMPTS, samples=2, rounding="nearest", progress=False, **CALL)
+    pipe = quantize_pipeline(
+        original, w4a6_auto(), prompts=PROMPTS, samples=2, rounding="nearest", progress=False, **CALL
+    )
     pipe.save_pretrained(tmp_path / "auto")
     again = load_pipeline(tmp_path / "auto")
     assert [row.weight for row in again.transformer.summary()] == [row.weight for row in pipe.transformer.summary()]
@@ -173,12 +175,37 @@ def test_return_dict_and_positional_arguments(quantized: Any) -> None:
         ({"attention_mask": torch.ones(2, 16)}, r"attention_mask is fixed to None, found a tensor of shape \(2, 16\)"),
         ({"timestep": 3}, "timestep must be a tensor, found 3"),
         ({"timestep": torch.tensor(3)}, "timestep must have 1 dimensions"),
-        ({"added_cond_kwargs": None}, "added_cond_kwargs must be a dict with keys resolution, aspect_ratio, found None"),
+        (
+            {"added_cond_kwargs": None},
+            "added_cond_kwargs must be a dict with keys resolution, aspect_ratio, found None",
+        ),
     ],
 )
 def test_calls_that_the_graph_cannot_honour_are_refused(quantized: Any, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"quantized PixArtTransformer2DModel: {message}"):
         quantized.transformer(**(sample(quantized) | change))
+
+
+def test_one_compilation_serves_every_batch_and_size(quantized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compile_(model, **kwargs, backend=backend))
+    torch._dynamo.reset()
+    eager = draw(quantized)
+    quantized.transformer.compile_graph()
+    try:
+        np.testing.assert_allclose(draw(quantized), eager, atol=1e-6)
+        draw(quantized, ["a red cat"] * 3)
+        draw(quantized, height=48, width=48)
+        draw(quantized, max_sequence_length=5)
+        assert len(compiled) == 1
+    finally:
+        quantized.transformer.compile_graph(False)
 
 
 # --- saving and loading ----------------------------------------------------------------------------------------------
@@ -189,7 +216,9 @@ def test_a_loaded_pipeline_draws_the_same_bits(quantized: Any, loaded: Any) -> N
     assert loaded.generation_defaults == {"num_inference_steps": 2}
 
 
-def test_from_pretrained_loads_the_folder_once_the_package_is_imported(folder: Path, quantized: Any, tmp_path: Path) -> None:
+def test_from_pretrained_loads_the_folder_once_the_package_is_imported(
+    folder: Path, quantized: Any, tmp_path: Path
+) -> None:
     script = (
         "import sys, numpy, torch, fp4dit_ao; from diffusers import DiffusionPipeline\n"
         "pipe = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
@@ -260,7 +289,10 @@ def test_a_save_that_fails_leaves_nothing(
     with pytest.raises((OSError, KeyboardInterrupt)) as caught:
         quantized.save_pretrained(tmp_path / "out")
     if isinstance(failure, OSError):
-        assert str(caught.value) == f"cannot save to {tmp_path / 'out'}: No space left on device; nothing was written there"
+        assert (
+            str(caught.value)
+            == f"cannot save to {tmp_path / 'out'}: No space left on device; nothing was written there"
+        )
     assert list(tmp_path.iterdir()) == []
 
 

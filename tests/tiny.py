@@ -31,7 +31,9 @@ def tiny_pipeline(seed: int = 0, width: int = 128, layers: int = 2) -> Any:
         pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -5.0)] + [("▁" + word, -2.0) for word in WORDS]
         tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=8)
         encoder = T5EncoderModel(
-            T5Config(vocab_size=len(pieces), d_model=width, d_kv=32, d_ff=width, num_layers=1, num_heads=2, pad_token_id=0)
+            T5Config(
+                vocab_size=len(pieces), d_model=width, d_kv=32, d_ff=width, num_layers=1, num_heads=2, pad_token_id=0
+            )
         )
         autoencoder = AutoencoderKL(
             latent_channels=4, sample_size=32, norm_num_groups=8, layers_per_block=1, block_out_channels=(8, 8, 16),
