@@ -3,7 +3,6 @@
 import importlib
 import sys
 from pathlib import Path
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
