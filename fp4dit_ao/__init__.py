@@ -8,10 +8,6 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HERE = Path(__file__).parent
-if not (_HERE / "passes").is_dir():  # run from a checkout, where passes/ and observers/ stand beside this folder
-    __path__.append(str(_HERE.parent))
-
 _checkout = Path(__file__).parents[1]
 if (_checkout / "pyproject.toml").exists() and (_checkout / "passes").is_dir():
     # in a source checkout passes/ and observers/ stand beside this folder; an install puts them inside
