@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fp4dit_ao import _compat, samples, skeleton
 from fp4dit_ao.config import QuantConfig
-from fp4dit_ao.passes.device import move_to
+from fp4dit_ao.passes.device import convert_tensors, move_to
 from fp4dit_ao.quantizer import Decision
 from fp4dit_ao.tensor import MinifloatTensor
 
@@ -121,6 +121,10 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             self._prepare(next(x.device for _, x in samples.tensors(arguments)))
         output = self._run(**arguments)
         return Transformer2DModelOutput(sample=output[0]) if return_dict else output
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedTransformer":
+        convert_tensors(self, fn)
+        return self
 
     @property
     def _class(self) -> str:
