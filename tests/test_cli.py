@@ -138,6 +138,23 @@ def test_inspect_says_formats_errors_and_reasons(quantized, folders, tmp_path):
     assert Image.open(tmp_path / "levels.png").width > 200
 
 
+def test_benchmark_times_in_turns(folders, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **_: model
+    )  # compiling takes a minute, and is not what is tested
+    result = run(
+        "benchmark", folders / "float", "--prompts", folders / "prompts.txt", "--rounds", 2, "--batch-size", 2,
+        "--out", tmp_path / "b.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    data = json.loads((tmp_path / "b.json").read_text())
+    assert list(data["seconds"]) == ["float", "float, compiled", "w4a6, compiled"]
+    assert all(len(times) == 2 for times in data["seconds"].values())
+    assert "speed against float" in result.stdout
+
+
 # --- wrong input -----------------------------------------------------------------------------------------------------
 
 
