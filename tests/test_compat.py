@@ -1,0 +1,184 @@
+"""The adapter to private torch and torchao API does what the package relies on, whichever versions are installed."""
+
+import contextlib
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import Dim
+from torch.fx import GraphModule
+
+from fp4dit_ao import _compat
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: dict[str, Tensor],
+        scale: float | None = None,
+        mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> tuple[Tensor]:
+        y = self.fc(x) + time["step"] * time["weight"]
+        return (y if mask is None else y * mask,)
+
+
+def sample(batch: int = 2, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    x, step, weight = (torch.randn(batch, 4, generator=generator) for _ in range(3))
+    return {"x": x, "time": {"step": step, "weight": weight}}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+@pytest.fixture(scope="module")
+def graph(model: Model) -> GraphModule:
+    kwargs = sample() | {"scale": None, "mask": None, "return_dict": False}
+    auto = {0: Dim.AUTO}
+    shapes = {"x": auto, "time": {"step": auto, "weight": auto}, "scale": None, "mask": None, "return_dict": None}
+    exported = torch.export.export(model, (), kwargs, dynamic_shapes=shapes)
+    return _compat.exported_graph(exported, {"scale": None, "mask": None, "return_dict": False})
+
+
+# --- exported_graph --------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_is_called_as_its_module(model: Model, graph: GraphModule) -> None:
+    for batch in (2, 1, 7):
+        inputs = sample(batch)
+        expected = model(**inputs)[0]
+        assert torch.equal(graph(**inputs)[0], expected)
+        assert torch.equal(graph(inputs["x"], inputs["time"])[0], expected)
+        assert torch.equal(graph(**inputs, scale=None, return_dict=False)[0], expected)
+
+
+def test_its_signature_has_the_modules_names_and_defaults(graph: GraphModule) -> None:
+    parameters = inspect.signature(graph.forward).parameters
+    assert list(parameters) == ["x", "time", "scale", "mask", "return_dict"]
+    assert {n: p.default for n, p in parameters.items() if p.default is not p.empty} == {
+        "scale": None, "mask": None, "return_dict": False,
+    }  # fmt: skip
+    with pytest.raises(TypeError, match="time"):
+        graph(x=torch.zeros(2, 4))
+
+
+def test_defaults_survive_an_edit_of_the_graph(model: Model, graph: GraphModule) -> None:
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            node.meta["edited"] = True
+    graph.graph.lint()
+    graph.recompile()
+    inputs = sample(3)
+    assert torch.equal(graph(**inputs)[0], model(**inputs)[0])
+
+
+def test_input_names(graph: GraphModule) -> None:
+    assert _compat.input_names(graph) == ["x", "time", "scale", "mask", "return_dict"]
+    assert _compat.input_names(torch.fx.symbolic_trace(nn.Linear(2, 2))) == ["input"]
+
+
+# --- flat_inputs -----------------------------------------------------------------------------------------------------
+
+
+def test_flat_inputs_are_the_placeholders_values(model: Model, graph: GraphModule) -> None:
+    """Checked by running the nodes from them, without the graph's own calling convention."""
+    inputs = sample(5)
+    values = _compat.flat_inputs(graph, inputs)
+    assert list(values) == [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+    assert values["x"] is inputs["x"]
+    assert sum(value is inputs["time"]["step"] for value in values.values()) == 1
+    interpreter = torch.fx.Interpreter(graph)
+    ran = interpreter.run(*values.values(), enable_io_processing=False)
+    assert torch.equal(ran[0], model(**inputs)[0])
+
+
+def test_the_order_of_keywords_does_not_matter(graph: GraphModule) -> None:
+    inputs = sample()
+    turned = {"return_dict": False, "time": dict(reversed(inputs["time"].items())), "x": inputs["x"]}
+    first, second = (_compat.flat_inputs(graph, s) for s in (inputs, turned))
+    assert all(first[name] is second[name] for name in first)
+
+
+def test_samples_that_do_not_fit_the_signature(graph: GraphModule) -> None:
+    with pytest.raises(TypeError, match="missing a required argument: 'x'"):
+        _compat.flat_inputs(graph, {"time": sample()["time"]})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'extra'"):
+        _compat.flat_inputs(graph, sample() | {"extra": None})
+
+
+def test_samples_of_another_structure(graph: GraphModule) -> None:
+    with pytest.raises(ValueError, match="expected 2, but got 1"):
+        _compat.flat_inputs(graph, sample() | {"time": {"step": torch.zeros(2, 4)}})
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_buffers_stand_beside_the_weight_under_unique_names() -> None:
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
+    with traced.graph.inserting_before():
+        nodes = [
+            _compat.create_buffer_node(traced, path, torch.ones(2)) for path in ("0.codes", "0.codes", "a.b.c", "top")
+        ]
+    assert [node.target for node in nodes] == ["0.codes", "0.codes_1", "a.b.c", "top"]
+    assert {"0.codes", "0.codes_1", "a.b.c", "top"} <= set(traced.state_dict())
+    assert all(node.op == "get_attr" for node in nodes)
+    traced.graph.lint()
+
+
+def test_a_buffer_carries_no_gradient() -> None:
+    traced = torch.fx.symbolic_trace(nn.Linear(2, 2))
+    weight = torch.ones(2, requires_grad=True) * 2
+    _compat.create_buffer_node(traced, "scale", weight)
+    assert not traced.scale.requires_grad
+
+
+def test_fake_tensors_hold_nothing_and_claim_the_cpu() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = _compat.fake_like(torch.ones(3, 5), mode, torch.bfloat16)
+        product = fake @ torch.empty(5, 7, dtype=torch.bfloat16)
+    assert isinstance(fake, FakeTensor)
+    assert (fake.shape, fake.dtype, fake.device) == ((3, 5), torch.bfloat16, torch.device("cpu"))
+    assert product.shape == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "expected"),
+    [
+        ((), {"dtype": torch.float16}, (None, torch.float16)),
+        (("cpu",), {}, (torch.device("cpu"), None)),
+        (("cuda:1", torch.bfloat16), {}, (torch.device("cuda", 1), torch.bfloat16)),
+        ((torch.zeros(1, dtype=torch.float64),), {}, (torch.device("cpu"), torch.float64)),
+    ],
+    ids=str,
+)
+def test_arguments_of_module_to(args: tuple, kwargs: dict, expected: tuple) -> None:
+    assert _compat.parse_to(*args, **kwargs) == expected
+
+
+@pytest.mark.parametrize(("context", "expected"), [(contextlib.nullcontext, 2), (_compat.distinct_sizes, 1)])
+def test_equal_sizes_are_not_taken_to_be_one(context: Callable, expected: int) -> None:
+    """A graph compiled on a square image also serves an oblong one, without a second compilation."""
+    compilations = []
+
+    def backend(graph: GraphModule, example: list) -> GraphModule:
+        compilations.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x: x * 2, backend=backend, dynamic=True, fullgraph=True)
+    with context():
+        for shape in [(6, 6), (4, 8), (9, 3)]:
+            assert compiled(torch.ones(shape)).shape == shape
+    assert len(compilations) == expected
