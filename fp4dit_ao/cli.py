@@ -77,7 +77,7 @@ def demo(
     ),
     iters: Annotated[
         int, typer.Option(min=1, help="Iterations of learned rounding per block (the paper: 2500).")
-    ] = 150,
+    ] = 60,
     seed: Annotated[int, typer.Option(help="Seed of calibration and images.")] = 0,
     compile: Compile = True,
 ) -> None:
