@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -95,6 +95,11 @@ def create_buffer_node(model: GraphModule, path: str, value: Tensor) -> Node:
     return model.graph.get_attr(".".join([*parents, name]))
 
 
+def fake_mode() -> FakeTensorMode:
+    """Under it, operators compute shapes and types but no values."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def fake_like(x: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Tensor:
     """A tensor of ``x``'s shape that claims to be on the CPU and holds nothing."""
     return FakeTensor(mode, torch.empty_like(x, device="meta", dtype=dtype), torch.device("cpu"))
@@ -108,5 +113,12 @@ def parse_to(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtyp
 
 def distinct_sizes() -> contextlib.AbstractContextManager[None]:
     """While compiling, sizes that happen to be equal (height and width, batch and heads) are not taken to always be so."""
-    patch: contextlib.AbstractContextManager[None] = symbolic_config.patch(use_duck_shape=False)
+    config: Any = symbolic_config
+    patch: contextlib.AbstractContextManager[None] = config.patch(use_duck_shape=False)
     return patch
+
+
+def size_at(size: SymInt, sizes: Mapping[str, int], others: int) -> int:
+    """A symbolic size where the named symbols have these ``sizes``, and all ``others`` that one."""
+    expression = size.node.expr
+    return int(expression.subs({symbol: sizes.get(str(symbol), others) for symbol in expression.free_symbols}))

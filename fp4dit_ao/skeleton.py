@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from fp4dit_ao import samples
-from fp4dit_ao._compat import FakeTensorMode, fake_like
+from fp4dit_ao import _compat, samples
 from fp4dit_ao.capture import capture
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.observers import StaticActivationObserver, WeightObserver
@@ -73,7 +72,7 @@ def build(
     Raises:
         ValueError: the decisions or the sample are not those of this model.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _compat.fake_mode()
     _fake(model, mode, dtypes or {}, dtype)
     quantizer = FP4DiTQuantizer()
     for name, config in _rules(decisions).items():
@@ -87,7 +86,7 @@ def build(
     return lowered
 
 
-def _fake(model: nn.Module, mode: FakeTensorMode, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype) -> None:
+def _fake(model: nn.Module, mode: Any, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype) -> None:
     for prefix, module in model.named_modules():
         for slots in (module._parameters, module._buffers):
             for leaf, x in slots.items():
@@ -95,7 +94,7 @@ def _fake(model: nn.Module, mode: FakeTensorMode, dtypes: Mapping[str, torch.dty
                     continue
                 name = f"{prefix}.{leaf}" if prefix else leaf
                 own = dtypes.get(name, dtype if x.is_floating_point() else x.dtype)
-                fake = fake_like(x, mode, own)
+                fake = _compat.fake_like(x, mode, own)
                 slots[leaf] = nn.Parameter(fake, requires_grad=False) if isinstance(x, nn.Parameter) else fake
 
 

@@ -204,6 +204,8 @@ def test_one_compilation_serves_every_batch_and_size(quantized: Any, monkeypatch
         draw(quantized, height=48, width=48)
         draw(quantized, max_sequence_length=5)
         assert len(compiled) == 1
+        quantized.to("cpu")  # moving goes on working
+        draw(quantized)
     finally:
         quantized.transformer.compile_graph(False)
 
