@@ -257,7 +257,8 @@ def test_compiled_dynamic_graphs_agree_bit_for_bit(dtype: torch.dtype) -> None:
 
     def forward(x: Tensor) -> list[Tensor]:
         token, group = chain(x, [1, 1, -1], "e2m3"), chain(x, [1, 1, 16], "e2m1", torch.float16)
-        rounded = FloatFormat.parse("e2m3").round(x * 20)
+        # the product in float32: Inductor does not round half-precision intermediates, which is not ours to test
+        rounded = FloatFormat.parse("e2m3").round(x.float() * 20)
         return [*token, *group, *chain(x, [-1, -1, -1], "e3m0"), rounded]
 
     compiled = torch.compile(forward, fullgraph=True, dynamic=True)
