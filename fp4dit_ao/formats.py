@@ -137,10 +137,15 @@ class FloatFormat:
         return torch.where((code >> (self.bits - 1) & 1) > 0, -level, level)
 
     def round(self, y: Tensor) -> Tensor:
-        """The levels nearest to ``y``, float32: ``decode(encode(y))`` without the codes in between."""
+        """The levels nearest to ``y``, float32: ``decode(encode(y))`` without the codes in between, many times quicker."""
         y = self._saturated(y)
-        k = self._binade(y)
-        return self._mantissa(y, k) * _power_of_two(k)
+        if not self.mantissa_bits:
+            k = self._binade(y)
+            return self._mantissa(y, k) * _power_of_two(k)
+        # float32 itself rounds to multiples of 2^k, ties to even, where its own last bit is 2^k: beside 1.5 * 2^(k + 23)
+        binade = (y.view(torch.int32) & 0x7F800000).clamp(min=(127 + self.mantissa_bits) << 23).view(torch.float32)
+        anchor = binade * (1.5 * 2 ** (23 - self.mantissa_bits))
+        return (y + anchor) - anchor
 
     def _saturated(self, y: Tensor) -> Tensor:
         largest = float(self.lattice_max)

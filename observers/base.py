@@ -9,7 +9,7 @@ from torchao.quantization.pt2e.observer import ObserverBase
 
 from fp4dit_ao import _compat
 from fp4dit_ao.formats import FloatFormat
-from fp4dit_ao.ops import choose_scale, dequantize, quantize
+from fp4dit_ao.ops import choose_scale
 
 
 class FloatObserver(ObserverBase):  # type: ignore[misc]
@@ -44,9 +44,10 @@ class FloatObserver(ObserverBase):  # type: ignore[misc]
         raise NotImplementedError
 
     def _quantize_dequantize(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        block_size, fmt = self.block_size(x), str(self.fmt)
-        scale = choose_scale(x, block_size, fmt, torch.float32) if scale is None else scale
-        rounded = dequantize(quantize(x, block_size, scale, fmt), block_size, scale, fmt, x.dtype)
+        if scale is None:
+            scale = choose_scale(x, self.block_size(x), str(self.fmt), torch.float32)
+        # dequantize(quantize(x)) of a scale per token or tensor, to the bit, without the codes in between
+        rounded = (self.fmt.round(x.float() / scale) * scale).to(x.dtype)
         return StraightThrough.apply(x, rounded) if x.requires_grad else rounded  # type: ignore[no-untyped-call, no-any-return]
 
 

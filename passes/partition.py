@@ -1,14 +1,16 @@
 """Cut a graph into its transformer blocks, and what lies between them, in topological order."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch.fx import Graph, GraphModule, Node
 
 from fp4dit_ao.observers import FloatObserver, WeightObserver
 
-_BLOCK = re.compile(r".*\.\d+")
+_BLOCK = re.compile(r"(.*\.)?\d+")
+GLUE, WHOLE = "(glue)", "(model)"
+"""Names of segments that are no block: what lies between, and a graph that is not made of blocks."""
 
 
 @dataclass
@@ -16,7 +18,7 @@ class Segment:
     """One piece of a graph, callable on its own.
 
     Attributes:
-        name: fully qualified name of the block, or ``"(glue)"``.
+        name: fully qualified name of the block, of a linear between blocks, or one of ``GLUE`` and ``WHOLE``.
         graph: shares parameters, buffers and observers with the whole; takes ``inputs``, gives a tuple of ``outputs``.
         inputs: names of the values it reads: nodes of the whole graph.
         outputs: names of the values that later segments (or the result) read.
@@ -28,6 +30,11 @@ class Segment:
     inputs: list[str]
     outputs: list[str]
     dead: list[str]
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it holds any observer."""
+        return any(isinstance(module, FloatObserver) for module in self.graph.modules())
 
     @property
     def observers(self) -> list[tuple[Node, WeightObserver]]:
@@ -44,11 +51,17 @@ def weight_observers(graph: GraphModule) -> Iterator[tuple[Node, WeightObserver]
                 yield node, observer
 
 
+def block_names(model: GraphModule) -> list[str]:
+    """The blocks of a prepared graph, in order: ``["transformer_blocks.0", ...]``; none if it is not made of blocks."""
+    return [name for name in _stages(model)[1].values() if name != WHOLE]
+
+
 def partition(model: GraphModule) -> list[Segment]:
     """The segments of ``model``; run one after the other they compute what it computes.
 
     A block is the outermost module with a numbered name (``transformer_blocks.3``) in which a node was traced, read off
     ``nn_module_stack``, if it holds a weight observer. Without one, or if blocks interleave, the whole graph is one segment.
+    What lies between blocks is named after the first linear that is quantized in it, if one is.
     """
     stages, names = _stages(model)
     nodes = [node for node in model.graph.nodes if node.op not in ("placeholder", "output")]
@@ -67,7 +80,7 @@ def partition(model: GraphModule) -> list[Segment]:
             node.name for node in (*inputs, *outputs) if node not in result and (last[node] <= stage or stage == end)
         ]
         graph = _extract(model, inside, inputs, outputs)
-        name = names.get(stage, "(glue)")
+        name = names.get(stage) or next((o.name.removesuffix(".weight") for _, o in weight_observers(graph)), GLUE)
         segments.append(Segment(name, graph, [n.name for n in inputs], [n.name for n in outputs], dead))
     return segments
 
@@ -76,28 +89,38 @@ def _stages(model: GraphModule) -> tuple[dict[Node, int], dict[int, str]]:
     """For every node, the position of its segment: blocks at odd numbers, what lies between at even ones."""
     labels = _labels(model)
     order = {name: 2 * i + 1 for i, name in enumerate(dict.fromkeys(label for label in labels.values() if label))}
+    constants = _constants(model)
     stages: dict[Node, int] = {}
     for node in model.graph.nodes:
-        if node.op in ("placeholder", "output", "get_attr"):
+        if node.op in ("placeholder", "output") or node in constants:
             continue
         after = max((stages.get(source, 0) for source in node.all_input_nodes), default=0)
         label = labels.get(node)
         if label is None:
-            stages[node] = after + after % 2
+            stages[node] = after + after % 2 if node.users else after  # an assertion stays with what it asserts
         elif after > order[label]:
             return _one_segment(model)
         else:
             stages[node] = order[label]
-    for node in model.graph.nodes:
-        if node.op == "get_attr":
-            stages[node] = min((stages[user] for user in node.users if user in stages), default=0)
     if not order:
         return _one_segment(model)
+    for node in reversed(model.graph.nodes):
+        if node in constants:
+            stages[node] = min((stages[user] for user in node.users if user in stages), default=0)
     return stages, {stage: name for name, stage in order.items()}
 
 
 def _one_segment(model: GraphModule) -> tuple[dict[Node, int], dict[int, str]]:
-    return {node: 1 for node in model.graph.nodes if node.op not in ("placeholder", "output")}, {1: "(model)"}
+    return {node: 1 for node in model.graph.nodes if node.op not in ("placeholder", "output")}, {1: WHOLE}
+
+
+def _constants(model: GraphModule) -> set[Node]:
+    """Parameters, and what is computed from them alone (an observer's quantized weight): they go where they are used."""
+    constants: set[Node] = set()
+    for node in model.graph.nodes:
+        if node.op == "get_attr" or (node.all_input_nodes and constants.issuperset(node.all_input_nodes)):
+            constants.add(node)
+    return constants
 
 
 def _labels(model: GraphModule) -> dict[Node, str | None]:
@@ -109,8 +132,31 @@ def _labels(model: GraphModule) -> dict[Node, str | None]:
         else:
             labels[node] = _block_of(node)
     quantized = {labels[node] for node, _ in weight_observers(model)}
-    ordered = {node: labels[node] for node in model.graph.nodes if node in labels}
-    return {node: label if label in quantized else None for node, label in ordered.items()}
+    labels = {node: labels[node] if labels[node] in quantized else None for node in model.graph.nodes}
+    _adopt(labels)
+    return labels
+
+
+def _adopt(labels: dict[Node, str | None]) -> None:
+    """Give a node without a block, between two nodes of one block, to that block (a rewrite may have dropped its stack)."""
+    before: dict[Node, set[str]] = {}  # blocks that a run of such nodes starts from
+    for node in labels:
+        before[node] = _reached(node.all_input_nodes, labels, before)
+    after: dict[Node, set[str]] = {}  # blocks that it leads to
+    for node in reversed(labels):
+        after[node] = _reached(node.users, labels, after)
+    for node, label in list(labels.items()):
+        both = before[node] & after[node]
+        if label is None and len(both) == 1:
+            labels[node] = both.pop()
+
+
+def _reached(neighbours: Iterable[Node], labels: dict[Node, str | None], beyond: dict[Node, set[str]]) -> set[str]:
+    found: set[str] = set()
+    for node in neighbours:
+        label = labels[node]
+        found |= beyond[node] if label is None else {label}
+    return found
 
 
 def _block_of(node: Node) -> str | None:

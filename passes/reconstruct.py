@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 from tqdm import tqdm
 
 from fp4dit_ao.observers import set_fake_quantize
 from fp4dit_ao.observers.weight import gram_of, weight_of
 from fp4dit_ao.passes import resume
+from fp4dit_ao.passes.learn import Block, settled
 from fp4dit_ao.passes.partition import Segment, partition, weight_observers
-from fp4dit_ao.passes.report import BlockReport, ReconstructionReport
-from fp4dit_ao.passes.rounding import RULES, AdaRound
+from fp4dit_ao.passes.report import ReconstructionReport
 from fp4dit_ao.passes.streams import Stream, build
 
 
@@ -56,17 +55,30 @@ class AdaRoundConfig:
     """Fraction of the steps without regulariser."""
     seed: int = 0
     """Of the minibatches; each block has its own generator, so a resumed run continues with the same bits."""
-    chunk: int = 64
-    """Rows at a time when streams advance from block to block."""
+    compile: bool = False
+    """Run each block through ``torch.compile``: worth its start where there are many iterations."""
+    offload: bool | None = None
+    """Keep the streams' values in host memory, and only a minibatch on the model's device. None: if they would fill half of
+    what the accelerator has free."""
     memory_limit_bytes: int | None = None
-    """Ceiling for the streams' values; exceeding it is an error that says how many rows would fit."""
+    """Ceiling for the streams' values; exceeding it is an error, at the start, that says how many rows would fit."""
 
     def __post_init__(self) -> None:
-        for name, low in (("iters", 0), ("batch_size", 1), ("chunk", 1), ("regularizer", 0)):
+        for name, low in (("iters", 0), ("batch_size", 1), ("regularizer", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"AdaRoundConfig: {name}={getattr(self, name)}; it must be at least {low}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"AdaRoundConfig: warmup={self.warmup}; it must be at least 0 and less than 1")
+
+        for name in ("lr", "relative_lr"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"AdaRoundConfig: {name}={value}; it must be more than 0, or None for the default")
+
+    def beta_at(self, progress: float) -> float:
+        """The regulariser's exponent after a fraction ``progress`` of the steps that have one."""
+        first, last = self.beta
+        return first + (last - first) * progress
 
     @property
     def rule(self) -> str:
@@ -105,149 +117,73 @@ def reconstruct(
     """
     config = config or AdaRoundConfig()
     began = time.monotonic()
+    device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
     streams = build(prepared, samples)
     for node, observer in weight_observers(prepared):
         weight = weight_of(prepared, node)
         observer.resolve(weight, gram_of(prepared, node))
+        observer.codes = None  # of an earlier reconstruction
         observer.quantized(weight)
     segments = partition(prepared)
     store = resume.Store(checkpoint_dir, resume.fingerprint(prepared, samples, config)) if checkpoint_dir else None
     report = ReconstructionReport([], 0.0, 0)
     blocks = [segment for segment in segments if segment.observers]
     with _frozen(prepared), tqdm(total=len(blocks) * config.iters, desc="reconstruct", disable=not progress) as bar:
+        planned = _planned_bytes(segments, streams, device)
+        _check_memory(planned, streams, config)
+        for stream in streams:
+            stream.move_to(device, offload=_offload(planned, device, config))
         for segment in segments:
-            index = len(report.rows)
-            set_fake_quantize(segment.graph, False, False, paused=True)
-            inputs = [dict(stream.quantized) for stream in streams]
-            for stream in streams:
-                stream.advance(stream.full, segment, config.chunk)
-            report.stream_bytes = max(report.stream_bytes, sum(stream.nbytes() for stream in streams))
-            _check_memory(report.stream_bytes, streams, config)
-            set_fake_quantize(segment.graph, True, True)
+            _advance_full(segment, streams, config.batch_size)
             if segment.observers:
                 bar.set_postfix_str(segment.name)
+                index = len(report.rows)
                 row = store.load(index, segment) if store else None
                 if row is None:
-                    row = _Block(segment, streams, inputs, config, index).learn(bar)
+                    row = Block(segment, streams, config, index).learn(bar)
                     if store:
                         store.save(index, segment, row)
                 else:
-                    bar.update(config.iters)
+                    bar.initial = bar.n = bar.n + config.iters  # the time left is that of what is left
                 report.rows.append(row)
-            for stream in streams:
-                stream.advance(stream.quantized, segment, config.chunk)
-    set_fake_quantize(prepared, False, False)
+            _advance_quantized(segment, streams, config.batch_size)
+    report.stream_bytes = sum(stream.peak for stream in streams)
     report.seconds = time.monotonic() - began
     return report
 
 
-class _Block:
-    """The reconstruction of one block."""
+def _advance_full(segment: Segment, streams: list[Stream], chunk: int) -> None:
+    """Leaves the segment's observers set to fake quantization."""
+    set_fake_quantize(segment.graph, False, False, paused=True)
+    for stream in streams:
+        stream.advance_full(segment, chunk)
+    set_fake_quantize(segment.graph, True, True)
 
-    def __init__(
-        self, segment: Segment, streams: list[Stream], inputs: list[dict[str, Any]], config: AdaRoundConfig, index: int
-    ):
-        self.segment, self.streams, self.inputs, self.config = segment, streams, inputs, config
-        self.generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-        self.began = time.monotonic()
-        self.targets: list[int] = []
 
-    def learn(self, bar: Any) -> BlockReport:
-        """Optimise, harden, and keep what is better on all rows: the learned rounding or the nearest."""
-        weights = {observer: weight_of(self.segment.graph, node) for node, observer in self.segment.observers}
-        nearest = {observer: observer.quantized(weight)[0] for observer, weight in weights.items()}
-        rules: dict[Any, AdaRound] = {o: RULES[self.config.rule](w, o) for o, w in weights.items()}
-        self.targets = self._differentiable(rules)
-        before = self._error()
-        after, changed, kept = before, 0.0, "nearest"
-        if self.config.iters and self.targets and before > 0:
-            self._optimise(rules, before, bar)
-            moved = 0
-            for observer, rule in rules.items():
-                observer.codes = observer.fmt.encode(rule.hard_levels())
-                moved += int((observer.codes != nearest[observer]).sum())
-            learned = self._error()
-            changed = moved / sum(codes.numel() for codes in nearest.values())
-            if learned < before:
-                after, kept = learned, "learned"
-            else:
-                changed = 0.0
-                for observer in rules:
-                    observer.codes = None
-        else:
-            bar.update(self.config.iters)
-        seconds = time.monotonic() - self.began
-        return BlockReport(self.segment.name, len(rules), before, after, changed, kept, seconds)
+def _advance_quantized(segment: Segment, streams: list[Stream], chunk: int) -> None:
+    with settled(segment):
+        for stream in streams:
+            stream.advance_quantized(segment, chunk)
 
-    def _differentiable(self, rules: dict[Any, AdaRound]) -> list[int]:
-        """Positions of the outputs that depend on this block's weights."""
-        with self._learning(rules):
-            stream = self.streams[0]
-            outputs = self.segment.graph(*stream.select(self.inputs[0], self.segment.inputs, slice(0, 1)))
-        return [i for i, y in enumerate(outputs) if isinstance(y, Tensor) and y.requires_grad and self._compared(i)]
 
-    def _compared(self, position: int) -> bool:
-        return self.segment.outputs[position] in self.streams[0].full
+def _planned_bytes(segments: list[Segment], streams: list[Stream], device: torch.device) -> int:
+    """What the streams will take, found by sending one row of each through the whole graph."""
+    total = 0
+    for stream in streams:
+        alone = [stream.first_row()]
+        alone[0].move_to(device)
+        for segment in segments:
+            _advance_full(segment, alone, 1)
+            _advance_quantized(segment, alone, 1)
+        total += alone[0].peak
+    return total
 
-    @contextlib.contextmanager
-    def _learning(self, rules: dict[Any, AdaRound]) -> Iterator[None]:
-        try:
-            for observer, rule in rules.items():
-                observer.rounding = rule
-            with torch.enable_grad():
-                yield
-        finally:
-            for observer in rules:
-                observer.rounding = None
 
-    def _optimise(self, rules: dict[Any, AdaRound], before: float, bar: Any) -> None:
-        config = self.config
-        groups = [
-            {"params": [rule.alpha], "lr": config.lr or rule.learning_rate(config.step_in_logits)}
-            for rule in rules.values()
-        ]
-        # gradients of one weight of millions are far below Adam's usual eps of 1e-8
-        optimizer = torch.optim.Adam(groups, eps=1e-20)
-        count = sum(rule.alpha.numel() for rule in rules.values())
-        shares = torch.tensor([float(stream.rows) for stream in self.streams])
-        start = round(config.warmup * config.iters)
-        with self._learning(rules):
-            for iteration in range(config.iters):
-                number = int(torch.multinomial(shares, 1, generator=self.generator))
-                rows = torch.randperm(self.streams[number].rows, generator=self.generator)[: config.batch_size]
-                loss = self._loss(number, rows) / before
-                if iteration >= start and config.regularizer:
-                    progress = (iteration - start) / max(1, config.iters - start)
-                    beta = config.beta[0] + (config.beta[1] - config.beta[0]) * progress
-                    penalty = sum(rule.regularizer(beta) * (rule.alpha.numel() / count) for rule in rules.values())
-                    loss = loss + config.regularizer * penalty
-                optimizer.zero_grad(set_to_none=True)
-                torch.autograd.backward(loss)
-                optimizer.step()
-                bar.update()
-
-    def _loss(self, number: int, rows: Tensor | slice) -> Tensor:
-        """Squared error, relative to the power of the full-precision output, of some rows of one stream."""
-        stream = self.streams[number]
-        outputs = self.segment.graph(*stream.select(self.inputs[number], self.segment.inputs, rows))
-        names = [self.segment.outputs[i] for i in self.targets]
-        targets = stream.select(stream.full, names, rows)
-        parts = [
-            (outputs[i].float() - y.float()).square().mean() / y.float().square().mean().clamp_min(1e-20)
-            for i, y in zip(self.targets, targets, strict=True)
-        ]
-        return torch.stack(parts).mean()
-
-    @torch.no_grad()
-    def _error(self) -> float:
-        """:meth:`_loss` over all rows."""
-        total, rows = 0.0, 0
-        for number, stream in enumerate(self.streams):
-            for first in range(0, stream.rows, self.config.chunk):
-                part = slice(first, min(first + self.config.chunk, stream.rows))
-                total += float(self._loss(number, part)) * (part.stop - part.start)
-                rows += part.stop - part.start
-        return total / rows
+def _offload(planned: int, device: torch.device, config: AdaRoundConfig) -> bool:
+    """Whether the values stay in host memory: as asked, or if they would fill half of what an accelerator has free."""
+    if config.offload is not None or device.type != "cuda":
+        return bool(config.offload)
+    return planned > torch.cuda.mem_get_info(device)[0] // 2
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from fp4dit_ao.observers import FloatObserver
 from fp4dit_ao.observers.weight import weight_of
 from fp4dit_ao.passes.partition import Segment, weight_observers
 from fp4dit_ao.passes.report import BlockReport
@@ -30,6 +31,11 @@ def fingerprint(prepared: GraphModule, samples: Sequence[Mapping[str, Any]], con
     for node, observer in weight_observers(prepared):
         digest.update(f"{observer.name} {observer.fmt} {observer.granularity}".encode())
         digest.update(_bytes(weight_of(prepared, node)))
+    for name, module in prepared.named_modules():
+        if isinstance(module, FloatObserver):
+            digest.update(f"{name} {module.fmt}".encode())
+            for state in module.state_dict().values():  # scales, and static ranges
+                digest.update(_bytes(state))
     for sample in samples:
         for leaf in pytree.tree_leaves(dict(sample)):
             digest.update(_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())

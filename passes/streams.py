@@ -5,7 +5,6 @@ Two streams run side by side: one full precision, one quantized with what has be
 reads any more are dropped, which bounds the memory to what crosses one cut of the graph.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,86 +19,195 @@ Values = dict[str, Any]
 
 
 class Rows:
-    """Which values of a graph grow with the batch, read off their symbolic shapes."""
+    """Which values of a graph grow with the batch, and along which dimension, read off their symbolic shapes.
 
-    def __init__(self, model: GraphModule):
+    Without a batch symbol, or if a value grows otherwise, nothing can be stacked: each sample then is one row.
+
+    Args:
+        model: the whole graph.
+        samples: its placeholders' values, by node name.
+
+    Attributes:
+        dims: the dimension of each tensor that grows; -1 for a whole number that does.
+    """
+
+    def __init__(self, model: GraphModule, samples: Sequence[Values]):
         inputs = [n for n in model.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
         sizes = {n.name: n.meta["val"].shape[0] for n in inputs if n.meta["val"].ndim}
-        self.first = inputs[0].name if inputs else None
-        size: Any = sizes.get(self.first or "")
-        self.symbol = str(size) if isinstance(size, torch.SymInt) and str(size).isidentifier() else None
+        self.first = next(iter(sizes), "")
+        size = sizes.get(self.first)
+        self.dims: dict[str, int] = {}
+        if not isinstance(size, torch.SymInt) or not str(size).isidentifier():
+            return
         # nothing in the graph may tie the batch of a mask to that of the latents: it then has a symbol of its own
         same = {
             str(s)
-            for s in sizes.values()
-            if isinstance(s, torch.SymInt) and self.symbol and s.node.hint == size.node.hint
+            for name, s in sizes.items()
+            if isinstance(s, torch.SymInt)
+            and s.node.hint == size.node.hint
+            and all(len(sample[name]) == len(sample[self.first]) for sample in samples)
         }
-        self._batch = re.compile(rf"\b({'|'.join(sorted(same))})\b")
-        self.batched = {node.name for node in model.graph.nodes if self._grows(node)}
-
-    def _grows(self, node: Node) -> bool:
-        while node.op == "call_module" and isinstance(node.args[0], Node):  # an observer gives what it is given
-            node = node.args[0]
-        value = node.meta.get("val")
-        size = value.shape[0] if isinstance(value, Tensor) and value.ndim else value
-        return self.symbol is not None and isinstance(size, torch.SymInt) and self._batch.search(str(size)) is not None
+        for node in model.graph.nodes:
+            value = _observed(node).meta.get("val")
+            if isinstance(value, torch.SymInt) and _growth(value, same) == _TIMES:
+                self.dims[node.name] = -1
+            elif isinstance(value, Tensor):
+                growth = [_growth(s, same) if isinstance(s, torch.SymInt) else 1 for s in value.shape]
+                grown = [dim for dim, times in enumerate(growth) if times != 1]
+                if len(grown) > 1 or any(growth[dim] != _TIMES for dim in grown):
+                    self.dims.clear()
+                    return
+                if grown:
+                    self.dims[node.name] = grown[0]
 
     def count(self, values: Values) -> int:
         """Rows in one sample's placeholder values."""
-        return int(values[self.first].shape[0]) if self.symbol is not None and self.first is not None else 1
+        return len(values[self.first]) if self.dims else 1
+
+    def identity(self, name: str, value: Any) -> Any:
+        """What two samples must agree on to be stacked: other sizes of what grows, and the values of everything else."""
+        if not isinstance(value, Tensor):
+            return value
+        if name in self.dims:
+            return (*(s for i, s in enumerate(value.shape) if i != self.dims[name]), value.dtype)
+        return (value.shape, value.dtype, value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+_TIMES = 3
+
+
+def _growth(size: torch.SymInt, batch: set[str]) -> float:
+    """How many times as large ``size`` is at ``_TIMES`` the batch."""
+    at = [_compat.size_at(size, dict.fromkeys(batch, rows), others=64) for rows in (2, 2 * _TIMES)]
+    return at[1] / at[0] if at[0] else 1.0
+
+
+def _observed(node: Node) -> Node:
+    """An observer gives what it is given, and has no metadata of its own."""
+    while node.op == "call_module" and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 class Stream:
     """Stacked values of one group of samples.
 
+    Args:
+        values: placeholders' values, sample by sample.
+        rows: of the whole graph.
+
     Attributes:
         rows: how many; each sample adds its batch.
-        full: values in full precision, by node name; batched ones have ``rows * k`` entries along dimension 0.
-        quantized: the same, of the quantized model.
+        full: values in full precision, by node name; what grows has ``rows * k`` entries along its dimension.
+        quantized: the same, of the quantized model. What depends on nothing quantized, the two share.
+        peak: the most bytes that the values took so far.
     """
 
-    def __init__(self, values: Sequence[Values], rows: Rows, device: torch.device | None = None):
+    def __init__(self, values: Sequence[Values], rows: Rows):
         self._rows = rows
+        self._device = self._home = torch.device("cpu")
+        self._same = False
+        self._standing_for: int | None = None
         self.rows = sum(rows.count(v) for v in values)
-        first = values[0]
-        self.full: Values = {
-            name: torch.cat([v[name] for v in values]) if name in rows.batched and isinstance(x, Tensor) else x
-            for name, x in first.items()
-        }
+        self.peak = 0
+        self.full: Values = {}
+        for name, value in values[0].items():
+            stacked = torch.cat([v[name] for v in values], rows.dims[name]) if rows.dims.get(name, -1) >= 0 else value
+            self.full[name] = stacked.detach() if isinstance(stacked, Tensor) else stacked
         self.quantized: Values = dict(self.full)
 
-    def select(self, values: Values, names: Sequence[str], index: Tensor | slice) -> list[Any]:
-        """Arguments for a segment: the named values, of the rows ``index``."""
-        count = len(range(self.rows)[index]) if isinstance(index, slice) else len(index)
-        return [self._take(values[name], name, index, count) for name in names]
+    def move_to(self, device: torch.device, offload: bool = False) -> None:
+        """Compute on ``device``, and keep the values there too, or ``offload`` all but the rows in use to host memory."""
+        self._device, self._home = device, torch.device("cpu") if offload else device
+        self.full = {name: x.to(self._home) if isinstance(x, Tensor) else x for name, x in self.full.items()}
+        self.quantized = dict(self.full)
 
-    def _take(self, value: Any, name: str, index: Tensor | slice, count: int) -> Any:
-        if name not in self._rows.batched:
-            return value
+    def grows(self, name: str) -> bool:
+        """Whether a value has entries for each row."""
+        return name in self._rows.dims or not self._rows.dims
+
+    def chunks(self, size: int) -> list[slice]:
+        """All rows, at most ``size`` at a time."""
+        return [slice(i, min(i + size, self.rows)) for i in range(0, self.rows, size)]
+
+    def select(self, values: Values, names: Sequence[str], rows: Tensor | slice) -> list[Any]:
+        """Arguments for a segment, on its device: the named values, of some rows."""
+        return [self._take(name, values[name], rows) for name in names]
+
+    def _take(self, name: str, value: Any, rows: Tensor | slice) -> Any:
+        dim = self._rows.dims.get(name)
         if not isinstance(value, Tensor):
-            return value // self.rows * count
-        return value.reshape(self.rows, -1, *value.shape[1:])[index].flatten(0, 1)
+            return value if dim is None else value // self.rows * _length(rows)
+        if dim is not None:
+            split = value.unflatten(dim, (self.rows, -1))
+            if isinstance(rows, slice):
+                split = split.narrow(dim, rows.start, _length(rows))
+            else:
+                split = split.index_select(dim, rows.to(split.device))
+            value = split.flatten(dim, dim + 1)
+        return value.to(self._device, non_blocking=True)
+
+    def first_row(self) -> "Stream":
+        """A stream of one row, whose ``peak`` will be that of all."""
+        names = list(self.full)
+        alone = Stream([dict(zip(names, self.select(self.full, names, slice(0, 1)), strict=True))], self._rows)
+        alone._standing_for = self.rows
+        return alone
+
+    def advance_full(self, segment: Segment, chunk: int) -> None:
+        """Run ``segment`` (observers paused) over all rows, ``chunk`` at a time, and keep what later segments read."""
+        self._same = not segment.quantizes and all(self.full[name] is self.quantized[name] for name in segment.inputs)
+        self._advance(self.full, segment, chunk)
+
+    def advance_quantized(self, segment: Segment, chunk: int) -> None:
+        """Likewise, the quantized stream, after :meth:`advance_full`."""
+        if self._same:
+            self.quantized |= {name: self.full[name] for name in segment.outputs if name in self.full}
+            self._drop(self.quantized, segment)
+        else:
+            self._advance(self.quantized, segment, chunk)
 
     @torch.no_grad()
-    def advance(self, values: Values, segment: Segment, chunk: int) -> None:
-        """Run ``segment`` over all rows, ``chunk`` at a time, and keep what later segments read."""
-        chunks = [slice(i, min(i + chunk, self.rows)) for i in range(0, self.rows, chunk)]
-        results = [segment.graph(*self.select(values, segment.inputs, rows)) for rows in chunks]
-        for position, name in enumerate(segment.outputs):
-            parts = [result[position] for result in results]
-            if name not in self._rows.batched:
-                values[name] = parts[0]
-            elif isinstance(parts[0], Tensor):
-                values[name] = torch.cat(parts)
-            else:
-                values[name] = sum(parts)
+    def _advance(self, values: Values, segment: Segment, chunk: int) -> None:
+        kept = [(i, name) for i, name in enumerate(segment.outputs) if name not in segment.dead]
+        results: Values = {}
+        for rows in self.chunks(chunk):
+            outputs = segment.graph(*self.select(values, segment.inputs, rows))
+            for position, name in kept:
+                self._store(results, name, outputs[position], rows)
+        values.update(results)
+        self.peak = max(self.peak, self._nbytes())
+        self._drop(values, segment)
+
+    def _drop(self, values: Values, segment: Segment) -> None:
         for name in segment.dead:
             values.pop(name, None)
 
-    def nbytes(self) -> int:
+    def _store(self, results: Values, name: str, value: Any, rows: slice) -> None:
+        """Put the value of some rows in its place among all rows, which the first chunk allocates."""
+        dim = self._rows.dims.get(name)
+        if dim is None or rows == slice(0, self.rows):
+            results[name] = value.to(self._home) if isinstance(value, Tensor) else value
+        elif not isinstance(value, Tensor):
+            results[name] = results.get(name, 0) + value
+        else:
+            each = value.shape[dim] // _length(rows)
+            if name not in results:
+                shape = [*value.shape[:dim], each * self.rows, *value.shape[dim + 1 :]]
+                results[name] = torch.empty(shape, dtype=value.dtype, device=self._home)
+            results[name].narrow(dim, rows.start * each, value.shape[dim]).copy_(value)
+
+    def _nbytes(self) -> int:
         """Bytes of both streams; what they share counts once."""
-        tensors = {x.data_ptr(): x for x in (*self.full.values(), *self.quantized.values()) if isinstance(x, Tensor)}
-        return sum(x.numel() * x.element_size() for x in tensors.values())
+        factor = (self._standing_for or self.rows) // self.rows
+        values = {
+            id(x): (name, x) for name, x in (*self.full.items(), *self.quantized.items()) if isinstance(x, Tensor)
+        }
+        return sum(x.nbytes * (factor if self.grows(name) else 1) for name, x in values.values())
+
+
+def _length(rows: Tensor | slice) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def build(model: GraphModule, samples: Sequence[Mapping[str, Any]]) -> list[Stream]:
@@ -110,28 +218,24 @@ def build(model: GraphModule, samples: Sequence[Mapping[str, Any]]) -> list[Stre
     """
     if not samples:
         raise ValueError("no calibration samples; collect_samples(pipe, prompts) records some")
-    rows = Rows(model)
+    flat = [_checked(model, number, sample) for number, sample in enumerate(samples)]
+    rows = Rows(model, flat)
     groups: dict[Any, list[Values]] = {}
-    for number, sample in enumerate(samples):
-        try:
-            values = _compat.flat_inputs(model, sample)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"calibration sample {number} does not fit the graph ({error}); "
-                f"give the keyword arguments {', '.join(_compat.input_names(model))}"
-            ) from error
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
-                raise ValueError(f"calibration sample {number}: {name} holds NaN or Inf; check the model's precision")
-        key = tuple(_identity(name, value, rows) for name, value in values.items())
-        groups.setdefault(key if rows.symbol is not None else number, []).append(values)
+    for number, values in enumerate(flat):
+        key = tuple(rows.identity(name, value) for name, value in values.items()) if rows.dims else number
+        groups.setdefault(key, []).append(values)
     return [Stream(values, rows) for values in groups.values()]
 
 
-def _identity(name: str, value: Any, rows: Rows) -> Any:
-    """What two samples must agree on to be stacked: sizes of batched tensors, and the values of everything else."""
-    if not isinstance(value, Tensor):
-        return value
-    if name in rows.batched:
-        return (value.shape[1:], value.dtype)
-    return (value.shape, value.dtype, value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+def _checked(model: GraphModule, number: int, sample: Mapping[str, Any]) -> Values:
+    try:
+        values = _compat.flat_inputs(model, sample)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"calibration sample {number} does not fit the graph ({error}); "
+            f"give the keyword arguments {', '.join(_compat.input_names(model))}"
+        ) from error
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"calibration sample {number}: {name} holds NaN or Inf; check the model's precision")
+    return values

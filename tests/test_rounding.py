@@ -8,9 +8,14 @@ from torchao.quantization.granularity import PerGroup, PerTensor
 
 from fp4dit_ao import FloatFormat
 from fp4dit_ao.observers import WeightObserver
-from fp4dit_ao.passes.rounding import RULES, STRETCH, AdaRound, ScaleAwareAdaRound
+from fp4dit_ao.ops import choose_scale
+from fp4dit_ao.passes.rounding import RULES, SHIFT, STRETCH, AdaRound, ScaleAwareAdaRound
 
 FORMATS = ["e2m1", "e3m0", "e1m2", "int4", "e2m3", "e3m2", "e3m4", "e4m3fn", "e1m1", "e2m0", "int8"]
+
+
+def scale_of(weight: torch.Tensor, fmt: str) -> torch.Tensor:
+    return choose_scale(weight, [-1, -1], fmt, torch.float32)
 
 
 def rule(weight: torch.Tensor, fmt: str, kind: type[AdaRound] = AdaRound, group: int | None = None) -> AdaRound:
@@ -27,18 +32,22 @@ def dense(fmt: str) -> torch.Tensor:
     return near.clamp(lattice[0], lattice[-1]).float()[None]
 
 
+def levels(fmt: str, codes: torch.Tensor) -> torch.Tensor:
+    return FloatFormat.parse(fmt).decode(codes)
+
+
 @pytest.mark.parametrize("kind", RULES.values())
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_both_candidates_are_levels_that_enclose_the_weight(fmt, kind) -> None:
+def test_the_candidates_are_neighbouring_levels_that_enclose_the_weight(fmt, kind) -> None:
     weight = dense(fmt)
     rounding = rule(weight, fmt, kind)
-    lattice = set(FloatFormat.parse(fmt).lattice.tolist())
-    y = weight / rounding.scale
-    up = (rounding.low + rounding.step).clamp(max=rounding.lattice_max)
-    assert set(rounding.low.flatten().tolist()) <= lattice
-    assert set(up.flatten().tolist()) <= lattice
-    assert (rounding.low <= y).all()
+    lattice = FloatFormat.parse(fmt).lattice.float()
+    low, up = levels(fmt, rounding.low), levels(fmt, rounding.up)
+    y = (weight / scale_of(weight, fmt)).clamp(lattice[0], lattice[-1])
+    assert (low <= y).all()
     assert (y <= up).all()
+    above = lattice[(torch.searchsorted(lattice, low) + 1).clamp(max=len(lattice) - 1)]
+    assert torch.equal(up, above)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -47,8 +56,8 @@ def test_it_starts_at_the_weight_and_hardens_to_nearest(fmt) -> None:
     weight = dense(fmt)
     rounding = rule(weight, fmt)
     assert torch.allclose(rounding(weight), weight, rtol=1e-5, atol=1e-5 * float(weight.abs().max()))
-    hard = rounding.hard_levels()
-    y = weight / rounding.scale
+    hard = levels(fmt, rounding.hard_codes())
+    y = weight / scale_of(weight, fmt)
     nearest = FloatFormat.parse(fmt).round(y)
     assert torch.allclose((hard - y).abs(), (nearest - y).abs(), rtol=1e-4, atol=1e-4)
 
@@ -64,10 +73,10 @@ def test_whatever_is_learned_is_a_code(fmt, values, logits) -> None:
     for kind in RULES.values():
         rounding = rule(weight, fmt, kind, group=4)
         with torch.no_grad():
-            rounding.alpha.copy_(torch.tensor([logits]) * rounding.unit)
-        levels = rounding.hard_levels()
-        format_ = FloatFormat.parse(fmt)
-        assert torch.equal(format_.decode(format_.encode(levels)), levels)
+            slope = 1 if rounding.slope is None else rounding.slope
+            rounding.alpha.copy_(torch.tensor([logits]) / slope)
+        learned = levels(fmt, rounding.hard_codes())
+        assert set(learned.flatten().tolist()) <= set(FloatFormat.parse(fmt).lattice.tolist())
         assert torch.isfinite(rounding(weight)).all()
         assert 0 <= rounding.regularizer(20.0).item() <= 1 + 1e-6
 
@@ -82,10 +91,14 @@ def gradients(kind: type[AdaRound]) -> tuple[torch.Tensor, torch.Tensor, AdaRoun
     return rounding.alpha.grad, outer, rounding
 
 
+def logit(rounding: AdaRound) -> torch.Tensor:
+    """v."""
+    return (rounding.alpha if rounding.slope is None else rounding.alpha * rounding.slope).detach()
+
+
 def slope(rounding: AdaRound) -> torch.Tensor:
     """h'(v) of a gate that is not clipped."""
-    v = (rounding.alpha / rounding.unit).detach()
-    sigmoid = torch.sigmoid(v)
+    sigmoid = torch.sigmoid(logit(rounding))
     return STRETCH * sigmoid * (1 - sigmoid)
 
 
@@ -96,7 +109,7 @@ def inside(rounding: AdaRound) -> torch.Tensor:
 
 def test_theorem_1_plain_gradients_carry_the_step() -> None:
     gradient, outer, rounding = gradients(AdaRound)
-    expected = rounding.scale * rounding.step * outer * slope(rounding)
+    expected = rounding.span * outer * slope(rounding)
     free = inside(rounding)
     assert free.float().mean() > 0.9
     assert torch.allclose(gradient[free], expected[free], atol=1e-6)
@@ -116,10 +129,10 @@ def test_under_adam_weights_move_alike_only_if_scale_aware(fmt, same) -> None:
     for kind in RULES.values():
         rounding = rule(weight, fmt, kind)
         optimizer = torch.optim.Adam([rounding.alpha], lr=rounding.learning_rate(1e-3), eps=1e-20)
-        before = (rounding.alpha / rounding.unit).detach().clone()
+        before = logit(rounding).clone()
         rounding(weight).sum().backward()
         optimizer.step()
-        moves.append(((rounding.alpha / rounding.unit).detach() - before).abs())
+        moves.append((logit(rounding) - before).abs())
     moved = (moves[0] > 0) & (moves[1] > 0)
     assert moved.sum() > 10
     assert torch.allclose(moves[0][moved], moves[1][moved], rtol=1e-2) is same
@@ -130,3 +143,49 @@ def test_half_precision_weights_round_in_float32() -> None:
     rounding = rule(weight, "e2m1", ScaleAwareAdaRound, group=16)
     assert rounding(weight).dtype == torch.bfloat16
     assert rounding.alpha.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", RULES.values())
+def test_gate_and_regularizer_differentiate_as_autograd_would(kind) -> None:
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    rounding = rule(weight, "e2m1", kind, group=16)
+    outer = torch.randn(4, 32)
+
+    def plain(alpha: torch.Tensor) -> torch.Tensor:
+        v = alpha if rounding.slope is None else alpha * rounding.slope
+        h = (STRETCH * torch.sigmoid(v) - SHIFT).clamp(0, 1)
+        return ((rounding.base + rounding.span * h) * outer).sum() + (1 - (2 * h - 1).abs().pow(7.5)).mean()
+
+    (expected,) = torch.autograd.grad(plain(rounding.alpha), rounding.alpha)
+    (got,) = torch.autograd.grad((rounding(weight) * outer).sum() + rounding.regularizer(7.5), rounding.alpha)
+    free = inside(rounding)
+    assert torch.allclose(got[free], expected[free], rtol=1e-4, atol=1e-6)
+    closed = logit(rounding).clone().fill_(9.0)
+    with torch.no_grad():
+        rounding.alpha.copy_(closed if rounding.slope is None else closed / rounding.slope)
+    assert not torch.autograd.grad((rounding(weight) * outer).sum() + rounding.regularizer(7.5), rounding.alpha)[
+        0
+    ].any()
+
+
+def test_learning_alpha_is_learning_logits_at_a_rate_per_weight() -> None:
+    """Adam does not see a gradient's size: alpha at lr is v at lr / (S s)."""
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    scaled, plain = rule(weight, "e2m1", ScaleAwareAdaRound, 16), rule(weight, "e2m1", AdaRound, 16)
+    lr = scaled.learning_rate(1e-2)
+    rates = (lr * scaled.slope).flatten()
+    pieces = [torch.nn.Parameter(v.clone()) for v in plain.alpha.detach().flatten()]
+    first = torch.optim.Adam([scaled.alpha], lr=lr, eps=1e-30)
+    second = torch.optim.Adam([{"params": [p], "lr": float(r)} for p, r in zip(pieces, rates, strict=True)], eps=1e-30)
+    target = torch.randn(4, 32)
+    for _ in range(5):
+        first.zero_grad()
+        second.zero_grad()
+        ((scaled(weight) - target) ** 2).sum().backward()
+        v = torch.stack(list(pieces)).reshape(4, 32)
+        h = (STRETCH * torch.sigmoid(v) - SHIFT).clamp(0, 1)
+        ((plain.base + plain.span * h - target) ** 2).sum().backward()
+        first.step()
+        second.step()
+    free = inside(plain)
+    assert torch.allclose(logit(scaled)[free], torch.stack(list(pieces)).reshape(4, 32)[free], rtol=1e-3, atol=1e-4)
