@@ -85,6 +85,10 @@ PAIRS = [
 """Paired differences worth printing: the same images, so much narrower intervals than those of two rows."""
 
 
+CALIBRATION = 128
+"""Calibration prompts; none is among those that are evaluated."""
+
+
 class Run:
     """One table in the making; everything finished is in ``work``.
 
@@ -119,7 +123,8 @@ class Run:
             f"--prompts={prompts}", f"--seeds={seeds}", f"--steps={steps}", f"--iters={iters}", f"--samples={samples}",
             f"--batch-size={batch_size}", f"--work={work}", "--compile" if compile else "--no-compile",
         ]  # fmt: skip
-        self.calibration = [reference.prompts()[index] for index in models.reference_indices(64)]
+        others = [text for text in reference.prompts() if text not in set(self.texts)]
+        self.calibration = others[:: max(1, len(others) // CALIBRATION)][:CALIBRATION]
 
     def share_out(self, keys: list[str], workers: int) -> None:
         """Make the rows that are missing in ``workers`` processes, a log file each; what remains is for the caller.
@@ -222,8 +227,8 @@ def main(
     prompts: Annotated[int, typer.Option(min=2, help="Prompts, spread over the reference pipeline's.")] = 100,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per prompt.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    iters: Annotated[int, typer.Option(min=1, help="Iterations of learned rounding per block.")] = 250,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
+    iters: Annotated[int, typer.Option(min=1, help="Iterations of learned rounding per block.")] = 400,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples, spread over prompts and steps.")] = 1280,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated together.")] = 32,
     rows: Annotated[str, typer.Option(help="Comma-separated keys of ROWS and WHY, or 'all', or 'why'.")] = "all",
     work: Annotated[Path, typer.Option(help="Where finished rows are kept.")] = Path("outputs/quality"),

@@ -41,7 +41,8 @@ class AdaRoundConfig:
     """Adam's learning rate, absolute: in weight units if scale-aware (the paper: 1e-4), else logits. None: ``relative_lr``."""
     relative_lr: float | None = None
     """Logits that the median weight's gate moves in a step. The paper's 1e-4 lies between 3e-3 and 1e-2 where group maxima
-    are near 0.1. None: 5e-3, or ``12.5 / iters`` if that is more, so that a short run can still cross from gate to gate."""
+    are near 0.1. None: 5e-3, or ``4 / iters`` if that is more, so that a short run can still cross from gate to gate: larger
+    steps fit the calibration data closer, and other data worse."""
     scale_aware: bool = True
     """Scale-aware AdaRound (the paper's), else plain AdaRound."""
     regularizer: float = 1.0
@@ -88,7 +89,7 @@ class AdaRoundConfig:
     @property
     def step_in_logits(self) -> float:
         """``relative_lr``, or its default."""
-        return self.relative_lr if self.relative_lr is not None else max(5e-3, 12.5 / max(1, self.iters))
+        return self.relative_lr if self.relative_lr is not None else max(5e-3, 4 / max(1, self.iters))
 
 
 def reconstruct(

@@ -1,0 +1,226 @@
+"""What reconstruction costs, beside a plain eager loop: ``python -m benchmarks.reconstruction``.
+
+Both learn the rounding of the same block from the same calibration rows, one iteration of each in turns, so that a busy
+machine disturbs both alike. The eager loop is what one writes first: modules that round softly through autograd, fake
+quantization by logarithm and floor, stock Adam. Peak memory is that of a process which does one of the two.
+
+Writes ``reconstruction.json`` beside the table.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from benchmarks.eager_reconstruction import EagerLoop
+from fp4dit_ao import (
+    AdaRoundConfig,
+    FP4DiTQuantizer,
+    QuantConfig,
+    capture,
+    collect_samples,
+    reconstruct,
+    reference,
+)
+from fp4dit_ao.environment import environment, one_line
+from fp4dit_ao.evaluate import markdown_table, write_text
+from fp4dit_ao.observers import WeightObserver
+from fp4dit_ao.passes import reconstruct as reconstruct_pass
+from fp4dit_ao.passes.partition import weight_observers
+
+BLOCK = "transformer_blocks.0"
+VARIANTS = {"eager loop": None, "reconstruct": False, "reconstruct, compiled": True}
+
+
+class Turns:
+    """Stands in for a progress bar: what calls ``update`` after each of its iterations is timed, in turns with ``other``."""
+
+    def __init__(self, other: Callable[[], None] | None, total: int):
+        self.other, self.own_seconds, self.other_seconds = other, list[float](), list[float]()
+        self.bar = tqdm(total=total, desc="iterations")
+        self.began = time.perf_counter()
+
+    def update(self, n: int = 1) -> None:
+        self.own_seconds.append(_now() - self.began)
+        if self.other is not None:
+            began = _now()
+            self.other()
+            self.other_seconds.append(_now() - began)
+        self.bar.update(n)
+        self.began = _now()
+
+    def set_postfix_str(self, text: str) -> None:
+        self.bar.set_postfix_str(text)
+
+    def __enter__(self) -> "Turns":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def pixart_xl_block() -> tuple[nn.Module, list[dict[str, Any]]]:
+    """PixArt-XL's width, one block deep, random weights; 256 tokens, 120 text tokens."""
+    from diffusers import PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        num_layers=1, sample_size=32, caption_channels=256, use_additional_conditions=False
+    )
+    samples = [
+        {
+            "hidden_states": torch.randn(2, 4, 32, 32),
+            "encoder_hidden_states": torch.randn(2, 120, 256),
+            "timestep": torch.tensor([500, 500]),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
+        for _ in range(4)
+    ]
+    return model.eval(), samples
+
+
+def reference_block(rows: int) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The transformer that ships, and calibration samples of guidance batch 2."""
+    from diffusers import PixArtSigmaPipeline
+
+    pipe = PixArtSigmaPipeline.from_pretrained(reference.path(), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.transformer, collect_samples(
+        pipe, reference.prompts()[:16], samples=rows // 2, **reference.generation()
+    )
+
+
+def prepare(model: nn.Module, samples: list[Any], recipe: str, device: str) -> tuple[GraphModule, list[Any]]:
+    model.to(device)
+    data = [pytree.tree_map_only(Tensor, lambda x: x.to(device), sample) for sample in samples]
+    with torch.no_grad():
+        quantizer = FP4DiTQuantizer().set_global(QuantConfig.from_name(recipe))
+        quantizer.set_module_name("proj_out", None)
+        return prepare_pt2e(capture(model, data[0]), quantizer), data
+
+
+def measure(
+    model: nn.Module, samples: list[Any], config: AdaRoundConfig, recipe: str, device: str, variant: str, both: bool
+) -> dict[str, Any]:
+    """Run one variant, in turns with the eager loop if ``both``."""
+    prepared, data = prepare(model, samples, recipe, device)
+    compiled = VARIANTS[variant]
+    resident = _peak_memory(reset=True)
+    loop = (
+        EagerLoop(model, BLOCK, prepared, data, config, QuantConfig.from_name(recipe))
+        if both or compiled is None
+        else None
+    )
+    found: dict[str, Any] = {}
+    if compiled is None:
+        assert loop is not None
+        for _ in tqdm(range(config.iters), desc="eager loop"):
+            loop.step()
+    else:
+        turns = Turns(loop.step if loop else None, config.iters)
+        with mock.patch.object(reconstruct_pass, "tqdm", lambda **_: turns):
+            report = reconstruct(only_first_block(prepared), data, replace(config, compile=compiled))
+        found |= {"own": turns.own_seconds, "eager": turns.other_seconds, "stream bytes": report.stream_bytes}
+        found |= {"nearest": report.rows[0].loss_before, "seconds": report.seconds}
+    if loop is not None:
+        found["nearest, eager"] = loop.before
+    found["bytes"] = _peak_memory() - resident
+    return found
+
+
+def only_first_block(prepared: GraphModule) -> GraphModule:
+    """Leave one block to learn."""
+    for node, observer in list(weight_observers(prepared)):
+        if isinstance(observer, WeightObserver) and not observer.name.startswith(BLOCK + "."):
+            node.replace_all_uses_with(node.args[0])
+            prepared.graph.erase_node(node)
+    prepared.recompile()
+    return prepared
+
+
+def _peak_memory(reset: bool = False) -> int:
+    """Highest bytes since the last reset: of the process, or on the GPU if there is one."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return peak if not reset else torch.cuda.memory_allocated()
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmRSS" if reset else "VmHWM"].split()[0]) * 1024
+
+
+def main(
+    model: Annotated[str, typer.Option(help="reference, or pixart-xl: one block of that width")] = "reference",
+    recipe: str = "w4a6",
+    iters: int = 40,
+    rows: Annotated[int, typer.Option(help="Calibration rows of the reference.")] = 256,
+    batch_size: int = 16,
+    out: Path = Path("benchmarks/results"),
+    only: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Measure and print."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = AdaRoundConfig(iters=iters, batch_size=batch_size)
+
+    def measured(variant: str, both: bool) -> dict[str, Any]:
+        transformer, samples = reference_block(rows) if model == "reference" else pixart_xl_block()
+        return measure(transformer, samples, config, recipe, device, variant, both)
+
+    if only:
+        print(json.dumps(measured(only, False)))
+        return
+    settings = {"model": model, "recipe": recipe, "iters": iters, "batch size": batch_size}
+    result: dict[str, Any] = {"settings": settings, "environment": environment()}
+    for variant, compiled in VARIANTS.items():
+        command = [sys.executable, "-m", "benchmarks.reconstruction", f"--only={variant}", f"--model={model}"]
+        command += [f"--iters={iters}", f"--rows={rows}", f"--batch-size={batch_size}", f"--recipe={recipe}"]
+        alone = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+        result[variant] = {} if compiled is None else measured(variant, True)
+        result[variant]["bytes"] = alone["bytes"]
+    result["eager loop"]["own"] = result["reconstruct"]["eager"]
+    lines = [line(variant, result[variant]) for variant in VARIANTS]
+    print(markdown_table(["", "speed against the eager loop", "s / block-iteration", "peak memory, MiB"], lines))
+    ours = result["reconstruct"]
+    print(
+        f"\n{model}, {recipe}, {batch_size} rows an iteration; medians, in turns. Round-to-nearest error of the block by "
+        f"both: {ours['nearest']:.3e}, {ours['nearest, eager']:.3e}. {one_line()}"
+    )
+    write_text(out / f"reconstruction-{model}.json", json.dumps(result, indent=1) + "\n")
+
+
+def line(variant: str, found: dict[str, Any]) -> list[str]:
+    """A row of the table; the first iterations warm up."""
+    own = found["own"][3:]
+    ratios = [e / o for e, o in zip(found.get("eager", found["own"])[3:], own, strict=True)]
+    ratio = (
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        if VARIANTS[variant] is not None
+        else "1"
+    )
+    return [variant, ratio, f"{statistics.median(own):.3f}", f"{found['bytes'] / 2**20:.0f}"]
+
+
+if __name__ == "__main__":
+    typer.run(main)
