@@ -8,6 +8,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import __version__, kernels
 from fp4dit_ao.formats import FloatFormat, pack, unpack
+from fp4dit_ao.kernels import native
 from fp4dit_ao.ops import choose_scale, dequantize, quantize
 
 _ATEN = torch.ops.aten
@@ -85,7 +86,17 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
     def _stable_hash_for_caching(self) -> str:
         """What torch's on-disk compile caches know this tensor by: everything that shapes the generated code."""
         parts = [(part.dtype, tuple(part.shape), part.stride(), part.device) for part in (self.qdata, self.scale)]
-        return repr((__version__, parts, list(self.block_size), self.fmt, self.act_fmt, self.dtype))
+        return repr(
+            (
+                __version__,
+                native.library() is not None,
+                parts,
+                list(self.block_size),
+                self.fmt,
+                self.act_fmt,
+                self.dtype,
+            )
+        )
 
     def _quantization_type(self) -> str:
         return f"fmt={self.fmt}, act_fmt={self.act_fmt}, block_size={self.block_size}, shape={tuple(self.shape)}"
@@ -96,7 +107,7 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     x, weight = args[0], args[1]
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    return kernels.linear(x, weight.codes, weight.scale, weight.block_size, weight.fmt, weight.act_fmt, bias)
+    return kernels.linear(x, weight.qdata, weight.scale, weight.block_size, weight.fmt, weight.act_fmt, bias)
 
 
 @MinifloatTensor.implements(_ATEN._to_copy.default)  # type: ignore[untyped-decorator]

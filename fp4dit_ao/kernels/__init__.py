@@ -27,18 +27,18 @@ def pick(fmt: FloatFormat, act_fmt: FloatFormat | None) -> str:
 
 def linear(
     x: Tensor,
-    codes: Tensor,
+    qdata: Tensor,
     scale: Tensor,
     block_size: Sequence[int],
     fmt: str,
     act_fmt: str | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """``x @ W^T + bias`` with ``W`` given by codes and scales, and ``x`` quantized token-wise to ``act_fmt``.
+    """``x @ W^T + bias`` with ``W`` given by packed codes and scales, and ``x`` quantized token-wise to ``act_fmt``.
 
     Args:
         x: float ``(..., in_features)``.
-        codes: uint8 ``(out_features, in_features)``, unpacked.
+        qdata: uint8 ``(out_features, in_features)`` codes; of at most 4 bits, two to a byte, the first in the low nibble.
         scale: ``(out_features or 1, groups)``.
         block_size: of the weight; -1 for a whole dimension.
         fmt: weight format.
@@ -51,4 +51,4 @@ def linear(
     weight_format = FloatFormat.parse(fmt)
     act_format = FloatFormat.parse(act_fmt) if act_fmt else None
     _, implementation = BACKENDS[pick(weight_format, act_format)]
-    return implementation(x, codes, scale, block_size, weight_format, act_format, bias)
+    return implementation(x, qdata, scale, block_size, weight_format, act_format, bias)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import FloatFormat, unpack
+from fp4dit_ao.kernels import native
 from fp4dit_ao.ops import choose_scale
 
 _CUDA_ROWS = 32
@@ -19,7 +20,7 @@ def supports(fmt: FloatFormat, act_fmt: FloatFormat | None) -> bool:
 
 def linear(
     x: Tensor,
-    codes: Tensor,
+    qdata: Tensor,
     scale: Tensor,
     block_size: Sequence[int],
     fmt: FloatFormat,
@@ -28,20 +29,28 @@ def linear(
 ) -> Tensor:
     """See :func:`fp4dit_ao.kernels.linear`. One integer product per group of K, converted once, times the group's scale."""
     assert act_fmt is not None
-    features = codes.shape[-1]
+    features = x.shape[-1]
     group = features if block_size[1] == -1 else block_size[1]
     tokens = x.reshape(-1, features)
     token_scale = choose_scale(tokens, [1, -1], str(act_fmt), torch.float32)
     rounded = act_fmt.round(tokens.float() / token_scale).to(torch.int8)
-    rows = rounded.shape[0]
-    if x.is_cuda:
-        rounded = F.pad(rounded, (0, 0, 0, _CUDA_ROWS))
-    levels = fmt.decode(codes).to(torch.int8)
-    y = torch.zeros((), dtype=torch.float32, device=x.device)
+    if native.supports(x, fmt.bits, group):
+        output_dtype = x.dtype if x.dtype in native.OUTPUTS else torch.float32
+        y = native.linear(rounded, token_scale, qdata, scale, native.levels(fmt), bias, output_dtype)
+    else:
+        y = _products(rounded, fmt.decode(unpack(qdata, fmt.bits)).to(torch.int8), scale, group) * token_scale
+        y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], qdata.shape[0])
+
+
+def _products(tokens: Tensor, levels: Tensor, scale: Tensor, group: int) -> Tensor:
+    """The float32 sum of every group's int32 product, on PyTorch's operators."""
+    rows, features = tokens.shape
+    if tokens.is_cuda:
+        tokens = F.pad(tokens, (0, 0, 0, _CUDA_ROWS))
+    y = torch.zeros((), dtype=torch.float32, device=tokens.device)
     for index in range(features // group):
         columns = slice(index * group, (index + 1) * group)
-        product = torch._int_mm(rounded[:, columns].contiguous(), levels[:, columns].contiguous().T)
+        product = torch._int_mm(tokens[:, columns].contiguous(), levels[:, columns].contiguous().T)
         y = y + product[:rows].float() * scale[:, index].float()
-    y = y * token_scale
-    y = y if bias is None else y + bias.float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], codes.shape[0])
+    return y

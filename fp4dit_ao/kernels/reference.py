@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import FloatFormat, unpack
 from fp4dit_ao.ops import choose_scale, dequantize
 
 
@@ -16,7 +16,7 @@ def supports(fmt: FloatFormat, act_fmt: FloatFormat | None) -> bool:
 
 def linear(
     x: Tensor,
-    codes: Tensor,
+    qdata: Tensor,
     scale: Tensor,
     block_size: Sequence[int],
     fmt: FloatFormat,
@@ -24,7 +24,7 @@ def linear(
     bias: Tensor | None,
 ) -> Tensor:
     """See :func:`fp4dit_ao.kernels.linear`. The token's scale is applied after the product, as in the fast backends."""
-    weight = dequantize(codes, block_size, scale, str(fmt), torch.float32)
+    weight = dequantize(unpack(qdata, fmt.bits), block_size, scale, str(fmt), torch.float32)
     if act_fmt is None:
         y = F.linear(x.float(), weight)
     else:

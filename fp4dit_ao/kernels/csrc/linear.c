@@ -1,0 +1,153 @@
+/* y = (tokens . weights^T) * token_scale + bias: int8 tokens, 4-bit weights with a float32 scale for every group.
+ *
+ * Output tiles (BLOCK tokens x PANEL features) are handed out to threads. In a tile, each group's weights are looked up once,
+ * multiplied by all of its tokens in int32, and added in float32 with the group's scale.
+ */
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tile.h"
+
+enum { BLOCK = 240 }; /* tokens of an output tile: a multiple of ROWS whose float sums stay in the second-level cache */
+
+typedef struct {
+    const int8_t *tokens;
+    const float *token_scale;
+    const uint8_t *codes;
+    const float *scale, *bias;
+    void *out;
+    int64_t rows, features, depth, group; /* depth: input features */
+    int64_t scale_rows;                   /* 1: features share their scales */
+    int32_t out_type;
+    uint8_t table[16];
+    const tile_kernel *kernel;
+    int32_t *token_sums; /* [row][chunk] */
+    int64_t chunks, panels, blocks;
+    atomic_llong next;
+    atomic_int failed;
+} problem;
+
+typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
+
+static const tile_kernel *const kernels[] = {
+#if defined(__x86_64__)
+    &tile_avx512vnni, &tile_avxvnni, &tile_avx2,
+#endif
+    &tile_portable,
+};
+
+static int supported(const tile_kernel *kernel) {
+#if defined(__x86_64__)
+    if (kernel == &tile_avx512vnni)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vnni");
+    if (kernel == &tile_avxvnni) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni");
+    if (kernel == &tile_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return kernel == &tile_portable;
+}
+
+/* The name of kernel `index`, best first; NULL past the last. What this processor lacks is an empty name. */
+const char *fp4dit_kernel(int index) {
+    if (index < 0 || index >= (int)(sizeof kernels / sizeof *kernels)) return NULL;
+    return supported(kernels[index]) ? kernels[index]->name : "";
+}
+
+static int chunks_in(int64_t group) { return (int)((group + CHUNK - 1) / CHUNK); }
+
+static void sum_tokens(problem *p, int64_t row) {
+    const int8_t *x = p->tokens + row * p->depth;
+    int32_t *to = p->token_sums + row * p->chunks;
+    for (int64_t g = 0; g < p->depth; g += p->group)
+        for (int64_t k = 0; k < p->group; k += CHUNK) {
+            int depth = p->group - k < CHUNK ? (int)(p->group - k) : CHUNK;
+            *to++ = p->kernel->sum(x + g + k, depth);
+        }
+}
+
+static void sum_worker(void *argument) {
+    problem *p = argument;
+    for (;;) {
+        int64_t row = atomic_fetch_add(&p->next, 64), end = row + 64 < p->rows ? row + 64 : p->rows;
+        if (row >= p->rows) return;
+        for (; row < end; row++) sum_tokens(p, row);
+    }
+}
+
+static void multiply_tile(problem *p, int64_t block, int64_t index, uint8_t *panel, float *sums) {
+    int64_t feature = index * PANEL, row = block * BLOCK, groups = p->depth / p->group;
+    int features = p->features - feature < PANEL ? (int)(p->features - feature) : PANEL;
+    int rows = p->rows - row < BLOCK ? (int)(p->rows - row) : BLOCK;
+    int64_t chunk = 0;
+    memset(sums, 0, rows * PANEL * sizeof *sums);
+    for (int64_t g = 0; g < groups; g++) {
+        float scale[PANEL] = {0};
+        for (int n = 0; n < features; n++) scale[n] = p->scale[(p->scale_rows == 1 ? 0 : feature + n) * groups + g];
+        for (int64_t k = 0; k < p->group; k += CHUNK, chunk++) {
+            int64_t at = g * p->group + k;
+            int depth = p->group - k < CHUNK ? (int)(p->group - k) : CHUNK;
+            p->kernel->unpack(p->codes + (feature * p->depth + at) / 2, p->depth / 2, features, depth, p->table, panel);
+            for (int m = 0; m < rows; m += ROWS)
+                p->kernel->multiply(p->tokens + (row + m) * p->depth + at, p->depth, rows - m < ROWS ? rows - m : ROWS, panel,
+                                    depth, p->token_sums ? p->token_sums + (row + m) * p->chunks + chunk : NULL, p->chunks, scale,
+                                    sums + m * PANEL);
+        }
+    }
+    int size = p->out_type == FLOAT32 ? 4 : 2;
+    for (int m = 0; m < rows; m++)
+        p->kernel->write(sums + m * PANEL, p->token_scale[row + m], p->bias ? p->bias + feature : NULL, features,
+                         (char *)p->out + ((row + m) * p->features + feature) * size, p->out_type);
+}
+
+static void multiply_worker(void *argument) {
+    problem *p = argument;
+    uint8_t *panel = aligned_alloc(64, PANEL * CHUNK + BLOCK * PANEL * sizeof(float));
+    if (!panel) {
+        atomic_store(&p->failed, 1);
+        return;
+    }
+    for (;;) {
+        int64_t tile = atomic_fetch_add(&p->next, 1);
+        if (tile >= p->panels * p->blocks) break;
+        multiply_tile(p, tile / p->panels, tile % p->panels, panel, (float *)(panel + PANEL * CHUNK));
+    }
+    free(panel);
+}
+
+static void run(problem *p, void (*worker)(void *), parallel_function parallel, int threads, int64_t tasks) {
+    atomic_store(&p->next, 0);
+    if (threads > tasks) threads = (int)tasks;
+    if (parallel && threads > 1) parallel(worker, p, (unsigned)threads, 0);
+    else worker(p);
+}
+
+/* All arrays contiguous. tokens [rows][depth], token_scale [rows], codes [features][depth / 2], scale [features or 1][groups],
+ * levels [16], bias [features] or NULL, out [rows][features] of out_type. depth and group are multiples of 4. `parallel` runs a function on
+ * some threads (OpenMP's GOMP_parallel), or is NULL. Returns 0; 1 for lack of memory; 2 for an unknown or missing kernel. */
+int fp4dit_linear(const int8_t *tokens, const float *token_scale, const uint8_t *codes, const float *scale,
+                  const int8_t *levels, const float *bias, void *out, int64_t rows, int64_t features, int64_t depth,
+                  int64_t group, int64_t scale_rows, int32_t out_type, int32_t kernel, parallel_function parallel,
+                  int32_t threads) {
+    if (!fp4dit_kernel(kernel) || !*fp4dit_kernel(kernel)) return 2;
+    problem p = {.tokens = tokens, .token_scale = token_scale, .codes = codes, .scale = scale, .bias = bias, .out = out,
+                 .rows = rows, .features = features, .depth = depth, .group = group, .scale_rows = scale_rows,
+                 .out_type = out_type, .kernel = kernels[kernel]};
+    for (int i = 0; i < 16; i++) p.table[i] = (uint8_t)(levels[i] + p.kernel->offset);
+    p.chunks = depth / group * chunks_in(group);
+    p.panels = (features + PANEL - 1) / PANEL;
+    p.blocks = (rows + BLOCK - 1) / BLOCK;
+    if (!rows || !features) return 0;
+    if (p.kernel->offset) {
+        p.token_sums = malloc(rows * p.chunks * sizeof *p.token_sums);
+        if (!p.token_sums) return 1;
+        run(&p, sum_worker, parallel, threads, rows * depth / 65536 + 1);
+    }
+    run(&p, multiply_worker, parallel, threads, p.panels * p.blocks);
+    free(p.token_sums);
+    return atomic_load(&p.failed);
+}
+
+/* An extension module by name only, so that build tools place the library; it is opened as a plain shared library. */
+void *PyInit__native(void) { return NULL; }

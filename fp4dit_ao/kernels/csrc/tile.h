@@ -1,0 +1,40 @@
+/* One tile of a product of small integers: what every instruction set implements, and all that differs between them.
+ *
+ * A panel is up to PANEL output features. Its weights, for CHUNK input features at most, are looked up in the table once and
+ * laid out for dot products of four bytes: panel[k / 4][feature][k % 4]. Then every row tile of tokens runs over them.
+ */
+#ifndef FP4DIT_TILE_H
+#define FP4DIT_TILE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    PANEL = 64,  /* output features */
+    CHUNK = 512, /* input features: below it int32 sums of int8 products convert to float32 without loss */
+    ROWS = 6     /* most tokens in a tile: 6 x 64 int32 sums fill 24 of the 32 AVX-512 registers */
+};
+
+typedef struct {
+    const char *name;
+    int offset; /* added to every level in the table: 128 where the instruction wants weights unsigned */
+    /* Look up `features` rows of packed codes (two to a byte, low first; `stride` bytes apart) for `depth` input features. */
+    void (*unpack)(const uint8_t *codes, ptrdiff_t stride, int features, int depth, const uint8_t table[16], uint8_t *panel);
+    /* sums[row][PANEL] += scale[PANEL] * (tokens . weights), of 1 to ROWS rows. `token_sums[row]` is what `offset` adds to each
+     * dot product, divided by `offset`. */
+    void (*multiply)(const int8_t *tokens, ptrdiff_t stride, int rows, const uint8_t *panel, int depth,
+                     const int32_t *token_sums, ptrdiff_t sums_stride, const float *scale, float *sums);
+    /* What `offset` needs: the sum of `depth` int8. NULL without an offset. */
+    int32_t (*sum)(const int8_t *tokens, int depth);
+    /* out[features] = sums * token_scale + bias (or NULL), rounded to nearest even. */
+    void (*write)(const float *sums, float token_scale, const float *bias, int features, void *out, int type);
+} tile_kernel;
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+extern const tile_kernel tile_portable;
+#if defined(__x86_64__)
+extern const tile_kernel tile_avx2, tile_avxvnni, tile_avx512vnni;
+#endif
+
+#endif

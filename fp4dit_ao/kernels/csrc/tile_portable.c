@@ -1,0 +1,28 @@
+/* Plain C, for any processor; the compiler vectorises it as it can. The specification of the other tiles. */
+#include "epilogue.h"
+
+static void unpack(const uint8_t *codes, ptrdiff_t stride, int features, int depth, const uint8_t table[16], uint8_t *panel) {
+    for (int n = 0; n < PANEL; n++)
+        for (int k = 0; k < depth; k++) {
+            uint8_t code = n < features ? codes[n * stride + k / 2] >> (k % 2 * 4) & 15 : 0;
+            panel[k / 4 * PANEL * 4 + n * 4 + k % 4] = table[code];
+        }
+}
+
+static void multiply(const int8_t *tokens, ptrdiff_t stride, int rows, const uint8_t *panel, int depth,
+                     const int32_t *token_sums, ptrdiff_t sums_stride, const float *scale, float *sums) {
+    (void)token_sums, (void)sums_stride;
+    for (int m = 0; m < rows; m++) {
+        int32_t dot[PANEL] = {0};
+        for (int q = 0; q < depth / 4; q++) {
+            const int8_t *a = tokens + m * stride + 4 * q;
+            const int8_t *w = (const int8_t *)panel + q * PANEL * 4;
+            for (int n = 0; n < PANEL; n++)
+                dot[n] += a[0] * w[4 * n] + a[1] * w[4 * n + 1] + a[2] * w[4 * n + 2] + a[3] * w[4 * n + 3];
+        }
+        for (int n = 0; n < PANEL; n++)
+            sums[m * PANEL + n] += scale[n] * (float)dot[n];
+    }
+}
+
+const tile_kernel tile_portable = {"portable", 0, unpack, multiply, sum_row, write_row};

@@ -1,0 +1,166 @@
+"""The compiled kernel for 4-bit weights on CPUs, and the operator around it.
+
+``csrc/*.c`` is built with the package as a plain shared library: no Python or PyTorch headers, so that one binary goes
+with every version of both. It runs on the threads of PyTorch's own OpenMP. Where it was not built (no C compiler), linears
+run on PyTorch's operators, with the same results.
+"""
+
+import ctypes
+import functools
+import importlib.machinery
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fp4dit_ao.formats import FloatFormat
+
+OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ARGUMENTS = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5 + [ctypes.c_int32] * 2 + [ctypes.c_void_p, ctypes.c_int32]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library; None if the package was installed without it, which is said once."""
+    folder = Path(__file__).parent
+    found = [
+        path for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").exists()
+    ]
+    try:
+        opened = ctypes.CDLL(str(found[0]))
+    except (IndexError, OSError) as error:
+        reason = "it was installed without one" if not found else str(error)
+        warnings.warn(
+            f"fp4dit_ao has no compiled kernel ({reason}): quantized linears on the CPU run on PyTorch operators, several "
+            "times slower. Install a C compiler (gcc or clang) and reinstall: pip install --force-reinstall --no-deps fp4dit-ao",
+            stacklevel=2,
+        )
+        return None
+    opened.fp4dit_linear.argtypes = _ARGUMENTS
+    opened.fp4dit_kernel.restype = ctypes.c_char_p
+    return opened
+
+
+def kernels() -> dict[str, int]:
+    """Instruction sets that this processor has, best first, with the library's number for each."""
+    names: list[str] = []
+    opened = library()
+    while opened is not None and (name := opened.fp4dit_kernel(len(names))) is not None:
+        names.append(name.decode())
+    return {name: number for number, name in enumerate(names) if name}
+
+
+@functools.cache
+def _best() -> int:
+    return next(iter(kernels().values()))
+
+
+@functools.cache
+def _parallel() -> int | None:
+    """The address of ``GOMP_parallel`` in the OpenMP that PyTorch loaded; None runs on one thread."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, TypeError, OSError):
+        return None
+
+
+def supports(x: Tensor, bits: int, group: int) -> bool:
+    """Whether :func:`linear` can take ``x``: on the CPU, with weights of at most ``bits=4`` and groups of whole dwords."""
+    return x.device.type == "cpu" and bits <= 4 and group % 4 == 0 and library() is not None
+
+
+@functools.cache
+def levels(fmt: FloatFormat) -> list[int]:
+    """What the codes of a format of at most 4 bits stand for."""
+    return [fmt.level(code) for code in range(2**fmt.bits)] + [0] * (16 - 2**fmt.bits)
+
+
+def linear(
+    tokens: Tensor,
+    token_scale: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    table: Sequence[int],
+    bias: Tensor | None,
+    output_dtype: torch.dtype,
+) -> Tensor:
+    """``(tokens @ levels^T, group by group times scale) * token_scale + bias``; products are exact, sums of groups float32.
+
+    Args:
+        tokens: int8 ``(rows, in_features)``, -127 to 127.
+        token_scale: float32 ``(rows, 1)``.
+        qdata: uint8 ``(out_features, in_features / 2)``, two codes a byte, the first in the low nibble.
+        scale: float ``(out_features or 1, groups)``.
+        table: sixteen levels, -127 to 127: what each code stands for.
+        bias: ``(out_features,)`` or None.
+        output_dtype: float32, bfloat16 or float16.
+
+    Returns:
+        ``(rows, out_features)`` of ``output_dtype``.
+    """
+    product: Tensor = torch.ops.fp4dit_ao.int8_linear(tokens, token_scale, qdata, scale, table, bias, output_dtype)
+    return product
+
+
+def run(
+    tokens: Tensor,
+    token_scale: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    table: Sequence[int],
+    bias: Tensor | None,
+    output_dtype: torch.dtype,
+    kernel: str | None = None,
+) -> Tensor:
+    """:func:`linear` itself, on a named one of :func:`kernels`.
+
+    Raises:
+        ValueError: shapes or the table do not fit; nothing is read out of bounds.
+        RuntimeError: no library, an instruction set that the processor lacks, or no memory.
+    """
+    opened = library()
+    if opened is None:
+        raise RuntimeError("fp4dit_ao was installed without its compiled kernel; install a C compiler and reinstall it")
+    rows, depth = tokens.shape
+    features, groups = qdata.shape[0], scale.shape[1]
+    group = depth // max(1, groups)
+    fits = (
+        qdata.shape[1] * 2 == depth and group * groups == depth and group % 4 == 0 and scale.shape[0] in (1, features)
+    )
+    fits = fits and token_scale.numel() == rows and (bias is None or bias.shape == (features,))
+    fits = fits and tokens.dtype == torch.int8 and qdata.dtype == torch.uint8 and output_dtype in OUTPUTS
+    if not fits or len(table) != 16 or any(abs(level) > 127 for level in table):
+        raise ValueError(
+            f"int8_linear: tokens {tuple(tokens.shape)} {tokens.dtype}, codes {tuple(qdata.shape)} {qdata.dtype}, scales "
+            f"{tuple(scale.shape)}, {len(table)} levels to {output_dtype} do not fit; in_features must be the groups' number "
+            "times a multiple of 4, and levels within +-127"
+        )
+    arrays = [tokens.contiguous(), token_scale.float().contiguous(), qdata.contiguous(), scale.float().contiguous()]
+    added = None if bias is None else bias.float().contiguous()
+    out = torch.empty((rows, features), dtype=output_dtype)
+    number = _best() if kernel is None else kernels()[kernel]
+    failed = opened.fp4dit_linear(
+        *(array.data_ptr() for array in arrays), (ctypes.c_int8 * 16)(*table), None if added is None else added.data_ptr(),
+        out.data_ptr(), rows, features, depth, group, scale.shape[0], OUTPUTS[output_dtype], number, _parallel(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise RuntimeError(f"int8_linear: {('out of memory', 'instruction set not available')[failed - 1]}")
+    return out
+
+
+_LIBRARY = torch.library.Library("fp4dit_ao", "FRAGMENT")
+_LIBRARY.define(
+    "int8_linear(Tensor tokens, Tensor token_scale, Tensor qdata, Tensor scale, int[] table, Tensor? bias, "
+    "ScalarType output_dtype) -> Tensor"
+)
+_LIBRARY.impl("int8_linear", run, "CPU")
+_LIBRARY.impl(
+    "int8_linear",
+    lambda tokens, token_scale, qdata, scale, table, bias, output_dtype: tokens.new_empty(
+        (tokens.shape[0], qdata.shape[0]), dtype=output_dtype
+    ),
+    "Meta",
+)

@@ -1,0 +1,208 @@
+"""The compiled kernel: exact on every instruction set of this machine, at every shape, type and table."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fp4dit_ao import FloatFormat, MinifloatTensor
+from fp4dit_ao.kernels import int8, native
+from fp4dit_ao.ops import choose_scale
+
+E3M0 = [0, 1, 2, 4, 8, 16, 32, 64, 0, -1, -2, -4, -8, -16, -32, -64]
+WILD = [127, -127, 3, -5, 7, 126, -126, 1, 0, 99, -98, 64, -64, 2, -2, 33]
+
+
+@functools.cache
+def instruction_sets() -> list[str]:
+    return list(native.kernels())
+
+
+def problem(rows: int, features: int, depth: int, group: int, seed: int = 0, shared_scale: bool = False) -> dict:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "tokens": torch.randint(-127, 128, (rows, depth), generator=g, dtype=torch.int8),
+        "token_scale": torch.rand(rows, 1, generator=g) + 0.01,
+        "qdata": torch.randint(0, 256, (features, depth // 2), generator=g, dtype=torch.uint8),
+        "scale": torch.rand(1 if shared_scale else features, depth // group, generator=g) + 0.01,
+        "table": WILD,
+        "bias": torch.randn(features, generator=g),
+        "output_dtype": torch.float32,
+    }
+
+
+def oracle(p: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product in float64, and the sum of its terms' magnitudes."""
+    codes = torch.stack([p["qdata"] & 15, p["qdata"] >> 4], -1).flatten(1).long()
+    levels = torch.tensor(p["table"], dtype=torch.float64)[codes]
+    weight = (levels.unflatten(1, (p["scale"].shape[1], -1)) * p["scale"].double()[..., None]).flatten(1)
+    x = p["tokens"].double() * p["token_scale"].double()
+    bias = torch.zeros(()) if p["bias"] is None else p["bias"].double()
+    return x @ weight.T + bias, x.abs() @ weight.abs().T + bias.abs()
+
+
+def check(p: dict) -> None:
+    exact, magnitude = oracle(p)
+    for kernel in instruction_sets():
+        y = native.run(**p, kernel=kernel)
+        assert ((y - exact).abs() <= 1e-6 * magnitude + 1e-30).all(), kernel
+
+
+def test_this_machine_has_the_portable_kernel_and_a_library() -> None:
+    assert native.library() is not None
+    assert instruction_sets()[-1] == "portable"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13, 239, 241, 500])
+def test_every_number_of_rows(rows) -> None:
+    check(problem(rows, 70, 256, 128))
+
+
+@pytest.mark.parametrize(
+    ("features", "depth", "group"),
+    [
+        (1, 128, 128),
+        (63, 64, 16),
+        (64, 96, 32),
+        (65, 448, 112),
+        (130, 24, 8),
+        (5, 12, 4),
+        (64, 1536, 1536),
+        (64, 1200, 600),
+    ],
+)
+@pytest.mark.parametrize("shared_scale", [False, True])
+def test_every_layout(features, depth, group, shared_scale) -> None:
+    check(problem(9, features, depth, group, shared_scale=shared_scale))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 30), features=st.integers(1, 140), groups=st.integers(1, 6), fours=st.integers(1, 40),
+    seed=st.integers(0, 2**31), table=st.lists(st.integers(-127, 127), min_size=16, max_size=16), bias=st.booleans(),
+)  # fmt: skip
+def test_wild_problems(rows, features, groups, fours, seed, table, bias) -> None:
+    p = problem(rows, features, groups * fours * 4, fours * 4, seed)
+    check(p | {"table": table, "bias": p["bias"] if bias else None})
+
+
+def test_the_worst_sums_do_not_overflow() -> None:
+    p = problem(7, 66, 1024, 1024)
+    for sign in (-127, 127):
+        check(p | {"tokens": torch.full((7, 1024), sign, dtype=torch.int8), "table": [127] * 16})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_outputs_round_to_nearest_even_everywhere(dtype) -> None:
+    """Every upper half of a float32, with lower halves at and beside the ties; a token of one 1 makes the output its scale."""
+    upper = torch.arange(2**16, dtype=torch.int64) << 16
+    lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xF000, 0xFFFF])
+    value = (upper[:, None] + lower).to(torch.uint32).view(torch.float32).reshape(-1, 1)
+    p = {
+        "tokens": torch.tensor([[1, 0, 0, 0]], dtype=torch.int8).expand(len(value), 4),
+        "token_scale": value, "qdata": torch.tensor([[1, 0]], dtype=torch.uint8), "scale": torch.ones(1, 1),
+        "table": E3M0, "bias": None,
+    }  # fmt: skip
+    expected = value.to(dtype)
+    for kernel in instruction_sets():
+        got = native.run(**p, output_dtype=dtype, kernel=kernel)
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0)), kernel
+
+
+def test_threads_and_strides_change_no_bit() -> None:
+    p = problem(481, 200, 256, 128)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = native.run(**p)
+        torch.set_num_threads(4)
+        assert torch.equal(native.run(**p), alone)
+    finally:
+        torch.set_num_threads(threads)
+    columns = {name: p[name].T.contiguous().T for name in ("tokens", "qdata", "scale")}
+    assert torch.equal(native.run(**(p | columns)), alone)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"qdata": torch.zeros(70, 100, dtype=torch.uint8)},
+        {"scale": torch.ones(3, 2)},
+        {"scale": torch.ones(70, 3)},
+        {"token_scale": torch.ones(2, 1)},
+        {"bias": torch.ones(69)},
+        {"table": [0] * 15},
+        {"table": [-128] * 16},
+        {"tokens": torch.zeros(9, 256)},
+        {"output_dtype": torch.float64},
+    ],
+)
+def test_what_does_not_fit_is_refused(change) -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        native.run(**(problem(9, 70, 256, 128) | change))
+
+
+def test_no_rows() -> None:
+    assert native.run(**problem(0, 70, 256, 128)).shape == (0, 70)
+
+
+@pytest.mark.parametrize("fmt", ["e2m1", "e3m0", "e1m2", "e1m1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_linear_computes_the_same_without_the_library(fmt, dtype, monkeypatch) -> None:
+    weight = MinifloatTensor.from_hp(torch.randn(70, 256, dtype=dtype), [1, 128], fmt, "e2m3")
+    x, bias = torch.randn(2, 5, 256, dtype=dtype), torch.randn(70, dtype=dtype)
+    fast = torch.nn.functional.linear(x, weight, bias)
+    monkeypatch.setattr(native, "library", lambda: None)
+    slow = torch.nn.functional.linear(x, weight, bias)
+    assert fast.dtype == slow.dtype == dtype
+    assert torch.allclose(
+        fast.float(), slow.float(), rtol=0, atol=torch.finfo(dtype).eps * 8 if dtype.itemsize < 4 else 1e-5
+    )
+
+
+def test_a_missing_library_is_said_once(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    native.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"no compiled kernel .* Install a C compiler"):
+            assert native.library() is None
+        assert native.kernels() == {}
+        assert not native.supports(torch.ones(1), 4, 128)
+    finally:
+        native.library.cache_clear()
+
+
+def test_compiled_with_dynamic_rows() -> None:
+    torch.manual_seed(0)
+    weights = [MinifloatTensor.from_hp(torch.randn(96, 128), [1, 128], fmt, "e2m3") for fmt in ("e2m1", "e3m0", "e1m2")]
+
+    def qkv(x):
+        return [torch.nn.functional.linear(torch.nn.functional.gelu(x), weight) for weight in weights]
+
+    compiled = torch.compile(qkv, fullgraph=True, dynamic=True)
+    for rows in (4, 7):
+        x = torch.randn(rows, 128)
+        for got, expected in zip(compiled(x), qkv(x), strict=True):
+            assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_operator_matches_its_fake() -> None:
+    p = problem(5, 70, 256, 128)
+    args = (p["tokens"], p["token_scale"], p["qdata"], p["scale"], WILD, p["bias"], torch.bfloat16)
+    torch.library.opcheck(torch.ops.fp4dit_ao.int8_linear.default, args)
+
+
+def test_products_on_operators_are_the_specification() -> None:
+    p = problem(33, 70, 256, 64)
+    x = torch.randn(33, 256)
+    fmt = FloatFormat.parse("e2m3")
+    token_scale = choose_scale(x, [1, -1], "e2m3", torch.float32)
+    tokens = fmt.round(x / token_scale).to(torch.int8)
+    codes = torch.stack([p["qdata"] & 15, p["qdata"] >> 4], -1).flatten(1)
+    levels = torch.tensor(WILD, dtype=torch.int8)[codes.long()]
+    expected = int8._products(tokens, levels, p["scale"], 64) * token_scale
+    got = native.run(tokens, token_scale, p["qdata"], p["scale"], WILD, None, torch.float32)
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-4)
