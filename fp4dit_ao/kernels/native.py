@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | None:
         reason = "it was installed without one" if not found else str(error)
         warnings.warn(
             f"fp4dit_ao has no compiled kernel ({reason}): quantized linears on the CPU run on PyTorch operators, several "
-            "times slower. Install a C compiler (gcc or clang) and reinstall: pip install --force-reinstall --no-deps fp4dit-ao",
+            "times slower. Install gcc or clang and reinstall: pip install --force-reinstall --no-deps fp4dit-ao",
             stacklevel=2,
         )
         return None
