@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental import _config as symbolic_config
@@ -98,6 +99,11 @@ def create_buffer_node(model: GraphModule, path: str, value: Tensor) -> Node:
 def fake_mode() -> FakeTensorMode:
     """Under it, operators compute shapes and types but no values."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether ``x`` stands for a value in a graph that ``torch.compile`` is making: all that changes it is in the graph."""
+    return isinstance(x, FunctionalTensor)
 
 
 def fake_like(x: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Tensor:

@@ -182,3 +182,21 @@ def test_equal_sizes_are_not_taken_to_be_one(context: Callable, expected: int) -
         for shape in [(6, 6), (4, 8), (9, 3)]:
             assert compiled(torch.ones(shape)).shape == shape
     assert len(compilations) == expected
+
+
+def test_a_value_is_traced_only_inside_of_compilation() -> None:
+    seen = []
+
+    @torch.library.custom_op("fp4dit_test::look", mutates_args=())
+    def look(x: Tensor) -> Tensor:
+        seen.append(_compat.is_traced(x))
+        return x.clone()
+
+    look(torch.ones(2))
+    assert seen == [False]
+
+    library = torch.library.Library("fp4dit_test", "FRAGMENT")
+    library.define("inside(Tensor x) -> Tensor")
+    library.impl("inside", lambda x: (seen.append(_compat.is_traced(x)), x + 1)[1], "CompositeImplicitAutograd")
+    torch.compile(lambda x: torch.ops.fp4dit_test.inside(x * 2), backend="aot_eager", fullgraph=True)(torch.ones(2))
+    assert True in seen

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
 
 from fp4dit_ao import FloatFormat, MinifloatTensor
 from fp4dit_ao.kernels import int8, native
@@ -187,6 +188,33 @@ def test_compiled_with_dynamic_rows() -> None:
         x = torch.randn(rows, 128)
         for got, expected in zip(compiled(x), qkv(x), strict=True):
             assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_linears_that_read_the_same_value_quantize_it_once() -> None:
+    torch.manual_seed(0)
+    weights = [MinifloatTensor.from_hp(torch.randn(96, 128), [1, 128], "e2m1", "e2m3") for _ in range(3)]
+
+    def model(x):
+        first = [torch.nn.functional.linear(x, weight) for weight in weights]
+        x.mul_(torch.tensor([1.0, -2.0]).repeat(64))  # another value from here on
+        return first + [torch.nn.functional.linear(x, weight) for weight in weights]
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    x = torch.randn(4, 128)
+    expected = model(x.clone())
+    with torch.no_grad():
+        for got, wanted in zip(compiled(x.clone()), expected, strict=True):
+            assert torch.equal(got, wanted)
+    (graph,) = graphs
+    targets = [node.target for node in graph.graph.nodes]
+    assert targets.count(torch.ops.fp4dit_ao.int8_linear.default) == 6
+    assert targets.count(torch.ops.aten.amax.default) == 2
 
 
 def test_the_operator_matches_its_fake() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fp4dit_ao.formats import FloatFormat, unpack
 from fp4dit_ao.kernels import native
-from fp4dit_ao.ops import choose_scale
+from fp4dit_ao.kernels.tokens import quantize_tokens
 
 _CUDA_ROWS = 32
 """cuBLAS's int8 product wants more than 16 rows."""
@@ -31,9 +31,7 @@ def linear(
     assert act_fmt is not None
     features = x.shape[-1]
     group = features if block_size[1] == -1 else block_size[1]
-    tokens = x.reshape(-1, features)
-    token_scale = choose_scale(tokens, [1, -1], str(act_fmt), torch.float32)
-    rounded = act_fmt.round(tokens.float() / token_scale).to(torch.int8)
+    rounded, token_scale = quantize_tokens(x, str(act_fmt))
     if native.supports(x, fmt.bits, group):
         output_dtype = x.dtype if x.dtype in native.OUTPUTS else torch.float32
         y = native.linear(rounded, token_scale, qdata, scale, native.levels(fmt), bias, output_dtype)

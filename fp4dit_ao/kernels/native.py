@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.ops import LIBRARY
 
 OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ARGUMENTS = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5 + [ctypes.c_int32] * 2 + [ctypes.c_void_p, ctypes.c_int32]
@@ -151,13 +152,13 @@ def run(
     return out
 
 
-_LIBRARY = torch.library.Library("fp4dit_ao", "FRAGMENT")
-_LIBRARY.define(
+LIBRARY.define(
     "int8_linear(Tensor tokens, Tensor token_scale, Tensor qdata, Tensor scale, int[] table, Tensor? bias, "
-    "ScalarType output_dtype) -> Tensor"
+    "ScalarType output_dtype) -> Tensor",
+    tags=(torch.Tag.flexible_layout,),  # else Inductor copies what several linears share
 )
-_LIBRARY.impl("int8_linear", run, "CPU")
-_LIBRARY.impl(
+LIBRARY.impl("int8_linear", run, "CPU")
+LIBRARY.impl(
     "int8_linear",
     lambda tokens, token_scale, qdata, scale, table, bias, output_dtype: tokens.new_empty(
         (tokens.shape[0], qdata.shape[0]), dtype=output_dtype
