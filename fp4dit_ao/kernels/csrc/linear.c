@@ -9,7 +9,7 @@
 
 #include "tile.h"
 
-enum { BLOCK = 240 }; /* tokens of an output tile: a multiple of ROWS whose float sums stay in the second-level cache */
+enum { BLOCK = 480 }; /* most tokens of an output tile: its float sums stay in the second-level cache */
 
 typedef struct {
     const int8_t *tokens;
@@ -23,7 +23,7 @@ typedef struct {
     uint8_t table[16];
     const tile_kernel *kernel;
     int32_t *token_sums; /* [row][chunk] */
-    int64_t chunks, panels, blocks;
+    int64_t chunks, panels, blocks, block; /* block: tokens of an output tile */
     atomic_llong next;
     atomic_int failed;
 } problem;
@@ -77,9 +77,9 @@ static void sum_worker(void *argument) {
 }
 
 static void multiply_tile(problem *p, int64_t block, int64_t index, uint8_t *panel, float *sums) {
-    int64_t feature = index * PANEL, row = block * BLOCK, groups = p->depth / p->group;
+    int64_t feature = index * PANEL, row = block * p->block, groups = p->depth / p->group;
     int features = p->features - feature < PANEL ? (int)(p->features - feature) : PANEL;
-    int rows = p->rows - row < BLOCK ? (int)(p->rows - row) : BLOCK;
+    int rows = (int)(p->rows - row < p->block ? p->rows - row : p->block);
     int64_t chunk = 0;
     memset(sums, 0, rows * PANEL * sizeof *sums);
     for (int64_t g = 0; g < groups; g++) {
@@ -89,10 +89,8 @@ static void multiply_tile(problem *p, int64_t block, int64_t index, uint8_t *pan
             int64_t at = g * p->group + k;
             int depth = p->group - k < CHUNK ? (int)(p->group - k) : CHUNK;
             p->kernel->unpack(p->codes + (feature * p->depth + at) / 2, p->depth / 2, features, depth, p->table, panel);
-            for (int m = 0; m < rows; m += ROWS)
-                p->kernel->multiply(p->tokens + (row + m) * p->depth + at, p->depth, rows - m < ROWS ? rows - m : ROWS, panel,
-                                    depth, p->token_sums ? p->token_sums + (row + m) * p->chunks + chunk : NULL, p->chunks, scale,
-                                    sums + m * PANEL);
+            p->kernel->multiply(p->tokens + row * p->depth + at, p->depth, rows, panel, depth,
+                                p->token_sums ? p->token_sums + row * p->chunks + chunk : NULL, p->chunks, scale, sums);
         }
     }
     int size = p->out_type == FLOAT32 ? 4 : 2;
@@ -138,6 +136,7 @@ int fp4dit_linear(const int8_t *tokens, const float *token_scale, const uint8_t 
     p.chunks = depth / group * chunks_in(group);
     p.panels = (features + PANEL - 1) / PANEL;
     p.blocks = (rows + BLOCK - 1) / BLOCK;
+    p.block = rows ? ((rows + p.blocks - 1) / p.blocks + ROWS - 1) / ROWS * ROWS : ROWS;
     if (!rows || !features) return 0;
     if (p.kernel->offset) {
         p.token_sums = malloc(rows * p.chunks * sizeof *p.token_sums);

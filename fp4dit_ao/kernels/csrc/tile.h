@@ -12,7 +12,7 @@
 enum {
     PANEL = 64,  /* output features */
     CHUNK = 512, /* input features: below it int32 sums of int8 products convert to float32 without loss */
-    ROWS = 6     /* most tokens in a tile: 6 x 64 int32 sums fill 24 of the 32 AVX-512 registers */
+    ROWS = 6     /* tokens in a register tile: 6 x 64 int32 sums fill 24 of the 32 AVX-512 registers */
 };
 
 typedef struct {
@@ -20,7 +20,7 @@ typedef struct {
     int offset; /* added to every level in the table: 128 where the instruction wants weights unsigned */
     /* Look up `features` rows of packed codes (two to a byte, low first; `stride` bytes apart) for `depth` input features. */
     void (*unpack)(const uint8_t *codes, ptrdiff_t stride, int features, int depth, const uint8_t table[16], uint8_t *panel);
-    /* sums[row][PANEL] += scale[PANEL] * (tokens . weights), of 1 to ROWS rows. `token_sums[row]` is what `offset` adds to each
+    /* sums[row][PANEL] += scale[PANEL] * (tokens . weights), of all rows. `token_sums[row]` is what `offset` adds to each
      * dot product, divided by `offset`. */
     void (*multiply)(const int8_t *tokens, ptrdiff_t stride, int rows, const uint8_t *panel, int depth,
                      const int32_t *token_sums, ptrdiff_t sums_stride, const float *scale, float *sums);

@@ -75,6 +75,7 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
         __m512i start = _mm512_set1_epi32(-128 * token_sums[m * sums_stride]);
         dot[m][0] = dot[m][1] = dot[m][2] = dot[m][3] = start;
     }
+#pragma GCC unroll 4
     for (int q = 0; q < depth / 4; q++) {
         const uint8_t *w = panel + q * PANEL * 4;
         __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
@@ -102,13 +103,14 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
 
 static void multiply(const int8_t *tokens, ptrdiff_t stride, int rows, const uint8_t *panel, int depth,
                      const int32_t *token_sums, ptrdiff_t sums_stride, const float *scale, float *sums) {
+    for (; rows >= ROWS; rows -= ROWS, tokens += ROWS * stride, token_sums += ROWS * sums_stride, sums += ROWS * PANEL)
+        tile(ROWS, tokens, stride, panel, depth, token_sums, sums_stride, scale, sums);
     switch (rows) {
     case 1: tile(1, tokens, stride, panel, depth, token_sums, sums_stride, scale, sums); break;
     case 2: tile(2, tokens, stride, panel, depth, token_sums, sums_stride, scale, sums); break;
     case 3: tile(3, tokens, stride, panel, depth, token_sums, sums_stride, scale, sums); break;
     case 4: tile(4, tokens, stride, panel, depth, token_sums, sums_stride, scale, sums); break;
-    case 5: tile(5, tokens, stride, panel, depth, token_sums, sums_stride, scale, sums); break;
-    default: tile(6, tokens, stride, panel, depth, token_sums, sums_stride, scale, sums);
+    case 5: tile(5, tokens, stride, panel, depth, token_sums, sums_stride, scale, sums);
     }
 }
 
