@@ -143,12 +143,24 @@ class FloatFormat:
             k = self._binade(y)
             return self._mantissa(y, k) * _power_of_two(k)
         # float32 itself rounds to multiples of 2^k, ties to even, where its own last bit is 2^k: beside 1.5 * 2^(k + 23)
-        binade = (y.view(torch.int32) & 0x7F800000).clamp(min=(127 + self.mantissa_bits) << 23).view(torch.float32)
-        anchor = binade * (1.5 * 2 ** (23 - self.mantissa_bits))
+        anchor = self._anchor(y)
         return (y + anchor) - anchor
+
+    def _anchor(self, y: Tensor) -> Tensor:
+        lowest = 1.5 * 2.0**23
+        if torch.compiler.is_compiling() and self.max_binade <= _FEW_BINADES:
+            anchor = torch.full_like(y, lowest)
+            for k in range(1, self.max_binade + 1):
+                anchor = torch.where(y.abs() >= 2.0 ** (self.mantissa_bits + k), lowest * 2**k, anchor)
+            return anchor
+        binade = (y.view(torch.int32) & 0x7F800000).clamp(min=(127 + self.mantissa_bits) << 23).view(torch.float32)
+        return binade * (lowest / 2**self.mantissa_bits)
 
     def _saturated(self, y: Tensor) -> Tensor:
         largest = float(self.lattice_max)
+        if torch.compiler.is_compiling():
+            y = y.float().clamp(-largest, largest)
+            return torch.where(y == y, y, 0.0)  # NaN to 0
         return torch.nan_to_num(y.float(), nan=0.0).clamp(-largest, largest)
 
     def _mantissa(self, y: Tensor, k: Tensor) -> Tensor:
@@ -163,6 +175,11 @@ class FloatFormat:
         """int32 k such that levels near ``y`` (float32) are multiples of 2^k; 0 in the subnormal range."""
         exponent = (y.view(torch.int32) >> 23 & 0xFF) - 127
         return (exponent - self.mantissa_bits).clamp(0, self.max_binade)
+
+
+_FEW_BINADES = 6
+"""Up to here a comparison per binade is compiled: Inductor vectorises comparisons on CPUs, but no look at a float's bits (nor
+``nan_to_num``). Uncompiled, ``where`` is the one that is not vectorised."""
 
 
 def _power_of_two(k: Tensor) -> Tensor:

@@ -363,3 +363,13 @@ def test_wider_codes_keep_a_byte(bits: int) -> None:
 def test_an_odd_row_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot pack 7 codes of 4 bits a row two to a byte; the count must be even"):
         pack(torch.zeros(2, 7, dtype=torch.uint8), 4)
+
+
+@pytest.mark.parametrize("fmt", ["e2m1", "e1m2", "e3m0", "e2m3", "e3m2", "e3m4", "e4m3fn", "int4", "int6"])
+def test_compiled_rounding_is_rounding(fmt: str) -> None:
+    format_ = FloatFormat.parse(fmt)
+    lattice = format_.lattice.float()
+    middles = (lattice[1:] + lattice[:-1]) / 2
+    points = torch.cat([lattice, middles, torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, 1e30, 1e-40])])
+    near = torch.cat([points, points.nextafter(torch.tensor(torch.inf)), points.nextafter(torch.tensor(-torch.inf))])
+    assert torch.equal(torch.compile(format_.round)(near), format_.decode(format_.encode(near)))
