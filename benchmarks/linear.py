@@ -30,6 +30,7 @@ SHAPES = [(1152, 1152), (4608, 1152), (1152, 4608)]
 
 def variants(rows: int, features: int, depth: int, fmt: str, act_fmt: str) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
+    torch.compiler.reset()  # each size compiled for itself, as in a model
     torch.manual_seed(0)
     weight, x = torch.randn(features, depth), torch.randn(rows, depth)
     quantized = MinifloatTensor.from_hp(weight.bfloat16(), [1, 128], fmt, act_fmt, torch.float16)

@@ -9,7 +9,7 @@
 
 #include "tile.h"
 
-enum { BLOCK = 480 }; /* most tokens of an output tile: its float sums stay in the second-level cache */
+enum { PACK = 16, BLOCK = 480 }; /* tokens that a thread packs at once; most tokens of an output tile: its float sums stay in the second-level cache */
 
 typedef struct {
     const int8_t *tokens;
@@ -22,7 +22,8 @@ typedef struct {
     int32_t out_type;
     uint8_t table[16];
     const tile_kernel *kernel;
-    int32_t *token_sums; /* [row][chunk] */
+    int8_t *packed;
+    int32_t *token_sums; /* [chunk][row] */
     int64_t chunks, panels, blocks, block; /* block: tokens of an output tile */
     atomic_llong next;
     atomic_int failed;
@@ -57,22 +58,24 @@ const char *fp4dit_kernel(int index) {
 
 static int chunks_in(int64_t group) { return (int)((group + CHUNK - 1) / CHUNK); }
 
-static void sum_tokens(problem *p, int64_t row) {
-    const int8_t *x = p->tokens + row * p->depth;
-    int32_t *to = p->token_sums + row * p->chunks;
+/* Tokens are copied chunk by chunk, so that a tile reads one stretch of memory: packed[chunk][row][CHUNK or less]. */
+static void pack_row(problem *p, int64_t row) {
+    int64_t chunk = 0;
     for (int64_t g = 0; g < p->depth; g += p->group)
-        for (int64_t k = 0; k < p->group; k += CHUNK) {
+        for (int64_t k = 0; k < p->group; k += CHUNK, chunk++) {
             int depth = p->group - k < CHUNK ? (int)(p->group - k) : CHUNK;
-            *to++ = p->kernel->sum(x + g + k, depth);
+            const int8_t *from = p->tokens + row * p->depth + g + k;
+            memcpy(p->packed + p->rows * (g + k) + row * depth, from, depth);
+            if (p->kernel->offset) p->token_sums[chunk * p->rows + row] = p->kernel->sum(from, depth);
         }
 }
 
-static void sum_worker(void *argument) {
+static void pack_worker(void *argument) {
     problem *p = argument;
     for (;;) {
-        int64_t row = atomic_fetch_add(&p->next, 64), end = row + 64 < p->rows ? row + 64 : p->rows;
+        int64_t row = atomic_fetch_add(&p->next, PACK), end = row + PACK < p->rows ? row + PACK : p->rows;
         if (row >= p->rows) return;
-        for (; row < end; row++) sum_tokens(p, row);
+        for (; row < end; row++) pack_row(p, row);
     }
 }
 
@@ -89,8 +92,8 @@ static void multiply_tile(problem *p, int64_t block, int64_t index, uint8_t *pan
             int64_t at = g * p->group + k;
             int depth = p->group - k < CHUNK ? (int)(p->group - k) : CHUNK;
             p->kernel->unpack(p->codes + (feature * p->depth + at) / 2, p->depth / 2, features, depth, p->table, panel);
-            p->kernel->multiply(p->tokens + row * p->depth + at, p->depth, rows, panel, depth,
-                                p->token_sums ? p->token_sums + row * p->chunks + chunk : NULL, p->chunks, scale, sums);
+            p->kernel->multiply(p->packed + p->rows * at + row * depth, depth, rows, panel, depth,
+                                p->token_sums + chunk * p->rows + row, scale, sums);
         }
     }
     int size = p->out_type == FLOAT32 ? 4 : 2;
@@ -101,7 +104,7 @@ static void multiply_tile(problem *p, int64_t block, int64_t index, uint8_t *pan
 
 static void multiply_worker(void *argument) {
     problem *p = argument;
-    uint8_t *panel = aligned_alloc(64, PANEL * CHUNK + BLOCK * PANEL * sizeof(float));
+    uint8_t *panel = aligned_alloc(64, PANEL * CHUNK + p->block * PANEL * sizeof(float));
     if (!panel) {
         atomic_store(&p->failed, 1);
         return;
@@ -138,13 +141,12 @@ int fp4dit_linear(const int8_t *tokens, const float *token_scale, const uint8_t 
     p.blocks = (rows + BLOCK - 1) / BLOCK;
     p.block = rows ? ((rows + p.blocks - 1) / p.blocks + ROWS - 1) / ROWS * ROWS : ROWS;
     if (!rows || !features) return 0;
-    if (p.kernel->offset) {
-        p.token_sums = malloc(rows * p.chunks * sizeof *p.token_sums);
-        if (!p.token_sums) return 1;
-        run(&p, sum_worker, parallel, threads, rows * depth / 65536 + 1);
-    }
+    p.packed = malloc(rows * depth + rows * p.chunks * sizeof *p.token_sums);
+    if (!p.packed) return 1;
+    p.token_sums = (int32_t *)(p.packed + rows * depth); /* depth is a multiple of 4 */
+    run(&p, pack_worker, parallel, threads, rows * depth / 65536 + 1);
     run(&p, multiply_worker, parallel, threads, p.panels * p.blocks);
-    free(p.token_sums);
+    free(p.packed);
     return atomic_load(&p.failed);
 }
 

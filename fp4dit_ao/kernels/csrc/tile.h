@@ -23,7 +23,7 @@ typedef struct {
     /* sums[row][PANEL] += scale[PANEL] * (tokens . weights), of all rows. `token_sums[row]` is what `offset` adds to each
      * dot product, divided by `offset`. */
     void (*multiply)(const int8_t *tokens, ptrdiff_t stride, int rows, const uint8_t *panel, int depth,
-                     const int32_t *token_sums, ptrdiff_t sums_stride, const float *scale, float *sums);
+                     const int32_t *token_sums, const float *scale, float *sums);
     /* What `offset` needs: the sum of `depth` int8. NULL without an offset. */
     int32_t (*sum)(const int8_t *tokens, int depth);
     /* out[features] = sums * token_scale + bias (or NULL), rounded to nearest even. */

@@ -68,11 +68,11 @@ static void unpack(const uint8_t *codes, ptrdiff_t stride, int features, int dep
 
 static inline __attribute__((always_inline)) void tile(const int rows, const int8_t *tokens, ptrdiff_t stride,
                                                        const uint8_t *panel, int depth, const int32_t *token_sums,
-                                                       ptrdiff_t sums_stride, const float *scale, float *sums) {
+                                                       const float *scale, float *sums) {
     __m512i dot[ROWS][4];
 #pragma GCC unroll 6
     for (int m = 0; m < rows; m++) {
-        __m512i start = _mm512_set1_epi32(-128 * token_sums[m * sums_stride]);
+        __m512i start = _mm512_set1_epi32(-128 * token_sums[m]);
         dot[m][0] = dot[m][1] = dot[m][2] = dot[m][3] = start;
     }
 #pragma GCC unroll 4
@@ -102,15 +102,15 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
 }
 
 static void multiply(const int8_t *tokens, ptrdiff_t stride, int rows, const uint8_t *panel, int depth,
-                     const int32_t *token_sums, ptrdiff_t sums_stride, const float *scale, float *sums) {
-    for (; rows >= ROWS; rows -= ROWS, tokens += ROWS * stride, token_sums += ROWS * sums_stride, sums += ROWS * PANEL)
-        tile(ROWS, tokens, stride, panel, depth, token_sums, sums_stride, scale, sums);
+                     const int32_t *token_sums, const float *scale, float *sums) {
+    for (; rows >= ROWS; rows -= ROWS, tokens += ROWS * stride, token_sums += ROWS, sums += ROWS * PANEL)
+        tile(ROWS, tokens, stride, panel, depth, token_sums, scale, sums);
     switch (rows) {
-    case 1: tile(1, tokens, stride, panel, depth, token_sums, sums_stride, scale, sums); break;
-    case 2: tile(2, tokens, stride, panel, depth, token_sums, sums_stride, scale, sums); break;
-    case 3: tile(3, tokens, stride, panel, depth, token_sums, sums_stride, scale, sums); break;
-    case 4: tile(4, tokens, stride, panel, depth, token_sums, sums_stride, scale, sums); break;
-    case 5: tile(5, tokens, stride, panel, depth, token_sums, sums_stride, scale, sums);
+    case 1: tile(1, tokens, stride, panel, depth, token_sums, scale, sums); break;
+    case 2: tile(2, tokens, stride, panel, depth, token_sums, scale, sums); break;
+    case 3: tile(3, tokens, stride, panel, depth, token_sums, scale, sums); break;
+    case 4: tile(4, tokens, stride, panel, depth, token_sums, scale, sums); break;
+    case 5: tile(5, tokens, stride, panel, depth, token_sums, scale, sums);
     }
 }
 

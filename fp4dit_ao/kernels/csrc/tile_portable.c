@@ -10,8 +10,8 @@ static void unpack(const uint8_t *codes, ptrdiff_t stride, int features, int dep
 }
 
 static void multiply(const int8_t *tokens, ptrdiff_t stride, int rows, const uint8_t *panel, int depth,
-                     const int32_t *token_sums, ptrdiff_t sums_stride, const float *scale, float *sums) {
-    (void)token_sums, (void)sums_stride;
+                     const int32_t *token_sums, const float *scale, float *sums) {
+    (void)token_sums;
     for (int m = 0; m < rows; m++) {
         int32_t dot[PANEL] = {0};
         for (int q = 0; q < depth / 4; q++) {
