@@ -75,7 +75,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture, the table and the quantized pipeline.")] = Path(
         "outputs/demo"
     ),
-    iters: Annotated[int, typer.Option(min=1, help="Iterations of learned rounding per block (the paper: 2500).")] = 100,
+    iters: Annotated[
+        int, typer.Option(min=1, help="Iterations of learned rounding per block (the paper: 2500).")
+    ] = 100,
     seed: Annotated[int, typer.Option(help="Seed of calibration and images.")] = 0,
     compile: Compile = True,
 ) -> None:
