@@ -40,13 +40,11 @@ static inline uint16_t float16(float x) {
     return (uint16_t)(sign | rounded);
 }
 
-static void write_row(const float *sums, float token_scale, const float *bias, int features, void *out, int type) {
+static inline __attribute__((always_inline)) void write_row(const float *sums, float token_scale, const float *bias,
+                                                            const int features, void *out, int type) {
     float y[PANEL];
     uint16_t half[PANEL];
-    if (bias)
-        for (int n = 0; n < features; n++) y[n] = sums[n] * token_scale + bias[n];
-    else
-        for (int n = 0; n < features; n++) y[n] = sums[n] * token_scale;
+    for (int n = 0; n < features; n++) y[n] = sums[n] * token_scale + bias[n];
     if (type == FLOAT32) {
         memcpy(out, y, features * sizeof *y);
         return;
@@ -56,6 +54,18 @@ static void write_row(const float *sums, float token_scale, const float *bias, i
     else
         for (int n = 0; n < features; n++) half[n] = float16(y[n]);
     memcpy(out, half, features * sizeof *half);
+}
+
+static void write_rows(const float *sums, int rows, const float *token_scale, const float *bias, int features, void *out,
+                       ptrdiff_t stride, int type) {
+    float added[PANEL] = {0};
+    if (bias) memcpy(added, bias, features * sizeof *bias);
+    for (int m = 0; m < rows; m++, out = (char *)out + stride, sums += PANEL) {
+        __builtin_prefetch((char *)out + 16 * stride, 1);
+        __builtin_prefetch((char *)out + 16 * stride + 64, 1);
+        if (features == PANEL) write_row(sums, token_scale[m], added, PANEL, out, type);
+        else write_row(sums, token_scale[m], added, features, out, type);
+    }
 }
 
 #endif

@@ -91,15 +91,16 @@ static void multiply_tile(problem *p, int64_t block, int64_t index, uint8_t *pan
         for (int64_t k = 0; k < p->group; k += CHUNK, chunk++) {
             int64_t at = g * p->group + k;
             int depth = p->group - k < CHUNK ? (int)(p->group - k) : CHUNK;
-            p->kernel->unpack(p->codes + (feature * p->depth + at) / 2, p->depth / 2, features, depth, p->table, panel);
+            const uint8_t *codes = p->codes + (feature * p->depth + at) / 2;
+            p->kernel->unpack(codes, p->depth / 2, features, depth, p->table, panel);
+            for (int n = 0; n < features; n++) __builtin_prefetch(codes + n * p->depth / 2 + depth / 2);
             p->kernel->multiply(p->packed + p->rows * at + row * depth, depth, rows, panel, depth,
                                 p->token_sums + chunk * p->rows + row, scale, sums);
         }
     }
     int size = p->out_type == FLOAT32 ? 4 : 2;
-    for (int m = 0; m < rows; m++)
-        p->kernel->write(sums + m * PANEL, p->token_scale[row + m], p->bias ? p->bias + feature : NULL, features,
-                         (char *)p->out + ((row + m) * p->features + feature) * size, p->out_type);
+    p->kernel->write(sums, rows, p->token_scale + row, p->bias ? p->bias + feature : NULL, features,
+                     (char *)p->out + (row * p->features + feature) * size, p->features * size, p->out_type);
 }
 
 static void multiply_worker(void *argument) {

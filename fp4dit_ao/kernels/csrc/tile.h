@@ -26,8 +26,9 @@ typedef struct {
                      const int32_t *token_sums, const float *scale, float *sums);
     /* What `offset` needs: the sum of `depth` int8. NULL without an offset. */
     int32_t (*sum)(const int8_t *tokens, int depth);
-    /* out[features] = sums * token_scale + bias (or NULL), rounded to nearest even. */
-    void (*write)(const float *sums, float token_scale, const float *bias, int features, void *out, int type);
+    /* out[row][features] = sums * token_scale[row] + bias (or NULL), rounded to nearest even; `stride` bytes from row to row. */
+    void (*write)(const float *sums, int rows, const float *token_scale, const float *bias, int features, void *out,
+                  ptrdiff_t stride, int type);
 } tile_kernel;
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };

@@ -114,5 +114,5 @@ static void multiply(const int8_t *tokens, ptrdiff_t stride, int rows, const uin
     }
 }
 
-const tile_kernel tile_avx512vnni = {"avx512vnni", 128, unpack, multiply, sum_row, write_row};
+const tile_kernel tile_avx512vnni = {"avx512vnni", 128, unpack, multiply, sum_row, write_rows};
 #endif

@@ -25,4 +25,4 @@ static void multiply(const int8_t *tokens, ptrdiff_t stride, int rows, const uin
     }
 }
 
-const tile_kernel tile_portable = {"portable", 0, unpack, multiply, sum_row, write_row};
+const tile_kernel tile_portable = {"portable", 0, unpack, multiply, sum_row, write_rows};
