@@ -6,59 +6,64 @@
 
 #include "epilogue.h"
 
-/* Transpose sixteen rows of sixteen 32-bit words. */
-static inline __attribute__((always_inline)) void transpose(__m512i r[16]) {
-    __m512i t[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+/* Of sixteen rows, rows[i] holding row (i % 4 + i / 4 * 8) in its lower half and the fourth after it in its upper half: make
+ * out[j] the sixteen j-th 32-bit words. */
+static inline __attribute__((always_inline)) void transpose(const __m512i rows[8], __m512i out[8]) {
+    __m512i pairs[8], fours[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+        fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+        out[i] = _mm512_shuffle_i32x4(fours[i], fours[4 + i], 0x88);
+        out[4 + i] = _mm512_shuffle_i32x4(fours[i], fours[4 + i], 0xdd);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-    }
+}
+
+/* The levels of both codes in two of every word's four bytes, which `twice` names: each byte's low code, then its high one. */
+static inline __attribute__((always_inline)) __m512i look_up(__m512i words, __m512i twice, __m512i lut) {
+    __m512i low = _mm512_shuffle_epi8(words, twice), high = _mm512_srli_epi16(low, 4);
+    __m512i codes = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x00ff), low, high, 0xca);
+    return _mm512_shuffle_epi8(lut, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
 }
 
 static void unpack(const uint8_t *codes, ptrdiff_t stride, int features, int depth, const uint8_t table[16], uint8_t *panel) {
     const __m512i lut = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
-    const __m256i low = _mm256_set1_epi8(15);
+    const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13));
+    const __m512i second = _mm512_add_epi8(first, _mm512_set1_epi8(2));
     for (int k = 0; k < depth; k += 64) {
-        int left = (depth - k + 1) / 2;
+        int left = (depth - k) / 2, quads = depth - k >= 64 ? 16 : (depth - k) / 4;
         __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
-        int quads = depth - k >= 64 ? 16 : (depth - k) / 4;
         for (int n = 0; n < PANEL; n += 16) {
-            __m512i rows[16];
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) {
-                __m256i packed = _mm256_setzero_si256();
-                if (n + i < features) packed = _mm256_maskz_loadu_epi8(mask, codes + (n + i) * stride + k / 2);
-                __m256i a = _mm256_and_si256(packed, low), b = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
-                /* bytes of a and b in turns; within 128-bit lanes, so that the 64-bit quarters come out as 0 2 | 1 3 */
-                __m256i x = _mm256_unpacklo_epi8(a, b), y = _mm256_unpackhi_epi8(a, b);
-                __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1);
-                rows[i] = _mm512_shuffle_epi8(lut, _mm512_shuffle_i32x4(both, both, 0xd8));
+            __m512i rows[8], words[8];
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+                int row = n + i % 4 + i / 4 * 8;
+                const uint8_t *from = codes + row * stride + k / 2;
+                __m256i lower = _mm256_maskz_loadu_epi8(row < features ? mask : 0, from);
+                __m256i upper = _mm256_maskz_loadu_epi8(row + 4 < features ? mask : 0, from + 4 * stride);
+                rows[i] = _mm512_inserti64x4(_mm512_castsi256_si512(lower), upper, 1);
             }
-            transpose(rows);
+            transpose(rows, words);
             uint8_t *to = panel + (k / 4 * PANEL + n) * 4;
-            for (int q = 0; q < quads; q++) _mm512_store_si512((__m512i *)(to + q * PANEL * 4), rows[q]);
+            if (quads == 16) {
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) {
+                    _mm512_store_si512(to + 2 * i * PANEL * 4, look_up(words[i], first, lut));
+                    _mm512_store_si512(to + (2 * i + 1) * PANEL * 4, look_up(words[i], second, lut));
+                }
+            } else
+                for (int q = 0; q < quads; q++)
+                    _mm512_store_si512(to + q * PANEL * 4, look_up(words[q / 2], q % 2 ? second : first, lut));
         }
     }
 }
