@@ -9,7 +9,10 @@
 
 #include "tile.h"
 
-enum { PACK = 16, BLOCK = 480 }; /* tokens that a thread packs at once; most tokens of an output tile: its float sums stay in the second-level cache */
+enum {
+    PACK = 16,  /* tokens that a thread packs at once */
+    BLOCK = 480 /* most tokens of an output tile: its float sums stay in the second-level cache */
+};
 
 typedef struct {
     const int8_t *tokens;
@@ -17,8 +20,7 @@ typedef struct {
     const uint8_t *codes;
     const float *scale, *bias;
     void *out;
-    int64_t rows, features, depth, group; /* depth: input features */
-    int64_t scale_rows;                   /* 1: features share their scales */
+    int64_t rows, features, depth, group, scale_rows; /* depth: input features; scale_rows: 1 if features share scales */
     int32_t out_type;
     uint8_t table[16];
     const tile_kernel *kernel;
@@ -125,9 +127,10 @@ static void run(problem *p, void (*worker)(void *), parallel_function parallel, 
     else worker(p);
 }
 
-/* All arrays contiguous. tokens [rows][depth], token_scale [rows], codes [features][depth / 2], scale [features or 1][groups],
- * levels [16], bias [features] or NULL, out [rows][features] of out_type. depth and group are multiples of 4. `parallel` runs a function on
- * some threads (OpenMP's GOMP_parallel), or is NULL. Returns 0; 1 for lack of memory; 2 for an unknown or missing kernel. */
+/* All arrays are contiguous: tokens [rows][depth], token_scale [rows], codes [features][depth / 2], scale [features or 1][groups],
+ * levels [16], bias [features] or NULL, out [rows][features] of out_type. depth and group are multiples of 4. `parallel` runs a
+ * function on some threads (OpenMP's GOMP_parallel), or is NULL. Returns 0; 1 for lack of memory; 2 for an unknown or missing
+ * kernel. */
 int fp4dit_linear(const int8_t *tokens, const float *token_scale, const uint8_t *codes, const float *scale,
                   const int8_t *levels, const float *bias, void *out, int64_t rows, int64_t features, int64_t depth,
                   int64_t group, int64_t scale_rows, int32_t out_type, int32_t kernel, parallel_function parallel,
