@@ -1,6 +1,6 @@
-"""``torch.ops.fp4dit_ao.*``: choose a scale, quantize to codes, dequantize.
+"""``torch.ops.fp4dit_ao.*``: choose a scale, quantize to codes, dequantize; or both of these at once.
 
-All three take torchao's ``block_size``: how many elements along each dimension share a scale, -1 for a whole dimension. A
+All take torchao's ``block_size``: how many elements along each dimension share a scale, -1 for a whole dimension. A
 scale tensor keeps the rank: ``scale.shape[i] == x.shape[i] // block_size[i]``. They are composites of plain aten
 operators, so Inductor fuses them into what surrounds them, autograd and fake tensors see through them, and a backend
 may still register its own kernel under its dispatch key.
@@ -18,6 +18,9 @@ LIBRARY.define("choose_scale(Tensor x, SymInt[] block_size, str fmt, ScalarType 
 LIBRARY.define("quantize(Tensor x, SymInt[] block_size, Tensor scale, str fmt) -> Tensor")
 LIBRARY.define(
     "dequantize(Tensor codes, SymInt[] block_size, Tensor scale, str fmt, ScalarType output_dtype) -> Tensor"
+)
+LIBRARY.define(
+    "fake_quantize(Tensor x, SymInt[] block_size, Tensor scale, str fmt, ScalarType output_dtype) -> Tensor"
 )
 
 
@@ -121,5 +124,11 @@ def dequantize(codes: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str
     return (FloatFormat.parse(fmt).decode(blocked) * scale).to(output_dtype).reshape(codes.shape)
 
 
-for _name, _implementation in (("choose_scale", choose_scale), ("quantize", quantize), ("dequantize", dequantize)):
-    LIBRARY.impl(_name, _implementation, "CompositeImplicitAutograd")
+def fake_quantize(x: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str, output_dtype: torch.dtype) -> Tensor:
+    """``dequantize(quantize(x))``, equal to the last bit, without the codes in between: what a lowered graph runs."""
+    scale, blocked = _expand(scale, x, block_size)
+    return (FloatFormat.parse(fmt).round(blocked.float() / scale) * scale).to(output_dtype).reshape(x.shape)
+
+
+for _implementation in (choose_scale, quantize, dequantize, fake_quantize):
+    LIBRARY.impl(_implementation.__name__, _implementation, "CompositeImplicitAutograd")

@@ -17,7 +17,7 @@ def lower(model: GraphModule) -> GraphModule:
 
     The parameter takes the float weight's place and name (``blocks.0.fc.weight``), so the state dict has the original's
     keys. Token-wise input quantization moves into the tensor's ``linear``; what else is quantized (a static input range, q,
-    k and v) stays as operators, which Inductor fuses. Each linear computes what the converted graph does, up to the order
+    k and v) becomes ``fake_quantize``, which Inductor fuses. Each linear computes what the converted graph does, up to the order
     in which float32 group sums are added.
 
     Args:
@@ -27,6 +27,10 @@ def lower(model: GraphModule) -> GraphModule:
     for node in list(model.graph.nodes):
         if node.target is torch.ops.aten.linear.default and _is_stored_weight(node.args[1]):
             _lower_linear(model, node)
+    model.graph.eliminate_dead_code()
+    for node in list(model.graph.nodes):
+        if node.target is _OPS.dequantize.default and _is_call(node.args[0], _OPS.quantize.default):
+            _drop_codes(model, node)
     model.graph.eliminate_dead_code()
     model.delete_all_unused_submodules()
     _delete_unused_buffers(model)
@@ -41,6 +45,21 @@ def _is_stored_weight(node: Any) -> bool:
         return False
     codes, scale = node.args[0], node.args[2]
     return isinstance(codes, Node) and codes.op == "get_attr" and isinstance(scale, Node) and scale.op == "get_attr"
+
+
+def _is_call(node: Any, target: Any) -> bool:
+    return isinstance(node, Node) and node.target is target
+
+
+def _drop_codes(model: GraphModule, node: Node) -> None:
+    """``dequantize(quantize(x))`` to ``fake_quantize(x)``: a float operator after it has no use for codes."""
+    codes, block_size, scale, fmt, output_dtype = node.args
+    assert isinstance(codes, Node)
+    with model.graph.inserting_before(node):
+        arguments = (codes.args[0], block_size, scale, fmt, output_dtype)
+        new = model.graph.call_function(_OPS.fake_quantize.default, arguments)
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
 
 
 def _lower_linear(model: GraphModule, node: Node) -> None:

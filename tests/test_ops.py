@@ -377,3 +377,16 @@ def test_scales_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
 def test_unknown_formats_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown number format 'fp4'"):
         OPS.choose_scale(normal(4, 64), [1, -1], "fp4", torch.float32)
+
+
+@pytest.mark.parametrize("fmt", ["e2m3", "e3m4", "e3m0", "int6", "e4m3fn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block_size", [[1, 1, -1], [-1, -1, -1], [1, 1, 8]])
+def test_fake_quantize_is_both_steps(fmt: str, dtype: torch.dtype, block_size: list[int]) -> None:
+    x = (torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    x[0, 0, 0], x[1, 1] = torch.nan, 0.0
+    scale = OPS.choose_scale(x.nan_to_num(), block_size, fmt, torch.float32)
+    both = OPS.dequantize(OPS.quantize(x, block_size, scale, fmt), block_size, scale, fmt, dtype)
+    assert torch.equal(OPS.fake_quantize(x, block_size, scale, fmt, dtype), both)
+    compiled = torch.compile(lambda x, scale: OPS.fake_quantize(x, block_size, scale, fmt, dtype), backend="aot_eager")
+    assert torch.equal(compiled(x, scale), both)
