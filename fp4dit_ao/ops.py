@@ -19,9 +19,7 @@ LIBRARY.define("quantize(Tensor x, SymInt[] block_size, Tensor scale, str fmt) -
 LIBRARY.define(
     "dequantize(Tensor codes, SymInt[] block_size, Tensor scale, str fmt, ScalarType output_dtype) -> Tensor"
 )
-LIBRARY.define(
-    "fake_quantize(Tensor x, SymInt[] block_size, Tensor scale, str fmt, ScalarType output_dtype) -> Tensor"
-)
+LIBRARY.define("fake_quantize(Tensor x, SymInt[] block_size, Tensor scale, str fmt, ScalarType output_dtype) -> Tensor")
 
 
 def full_block(shape: Sequence[int], block_size: Sequence[int]) -> list[int]:

@@ -17,8 +17,8 @@ def lower(model: GraphModule) -> GraphModule:
 
     The parameter takes the float weight's place and name (``blocks.0.fc.weight``), so the state dict has the original's
     keys. Token-wise input quantization moves into the tensor's ``linear``; what else is quantized (a static input range, q,
-    k and v) becomes ``fake_quantize``, which Inductor fuses. Each linear computes what the converted graph does, up to the order
-    in which float32 group sums are added.
+    k and v) becomes ``fake_quantize``, which Inductor fuses. Each linear computes what the converted graph does, up to the
+    order in which float32 group sums are added.
 
     Args:
         model: the result of ``convert_pt2e``; not changed.
