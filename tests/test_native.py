@@ -164,14 +164,28 @@ def test_a_linear_computes_the_same_without_the_library(fmt, dtype, monkeypatch)
     )
 
 
-def test_a_missing_library_is_said_once(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+@pytest.mark.parametrize(
+    ("found", "reason"), [("nothing", "installed without"), ("rubbish", "invalid ELF|file too short|not a")]
+)
+def test_a_missing_library_is_said_once(found, reason, monkeypatch, tmp_path) -> None:
+    (tmp_path / "rubbish.so").write_bytes(b"rubbish")
+    monkeypatch.setattr(native, "_candidates", lambda: [tmp_path / "rubbish.so"] if found == "rubbish" else [])
     native.library.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=r"no compiled kernel .* Install gcc"):
+        with pytest.warns(UserWarning, match=rf"no compiled kernel \(.*({reason}).* Install gcc"):
             assert native.library() is None
         assert native.kernels() == {}
         assert not native.supports(torch.ones(1), 4, 128)
+    finally:
+        native.library.cache_clear()
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch) -> None:
+    monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
+    native.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="of another version"):
+            assert native.library() is None
     finally:
         native.library.cache_clear()
 

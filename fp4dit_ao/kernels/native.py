@@ -5,11 +5,13 @@ with every version of both. It runs on the threads of PyTorch's own OpenMP. Wher
 run on PyTorch's operators, with the same results.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.machinery
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 from fp4dit_ao.formats import FloatFormat
 from fp4dit_ao.ops import LIBRARY
 
+VERSION = 1
+"""Of the library's interface; ``fp4dit_version`` in ``csrc/linear.c`` says the same."""
 OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ARGUMENTS = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5 + [ctypes.c_int32] * 2 + [ctypes.c_void_p, ctypes.c_int32]
 
@@ -25,23 +29,36 @@ _ARGUMENTS = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5 + [ctypes.c_int32] * 2
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library; None if the package was installed without it, which is said once."""
-    folder = Path(__file__).parent
-    found = [
-        path for suffix in importlib.machinery.EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").exists()
-    ]
-    try:
-        opened = ctypes.CDLL(str(found[0]))
-    except (IndexError, OSError) as error:
-        reason = "it was installed without one" if not found else str(error)
-        warnings.warn(
-            f"fp4dit_ao has no compiled kernel ({reason}): quantized linears on the CPU run on PyTorch operators, several "
-            "times slower. Install gcc or clang and reinstall: pip install --force-reinstall --no-deps fp4dit-ao",
-            stacklevel=2,
-        )
-        return None
-    opened.fp4dit_linear.argtypes = _ARGUMENTS
-    opened.fp4dit_kernel.restype = ctypes.c_char_p
-    return opened
+    reason = "it was installed without one"
+    for path in _candidates():
+        try:
+            opened = ctypes.CDLL(str(path))
+        except OSError as error:
+            reason = str(error)
+            continue
+        if opened.fp4dit_version() != VERSION:
+            reason = f"{path} is of another version"
+            continue
+        opened.fp4dit_linear.argtypes = _ARGUMENTS
+        opened.fp4dit_kernel.restype = ctypes.c_char_p
+        return opened
+    warnings.warn(
+        f"fp4dit_ao has no compiled kernel ({reason}): quantized linears on the CPU run on PyTorch operators, several "
+        "times slower. Install gcc or clang and reinstall: pip install --force-reinstall --no-deps fp4dit-ao",
+        stacklevel=2,
+    )
+    return None
+
+
+def _candidates() -> Iterator[Path]:
+    """Beside this file; and where the package is installed, if this file is in a checkout that was not built in place."""
+    folders = [Path(__file__).parent]
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        folders.append(Path(str(metadata.distribution("fp4dit-ao").locate_file("fp4dit_ao/kernels"))))
+    for folder in folders:
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+            if (path := folder / f"_native{suffix}").exists():
+                yield path
 
 
 def kernels() -> dict[str, int]:

@@ -52,6 +52,9 @@ static int supported(const tile_kernel *kernel) {
     return kernel == &tile_portable;
 }
 
+/* Of this interface; native.py asks for it. */
+int fp4dit_version(void) { return 1; }
+
 /* The name of kernel `index`, best first; NULL past the last. What this processor lacks is an empty name. */
 const char *fp4dit_kernel(int index) {
     if (index < 0 || index >= (int)(sizeof kernels / sizeof *kernels)) return NULL;
