@@ -14,7 +14,7 @@ from fp4dit_ao.passes.partition import weight_observers
 from fp4dit_ao.passes.streams import build
 from tests.graphs import TinyDiT, tiny_sample
 
-SHORT = AdaRoundConfig(iters=60, batch_size=8)
+SHORT = AdaRoundConfig(iters=60, batch_size=8, relative_lr=0.2)
 
 
 def samples(count: int = 4, **kwargs) -> list[dict]:

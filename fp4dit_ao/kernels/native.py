@@ -5,7 +5,6 @@ with every version of both. It runs on the threads of PyTorch's own OpenMP. Wher
 run on PyTorch's operators, with the same results.
 """
 
-import contextlib
 import ctypes
 import functools
 import importlib.machinery
@@ -52,9 +51,8 @@ def library() -> ctypes.CDLL | None:
 
 def _candidates() -> Iterator[Path]:
     """Beside this file; and where the package is installed, if this file is in a checkout that was not built in place."""
-    folders = [Path(__file__).parent]
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        folders.append(Path(str(metadata.distribution("fp4dit-ao").locate_file("fp4dit_ao/kernels"))))
+    installed = metadata.distributions(name="fp4dit-ao")
+    folders = [Path(__file__).parent, *(Path(str(found.locate_file("fp4dit_ao/kernels"))) for found in installed)]
     for folder in folders:
         for suffix in importlib.machinery.EXTENSION_SUFFIXES:
             if (path := folder / f"_native{suffix}").exists():
