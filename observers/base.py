@@ -9,7 +9,7 @@ from torchao.quantization.pt2e.observer import ObserverBase
 
 from fp4dit_ao import _compat
 from fp4dit_ao.formats import FloatFormat
-from fp4dit_ao.ops import choose_scale
+from fp4dit_ao.ops import choose_scale, fake_quantize
 
 
 class FloatObserver(ObserverBase):  # type: ignore[misc]
@@ -46,8 +46,7 @@ class FloatObserver(ObserverBase):  # type: ignore[misc]
     def _quantize_dequantize(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         if scale is None:
             scale = choose_scale(x, self.block_size(x), str(self.fmt), torch.float32)
-        # dequantize(quantize(x)) of a scale per token or tensor, to the bit, without the codes in between
-        rounded = (self.fmt.round(x.float() / scale) * scale).to(x.dtype)
+        rounded = fake_quantize(x, self.block_size(x), scale, str(self.fmt), x.dtype)
         return StraightThrough.apply(x, rounded) if x.requires_grad else rounded  # type: ignore[no-untyped-call, no-any-return]
 
 

@@ -41,8 +41,7 @@ class AdaRoundConfig:
     """Adam's learning rate, absolute: in weight units if scale-aware (the paper: 1e-4), else logits. None: ``relative_lr``."""
     relative_lr: float | None = None
     """Logits that the median weight's gate moves in a step. The paper's 1e-4 lies between 3e-3 and 1e-2 where group maxima
-    are near 0.1. None: 5e-3, or ``4 / iters`` if that is more, so that a short run can still cross from gate to gate: larger
-    steps fit the calibration data closer, and other data worse."""
+    are near 0.1. None: 5e-3, or ``4 / iters`` if that is more, so that a short run can still cross from gate to gate."""
     scale_aware: bool = True
     """Scale-aware AdaRound (the paper's), else plain AdaRound."""
     regularizer: float = 1.0

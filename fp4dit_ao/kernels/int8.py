@@ -34,7 +34,8 @@ def linear(
     rounded, token_scale = quantize_tokens(x, str(act_fmt))
     if native.supports(x, fmt.bits, group):
         output_dtype = x.dtype if x.dtype in native.OUTPUTS else torch.float32
-        y = native.linear(rounded, token_scale, qdata, scale, native.levels(fmt), bias, output_dtype)
+        table = native.levels(fmt)
+        y = torch.ops.fp4dit_ao.int8_linear(rounded, token_scale, qdata, scale, table, bias, output_dtype)
     else:
         y = _products(rounded, fmt.decode(unpack(qdata, fmt.bits)).to(torch.int8), scale, group) * token_scale
         y = y if bias is None else y + bias.float()

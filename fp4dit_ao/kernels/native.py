@@ -83,7 +83,7 @@ def _parallel() -> int | None:
 
 
 def supports(x: Tensor, bits: int, group: int) -> bool:
-    """Whether :func:`linear` can take ``x``: on the CPU, with weights of at most ``bits=4`` and groups of whole dwords."""
+    """Whether ``int8_linear`` can take ``x``: on the CPU, with weights of at most ``bits=4`` and groups of whole dwords."""
     return x.device.type == "cpu" and bits <= 4 and group % 4 == 0 and library() is not None
 
 
@@ -91,33 +91,6 @@ def supports(x: Tensor, bits: int, group: int) -> bool:
 def levels(fmt: FloatFormat) -> list[int]:
     """What the codes of a format of at most 4 bits stand for."""
     return [fmt.level(code) for code in range(2**fmt.bits)] + [0] * (16 - 2**fmt.bits)
-
-
-def linear(
-    tokens: Tensor,
-    token_scale: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    table: Sequence[int],
-    bias: Tensor | None,
-    output_dtype: torch.dtype,
-) -> Tensor:
-    """``(tokens @ levels^T, group by group times scale) * token_scale + bias``; products are exact, sums of groups float32.
-
-    Args:
-        tokens: int8 ``(rows, in_features)``, -127 to 127.
-        token_scale: float32 ``(rows, 1)``.
-        qdata: uint8 ``(out_features, in_features / 2)``, two codes a byte, the first in the low nibble.
-        scale: float ``(out_features or 1, groups)``.
-        table: sixteen levels, -127 to 127: what each code stands for.
-        bias: ``(out_features,)`` or None.
-        output_dtype: float32, bfloat16 or float16.
-
-    Returns:
-        ``(rows, out_features)`` of ``output_dtype``.
-    """
-    product: Tensor = torch.ops.fp4dit_ao.int8_linear(tokens, token_scale, qdata, scale, table, bias, output_dtype)
-    return product
 
 
 def run(
@@ -130,7 +103,22 @@ def run(
     output_dtype: torch.dtype,
     kernel: str | None = None,
 ) -> Tensor:
-    """:func:`linear` itself, on a named one of :func:`kernels`.
+    """``(tokens @ levels^T, group by group times scale) * token_scale + bias``: ``torch.ops.fp4dit_ao.int8_linear`` on CPUs.
+
+    Products are exact, sums of groups float32.
+
+    Args:
+        tokens: int8 ``(rows, in_features)``, -127 to 127.
+        token_scale: float32 ``(rows, 1)``.
+        qdata: uint8 ``(out_features, in_features / 2)``, two codes a byte, the first in the low nibble.
+        scale: float ``(out_features or 1, groups)``.
+        table: sixteen levels, -127 to 127: what each code stands for.
+        bias: ``(out_features,)`` or None.
+        output_dtype: float32, bfloat16 or float16.
+        kernel: one of :func:`kernels`; None takes the best. The operator has no such argument.
+
+    Returns:
+        ``(rows, out_features)`` of ``output_dtype``.
 
     Raises:
         ValueError: shapes or the table do not fit; nothing is read out of bounds.
