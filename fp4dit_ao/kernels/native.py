@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.ops import LIBRARY
 
 VERSION = 1
@@ -88,7 +88,7 @@ def supports(x: Tensor, bits: int, group: int) -> bool:
 
 
 @functools.cache
-def levels(fmt: FloatFormat) -> list[int]:
+def levels(fmt: NumberFormat) -> list[int]:
     """What the codes of a format of at most 4 bits stand for."""
     return [fmt.level(code) for code in range(2**fmt.bits)] + [0] * (16 - 2**fmt.bits)
 
