@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import native
+from fp4dit_ao.kernels.tokens import quantize_tokens
 from fp4dit_ao.ops import LIBRARY, choose_scale, fake_quantize
 
 _LARGEST_HEAD = 256
@@ -57,8 +58,8 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, fmt: str) -> boo
 
 
 def _levels(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
-    scale = choose_scale(x, [1, 1, 1, -1], fmt, torch.float32)
-    return parse(fmt).round(x.float() / scale).to(torch.int8), scale.squeeze(-1)
+    levels, scale = quantize_tokens(x, fmt)
+    return levels.reshape(x.shape), scale.reshape(x.shape[:-1])
 
 
 def run(

@@ -24,6 +24,7 @@ VERSION = 2
 OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _LINEAR = [_POINTER] * 7 + [_SIZE] * 5 + [_NUMBER] * 2 + [_POINTER, _NUMBER]
+_TOKENS = [_POINTER] * 3 + [_SIZE] * 2 + [_NUMBER] * 2 + [ctypes.c_float, _POINTER, _NUMBER]
 _ATTENTION = [_POINTER] * 8 + [_SIZE] * 8 + [ctypes.c_float, _NUMBER, _NUMBER, _POINTER, _NUMBER]
 
 
@@ -41,6 +42,7 @@ def library() -> ctypes.CDLL | None:
             reason = f"{path} is of another version"
             continue
         opened.fp4dit_linear.argtypes, opened.fp4dit_attention.argtypes = _LINEAR, _ATTENTION
+        opened.fp4dit_tokens.argtypes, opened.fp4dit_tokens.restype = _TOKENS, None
         opened.fp4dit_kernel.restype = ctypes.c_char_p
         return opened
     warnings.warn(
