@@ -55,6 +55,11 @@ def input_names(graph: GraphModule) -> list[str]:
     return [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
 
 
+def varying_numbers(graph: GraphModule) -> set[str]:
+    """The whole numbers among a captured graph's arguments that need not be those it was captured with."""
+    return {n.name for n in graph.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), SymInt)}
+
+
 def flat_inputs(graph: GraphModule, sample: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a captured graph's placeholders, by node name, when it is called with ``**sample``.
 
