@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4dit_ao.formats import FloatFormat, unpack
-from fp4dit_ao.kernels import native
+from fp4dit_ao.kernels import gpu, native
 from fp4dit_ao.kernels.tokens import quantize_tokens
 
 _CUDA_ROWS = 32
@@ -32,7 +32,7 @@ def linear(
     features = x.shape[-1]
     group = features if block_size[1] == -1 else block_size[1]
     rounded, token_scale = quantize_tokens(x, str(act_fmt))
-    if native.supports(x, fmt.bits, group):
+    if native.supports(x, fmt.bits, group) or gpu.supports(x, fmt.bits, group):
         output_dtype = x.dtype if x.dtype in native.OUTPUTS else torch.float32
         table = native.levels(fmt)
         y = torch.ops.fp4dit_ao.int8_linear(rounded, token_scale, qdata, scale, table, bias, output_dtype)
