@@ -97,6 +97,7 @@ class Linear(Workload):
         wanted = F.linear(x[:_JUDGED_TOKENS], weight)
         return facts | {"error": exact.relative_error(first[:_JUDGED_TOKENS].cpu(), wanted)}
 
+    @torch.no_grad()
     def run(self) -> None:
         self.call()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def reset_peak() -> int:
-    """Start a new peak; returns bytes in use now: resident ones of the process, or those allocated on the GPU if there is one."""
+    """Start a new peak; returns bytes in use now: resident in the process, or allocated on the GPU if there is one."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

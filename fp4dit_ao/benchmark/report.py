@@ -99,8 +99,8 @@ def _ceilings(ceilings: dict[str, Any]) -> str:
     copies = ", ".join(f"{rate / 1e9:.0f} at {size} MB" for size, rate in ceilings["bytes"].items())
     return (
         f"Best of PyTorch's own large products, in 10⁹ a second: {products} (int8 is `torch._int_mm`). Copies, in GB/s read "
-        f"and written, by working set: {copies}. A linear cannot take less than its products at the int8 rate, or its packed weight "
-        "and bfloat16 tokens (in and out) at the bandwidth of a working set that large, plus what a call costs "
+        f"and written, by working set: {copies}. A linear cannot take less than its products at the int8 rate, or than its "
+        "packed weight and bfloat16 tokens (in and out) at the bandwidth of a working set that large, plus what a call costs "
         f"(ours at {CALL_SIZE['out_features']} x {CALL_SIZE['in_features']}, one token):"
     )
 
@@ -147,7 +147,8 @@ def _models(
         yield markdown_table(head, [_model_row(m, len(head)) for m in own])
     if measured:
         yield (
-            "Peaks are above what the process takes with its libraries imported. The first call compiles, with empty caches; "
+            "Peaks are above what the process takes with its libraries imported; float weights are mapped from their file, and "
+            "count once they are read. The first call compiles, with empty caches; "
             "it is not among the others. Peers load the bfloat16 model, then quantize it."
         )
 

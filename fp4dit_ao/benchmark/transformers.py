@@ -51,6 +51,7 @@ class StepFiles(Workload):
     def __init__(self, folder: str, config: dict[str, Any], pixels: int, recipes: list[str]):
         self.folder, self.config, self.pixels, self.recipes = Path(folder), config, pixels, recipes
 
+    @torch.no_grad()
     def prepare(self, **case: Any) -> dict[str, Any]:
         from diffusers import PixArtTransformer2DModel
 
@@ -100,11 +101,10 @@ class GenerationFiles(Workload):
     def prepare(self, **case: Any) -> dict[str, Any]:
         from fp4dit_ao import quantize_pipeline
 
-        with torch.enable_grad():
-            pipe = models.open_pipeline(self.model, self.device).to(torch.bfloat16)
-            for recipe in self.recipes:
-                options = {"rounding": "nearest", "samples": 8, "progress": False, **self.call}
-                quantize_pipeline(pipe, recipe, prompts=self.prompts, **options).save_pretrained(self.folder / recipe)
+        pipe = models.open_pipeline(self.model, self.device).to(torch.bfloat16)
+        for recipe in self.recipes:
+            options = {"rounding": "nearest", "samples": 8, "progress": False, **self.call}
+            quantize_pipeline(pipe, recipe, prompts=self.prompts, **options).save_pretrained(self.folder / recipe)
         return {"parameters": sum(parameter.numel() for parameter in pipe.transformer.parameters())}
 
 
@@ -164,6 +164,7 @@ class _Model(Workload):
         """Make what :meth:`run` runs; returns facts."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def prepare(self, **case: Any) -> dict[str, Any]:
         """Facts: bytes, bits, error, ``load bytes`` and ``first`` (seconds of the first call, compilation included).
 
@@ -210,6 +211,7 @@ class Step(_Model):
         self.given = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), given)
         return facts
 
+    @torch.no_grad()
     def run(self) -> None:
         self.output = self.model(**self.given)[0]
 

@@ -15,10 +15,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import fp4dit_ao
 from fp4dit_ao.benchmark.variants import Variant
 
 LIMIT_SECONDS = 1800.0
@@ -98,8 +96,7 @@ class Worker:
             self._process = None
 
     def _start(self) -> None:
-        root = str(Path(fp4dit_ao.__file__).parents[1])
-        paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        paths = [path or os.getcwd() for path in sys.path]  # it imports what this process would
         self._log.seek(0)
         self._log.truncate()
         self._answers = queue.Queue()
@@ -124,7 +121,7 @@ class Worker:
         self._log.seek(0)
         lines = [line.strip() for line in self._log if line.strip()]
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-        return f"{how}{': ' + lines[-1][:200] if lines else ''}"
+        return f"{how}; last said: {lines[-1][:200]}" if lines else how
 
 
 def _listen(stream: Any, answers: "queue.Queue[str]") -> None:
