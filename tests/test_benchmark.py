@@ -23,7 +23,7 @@ from fp4dit_ao.benchmark.worker import Workload, error_text, turn
 from tests.tiny import CALL, tiny_pipeline
 
 TINY = transformers.PIXART_XL | {
-    "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 64, "cross_attention_dim": 128, "caption_channels": 128,
+    "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 64, "cross_attention_dim": 128, "caption_channels": 128,
 }  # fmt: skip
 ENVIRONMENT = {
     "processor": "a processor", "gpu": "none", "kernel": "avx512vnni", "threads": "2", "torch": "2", "torchao": "0",
@@ -218,13 +218,13 @@ def test_installed_peers_convert_or_say_why(name, in_process):
 
 
 def test_peers_get_the_linears_that_recipes_quantize():
-    model = tiny_pipeline().transformer
+    model = tiny_pipeline(layers=1).transformer
     quantizer = FP4DiTQuantizer().set_global(w4a6())
     graph = capture(model, transformer_sample(model))
     quantizer.annotate(graph)
     ours = {name for name, d in quantizer.decisions.items() if d.kind == "linear" and d.config}
     assert set(quantizable(model)) == {quantizer.decisions[name].name for name in ours}
-    assert len(ours) == 2 * 10
+    assert len(ours) == 10
 
 
 def transformer_sample(model):
@@ -232,7 +232,9 @@ def transformer_sample(model):
 
 
 def test_bytes_and_bits_are_those_of_the_file(tmp_path):
-    model = transformers.quantized(tiny_pipeline().transformer, transformer_sample(tiny_pipeline().transformer), "w4a6")
+    model = transformers.quantized(
+        tiny_pipeline(layers=1).transformer, transformer_sample(tiny_pipeline().transformer), "w4a6"
+    )
     model.save_pretrained(tmp_path)
     with safe_open(next(tmp_path.glob("*.safetensors")), "pt") as file:
         sizes = {name: file.get_tensor(name).nbytes for name in file.keys()}  # noqa: SIM118
@@ -268,7 +270,7 @@ def test_a_step_loads_what_was_written_and_compares_it_with_float32(kind, tmp_pa
             threads=1,
             reference=str(reference),
         )
-        return made.prepare(pixels=64, layers=2) | made.finish()
+        return made.prepare(pixels=64, layers=1) | made.finish()
 
     step("float32")
     facts = step(kind)
@@ -287,14 +289,14 @@ def test_everything_is_measured_and_reported(in_process, monkeypatch, tmp_path):
     monkeypatch.setitem(PEERS, "absent", Peer("no-such-package", "no_such_module", lambda model, names: model))
     monkeypatch.setitem(PEERS, "broken", Peer("torch", "torch", refuse))
     monkeypatch.setattr(transformers, "PIXART_XL", TINY)
-    tiny_pipeline().save_pretrained(tmp_path / "float")
+    tiny_pipeline(layers=1).save_pretrained(tmp_path / "float")
     (tmp_path / "float" / "generation.json").write_text(json.dumps(CALL))
     settings = Settings(("w4a6",), ("absent", "broken"), "cpu", 1, rounds=2)
     results = bars.Results({"recipes": ["w4a6"], "peers": ["absent", "broken"]}, ENVIRONMENT)
     said = []
     results.ceilings = sections.ceilings(settings)
     results.linears += sections.measure_linears(settings, linears.cases("128x128:2,20"), said.append)
-    results.steps += sections.measure_step(settings, StepCase.parse("64x2+peers"), said.append)
+    results.steps += sections.measure_step(settings, StepCase.parse("64x1+peers"), said.append)
     results.generations += sections.measure_generation(
         settings, str(tmp_path / "float"), ["cat", "dog"], {}, said.append
     )
@@ -309,7 +311,7 @@ def test_everything_is_measured_and_reported(in_process, monkeypatch, tmp_path):
     text = report.markdown(results)
     assert "| absent" in text and "no-such-package not installed" in text
     assert (
-        "- broken, compiled (2 cases, first out_features 128, in_features 128, tokens 2): RuntimeError: not today."
+        "- broken, compiled (4 cases, first out_features 128, in_features 128, tokens 2): RuntimeError: not today."
         in text
     )
     assert "| broken, compiled" in text and "failed" in text

@@ -21,7 +21,7 @@ class Ceilings(Workload):
         torch.set_num_threads(threads)
         self.device = device
 
-    def prepare(self, repeats: int = 7, **case: Any) -> dict[str, Any]:
+    def prepare(self, repeats: int, **case: Any) -> dict[str, Any]:
         self.repeats = repeats
         products = {name: self._products(dtype) for name, dtype in _TYPES.items()}
         copies = {str(megabytes): self._copy(int(megabytes * 1e6)) for megabytes in _COPIES_MB}

@@ -67,7 +67,7 @@ def ceilings(settings: Settings) -> dict[str, Any]:
     """See :class:`fp4dit_ao.benchmark.ceilings.Ceilings`."""
     worker = Worker(f"{_PACKAGE}.ceilings:Ceilings", {"device": settings.device, "threads": settings.threads})
     try:
-        found: dict[str, Any] = worker.ask("prepare")
+        found: dict[str, Any] = worker.ask("prepare", repeats=settings.rounds)
         return found
     finally:
         worker.close()
