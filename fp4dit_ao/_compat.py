@@ -124,6 +124,11 @@ def distinct_sizes() -> contextlib.AbstractContextManager[None]:
     return patch
 
 
+def mark_static(x: Tensor) -> None:
+    """Let ``torch.compile`` take the sizes of ``x`` (and of the tensors that a subclass is made of) for constants."""
+    torch._dynamo.mark_static(x)
+
+
 def size_at(size: SymInt, sizes: Mapping[str, int], others: int) -> int:
     """A symbolic size where the named symbols have these ``sizes``, and all ``others`` that one."""
     expression = size.node.expr

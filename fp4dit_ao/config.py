@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import parse
 
 HIGH_PRECISION = (
     "*pos_embed*", "*time_embed*", "*timestep*", "*time_text_embed*", "*text_embed*", "*context_embed*", "*x_embed*",
@@ -15,7 +15,7 @@ HIGH_PRECISION = (
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How one linear (and the attention it feeds) is quantized. Formats are names that ``FloatFormat.parse`` reads.
+    """How one linear (and the attention it feeds) is quantized. Formats are names that ``formats.parse`` reads.
 
     Raises:
         ValueError: an unknown format name, granularity, search or group size, or a field of the wrong type, in one sentence.
@@ -96,7 +96,7 @@ class QuantConfig:
 
 def _check_format(field: str, name: str | None) -> None:
     try:
-        _ = name is None or FloatFormat.parse(name)
+        _ = name is None or parse(name)
     except ValueError as error:
         raise ValueError(f"QuantConfig: {field}: {error}") from None
 
@@ -123,7 +123,7 @@ def w4a8() -> QuantConfig:
 
 def w4a6_auto() -> QuantConfig:
     """As :func:`w4a6`, but each linear takes whichever 4-bit format errs least at its output on calibration data."""
-    return QuantConfig(weight_candidates=("e1m2", "e2m1", "e3m0"), pre_gelu_weight=None)
+    return QuantConfig(weight_candidates=("e1m2", "e2m1", "e3m0", "nf4"), pre_gelu_weight=None)
 
 
 def int_w4a6() -> QuantConfig:
@@ -142,8 +142,11 @@ RECIPES: dict[str, Callable[[], QuantConfig]] = {
     "w4a6_auto": w4a6_auto,
     "w4a6_e2m1": lambda: replace(w4a6(), pre_gelu_weight=None),
     "w4a6_e1m2": lambda: replace(w4a6(), weight="e1m2"),
+    "w4a6_nf4": lambda: replace(w4a6(), weight="nf4", pre_gelu_weight=None, weight_search="mse"),
     "w4a6_static": lambda: replace(w4a6(), activation_granularity="tensor"),
     "w4a6_mse": lambda: replace(w4a6(), weight_search="mse"),
+    "w4a8_int8": lambda: replace(w4a8(), activation="int8", attention="int8"),
+    "w4a8_e4m3": lambda: replace(w4a8(), activation="e4m3fn", attention="e4m3fn"),
     "int_w4a6": int_w4a6,
     "int_w4a8": int_w4a8,
 }

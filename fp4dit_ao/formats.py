@@ -1,4 +1,4 @@
-"""Low-bit number formats as integer lattices.
+"""Low-bit number formats as integer lattices: ``ExMy`` floating point, and codebooks.
 
 Every ``ExMy`` format is, on its own finest step, a set of integers (exponent field ``e``, mantissa field ``m``)::
 
@@ -8,10 +8,14 @@ Every ``ExMy`` format is, on its own finest step, a set of integers (exponent fi
 A tensor value is ``level * step`` with ``step = absmax / lattice_max``. That *is* the real-valued exponent bias of FP4DiT
 (arXiv 2503.15465): ``b = 2^E - log2(maxval) + log2(2 - 2^-M) - 1`` and ``step = 2^(1 - b - M)``; see
 :meth:`FloatFormat.exponent_bias`. A code is ``sign | exponent field | mantissa field``, so magnitudes sort like codes.
+
+A codebook (:class:`CodebookFormat`, such as NF4) lists its levels instead; its codes count them from the lowest up.
 """
 
+import functools
 import math
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +25,67 @@ _PATTERN = re.compile(r"e(?P<e>[0-9]+)m(?P<m>[0-9]+)(?P<fn>fn)?|int(?P<int>[0-9]
 _MAX_BITS = 8
 
 
+class NumberFormat(ABC):
+    """A finite set of integers, the *levels*; a tensor value is a level times a scale. :func:`parse` makes one of a name."""
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Of a code."""
+
+    @abstractmethod
+    def level(self, code: int) -> int:
+        """The integer that a code stands for (plain Python, the specification of everything below)."""
+
+    @property
+    @abstractmethod
+    def lattice(self) -> Tensor:
+        """int64, ascending, zero once: every level, in steps."""
+
+    @property
+    @abstractmethod
+    def lattice_max(self) -> int:
+        """The largest magnitude of a level: an integer, in steps. An absmax scale puts the largest value there."""
+
+    @property
+    def fits_int8(self) -> bool:
+        """Whether every level is an int8, so that products run exactly on int8 units."""
+        return self.lattice_max <= 127
+
+    @abstractmethod
+    def encode(self, y: Tensor) -> Tensor:
+        """Codes (uint8) of the levels nearest to ``y`` (any shape, in steps): ties to the even code, saturating, NaN to 0.
+
+        Computed in float32, and exact for every float32: the nearest level, and at the exact middle the even code.
+        """
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """Levels (float32, exact, in steps) of uint8 ``codes``."""
+
+    def round(self, y: Tensor) -> Tensor:
+        """The levels nearest to ``y``, float32: ``decode(encode(y))``."""
+        return self.decode(self.encode(y))
+
+    @abstractmethod
+    def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Of ``y`` (float32, in steps, within the levels): the level at or below it, and how far above that the next one is.
+
+        At the highest level, the distance is that to the level below.
+        """
+
+
+def parse(name: str) -> NumberFormat:
+    """The format of that name: one that :meth:`FloatFormat.parse` reads, or one of :data:`CODEBOOKS`.
+
+    Raises:
+        ValueError: neither.
+    """
+    return (CODEBOOKS.get(name) if isinstance(name, str) else None) or FloatFormat.parse(name)
+
+
 @dataclass(frozen=True)
-class FloatFormat:
+class FloatFormat(NumberFormat):
     """A signed ``ExMy`` number format without infinities: ``FloatFormat(2, 1)``, spelled ``"e2m1"``.
 
     Attributes:
@@ -60,7 +123,7 @@ class FloatFormat:
         if found is None:
             raise ValueError(
                 f"unknown number format {name!r}; write 'e2m1' for 2 exponent and 1 mantissa bits, "
-                "'int4' for a symmetric integer"
+                f"'int4' for a symmetric integer, or a codebook's name: {', '.join(CODEBOOKS)}"
             )
         if found["int"]:
             return FloatFormat(0, int(found["int"]) - 1)
@@ -71,7 +134,6 @@ class FloatFormat:
 
     @property
     def bits(self) -> int:
-        """Bits of a code, the sign included."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
@@ -86,11 +148,9 @@ class FloatFormat:
 
     @property
     def lattice_max(self) -> int:
-        """The largest level: an integer, in steps."""
         return self.level(self.max_code)
 
     def level(self, code: int) -> int:
-        """The integer that a code stands for (plain Python, the specification of everything below)."""
         magnitude = code & (2 ** (self.bits - 1) - 1)
         e, m = magnitude >> self.mantissa_bits, magnitude & (2**self.mantissa_bits - 1)
         value = (2**self.mantissa_bits + m) << (e - 1) if e else m
@@ -98,14 +158,8 @@ class FloatFormat:
 
     @property
     def lattice(self) -> Tensor:
-        """int64, ascending, both signs, zero once: every level of the format, in steps."""
         positive = [self.level(code) for code in range(self.max_code + 1)]
         return torch.tensor([-v for v in reversed(positive[1:])] + positive, dtype=torch.int64)
-
-    @property
-    def fits_int8(self) -> bool:
-        """Whether every level is an int8, so that products run exactly on int8 units."""
-        return self.lattice_max <= 127
 
     def exponent_bias(self, maxval: float) -> float:
         """The paper's real-valued bias b of a tensor whose largest magnitude is ``maxval``: ``step = 2^(1 - b - M)``."""
@@ -118,17 +172,12 @@ class FloatFormat:
         return _power_of_two(self._binade(y.float()))
 
     def encode(self, y: Tensor) -> Tensor:
-        """Codes (uint8) of the levels nearest to ``y`` (any shape, in steps): ties to the even code, saturating, NaN to 0.
-
-        Computed in float32, and exact for every float32: the nearest level, and at the exact middle the even code.
-        """
         y = self._saturated(y)
         k = self._binade(y)
         magnitude = (k << self.mantissa_bits) + self._mantissa(y, k).abs().to(torch.int32)
         return (magnitude + (torch.signbit(y).to(torch.int32) << (self.bits - 1))).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Levels (float32, exact, in steps) of uint8 ``codes``."""
         code = codes.to(torch.int32)
         magnitude = code & (2 ** (self.bits - 1) - 1)
         e = magnitude >> self.mantissa_bits
@@ -145,6 +194,11 @@ class FloatFormat:
         # float32 itself rounds to multiples of 2^k, ties to even, where its own last bit is 2^k: beside 1.5 * 2^(k + 23)
         anchor = self._anchor(y)
         return (y + anchor) - anchor
+
+    def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        # a negative first value of a binade borders on the binade below it, where the level above it lies
+        step = self.element_step(torch.where(y < 0, torch.nextafter(y, torch.zeros_like(y)), y))
+        return torch.floor(y / step) * step, step
 
     def _anchor(self, y: Tensor) -> Tensor:
         lowest = 1.5 * 2.0**23
@@ -180,6 +234,74 @@ class FloatFormat:
 _FEW_BINADES = 6
 """Up to here a comparison per binade is compiled: Inductor vectorises comparisons on CPUs, but no look at a float's bits (nor
 ``nan_to_num``). Uncompiled, ``where`` is the one that is not vectorised."""
+
+
+@dataclass(frozen=True)
+class CodebookFormat(NumberFormat):
+    """Levels that follow no formula: code i stands for the i-th of them, from the lowest up.
+
+    Attributes:
+        name: what :func:`parse` knows it by.
+        levels: integers, strictly ascending, with 0 among them; a power of two in number, at most 256.
+
+    Raises:
+        ValueError: they are not.
+    """
+
+    name: str
+    levels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in zip(self.levels, self.levels[1:], strict=False))
+        if not ascending or 0 not in self.levels or 2**self.bits != len(self.levels) or not 1 <= self.bits <= _MAX_BITS:
+            raise ValueError(
+                f"codebook {self.name!r} with {len(self.levels)} levels: a codebook has 2, 4, 8, … or 256 ascending "
+                "integers, 0 among them"
+            )
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def bits(self) -> int:
+        return (len(self.levels) - 1).bit_length()
+
+    def level(self, code: int) -> int:
+        return self.levels[code]
+
+    @property
+    def lattice(self) -> Tensor:
+        return torch.tensor(self.levels, dtype=torch.int64)
+
+    @property
+    def lattice_max(self) -> int:
+        return max(-self.levels[0], self.levels[-1])
+
+    def encode(self, y: Tensor) -> Tensor:
+        y = torch.nan_to_num(y.float(), nan=0.0)
+        return torch.bucketize(y.contiguous(), torch.tensor(self._thresholds, device=y.device)).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return torch.tensor(self.levels, dtype=torch.float32, device=codes.device)[codes.int()]
+
+    def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        levels = torch.tensor(self.levels, dtype=torch.float32, device=y.device)
+        below = torch.bucketize(y, levels[1:], right=True)
+        gaps = levels.diff()
+        return levels[below], gaps[below.clamp(max=len(gaps) - 1)]
+
+    @functools.cached_property
+    def _thresholds(self) -> list[float]:
+        """Code i + 1 begins above the i-th: the middle between levels, or the float32 below it where a tie goes up."""
+        middles = torch.tensor([(a + b) / 2 for a, b in zip(self.levels, self.levels[1:], strict=False)])
+        odd = torch.arange(len(middles)) % 2 == 1
+        return torch.where(odd, torch.nextafter(middles, torch.tensor(-math.inf)), middles).tolist()
+
+
+CODEBOOKS = {
+    "nf4": CodebookFormat("nf4", (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127)),
+}
+"""By name. NF4 (arXiv 2305.14314): quantiles of a normal distribution, here times 127 and rounded, which makes them int8."""
 
 
 def _power_of_two(k: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import parse
 
 LIBRARY = torch.library.Library("fp4dit_ao", "DEF")
 LIBRARY.define("choose_scale(Tensor x, SymInt[] block_size, str fmt, ScalarType scale_dtype) -> Tensor")
@@ -90,7 +90,7 @@ def choose_scale(x: Tensor, block_size: Sequence[int], fmt: str, scale_dtype: to
     """
     blocked, reduce = _blocked(x, block_size)
     absmax = blocked.abs().amax(reduce) if reduce else blocked.abs()
-    scale = absmax.float() / float(FloatFormat.parse(fmt).lattice_max)
+    scale = absmax.float() / float(parse(fmt).lattice_max)
     return to_scale_dtype(scale, scale_dtype).reshape(_scale_shape(x, block_size))
 
 
@@ -113,19 +113,19 @@ def quantize(x: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str) -> T
     most 2^-23 of ``|x|``.
     """
     scale, blocked = _expand(scale, x, block_size)
-    return FloatFormat.parse(fmt).encode(blocked.float() / scale).reshape(x.shape)
+    return parse(fmt).encode(blocked.float() / scale).reshape(x.shape)
 
 
 def dequantize(codes: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str, output_dtype: torch.dtype) -> Tensor:
     """``level(codes) * scale`` in ``output_dtype``, shaped like ``codes``; the product is rounded once, from float32."""
     scale, blocked = _expand(scale, codes, block_size)
-    return (FloatFormat.parse(fmt).decode(blocked) * scale).to(output_dtype).reshape(codes.shape)
+    return (parse(fmt).decode(blocked) * scale).to(output_dtype).reshape(codes.shape)
 
 
 def fake_quantize(x: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str, output_dtype: torch.dtype) -> Tensor:
     """``dequantize(quantize(x))``, equal to the last bit, without the codes in between: what a lowered graph runs."""
     scale, blocked = _expand(scale, x, block_size)
-    return (FloatFormat.parse(fmt).round(blocked.float() / scale) * scale).to(output_dtype).reshape(x.shape)
+    return (parse(fmt).round(blocked.float() / scale) * scale).to(output_dtype).reshape(x.shape)
 
 
 for _implementation in (choose_scale, quantize, dequantize, fake_quantize):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import NumberFormat, parse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,7 +89,7 @@ def number_lines(formats: Sequence[str]) -> "Figure":
     canvas, axes = figure(8, 0.55 * len(formats) + 0.8)
     (ax,) = axes.flat
     for row, name in enumerate(reversed(formats)):
-        fmt = FloatFormat.parse(name)
+        fmt = parse(name)
         levels = fmt.lattice.double().numpy() / fmt.lattice_max
         ax.plot(levels, np.full(len(levels), row), "|", markersize=18, markeredgewidth=1.2)
         ax.axhline(row, linewidth=0.5, color="lightgrey", zorder=0)
@@ -122,12 +122,12 @@ def level_usage(layers: Mapping[str, tuple[str, NDArray[np.uint8]]]) -> "Figure"
     """
     by_format: dict[str, dict[str, NDArray[np.float64]]] = {}
     for name, (fmt_name, codes) in layers.items():
-        by_format.setdefault(fmt_name, {})[name] = _level_counts(FloatFormat.parse(fmt_name), codes)
+        by_format.setdefault(fmt_name, {})[name] = _level_counts(parse(fmt_name), codes)
     tallest = max(len(group) for group in by_format.values())
     height = min(3.0 + 0.16 * tallest, 40.0)
     canvas, axes = figure(5.5 * len(by_format), height, 2, len(by_format), height_ratios=[2, max(height - 2.6, 1)])
     for column, (fmt_name, group) in enumerate(by_format.items()):
-        levels = FloatFormat.parse(fmt_name).lattice.numpy()
+        levels = parse(fmt_name).lattice.numpy()
         counts = np.stack(list(group.values()))
         top, below = axes[0, column], axes[1, column]
         places = np.arange(len(levels))
@@ -144,7 +144,7 @@ def level_usage(layers: Mapping[str, tuple[str, NDArray[np.uint8]]]) -> "Figure"
     return canvas
 
 
-def _level_counts(fmt: FloatFormat, codes: NDArray[np.uint8]) -> NDArray[np.float64]:
+def _level_counts(fmt: NumberFormat, codes: NDArray[np.uint8]) -> NDArray[np.float64]:
     """How often each level of ``fmt.lattice`` occurs: +0 and −0 together."""
     order = {int(level): index for index, level in enumerate(fmt.lattice)}
     place = np.array([order.get(fmt.level(code), 0) for code in range(2**fmt.bits)])

@@ -14,9 +14,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
-from fp4dit_ao import _compat, samples, skeleton
+from fp4dit_ao import _compat, compilation, samples, skeleton
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.passes.device import convert_tensors, move_to
 from fp4dit_ao.quantizer import Decision
@@ -98,7 +97,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.recipe = recipe
         self.source = source
         self.report: Any = None
-        self._compile = False
+        self._mode: Callable[[GraphModule], Callable[..., Any]] | None = None
         self._ready: tuple[GraphModule, torch.device] | None = None
         self.eval()
 
@@ -147,14 +146,23 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if self._ready is not None and self._ready[0] is self.graph and self._ready[1] == device:
             return
         move_to(self.graph, device)
-        run = _compiled(self.graph) if self._compile else self.graph
+        run = self._mode(self.graph) if self._mode else self.graph
         object.__setattr__(self, "_run", run)  # not as a submodule: its tensors are the graph's
         self._ready = (self.graph, device)
 
     def compile_graph(self, on: bool = True) -> "QuantizedTransformer":
         """Run the graph under ``torch.compile(dynamic=True, fullgraph=True)`` from the next call on (or no longer)."""
-        self._compile, self._ready = on, None
+        self._mode, self._ready = compilation.compile_graph if on else None, None
         return self
+
+    def compile_blocks(self) -> "QuantizedTransformer":
+        """Compile one block for all from the next call on: a fraction of the wait. See ``compilation.compile_blocks``."""
+        self._mode, self._ready = compilation.compile_blocks, None
+        return self
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """diffusers' name for :meth:`compile_blocks`; arguments for ``torch.compile`` have no effect here."""
+        self.compile_blocks()
 
     # --- placement ---------------------------------------------------------------------------------------------------
 
@@ -262,19 +270,3 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         model = load(Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or ""))
         dtype = dtype or kwargs.get("torch_dtype")
         return model.to(dtype) if isinstance(dtype, torch.dtype) else model
-
-
-def _compiled(graph: GraphModule) -> Callable[..., Any]:
-    """``graph`` under ``torch.compile``: once for every batch of two or more, square image size and text length.
-
-    A batch of one, and images that are not square, are compiled once more on first use.
-    """
-    run = torch.compile(graph, dynamic=True, fullgraph=True)
-
-    def call(**arguments: Any) -> Any:
-        # pipelines expand one timestep over the batch: a view, whose strides would be compiled in
-        arguments = pytree.tree_map_only(Tensor, lambda x: x.contiguous(), arguments)
-        with _compat.distinct_sizes():
-            return run(**arguments)
-
-    return call

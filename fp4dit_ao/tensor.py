@@ -7,7 +7,7 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import __version__, kernels
-from fp4dit_ao.formats import FloatFormat, pack, unpack
+from fp4dit_ao.formats import pack, parse, unpack
 from fp4dit_ao.kernels import native
 from fp4dit_ao.ops import choose_scale, dequantize, quantize
 
@@ -38,7 +38,7 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
         cls, qdata: Tensor, scale: Tensor, block_size: list[int], fmt: str, act_fmt: str | None, dtype: torch.dtype
     ) -> "MinifloatTensor":
         shape = list(qdata.shape)
-        shape[-1] *= 2 if FloatFormat.parse(fmt).bits <= 4 else 1
+        shape[-1] *= 2 if parse(fmt).bits <= 4 else 1
         wrapper: MinifloatTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
         )
@@ -59,7 +59,7 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
         cls, codes: Tensor, scale: Tensor, block_size: list[int], fmt: str, act_fmt: str | None, dtype: torch.dtype
     ) -> "MinifloatTensor":
         """From unpacked uint8 codes ``(out_features, in_features)`` and their scales."""
-        return cls(pack(codes, FloatFormat.parse(fmt).bits), scale, block_size, fmt, act_fmt, dtype)
+        return cls(pack(codes, parse(fmt).bits), scale, block_size, fmt, act_fmt, dtype)
 
     @classmethod
     def from_hp(
@@ -77,7 +77,7 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
     @property
     def codes(self) -> Tensor:
         """uint8 codes, unpacked, ``(out_features, in_features)``."""
-        return unpack(self.qdata, FloatFormat.parse(self.fmt).bits)
+        return unpack(self.qdata, parse(self.fmt).bits)
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a float tensor of ``dtype``."""
@@ -99,7 +99,14 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
         )
 
     def _quantization_type(self) -> str:
-        return f"fmt={self.fmt}, act_fmt={self.act_fmt}, block_size={self.block_size}, shape={tuple(self.shape)}"
+        return f"fmt={self.fmt}, act_fmt={self.act_fmt}, block_size={list(self.block_size)}, shape={tuple(self.shape)}"
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """One line: thousands of codes tell a reader nothing."""
+        scale = str(self.scale.dtype).removeprefix("torch.")
+        return (
+            f"MinifloatTensor({self._quantization_type()}, scale={scale}, dtype={self.dtype}, device='{self.device}')"
+        )
 
 
 @MinifloatTensor.implements(_ATEN.linear.default)  # type: ignore[untyped-decorator]

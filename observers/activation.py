@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.observers.base import FloatObserver, add_buffer, refuse_non_finite, replace_observer
 from fp4dit_ao.ops import choose_scale
 
@@ -22,7 +22,7 @@ class ActivationObserver(FloatObserver):
 
     gram: Tensor | None
 
-    def __init__(self, fmt: str | FloatFormat, name: str = "activation", collect_gram: bool = False, **spec: Any):
+    def __init__(self, fmt: str | NumberFormat, name: str = "activation", collect_gram: bool = False, **spec: Any):
         super().__init__(fmt, **spec)
         self.name = name
         self.collect_gram = collect_gram
@@ -79,7 +79,7 @@ class StaticActivationObserver(ActivationObserver):
 
     absmax: Tensor
 
-    def __init__(self, fmt: str | FloatFormat, name: str = "activation", collect_gram: bool = False, **spec: Any):
+    def __init__(self, fmt: str | NumberFormat, name: str = "activation", collect_gram: bool = False, **spec: Any):
         super().__init__(fmt, name, collect_gram, **spec)
         self.register_buffer("absmax", torch.tensor(-1.0))
 

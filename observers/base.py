@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import ObserverBase
 
 from fp4dit_ao import _compat
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import NumberFormat, parse
 from fp4dit_ao.ops import choose_scale, fake_quantize
 
 
@@ -24,9 +24,9 @@ class FloatObserver(ObserverBase):  # type: ignore[misc]
         paused: whether ``forward`` neither observes nor quantizes.
     """
 
-    def __init__(self, fmt: str | FloatFormat, **spec: Any):
+    def __init__(self, fmt: str | NumberFormat, **spec: Any):
         super().__init__(dtype=torch.uint8, is_dynamic=False)
-        self.fmt = FloatFormat.parse(fmt) if isinstance(fmt, str) else fmt
+        self.fmt = parse(fmt) if isinstance(fmt, str) else fmt
         self.fake_quantize = False
         self.paused = False
 

@@ -5,19 +5,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.ops import choose_scale, dequantize, quantize, to_scale_dtype
 
 CLIPS = torch.linspace(0.4, 1.2, 81).tolist()
 """Fractions of absmax that the search tries; more than 1 lets the second-largest levels carry more of the group."""
 
 
-def absmax(weight: Tensor, block_size: Sequence[int], fmt: FloatFormat, scale_dtype: torch.dtype) -> Tensor:
+def absmax(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale_dtype: torch.dtype) -> Tensor:
     """The largest magnitude on the largest level (the paper's choice)."""
     return choose_scale(weight, block_size, str(fmt), scale_dtype)
 
 
-def mse(weight: Tensor, block_size: Sequence[int], fmt: FloatFormat, scale_dtype: torch.dtype) -> Tensor:
+def mse(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale_dtype: torch.dtype) -> Tensor:
     """Per block, the scale among :data:`CLIPS` of absmax whose rounding has the least squared error; of equals, absmax.
 
     Source: the clip search of arXiv 2408.06995 (LBFP), with its 0.1 to 1.2 grid narrowed to where minima occur.
@@ -33,7 +33,7 @@ def mse(weight: Tensor, block_size: Sequence[int], fmt: FloatFormat, scale_dtype
     return best
 
 
-def squared_error(weight: Tensor, block_size: Sequence[int], fmt: FloatFormat, scale: Tensor) -> Tensor:
+def squared_error(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale: Tensor) -> Tensor:
     """Of rounding to nearest, summed over each block: float32, shaped like ``scale``."""
     rounded = dequantize(quantize(weight, block_size, scale, str(fmt)), block_size, scale, str(fmt), torch.float32)
     return _sum_blocks((rounded - weight.float()).square(), scale.shape)
@@ -45,7 +45,7 @@ def _sum_blocks(x: Tensor, blocks: Sequence[int]) -> Tensor:
     return x.reshape(shape).sum(dim=list(range(1, 2 * len(blocks), 2)))
 
 
-SEARCHES: dict[str, Callable[[Tensor, Sequence[int], FloatFormat, torch.dtype], Tensor]] = {
+SEARCHES: dict[str, Callable[[Tensor, Sequence[int], NumberFormat, torch.dtype], Tensor]] = {
     "absmax": absmax,
     "mse": mse,
 }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, PerTensor
 
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import NumberFormat, parse
 from fp4dit_ao.observers.activation import ActivationObserver
 from fp4dit_ao.observers.base import FloatObserver, add_buffer, refuse_non_finite, replace_observer
 from fp4dit_ao.observers.range_search import SEARCHES
@@ -39,15 +39,15 @@ class WeightObserver(FloatObserver):
 
     def __init__(
         self,
-        fmt: str | FloatFormat | Sequence[str | FloatFormat],
+        fmt: str | NumberFormat | Sequence[str | NumberFormat],
         granularity: Granularity = PerGroup(128),
         search: str = "absmax",
         scale_dtype: torch.dtype = torch.float32,
         name: str = "weight",
         **spec: Any,
     ):
-        names = [fmt] if isinstance(fmt, str | FloatFormat) else fmt
-        candidates = tuple(FloatFormat.parse(f) if isinstance(f, str) else f for f in names)
+        names = [fmt] if isinstance(fmt, str | NumberFormat) else fmt
+        candidates = tuple(parse(f) if isinstance(f, str) else f for f in names)
         super().__init__(candidates[0], **spec)
         self.candidates = candidates
         self.resolved = len(candidates) == 1
@@ -114,7 +114,7 @@ class WeightObserver(FloatObserver):
             raise RuntimeError(
                 f"{self.name}: choosing a weight format needs data; run calibrate(prepared, samples) first"
             )
-        best: tuple[float, FloatFormat, Tensor] | None = None
+        best: tuple[float, NumberFormat, Tensor] | None = None
         for candidate in self.candidates:
             self.fmt = candidate
             self.scale = self._search(weight)

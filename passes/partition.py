@@ -4,9 +4,11 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fp4dit_ao.observers import FloatObserver, WeightObserver
+from fp4dit_ao.tensor import MinifloatTensor
 
 _BLOCK = re.compile(r"(.*\.)?\d+")
 GLUE, WHOLE = "(glue)", "(model)"
@@ -19,6 +21,7 @@ class Segment:
 
     Attributes:
         name: fully qualified name of the block, of a linear between blocks, or one of ``GLUE`` and ``WHOLE``.
+        block: whether it is a block (or the whole graph), rather than what lies between.
         graph: shares parameters, buffers and observers with the whole; takes ``inputs``, gives a tuple of ``outputs``.
         inputs: names of the values it reads: nodes of the whole graph.
         outputs: names of the values that later segments (or the result) read.
@@ -26,6 +29,7 @@ class Segment:
     """
 
     name: str
+    block: bool
     graph: GraphModule
     inputs: list[str]
     outputs: list[str]
@@ -51,8 +55,16 @@ def weight_observers(graph: GraphModule) -> Iterator[tuple[Node, WeightObserver]
                 yield node, observer
 
 
+def _low_bit_linears(model: GraphModule) -> Iterator[Node]:
+    """Every linear of a lowered graph whose weight is quantized."""
+    weights = {name for name, parameter in model.named_parameters() if isinstance(parameter, MinifloatTensor)}
+    for node in model.graph.nodes:
+        if node.target is torch.ops.aten.linear.default and str(node.args[1].target) in weights:
+            yield node
+
+
 def block_names(model: GraphModule) -> list[str]:
-    """The blocks of a prepared graph, in order: ``["transformer_blocks.0", ...]``; none if it is not made of blocks."""
+    """The blocks of a graph, in order: ``["transformer_blocks.0", ...]``; none if it is not made of blocks."""
     return [name for name in _stages(model)[1].values() if name != WHOLE]
 
 
@@ -60,8 +72,8 @@ def partition(model: GraphModule) -> list[Segment]:
     """The segments of ``model``; run one after the other they compute what it computes.
 
     A block is the outermost module with a numbered name (``transformer_blocks.3``) in which a node was traced, read off
-    ``nn_module_stack``, if it holds a weight observer. Without one, or if blocks interleave, the whole graph is one segment.
-    What lies between blocks is named after the first linear that is quantized in it, if one is.
+    ``nn_module_stack``, if it holds a weight observer or a quantized weight. Without one, or if blocks interleave, the whole
+    graph is one segment. What lies between blocks is named after the first linear that is quantized in it, if one is.
     """
     stages, names = _stages(model)
     nodes = [node for node in model.graph.nodes if node.op not in ("placeholder", "output")]
@@ -81,7 +93,7 @@ def partition(model: GraphModule) -> list[Segment]:
         ]
         graph = _extract(model, inside, inputs, outputs)
         name = names.get(stage) or next((o.name.removesuffix(".weight") for _, o in weight_observers(graph)), GLUE)
-        segments.append(Segment(name, graph, [n.name for n in inputs], [n.name for n in outputs], dead))
+        segments.append(Segment(name, stage in names, graph, [n.name for n in inputs], [n.name for n in outputs], dead))
     return segments
 
 
@@ -131,7 +143,7 @@ def _labels(model: GraphModule) -> dict[Node, str | None]:
             labels[node] = next((labels[user] for user in sorted(node.users) if labels.get(user)), None)
         else:
             labels[node] = _block_of(node)
-    quantized = {labels[node] for node, _ in weight_observers(model)}
+    quantized = {labels[node] for node, _ in weight_observers(model)} | {labels[n] for n in _low_bit_linears(model)}
     labels = {node: labels[node] if labels[node] in quantized else None for node in model.graph.nodes}
     _adopt(labels)
     return labels

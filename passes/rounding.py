@@ -50,12 +50,11 @@ class AdaRound(nn.Module):
         assert observer.scale is not None
         self.dtype = weight.dtype
         self._gate: Tensor | None = None
-        fmt, largest = observer.fmt, float(observer.fmt.lattice_max)
+        fmt, levels = observer.fmt, observer.fmt.lattice
+        lowest, largest = float(levels[0]), float(levels[-1])
         scale = expand_scale(observer.scale, weight, observer.block_size(weight))
-        y = (weight.detach().float() / scale).clamp(-largest, largest)
-        # a negative first value of a binade borders on the binade below it
-        step = fmt.element_step(torch.where(y < 0, torch.nextafter(y, torch.zeros_like(y)), y))
-        low = torch.floor(y / step) * step
+        y = (weight.detach().float() / scale).clamp(lowest, largest)
+        low, step = fmt.bracket(y)
         up = (low + step).clamp(max=largest)
         self.register_buffer("low", fmt.encode(low), persistent=False)
         self.register_buffer("up", fmt.encode(up), persistent=False)

@@ -200,3 +200,23 @@ def test_a_value_is_traced_only_inside_of_compilation() -> None:
     library.impl("inside", lambda x: (seen.append(_compat.is_traced(x)), x + 1)[1], "CompositeImplicitAutograd")
     torch.compile(lambda x: torch.ops.fp4dit_test.inside(x * 2), backend="aot_eager", fullgraph=True)(torch.ones(2))
     assert True in seen
+
+
+def test_static_sizes_are_compiled_in() -> None:
+    def compilations(static: bool) -> int:
+        compiled = []
+
+        def backend(graph: GraphModule, example: list) -> GraphModule:
+            compiled.append(graph)
+            return graph
+
+        torch._dynamo.reset()
+        run = torch.compile(lambda x, w: x @ w, backend=backend, dynamic=True, fullgraph=True)
+        for features in (4, 6):
+            weight = torch.ones(8, features)
+            if static:
+                _compat.mark_static(weight)
+            assert run(torch.ones(3, 8), weight).shape == (3, features)
+        return len(compiled)
+
+    assert [compilations(False), compilations(True)] == [1, 2]

@@ -7,7 +7,7 @@ import pytest
 
 from fp4dit_ao import QuantConfig, w4a6, w4a6_auto, w4a8
 from fp4dit_ao.config import RECIPES
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import parse
 
 
 def test_the_papers_recipes() -> None:
@@ -21,7 +21,7 @@ def test_the_papers_recipes() -> None:
     assert (recipe.group_size, recipe.weight_granularity, recipe.weight_search) == (128, "group", "absmax")
     assert recipe.activation_granularity == "token"
     assert w4a8() == replace(recipe, activation="e3m4", attention="e3m4")
-    assert w4a6_auto() == replace(recipe, weight_candidates=("e1m2", "e2m1", "e3m0"), pre_gelu_weight=None)
+    assert w4a6_auto() == replace(recipe, weight_candidates=("e1m2", "e2m1", "e3m0", "nf4"), pre_gelu_weight=None)
 
 
 def test_every_recipe_by_name_and_what_its_name_promises() -> None:
@@ -29,12 +29,10 @@ def test_every_recipe_by_name_and_what_its_name_promises() -> None:
         recipe = QuantConfig.from_name(name)
         weight_bits, activation_bits = (int(digit) for digit in name.removeprefix("int_")[1:4].split("a"))
         weights = [recipe.weight, recipe.pre_gelu_weight, *recipe.weight_candidates]
-        assert {FloatFormat.parse(fmt).bits for fmt in weights if fmt} == {weight_bits}
-        assert {FloatFormat.parse(fmt).bits for fmt in (recipe.activation, recipe.attention) if fmt} == {
-            activation_bits
-        }
+        assert {parse(fmt).bits for fmt in weights if fmt} == {weight_bits}
+        assert {parse(fmt).bits for fmt in (recipe.activation, recipe.attention) if fmt} == {activation_bits}
         if name.startswith("int_"):
-            assert {FloatFormat.parse(fmt).exponent_bits for fmt in weights if fmt} == {0}
+            assert all(str(parse(fmt)).startswith("e0") for fmt in weights if fmt)
     assert QuantConfig.from_name("w4a6") == QuantConfig() == w4a6()
 
 

@@ -13,7 +13,7 @@ from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, Per
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import parse
 from fp4dit_ao.observers import (
     StaticActivationObserver,
     TokenActivationObserver,
@@ -25,7 +25,7 @@ from tests.graphs import show
 
 GRANULARITIES = [(PerTensor(), (1, 1)), (PerAxis(0), (8, 1)), (PerGroup(32), (8, 2))]
 each_granularity = pytest.mark.parametrize(("granularity", "blocks"), GRANULARITIES, ids=str)
-FORMATS = ["e1m2", "e2m1", "e3m0", "int4"]
+FORMATS = ["e1m2", "e2m1", "e3m0", "int4", "nf4"]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -34,7 +34,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def nearest(values: np.ndarray, scale: np.ndarray, name: str) -> np.ndarray:
     """float64, by brute force over all levels."""
-    levels = FloatFormat.parse(name).lattice.numpy().astype(np.float64) * scale[..., None]
+    levels = parse(name).lattice.numpy().astype(np.float64) * scale[..., None]
     index = np.abs(levels - values[..., None]).argmin(-1)
     return np.take_along_axis(levels, index[..., None], -1)[..., 0]
 
@@ -71,7 +71,7 @@ def test_weights_take_the_nearest_level_of_their_scale(
     np.testing.assert_allclose(observer.dequantized(weight).numpy(), expected, rtol=1e-6)
     if search == "absmax":
         absmax = weight.reshape(blocks[0], -1, blocks[1], 64 // blocks[1]).abs().amax(dim=(1, 3))
-        assert torch.equal(scale, absmax / FloatFormat.parse(name).lattice_max)
+        assert torch.equal(scale, absmax / parse(name).lattice_max)
 
     observer.fake_quantize = True
     assert torch.equal(observer(weight), observer.dequantized(weight))
@@ -164,7 +164,7 @@ def test_resolve_takes_the_least_output_error(kind: Callable[[int], Tensor], see
     errors = []
     for name in candidates:
         groups = weight.double().reshape(16, 2, 32)
-        scale = groups.abs().amax(-1, keepdim=True) / FloatFormat.parse(name).lattice_max
+        scale = groups.abs().amax(-1, keepdim=True) / parse(name).lattice_max
         rounded = nearest(groups.numpy(), scale.expand_as(groups).numpy(), name).reshape(16, 64)
         errors.append(float((((weight.double().numpy() - rounded) @ x.double().numpy().T) ** 2).sum()))
     observer = WeightObserver(candidates, PerGroup(32))
@@ -172,7 +172,7 @@ def test_resolve_takes_the_least_output_error(kind: Callable[[int], Tensor], see
     assert not observer.resolved
     observer.resolve(weight, x.T @ x)
     assert observer.resolved
-    assert observer.fmt == FloatFormat.parse(candidates[int(np.argmin(errors))])
+    assert observer.fmt == parse(candidates[int(np.argmin(errors))])
     single = WeightObserver(observer.fmt, PerGroup(32))
     assert torch.equal(observer.dequantized(weight), single.dequantized(weight)), "the scale is the chosen format's"
     observer.resolve(weight, None)

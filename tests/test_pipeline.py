@@ -186,7 +186,10 @@ def test_calls_that_the_graph_cannot_honour_are_refused(quantized: Any, change: 
         quantized.transformer(**(sample(quantized) | change))
 
 
-def test_one_compilation_serves_every_batch_and_size(quantized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["compile_graph", "compile_blocks", "compile_repeated_blocks"])
+def test_one_compilation_serves_every_batch_and_size(
+    quantized: Any, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     compiled = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -197,7 +200,7 @@ def test_one_compilation_serves_every_batch_and_size(quantized: Any, monkeypatch
     monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compile_(model, **kwargs, backend=backend))
     torch._dynamo.reset()
     eager = draw(quantized)
-    quantized.transformer.compile_graph()
+    getattr(quantized.transformer, mode)()
     try:
         np.testing.assert_allclose(draw(quantized), eager, atol=1e-6)
         draw(quantized, ["a red cat"] * 3)

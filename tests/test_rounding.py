@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchao.quantization.granularity import PerGroup, PerTensor
 
-from fp4dit_ao import FloatFormat
+from fp4dit_ao.formats import parse
 from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.ops import choose_scale
 from fp4dit_ao.passes.rounding import RULES, SHIFT, STRETCH, AdaRound, ScaleAwareAdaRound
 
-FORMATS = ["e2m1", "e3m0", "e1m2", "int4", "e2m3", "e3m2", "e3m4", "e4m3fn", "e1m1", "e2m0", "int8"]
+FORMATS = ["e2m1", "e3m0", "e1m2", "int4", "e2m3", "e3m2", "e3m4", "e4m3fn", "e1m1", "e2m0", "int8", "nf4"]
 
 
 def scale_of(weight: torch.Tensor, fmt: str) -> torch.Tensor:
@@ -26,14 +26,14 @@ def rule(weight: torch.Tensor, fmt: str, kind: type[AdaRound] = AdaRound, group:
 
 def dense(fmt: str) -> torch.Tensor:
     """Every level, every midpoint, and points close beside both, with the largest level on absmax."""
-    lattice = FloatFormat.parse(fmt).lattice.double()
+    lattice = parse(fmt).lattice.double()
     points = torch.cat([lattice, (lattice[1:] + lattice[:-1]) / 2])
     near = torch.cat([points * (1 + e) for e in (0, 1e-6, -1e-6, 1e-2, -1e-2)])
     return near.clamp(lattice[0], lattice[-1]).float()[None]
 
 
 def levels(fmt: str, codes: torch.Tensor) -> torch.Tensor:
-    return FloatFormat.parse(fmt).decode(codes)
+    return parse(fmt).decode(codes)
 
 
 @pytest.mark.parametrize("kind", RULES.values())
@@ -41,7 +41,7 @@ def levels(fmt: str, codes: torch.Tensor) -> torch.Tensor:
 def test_the_candidates_are_neighbouring_levels_that_enclose_the_weight(fmt, kind) -> None:
     weight = dense(fmt)
     rounding = rule(weight, fmt, kind)
-    lattice = FloatFormat.parse(fmt).lattice.float()
+    lattice = parse(fmt).lattice.float()
     low, up = levels(fmt, rounding.low), levels(fmt, rounding.up)
     y = (weight / scale_of(weight, fmt)).clamp(lattice[0], lattice[-1])
     assert (low <= y).all()
@@ -58,7 +58,7 @@ def test_it_starts_at_the_weight_and_hardens_to_nearest(fmt) -> None:
     assert torch.allclose(rounding(weight), weight, rtol=1e-5, atol=1e-5 * float(weight.abs().max()))
     hard = levels(fmt, rounding.hard_codes())
     y = weight / scale_of(weight, fmt)
-    nearest = FloatFormat.parse(fmt).round(y)
+    nearest = parse(fmt).round(y)
     assert torch.allclose((hard - y).abs(), (nearest - y).abs(), rtol=1e-4, atol=1e-4)
 
 
@@ -76,7 +76,7 @@ def test_whatever_is_learned_is_a_code(fmt, values, logits) -> None:
             slope = 1 if rounding.slope is None else rounding.slope
             rounding.alpha.copy_(torch.tensor([logits]) / slope)
         learned = levels(fmt, rounding.hard_codes())
-        assert set(learned.flatten().tolist()) <= set(FloatFormat.parse(fmt).lattice.tolist())
+        assert set(learned.flatten().tolist()) <= set(parse(fmt).lattice.tolist())
         assert torch.isfinite(rounding(weight)).all()
         assert 0 <= rounding.regularizer(20.0).item() <= 1 + 1e-6
 

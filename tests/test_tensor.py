@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fp4dit_ao import FloatFormat, MinifloatTensor, kernels
+from fp4dit_ao import MinifloatTensor, kernels
+from fp4dit_ao.formats import parse
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -27,22 +28,22 @@ def test_four_bit_codes_take_half_a_byte() -> None:
     assert weight.scale.shape == (48, 2)
 
 
-@pytest.mark.parametrize("fmt", ["e2m1", "e3m0", "e1m2", "int4", "e2m3", "e3m4", "e4m3fn"])
+@pytest.mark.parametrize("fmt", ["e2m1", "e3m0", "e1m2", "int4", "e2m3", "e3m4", "e4m3fn", "nf4"])
 def test_dequantize_is_the_nearest_level(fmt) -> None:
     weight = torch.randn(8, 256)
     tensor = MinifloatTensor.from_hp(weight, [1, 128], fmt)
-    lattice = FloatFormat.parse(fmt).lattice.double()
+    lattice = parse(fmt).lattice.double()
     step = tensor.scale.double().repeat_interleave(128, 1)
     nearest = (lattice - (weight.double() / step)[..., None]).abs().min(-1).values
     error = (tensor.dequantize().double() - weight.double()).abs() / step
     # the product level * scale is rounded once, to float32
-    assert ((error - nearest).abs() <= 2e-7 * FloatFormat.parse(fmt).lattice_max).all()
+    assert ((error - nearest).abs() <= 2e-7 * parse(fmt).lattice_max).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("fmt", "act_fmt"),
-    [*itertools.product(["e2m1", "e3m0", "e1m2"], ["e2m3", "e3m4", "int8", "e4m3fn", None]), ("e2m3", "e2m3")],
+    [*itertools.product(["e2m1", "e3m0", "e1m2", "nf4"], ["e2m3", "e3m4", "int8", "e4m3fn", None]), ("e2m3", "e2m3")],
 )
 @pytest.mark.parametrize("block", [(1, 128), (1, -1), (-1, -1)])
 def test_linear_against_float64(fmt, act_fmt, block, device) -> None:
@@ -53,7 +54,7 @@ def test_linear_against_float64(fmt, act_fmt, block, device) -> None:
         x_hat = x
         if act_fmt:
             scale = torch.ops.fp4dit_ao.choose_scale(x, [1] * (x.ndim - 1) + [-1], act_fmt, torch.float32)
-            x_hat = FloatFormat.parse(act_fmt).round(x / scale).double() * scale.double()
+            x_hat = parse(act_fmt).round(x / scale).double() * scale.double()
         w_hat = weight.dequantize(torch.float32).double()
         exact = F.linear(x_hat.double(), w_hat, bias.double())
         magnitude = F.linear(x_hat.double().abs(), w_hat.abs(), bias.double().abs())
@@ -62,11 +63,15 @@ def test_linear_against_float64(fmt, act_fmt, block, device) -> None:
         assert ((y - exact).abs() <= 2e-6 * magnitude).all()
 
 
-def test_every_w4a6_pair_runs_on_int8() -> None:
-    for fmt, act_fmt in itertools.product(["e2m1", "e3m0", "e1m2", "int4"], ["e2m3", "int6", "int8"]):
-        assert kernels.pick(FloatFormat.parse(fmt), FloatFormat.parse(act_fmt)) == "int8"
-    assert kernels.pick(FloatFormat.parse("e2m1"), FloatFormat.parse("e3m4")) == "float32"
-    assert kernels.pick(FloatFormat.parse("e2m1"), None) == "float32"
+def test_which_pairs_run_on_int8() -> None:
+    """Every recipe's: activations of 8 bits with two or three int8 digits a level."""
+    for fmt, act_fmt in itertools.product(
+        ["e2m1", "e3m0", "e1m2", "int4", "nf4"], ["e2m3", "int6", "int8", "e3m4", "e4m3fn"]
+    ):
+        assert kernels.pick(parse(fmt), parse(act_fmt)) == "int8"
+    assert kernels.pick(parse("e3m2"), parse("e2m3")) == "float32"
+    assert kernels.pick(parse("e2m1"), parse("e5m2")) == "float32"
+    assert kernels.pick(parse("e2m1"), None) == "float32"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -82,6 +87,14 @@ def test_half_precision_in_and_out(dtype) -> None:
 def test_non_contiguous_and_transposed_input() -> None:
     weight, x = make(), torch.randn(256, 6).T
     assert torch.equal(F.linear(x, weight), F.linear(x.contiguous(), weight))
+
+
+def test_prints_as_one_line() -> None:
+    assert repr(make()) == (
+        "MinifloatTensor(fmt=e2m1, act_fmt=e2m3, block_size=[1, 128], shape=(48, 256), scale=float32, "
+        "dtype=torch.float32, device='cpu')"
+    )
+    assert "MinifloatTensor(fmt=e2m1" in repr(torch.nn.Parameter(make(), requires_grad=False))
 
 
 def test_moving_keeps_codes() -> None:

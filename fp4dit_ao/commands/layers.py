@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fp4dit_ao import checkpoint, models, picture
 from fp4dit_ao.evaluate import markdown_table
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import pick
 from fp4dit_ao.ops import quantize
 from fp4dit_ao.quantized_transformer import LayerSummary, QuantizedTransformer
@@ -99,7 +99,7 @@ def size_of_rest(transformer: QuantizedTransformer) -> int:
 def _backend(row: LayerSummary) -> str:
     if row.weight is None:
         return "float"
-    return pick(FloatFormat.parse(row.weight), FloatFormat.parse(row.activation) if row.activation else None)
+    return pick(parse(row.weight), parse(row.activation) if row.activation else None)
 
 
 def _errors(weight: MinifloatTensor, original: Tensor) -> list[str]:

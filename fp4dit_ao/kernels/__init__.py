@@ -8,19 +8,19 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import NumberFormat, parse
 from fp4dit_ao.kernels import int8, reference
 
-Linear = Callable[[Tensor, Tensor, Tensor, Sequence[int], FloatFormat, FloatFormat | None, Tensor | None], Tensor]
+Linear = Callable[[Tensor, Tensor, Tensor, Sequence[int], NumberFormat, NumberFormat | None, Tensor | None], Tensor]
 
-BACKENDS: dict[str, tuple[Callable[[FloatFormat, FloatFormat | None], bool], Linear]] = {
+BACKENDS: dict[str, tuple[Callable[[NumberFormat, NumberFormat | None], bool], Linear]] = {
     "int8": (int8.supports, int8.linear),
     "float32": (reference.supports, reference.linear),
 }
 """By name: (whether it computes a pair of formats exactly, the implementation)."""
 
 
-def pick(fmt: FloatFormat, act_fmt: FloatFormat | None) -> str:
+def pick(fmt: NumberFormat, act_fmt: NumberFormat | None) -> str:
     """Name of the backend for a (weight, activation) pair of formats."""
     return next(name for name, (supports, _) in BACKENDS.items() if supports(fmt, act_fmt))
 
@@ -48,7 +48,7 @@ def linear(
     Returns:
         ``(..., out_features)`` in the type of ``x``.
     """
-    weight_format = FloatFormat.parse(fmt)
-    act_format = FloatFormat.parse(act_fmt) if act_fmt else None
+    weight_format = parse(fmt)
+    act_format = parse(act_fmt) if act_fmt else None
     _, implementation = BACKENDS[pick(weight_format, act_format)]
     return implementation(x, qdata, scale, block_size, weight_format, act_format, bias)

@@ -1,4 +1,4 @@
-"""int8 x int8 -> int32 multiplication of lattice integers: exact for every pair of formats whose levels are int8."""
+"""int8 x int8 -> int32 multiplication of lattice integers: exact for weights whose levels are int8, times int8 digits."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp4dit_ao.formats import FloatFormat, unpack
+from fp4dit_ao.formats import NumberFormat, unpack
 from fp4dit_ao.kernels import native
-from fp4dit_ao.kernels.tokens import quantize_tokens
+from fp4dit_ao.kernels.tokens import digits, quantize_tokens
 
 _CUDA_ROWS = 32
 """cuBLAS's int8 product wants more than 16 rows."""
 
 
-def supports(fmt: FloatFormat, act_fmt: FloatFormat | None) -> bool:
-    return act_fmt is not None and fmt.fits_int8 and act_fmt.fits_int8
+_DIGITS = 3
+"""More of them cost more than a product of floats."""
+
+
+def supports(fmt: NumberFormat, act_fmt: NumberFormat | None) -> bool:
+    return act_fmt is not None and fmt.fits_int8 and digits(act_fmt) <= _DIGITS
 
 
 def linear(
@@ -23,8 +27,8 @@ def linear(
     qdata: Tensor,
     scale: Tensor,
     block_size: Sequence[int],
-    fmt: FloatFormat,
-    act_fmt: FloatFormat | None,
+    fmt: NumberFormat,
+    act_fmt: NumberFormat | None,
     bias: Tensor | None,
 ) -> Tensor:
     """See :func:`fp4dit_ao.kernels.linear`. One integer product per group of K, converted once, times the group's scale."""
@@ -32,13 +36,18 @@ def linear(
     features = x.shape[-1]
     group = features if block_size[1] == -1 else block_size[1]
     rounded, token_scale = quantize_tokens(x, str(act_fmt))
+    count = digits(act_fmt)
     if native.supports(x, fmt.bits, group):
-        output_dtype = x.dtype if x.dtype in native.OUTPUTS else torch.float32
-        table = native.levels(fmt)
-        y = torch.ops.fp4dit_ao.int8_linear(rounded, token_scale, qdata, scale, table, bias, output_dtype)
+        whole = count == 1  # else the digits' products are added before they are rounded to the output's type
+        output_dtype = x.dtype if whole and x.dtype in native.OUTPUTS else torch.float32
+        y = torch.ops.fp4dit_ao.int8_linear(
+            rounded, token_scale, qdata, scale, native.levels(fmt), bias if whole else None, output_dtype
+        )
+        bias = None if whole else bias
     else:
         y = _products(rounded, fmt.decode(unpack(qdata, fmt.bits)).to(torch.int8), scale, group) * token_scale
-        y = y if bias is None else y + bias.float()
+    y = y if count == 1 else y.reshape(count, -1, qdata.shape[0]).sum(0)
+    y = y if bias is None else y + bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], qdata.shape[0])
 
 

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp4dit_ao.formats import FloatFormat, unpack
+from fp4dit_ao.formats import NumberFormat, unpack
 from fp4dit_ao.ops import choose_scale, dequantize
 
 
-def supports(fmt: FloatFormat, act_fmt: FloatFormat | None) -> bool:
+def supports(fmt: NumberFormat, act_fmt: NumberFormat | None) -> bool:
     return True
 
 
@@ -19,8 +19,8 @@ def linear(
     qdata: Tensor,
     scale: Tensor,
     block_size: Sequence[int],
-    fmt: FloatFormat,
-    act_fmt: FloatFormat | None,
+    fmt: NumberFormat,
+    act_fmt: NumberFormat | None,
     bias: Tensor | None,
 ) -> Tensor:
     """See :func:`fp4dit_ao.kernels.linear`. The token's scale is applied after the product, as in the fast backends."""
