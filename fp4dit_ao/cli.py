@@ -175,22 +175,50 @@ def inspect(
 
 @app.command()
 def benchmark(
-    model: Annotated[str, typer.Argument(help="A float pipeline: folder, hub id, or 'reference'.")] = "reference",
+    model: Annotated[str, typer.Argument(help="A float pipeline to generate with: folder, hub id, or 'reference'.")] = (
+        "reference"
+    ),
+    part: Annotated[
+        list[str] | None, typer.Option(help="'linears', 'transformer' or 'generation'; repeatable. All if not given.")
+    ] = None,
     recipe: Annotated[
-        str, typer.Option(help="Recipe, rounded to nearest: speed does not depend on the rounding.")
-    ] = "w4a6",
+        list[str], typer.Option(help="Ours, rounded to nearest; repeatable. Bars are judged on the first.")
+    ] = ["w4a6", "w4a8"],  # noqa: B006
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="Who else takes part, such as 'SDNQ int8'; repeatable. All if not given; 'none'."),
+    ] = None,
+    linear: Annotated[
+        list[str] | None,
+        typer.Option(help="Weights and tokens, such as flux:256,1024 or 4608x1152:16 (out x in); repeatable."),
+    ] = None,
+    transformer: Annotated[
+        list[str] | None,
+        typer.Option(help="Pixels and layers of PixArt-XL's width, such as 512x28, or 512x2+peers; repeatable."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few small sizes only.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated together.")] = 4,
     steps: Steps = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Times each variant generates, in turns.")] = 5,
     prompts: Prompts = None,
-    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("benchmark.json"),
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every variant, for each linear.")] = 5,
+    model_rounds: Annotated[int, typer.Option(min=1, help="The same for steps and generations.")] = 3,
+    at_once: Annotated[int, typer.Option(min=3, help="Variants in memory together; ratios are taken among those.")] = 8,
+    out: Annotated[Path, typer.Option(help="JSON to write; the Markdown goes beside it.")] = Path("benchmark.json"),
     device: Device = None,
 ) -> None:
-    """Time generation: float, compiled float and compiled quantized, in turns; prints Markdown, writes JSON."""
+    """Time linears, one denoising step and whole generations beside floats and other packages, in turns.
+
+    Prints one Markdown report: bars and whether they are met, speed ratios, errors, weight bytes, peak memory, cold compile
+    times. OMP_NUM_THREADS sets the threads.
+    """
     _writable_file(out)
     from fp4dit_ao.commands import speed as run
 
-    run.benchmark(model, recipe, batch_size, steps, rounds, prompts, out, device)
+    run.benchmark(
+        model, parts=part or [], recipes=recipe, peers=peer or [], linear=linear or [], transformer=transformer or [],
+        quick=quick, batch_size=batch_size, steps=steps, prompts=prompts, rounds=rounds, model_rounds=model_rounds,
+        at_once=at_once, device=device, out=out,
+    )  # fmt: skip
 
 
 def _writable_folder(folder: Path) -> None:
