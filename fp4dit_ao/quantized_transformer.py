@@ -117,7 +117,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if not torch.compiler.is_compiling():
             if len(args) > len(names):
                 raise ValueError(f"{self._class} takes {len(names)} arguments, found {len(args)}")
-            self._check(names, arguments)
+            samples.check(self.description, arguments, f"quantized {self._class}")
             self._prepare(next(x.device for _, x in samples.tensors(arguments)))
         output = self._run(**arguments)
         return Transformer2DModelOutput(sample=output[0]) if return_dict else output
@@ -129,18 +129,6 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @property
     def _class(self) -> str:
         return str(self.config["_class_name"])
-
-    def _check(self, names: list[str], arguments: dict[str, Any]) -> None:
-        unknown = sorted(set(arguments) - set(names))
-        if unknown:
-            raise ValueError(f"quantized {self._class}: no argument {', '.join(unknown)}; it takes {', '.join(names)}")
-        for name, captured in self.description["dict"].items():
-            if name in names and name != "return_dict":
-                wrong = samples.difference(captured, arguments.get(name), name)
-                if wrong:
-                    raise ValueError(
-                        f"quantized {self._class}: {wrong}; quantize again with a call like this one to change it"
-                    )
 
     def _prepare(self, device: torch.device) -> None:
         """Bring the graph's own device constants to where the inputs are, and compile if asked."""

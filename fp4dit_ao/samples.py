@@ -119,6 +119,26 @@ def difference(description: Any, value: Any, where: str) -> str | None:
     return next((found for pair in pairs if (found := difference(*pair)) is not None), None)
 
 
+def check(description: Any, arguments: Mapping[str, Any], who: str) -> None:
+    """Refuse what a captured graph cannot honour.
+
+    Args:
+        description: of the arguments that were captured; ``return_dict`` is nobody's business.
+        arguments: of the call; one that is missing counts as None.
+        who: the beginning of the message.
+
+    Raises:
+        ValueError: an argument that is unknown, of another rank, or not the constant that was captured.
+    """
+    captured = {name: spec for name, spec in description["dict"].items() if name != "return_dict"}
+    unknown = sorted(set(arguments) - set(captured) - {"return_dict"})
+    if unknown:
+        raise ValueError(f"{who}: no argument {', '.join(unknown)}; it takes {', '.join(captured)}")
+    for name, spec in captured.items():
+        if wrong := difference(spec, arguments.get(name), name):
+            raise ValueError(f"{who}: {wrong}; quantize again with a call like this one to change it")
+
+
 def _brief(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
