@@ -101,6 +101,22 @@ def create_buffer_node(model: GraphModule, path: str, value: Tensor) -> Node:
     return model.graph.get_attr(".".join([*parents, name]))
 
 
+def captured_sizes(graph: GraphModule) -> dict[str, list[int]]:
+    """The shapes that a captured graph's tensor inputs had while it was captured, by placeholder name."""
+    inputs = {node.name: node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"}
+    return {
+        name: [int(size.node.hint) if isinstance(size, SymInt) else size for size in x.shape]
+        for name, x in inputs.items()
+        if isinstance(x, Tensor)
+    }
+
+
+def without_guards(exported: ExportedProgram) -> ExportedProgram:
+    """``exported`` without run-time checks of the example's proportions (an image that was not square, …)."""
+    exported._guards_code = []
+    return exported
+
+
 def fake_mode() -> FakeTensorMode:
     """Under it, operators compute shapes and types but no values."""
     return FakeTensorMode(allow_non_fake_inputs=True)

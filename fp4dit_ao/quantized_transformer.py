@@ -117,7 +117,8 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if not torch.compiler.is_compiling():
             if len(args) > len(names):
                 raise ValueError(f"{self._class} takes {len(names)} arguments, found {len(args)}")
-            self._check(names, arguments)
+            varying = _compat.varying_numbers(self.graph)
+            samples.check(self.description, arguments, f"quantized {self._class}", varying)
             self._prepare(next(x.device for _, x in samples.tensors(arguments)))
         output = self._run(**arguments)
         return Transformer2DModelOutput(sample=output[0]) if return_dict else output
@@ -129,22 +130,6 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @property
     def _class(self) -> str:
         return str(self.config["_class_name"])
-
-    def _check(self, names: list[str], arguments: dict[str, Any]) -> None:
-        unknown = sorted(set(arguments) - set(names))
-        if unknown:
-            raise ValueError(f"quantized {self._class}: no argument {', '.join(unknown)}; it takes {', '.join(names)}")
-        varying = _compat.varying_numbers(self.graph)
-        for name, captured in self.description["dict"].items():
-            if name in names and name != "return_dict":
-                value = arguments.get(name)
-                if name in varying and type(value) is int:
-                    continue
-                wrong = samples.difference(captured, value, name)
-                if wrong:
-                    raise ValueError(
-                        f"quantized {self._class}: {wrong}; quantize again with a call like this one to change it"
-                    )
 
     def cache_context(self, name: str, **_: Any) -> contextlib.AbstractContextManager[None]:
         """Pipelines say through this which of their calls comes next, for caches between steps; a graph has none."""
