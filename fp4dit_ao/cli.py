@@ -183,7 +183,7 @@ def benchmark(
     ] = None,
     recipe: Annotated[
         list[str], typer.Option(help="Ours, rounded to nearest; repeatable. Bars are judged on the first.")
-    ] = ["w4a6", "w4a8"],  # noqa: B006
+    ] = ["w4a6", "w4a8", "w4a8_int8"],  # noqa: B006
     peer: Annotated[
         list[str] | None,
         typer.Option(help="Who else takes part, such as 'SDNQ int8'; repeatable. All if not given; 'none'."),

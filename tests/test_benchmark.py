@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
 
-from fp4dit_ao import FP4DiTQuantizer, QuantizedTransformer, capture, w4a6
+from fp4dit_ao import FP4DiTQuantizer, capture, w4a6
 from fp4dit_ao.benchmark import bars, ceilings, exact, linears, memory, peers, report, sections, transformers, turns
 from fp4dit_ao.benchmark.peers import PEERS, Peer, quantizable
 from fp4dit_ao.benchmark.sections import Settings, StepCase
@@ -187,7 +187,9 @@ def test_ratio_is_median_and_range():
 
 @pytest.mark.parametrize("recipe", ["w4a6", "w4a8", "int_w4a6"])
 def test_a_linear_of_ours_is_exact_and_says_so(recipe):
-    facts = linears.Linear(recipe, "eager", "cpu", torch.get_num_threads()).prepare(96, 256, 5)
+    facts = linears.Linear(recipe, "eager", "cpu", torch.get_num_threads()).prepare(
+        out_features=96, in_features=256, tokens=5
+    )
     assert facts["bits"] == pytest.approx(4 + 32 / 128)  # a float32 scale for every group of 128
     assert facts["bytes"] == 96 * 256 * facts["bits"] / 8
     assert 0 < facts["deviation"] < 2e-6
@@ -196,11 +198,13 @@ def test_a_linear_of_ours_is_exact_and_says_so(recipe):
 
 def test_errors_are_relative_to_float32(in_process):
     weight, x = linears.numbers(64, 128, 3)
-    facts = linears.Linear("bfloat16", "eager", "cpu", 1).prepare(64, 128, 3)
+    facts = linears.Linear("bfloat16", "eager", "cpu", 1).prepare(out_features=64, in_features=128, tokens=3)
     wanted = F.linear(x.double(), weight.double()).numpy()
     got = F.linear(x.bfloat16(), weight.bfloat16()).double().numpy()
     assert facts["error"] == pytest.approx(np.linalg.norm(got - wanted) / np.linalg.norm(wanted), rel=1e-3)
-    assert linears.Linear("float32", "eager", "cpu", 1).prepare(64, 128, 3)["error"] == 0
+    assert (
+        linears.Linear("float32", "eager", "cpu", 1).prepare(out_features=64, in_features=128, tokens=3)["error"] == 0
+    )
     assert facts["bits"] == 16
 
 
@@ -208,7 +212,7 @@ def test_errors_are_relative_to_float32(in_process):
 def test_installed_peers_convert_or_say_why(name, in_process):
     linear = linears.Linear(name, "eager", "cpu", 1)
     try:
-        facts = linear.prepare(128, 256, 17)
+        facts = linear.prepare(out_features=128, in_features=256, tokens=17)
     except (AssertionError, RuntimeError, NotImplementedError, ImportError) as error:
         assert str(error)
         return
@@ -301,9 +305,7 @@ def test_everything_is_measured_and_reported(in_process, monkeypatch, tmp_path):
         settings, str(tmp_path / "float"), ["cat", "dog"], {}, said.append
     )
     labels = {m.variant.label for m in results.generations}
-    ours = {"w4a6, compiled"} | (
-        {"w4a6, compiled by block"} if hasattr(QuantizedTransformer, "compile_blocks") else set()
-    )
+    ours = {"w4a6, compiled", "w4a6, compiled by block"}
     floats = {"float32", "bfloat16", "float32, compiled", "bfloat16, compiled", "bfloat16, compiled by block"}
     assert labels == ours | floats | {"broken, compiled"}
     caches = [w.environment["TORCHINDUCTOR_CACHE_DIR"] for w in InProcess.made if w.environment]
@@ -311,7 +313,7 @@ def test_everything_is_measured_and_reported(in_process, monkeypatch, tmp_path):
     text = report.markdown(results)
     assert "| absent" in text and "no-such-package not installed" in text
     assert (
-        "- broken, compiled (4 cases, first out_features 128, in_features 128, tokens 2): RuntimeError: not today."
+        "- broken, compiled (4 cases, first out features 128, in features 128, tokens 2): RuntimeError: not today."
         in text
     )
     assert "| broken, compiled" in text and "failed" in text

@@ -77,8 +77,9 @@ class Linear(Workload):
         self._made: tuple[tuple[int, int], Callable[[Tensor], Tensor], dict[str, Any]] | None = None
 
     @torch.no_grad()
-    def prepare(self, out_features: int, in_features: int, tokens: int) -> dict[str, Any]:
-        weight, x = numbers(out_features, in_features, tokens)
+    def prepare(self, **case: Any) -> dict[str, Any]:
+        out_features, in_features = case["out_features"], case["in_features"]
+        weight, x = numbers(out_features, in_features, case["tokens"])
         if self.method == INT_MM.method:
             levels = (weight * 40).round().clamp(-127, 127).to(torch.int8).to(self.device).T
             rounded = (x * 40).round().clamp(-127, 127).to(torch.int8).to(self.device)
@@ -126,13 +127,13 @@ class Linear(Workload):
         return torch.compile(model, dynamic=True) if self.mode == "compiled" else model, facts
 
     def _product(self, weight: Tensor, x: Tensor) -> dict[str, Any]:
-        from fp4dit_ao import FloatFormat
+        from fp4dit_ao.formats import parse
         from fp4dit_ao.kernels import native
         from fp4dit_ao.kernels.tokens import quantize_tokens
 
         quantized = low_bit(weight.to(self.device), self.method.removesuffix(PRODUCT))
         rounded, scale = quantize_tokens(x.to(self.device, torch.bfloat16), quantized.act_fmt)
-        table = native.levels(FloatFormat.parse(quantized.fmt))
+        table = native.levels(parse(quantized.fmt))
         self.call = lambda: torch.ops.fp4dit_ao.int8_linear(
             rounded, scale, quantized.qdata, quantized.scale, table, None, torch.bfloat16
         )
@@ -142,7 +143,7 @@ class Linear(Workload):
 
 def low_bit(weight: Tensor, recipe: str) -> Any:
     """``weight`` as the recipe's first linear holds it."""
-    from fp4dit_ao import MinifloatTensor
+    from fp4dit_ao.tensor import MinifloatTensor
 
     config = QuantConfig.from_name(recipe)
     fmt = config.weight or config.weight_candidates[0]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fp4dit_ao.benchmark import linears
+from fp4dit_ao.benchmark import linears, turns
 from fp4dit_ao.benchmark.bars import BARS, Results
 from fp4dit_ao.benchmark.ceilings import Roofline
 from fp4dit_ao.benchmark.peers import PEERS
@@ -173,7 +173,7 @@ def _peers(results: Results) -> Iterator[str]:
     failures: dict[str, dict[str, list[str]]] = {}
     for m in everything:
         if m.error is not None:
-            where = ", ".join(f"{key} {value}" for key, value in m.case.items() if key != "parameters")
+            where = turns.describe({key: value for key, value in m.case.items() if key != "parameters"})
             failures.setdefault(m.variant.label, {}).setdefault(m.error, []).append(where)
     rows = []
     for name in results.settings.get("peers", []):

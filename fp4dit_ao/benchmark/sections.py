@@ -65,9 +65,10 @@ class StepCase:
 
 def ceilings(settings: Settings) -> dict[str, Any]:
     """See :class:`fp4dit_ao.benchmark.ceilings.Ceilings`."""
-    worker = Worker(f"{_PACKAGE}.ceilings:Ceilings", {"device": settings.device, "threads": settings.threads})
+    options = {"device": settings.device, "threads": settings.threads, "repeats": settings.rounds}
+    worker = Worker(f"{_PACKAGE}.ceilings:Ceilings", options)
     try:
-        found: dict[str, Any] = worker.ask("prepare", repeats=settings.rounds)
+        found: dict[str, Any] = worker.ask("prepare")
         return found
     finally:
         worker.close()
@@ -113,8 +114,6 @@ def _measure_models(
     settings: Settings, workload: str, files: str, files_options: dict[str, Any], options: dict[str, Any],
     case: dict[str, Any], peers: bool, progress: Progress,
 ) -> Iterator[Measured]:  # fmt: skip
-    from fp4dit_ao import QuantizedTransformer
-
     module = f"{_PACKAGE}.transformers"
     recipes = settings.recipes if peers else settings.recipes[:1]
     with tempfile.TemporaryDirectory(prefix="fp4dit-ao-") as folder:
@@ -136,8 +135,7 @@ def _measure_models(
             return Worker(f"{module}:{workload}", everything, {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
 
         ours = [Variant(recipe, "compiled") for recipe in recipes]
-        if hasattr(QuantizedTransformer, "compile_blocks"):
-            ours.append(Variant(recipes[0], "by block"))
+        ours.append(Variant(recipes[0], "by block"))
         bases = [Variant("float32", "compiled"), BASE]
         variants = [*bases, Variant("bfloat16", "by block"), *ours]
         if peers:

@@ -76,8 +76,12 @@ def quantized(model: nn.Module, given: dict[str, Any], recipe: str) -> Any:
     """A ``QuantizedTransformer``, rounded to nearest: what a step costs does not depend on how weights were rounded."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    from fp4dit_ao import FP4DiTQuantizer, QuantizedTransformer, calibrate, capture, lower, samples, skeleton
-    from fp4dit_ao.capture import bind
+    from fp4dit_ao import samples, skeleton
+    from fp4dit_ao.calibration import calibrate
+    from fp4dit_ao.capture import bind, capture
+    from fp4dit_ao.passes.lower import lower
+    from fp4dit_ao.quantized_transformer import QuantizedTransformer
+    from fp4dit_ao.quantizer import FP4DiTQuantizer
 
     config = QuantConfig.from_name(recipe)
     quantizer = FP4DiTQuantizer().set_global(config)
@@ -99,7 +103,7 @@ class GenerationFiles(Workload):
         self.device, self.call = device, call
 
     def prepare(self, **case: Any) -> dict[str, Any]:
-        from fp4dit_ao import quantize_pipeline
+        from fp4dit_ao.pipeline import quantize_pipeline
 
         pipe = models.open_pipeline(self.model, self.device).to(torch.bfloat16)
         for recipe in self.recipes:
@@ -111,7 +115,7 @@ class GenerationFiles(Workload):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def ready(model: nn.Module, variant: Variant) -> tuple[nn.Module, dict[str, Any]]:
+def ready(model: Any, variant: Variant) -> tuple[Any, dict[str, Any]]:
     """``model``, on its device, quantized and compiled as the variant says; and its weights' bytes.
 
     Args:
@@ -120,14 +124,14 @@ def ready(model: nn.Module, variant: Variant) -> tuple[nn.Module, dict[str, Any]
     if variant.is_recipe:
         rows = [row for row in model.summary() if row.kind == "linear" and row.quantized]
         shapes = {row.name: row.shape for row in rows}
-        stored: nn.Module = model.graph  # type: ignore[assignment]
+        stored = model.graph
         if variant.mode == "compiled":
             model.compile_graph()
         elif variant.mode == "by block":
             model.compile_blocks()
     else:
         names = quantizable(model)
-        shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in names}  # type: ignore[arg-type]
+        shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in names}
         if variant.is_peer:
             model = PEERS[variant.method].convert(model, names)
         stored = model
@@ -137,14 +141,14 @@ def ready(model: nn.Module, variant: Variant) -> tuple[nn.Module, dict[str, Any]
     facts = {"bytes": memory.weight_bytes(stored), "bits": memory.bits_per_weight(stored, shapes)}
     if variant.mode == "compiled" and not variant.is_recipe:
         # after the facts: a compiled module's state_dict has other names
-        model = torch.compile(model)  # type: ignore[assignment]
+        model = torch.compile(model)
     return model, facts
 
 
 def repeated_blocks(model: nn.Module) -> Sequence[nn.Module]:
     """The longest list of modules of one class: what regional compilation compiles once."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(block) for block in m}) == 1]
-    return list(max(lists, key=len)) if lists else []
+    return max(([*blocks] for blocks in lists), key=len, default=[])
 
 
 class _Model(Workload):
@@ -197,17 +201,17 @@ class Step(_Model):
         super().__init__(**options)
         self.folder, self.config = Path(folder), config
 
-    def load(self, pixels: int, **case: Any) -> dict[str, Any]:
+    def load(self, **case: Any) -> dict[str, Any]:
         from diffusers import PixArtTransformer2DModel
 
-        from fp4dit_ao import QuantizedTransformer
+        from fp4dit_ao.quantized_transformer import QuantizedTransformer
 
         cls, name = (
             (QuantizedTransformer, self.variant.method) if self.variant.is_recipe else (PixArtTransformer2DModel, FLOAT)
         )
         model = cls.from_pretrained(self.folder / name, torch_dtype=self.dtype).to(self.device)
         self.model, facts = ready(model.eval().requires_grad_(False), self.variant)
-        given = sample(pixels, self.dtype, self.config)
+        given = sample(case["pixels"], self.dtype, self.config)
         self.given = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), given)
         return facts
 
@@ -224,8 +228,8 @@ class Generation(_Model):
         self.folder, self.name, self.prompts, self.call = Path(folder), model, prompts, call
 
     def load(self, **case: Any) -> dict[str, Any]:
-        from fp4dit_ao import load_pipeline
         from fp4dit_ao.generation import call_arguments
+        from fp4dit_ao.pipeline import load_pipeline
 
         if self.variant.is_recipe:
             pipe = load_pipeline(self.folder / self.variant.method, device=self.device)
