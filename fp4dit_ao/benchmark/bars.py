@@ -20,13 +20,14 @@ class Results:
         settings: how it was asked for; ``settings["recipes"][0]`` is judged.
         environment: hardware and versions.
         ceilings: see :class:`fp4dit_ao.benchmark.ceilings.Ceilings`; empty if not measured.
-        linears, steps, generations: one for every variant and case.
+        linears, attentions, steps, generations: one for every variant and case.
     """
 
     settings: dict[str, Any]
     environment: dict[str, str]
     ceilings: dict[str, Any] = field(default_factory=dict)
     linears: list[Measured] = field(default_factory=list)
+    attentions: list[Measured] = field(default_factory=list)
     steps: list[Measured] = field(default_factory=list)
     generations: list[Measured] = field(default_factory=list)
 
@@ -89,6 +90,12 @@ def _linears(base: str, shapes: list[tuple[int, int]], tokens: range) -> Callabl
     return figures
 
 
+def _attention(base: str) -> Callable[[Results], list[float]]:
+    return lambda results: [
+        1 / ratio.median for m in results.of(results.attentions) if (ratio := m.ratio(base)) is not None
+    ]
+
+
 def _steps(base: str, pixels: int) -> Callable[[Results], list[float]]:
     def figures(results: Results) -> list[float]:
         found = _deepest(results.of(results.steps, pixels=pixels))
@@ -132,6 +139,8 @@ BARS = [
         _linears("float32", PIXART, _LONG), "avx512vnni"),
     Bar("CPU, linear, PixArt-XL, 1 to 16 tokens", "speed / bfloat16", 1.5,
         _linears("bfloat16", PIXART, _SHORT), "avx512vnni"),
+    Bar("anywhere, attention on quantized q, k and v", "time / PyTorch's on unquantized ones, bfloat16", 1.1,
+        _attention("bfloat16"), at_most=True),
     Bar("CPU, PixArt-XL step, 512 px, compiled", "speed / compiled bfloat16", 1.6,
         _steps("bfloat16, compiled", 512), "avx512vnni"),
     Bar("CPU, PixArt-XL step, 512 px, compiled", "speed / compiled float32", 3.0,

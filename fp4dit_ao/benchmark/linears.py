@@ -32,7 +32,9 @@ _WARM_UP = 3
 
 
 def cases(text: str) -> list[dict[str, int]]:
-    """Of ``flux:256,1024`` or ``4608x1152:16``: a case for every shape and number of tokens.
+    """Of ``flux:256,1024`` or ``4608x1152:16``: a case for every shape and number of tokens, the most first.
+
+    A graph that is compiled for one token first would keep to one thread for all that follow.
 
     Raises:
         ValueError: it is neither.
@@ -45,7 +47,9 @@ def cases(text: str) -> list[dict[str, int]]:
             f"unknown linear {text!r}; give OUTxIN or one of {', '.join(SHAPES)}, then tokens: 4608x1152:16,256"
         )
     return [
-        {"out_features": out, "in_features": depth, "tokens": int(count)} for out, depth in shapes for count in tokens
+        {"out_features": out, "in_features": depth, "tokens": int(count)}
+        for out, depth in shapes
+        for count in sorted(counts.split(","), key=int, reverse=True)
     ]
 
 

@@ -22,7 +22,10 @@ def markdown(results: Results) -> str:
 
 def to_dict(results: Results) -> dict[str, Any]:
     """All of it for JSON, every time included."""
-    lists = {name: [m.to_dict() for m in getattr(results, name)] for name in ("linears", "steps", "generations")}
+    lists = {
+        name: [m.to_dict() for m in getattr(results, name)]
+        for name in ("linears", "attentions", "steps", "generations")
+    }
     bars = [dict(zip(("where", "bar", "measured", "met"), bar.row(results), strict=True)) for bar in BARS]
     return {
         "settings": results.settings, "environment": results.environment, "bars": bars, "ceilings": results.ceilings,
@@ -48,6 +51,10 @@ def _parts(results: Results) -> Iterator[str]:
         yield "### Ceilings"
         yield _ceilings(results.ceilings)
         yield _rooflines(results)
+    if results.attentions:
+        yield "### Attention"
+        yield "Ours quantizes q, k and v as they come, PyTorch's takes them unquantized; speed against bfloat16."
+        yield _attention_table(results.attentions)
     yield from _models("One denoising step, PixArt-XL's width", "s / step", results.steps, lambda case: (
         f"{case['pixels']} px, {case['layers']} layers ({case.get('parameters', 0) / 1e6:.0f} M parameters), guidance batch 2"
     ))  # fmt: skip
@@ -79,6 +86,17 @@ def _linear_tables(results: Results) -> Iterator[str]:
             )  # fmt: skip
         yield f"Weight {out} x {depth}:"
         yield markdown_table(["", *(_count(count) for count in counts), "error", "bits / weight"], rows)
+
+
+def _attention_table(measured: Sequence[Measured]) -> str:
+    cases = {str(m.case): m.case for m in measured}
+    rows = []
+    for label in dict.fromkeys(m.variant.label for m in measured):
+        own = {str(m.case): m for m in measured if m.variant.label == label}
+        errors = [m.facts["error"] for m in own.values() if m.error is None]
+        rows.append([label, *(_cell(own.get(case)) for case in cases), f"{max(errors):.1e}" if errors else ""])
+    sizes = [f"{c['heads']} x {c['dim']}, {c['queries']} to {c['keys']}" for c in cases.values()]
+    return markdown_table(["", *sizes, "error"], rows)
 
 
 def _count(tokens: int) -> str:
@@ -169,7 +187,7 @@ def _model_row(m: Measured, columns: int) -> list[str]:
 
 def _peers(results: Results) -> Iterator[str]:
     """Versions, how each was run, and every failure, of whomever."""
-    everything = [*results.linears, *results.steps, *results.generations]
+    everything = [*results.linears, *results.attentions, *results.steps, *results.generations]
     failures: dict[str, dict[str, list[str]]] = {}
     for m in everything:
         if m.error is not None:

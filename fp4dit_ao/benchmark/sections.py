@@ -90,6 +90,19 @@ def measure_linears(settings: Settings, cases: Sequence[dict[str, Any]], progres
     yield from measure([*variants, *settings.installed], bases, cases, start, **options)  # type: ignore[arg-type]
 
 
+def measure_attention(settings: Settings, cases: Sequence[dict[str, Any]], progress: Progress) -> Iterator[Measured]:
+    """Ours on quantized q, k and v, and PyTorch's on unquantized ones."""
+    bases = [Variant(name) for name in FLOATS]
+
+    def start(variant: Variant) -> Worker:
+        options = variant.to_dict() | {"device": settings.device, "threads": settings.threads}
+        return Worker(f"{_PACKAGE}.attentions:Attention", options)
+
+    ours = [Variant(recipe, "compiled") for recipe in settings.recipes]
+    options = {"rounds": settings.rounds, "at_once": settings.at_once, "together": True, "progress": progress}
+    yield from measure(ours, bases, cases, start, **options)  # type: ignore[arg-type]
+
+
 def measure_step(settings: Settings, case: StepCase, progress: Progress) -> Iterator[Measured]:
     """One denoising step; every process compiles with caches of its own, so that the first call is a cold one."""
     config = transformers.PIXART_XL | {"num_layers": case.layers}
