@@ -256,36 +256,6 @@ def test_peak_memory_begins_anew():
     assert memory.peak() - after < 20 << 20
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "w4a6", "torchao INT8"])
-def test_a_step_loads_what_was_written_and_compares_it_with_float32(kind, tmp_path_factory, in_process):
-    folder = tmp_path_factory.getbasetemp() / "step"
-    if not folder.exists():
-        written = transformers.StepFiles(str(folder), TINY, 64, ["w4a6"]).prepare()
-        assert written["parameters"] > 1e5
-    reference = folder / "float32.safetensors"
-
-    def step(method):
-        made = transformers.Step(
-            folder=str(folder),
-            config=TINY,
-            method=method,
-            mode="eager",
-            device="cpu",
-            threads=1,
-            reference=str(reference),
-        )
-        return made.prepare(pixels=64, layers=1) | made.finish()
-
-    step("float32")
-    facts = step(kind)
-    assert facts["first"] > 0 and facts["load bytes"] >= 0 and facts["run bytes"] >= 0
-    low, high, bits = {
-        "float32": (0, 1e-9, 32), "bfloat16": (1e-4, 0.05, 16), "w4a6": (1e-3, 0.3, 4.25), "torchao INT8": (1e-4, 0.1, 8.2),
-    }[kind]  # fmt: skip
-    assert low <= facts["error"] <= high
-    assert facts["bits"] == pytest.approx(bits, abs=0.1)
-
-
 # --- sections, report ------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +265,7 @@ def test_everything_is_measured_and_reported(in_process, monkeypatch, tmp_path):
     monkeypatch.setattr(transformers, "PIXART_XL", TINY)
     tiny_pipeline(layers=1).save_pretrained(tmp_path / "float")
     (tmp_path / "float" / "generation.json").write_text(json.dumps(CALL))
-    settings = Settings(("w4a6",), ("absent", "broken"), "cpu", 1, rounds=2)
+    settings = Settings(("w4a6",), ("absent", "broken", "torchao INT8"), "cpu", 1, rounds=1)
     results = bars.Results({"recipes": ["w4a6"], "peers": ["absent", "broken"]}, ENVIRONMENT)
     said = []
     results.ceilings = sections.ceilings(settings)
@@ -307,7 +277,17 @@ def test_everything_is_measured_and_reported(in_process, monkeypatch, tmp_path):
     labels = {m.variant.label for m in results.generations}
     ours = {"w4a6, compiled", "w4a6, compiled by block"}
     floats = {"float32", "bfloat16", "float32, compiled", "bfloat16, compiled", "bfloat16, compiled by block"}
-    assert labels == ours | floats | {"broken, compiled"}
+    assert labels == ours | floats | {"broken, compiled", "torchao INT8, compiled"}
+    found = {m.variant.label: m for m in results.steps}
+    assert found["broken, compiled"].error == "RuntimeError: not today."
+    for label, low, high, bits in (
+        ("float32, compiled", 0, 1e-9, 32), ("bfloat16, compiled", 1e-4, 0.05, 16), ("w4a6, compiled", 1e-3, 0.3, 4.25),
+        ("w4a6, compiled by block", 1e-3, 0.3, 4.25), ("torchao INT8, compiled", 1e-4, 0.1, 8.2),
+    ):  # fmt: skip
+        facts = found[label].facts
+        assert low <= facts["error"] <= high
+        assert facts["bits"] == pytest.approx(bits, abs=0.1)
+        assert facts["first"] > 0 and facts["load bytes"] >= 0 and facts["run bytes"] >= 0
     caches = [w.environment["TORCHINDUCTOR_CACHE_DIR"] for w in InProcess.made if w.environment]
     assert len(caches) == len(set(caches))  # every first call is a cold one
     text = report.markdown(results)
