@@ -179,7 +179,8 @@ def benchmark(
         "reference"
     ),
     part: Annotated[
-        list[str] | None, typer.Option(help="'linears', 'transformer' or 'generation'; repeatable. All if not given.")
+        list[str] | None,
+        typer.Option(help="'linears', 'attention', 'transformer' or 'generation'; repeatable. All if not given."),
     ] = None,
     recipe: Annotated[
         list[str], typer.Option(help="Ours, rounded to nearest; repeatable. Bars are judged on the first.")

@@ -14,7 +14,19 @@ from safetensors import safe_open
 from torch import nn
 
 from fp4dit_ao import FP4DiTQuantizer, capture, w4a6
-from fp4dit_ao.benchmark import bars, ceilings, exact, linears, memory, peers, report, sections, transformers, turns
+from fp4dit_ao.benchmark import (
+    attention,
+    bars,
+    ceilings,
+    exact,
+    linears,
+    memory,
+    peers,
+    report,
+    sections,
+    transformers,
+    turns,
+)
 from fp4dit_ao.benchmark.peers import PEERS, Peer, quantizable
 from fp4dit_ao.benchmark.sections import Settings, StepCase
 from fp4dit_ao.benchmark.turns import Measured, Ratio, Worker, WorkerFailed, measure
@@ -51,9 +63,12 @@ class InProcess:
             with torch.no_grad():
                 if self.instance is None:
                     module, _, name = self.workload.rpartition(":")
-                    found = {"linears": linears, "transformers": transformers, "ceilings": ceilings}[
-                        module.split(".")[-1]
-                    ]
+                    found = {
+                        "linears": linears,
+                        "attention": attention,
+                        "transformers": transformers,
+                        "ceilings": ceilings,
+                    }[module.split(".")[-1]]
                     self.instance = getattr(found, name)(**json.loads(json.dumps(self.options)))
                 result = turn(self.instance) if do == "turn" else getattr(self.instance, do)(**arguments)
                 return json.loads(json.dumps(result))
@@ -270,6 +285,11 @@ def test_everything_is_measured_and_reported(in_process, monkeypatch, tmp_path):
     said = []
     results.ceilings = sections.ceilings(settings)
     results.linears += sections.measure_linears(settings, linears.cases("128x128:2,20"), said.append)
+    small = [{"heads": 2, "dim": 24, "queries": 65, "keys": 9}]
+    results.attention += sections.measure_attention(settings, small, said.append)
+    assert [0 <= m.facts["error"] < bound for m, bound in zip(results.attention, (0.01, 1e-6, 0.1), strict=True)] == [
+        True
+    ] * 3
     results.steps += sections.measure_step(settings, StepCase.parse("64x1+peers"), said.append)
     results.generations += sections.measure_generation(
         settings, str(tmp_path / "float"), ["cat", "dog"], {}, said.append

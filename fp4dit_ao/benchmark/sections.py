@@ -90,6 +90,20 @@ def measure_linears(settings: Settings, cases: Sequence[dict[str, Any]], progres
     yield from measure([*variants, *settings.installed], bases, cases, start, **options)  # type: ignore[arg-type]
 
 
+def measure_attention(settings: Settings, cases: Sequence[dict[str, Any]], progress: Progress) -> Iterator[Measured]:
+    """PyTorch's attention in both float types, and ours with q, k and v quantized inside."""
+
+    def start(variant: Variant) -> Worker:
+        options = variant.to_dict() | {"device": settings.device, "threads": settings.threads}
+        return Worker(f"{_PACKAGE}.attention:Attention", options)
+
+    variants = [Variant("float32"), *(Variant(recipe, "compiled") for recipe in settings.recipes)]
+    yield from measure(
+        variants, [Variant("bfloat16")], cases, start, rounds=settings.rounds, at_once=settings.at_once, together=True,
+        progress=progress,
+    )  # fmt: skip
+
+
 def measure_step(settings: Settings, case: StepCase, progress: Progress) -> Iterator[Measured]:
     """One denoising step; every process compiles with caches of its own, so that the first call is a cold one."""
     config = transformers.PIXART_XL | {"num_layers": case.layers}

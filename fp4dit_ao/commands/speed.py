@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fp4dit_ao import models
-from fp4dit_ao.benchmark import linears, report, sections
+from fp4dit_ao.benchmark import attention, linears, report, sections
 from fp4dit_ao.benchmark.bars import Results
 from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.sections import Settings, StepCase
@@ -19,7 +19,7 @@ from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.environment import environment
 from fp4dit_ao.evaluate import write_text
 
-PARTS = ("linears", "transformer", "generation")
+PARTS = ("linears", "attention", "transformer", "generation")
 SIZES = {
     "cpu": {
         "linear": ["pixart-xl:1,16,256,1024,4096", "6144x1408:1024", "12288x3072:1024"],
@@ -71,6 +71,9 @@ def benchmark(
                 bar.set_description_str("ceilings")
                 results.ceilings = sections.ceilings(each)
                 collect(results.linears, sections.measure_linears(each, linear_cases, bar.set_description_str))
+            if "attention" in parts:
+                cases = attention.CASES[:1] if quick else attention.CASES
+                collect(results.attention, sections.measure_attention(each, cases, bar.set_description_str))
             if "transformer" in parts:
                 for case in step_cases:
                     collect(results.steps, sections.measure_step(few, case, bar.set_description_str))
@@ -79,7 +82,9 @@ def benchmark(
                 collect(results.generations, measured)
             bar.set_description_str("done")
     finally:
-        if results.linears or results.steps or results.generations:  # if interrupted: what there is
+        if (
+            results.linears or results.attention or results.steps or results.generations
+        ):  # if interrupted: what there is
             text = report.markdown(results)
             print(text)
             write_text(out, json.dumps(report.to_dict(results), indent=1) + "\n")
