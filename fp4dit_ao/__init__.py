@@ -23,7 +23,10 @@ _HOME = {
     "AdaRoundConfig": "passes.reconstruct",
     "reconstruct": "passes.reconstruct",
     "lower": "passes.lower",
+    "compile_blocks": "compilation",
     "capture": "capture",
+    "quantizer_for": "families",
+    "example_inputs": "families",
     "calibrate": "calibration",
     "collect_samples": "calibration",
     "quantize_pipeline": "pipeline",
@@ -38,7 +41,9 @@ __all__ = [*_HOME]
 if TYPE_CHECKING:
     from fp4dit_ao.calibration import calibrate, collect_samples
     from fp4dit_ao.capture import capture
+    from fp4dit_ao.compilation import compile_blocks
     from fp4dit_ao.config import QuantConfig, w4a6, w4a6_auto, w4a8
+    from fp4dit_ao.families import example_inputs, quantizer_for
     from fp4dit_ao.formats import FloatFormat
     from fp4dit_ao.passes.lower import lower
     from fp4dit_ao.passes.reconstruct import AdaRoundConfig, reconstruct

@@ -84,7 +84,8 @@ def load(folder: str | Path) -> "QuantizedTransformer":
     file = _verified(folder / WEIGHTS, size, checksum)
     model = empty_model(config)
     try:
-        stored = load_file(file)
+        # into memory of torch's own alignment: the last bits of a small matrix product depend on it
+        stored = {name: x.clone() for name, x in load_file(file).items()}
         dtypes = {name: x.dtype for name, x in stored.items()}
         graph = skeleton.build(model, sample, decisions, dtype, dtypes)
         skeleton.fill(graph, stored)

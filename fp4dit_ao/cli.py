@@ -222,6 +222,46 @@ def benchmark(
     )  # fmt: skip
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A quantized pipeline's folder, or its transformer's.")],
+    out: Annotated[Path, typer.Argument(help="File to write; must end in .pt2.")],
+    aoti: Annotated[bool, typer.Option("--aoti", help="Compile it ahead of time (AOTInductor).")] = False,
+    device: Device = None,
+) -> None:
+    """Write MODEL's transformer as one file that runs without its Python class: a torch.export archive, or compiled."""
+    from fp4dit_ao.commands import export as run
+
+    _writable_file(out)
+    run.export(model, out, aoti, device)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A quantized pipeline's folder, or any MODEL.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name in /v1/models; the folder's if not given.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images drawn together.")] = 8,
+    window: Annotated[float, typer.Option(min=0, help="Milliseconds to wait for images to draw together.")] = 20,
+    max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait; more are answered with 429.")] = 64,
+    max_n: Annotated[int, typer.Option(min=1, help="Images of one request.")] = 4,
+    max_prompt: Annotated[int, typer.Option(min=1, help="Characters of a prompt.")] = 2000,
+    max_side: Annotated[int, typer.Option(min=8, help="Pixels of an image's width and height.")] = 2048,
+    max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a request.")] = 100,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request is answered with 504.")] = 120,
+    compile: Compile = True,
+    device: Device = None,
+) -> None:
+    """Serve MODEL over HTTP, as the OpenAI images API does: POST /v1/images/generations."""
+    from fp4dit_ao.commands import serve as run
+
+    run.serve(
+        model, host, port, name, {"max_batch": max_batch, "window": window / 1000, "max_queue": max_queue},
+        {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout}, compile, device,
+    )  # fmt: skip
+
+
 def _writable_folder(folder: Path) -> None:
     """Raise ``OSError`` early if ``folder`` cannot be made or written into; nothing is created."""
     existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fp4dit_ao.kernels import attention  # noqa: F401  (registers the operator)
 from fp4dit_ao.tensor import MinifloatTensor
 
 _OPS = torch.ops.fp4dit_ao

@@ -10,8 +10,7 @@
 #include <stdlib.h>
 
 #include "epilogue.h"
-
-typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
+#include "threads.h"
 
 typedef struct {
     const int8_t *q, *k, *v;                     /* [batch][heads][tokens][dim] */
@@ -351,10 +350,7 @@ int fp4dit_attention(const int8_t *q, const int8_t *k, const int8_t *v, const fl
     p.chunks = wanted < most ? wanted : most;
     p.chunk = ((queries + p.chunks - 1) / p.chunks + QUERIES - 1) / QUERIES * QUERIES;
     p.chunks = (queries + p.chunk - 1) / p.chunk;
-    int64_t tasks = every * p.chunks;
-    if (threads > tasks) threads = (int)tasks;
-    if (parallel && threads > 1) parallel(worker, &p, (unsigned)threads, 0);
-    else worker(&p);
+    run_on_threads(worker, &p, parallel, threads, every * p.chunks);
     return atomic_load(&p.failed);
 #else
     return 2;
