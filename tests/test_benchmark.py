@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
 
-from fp4dit_ao import FP4DiTQuantizer, capture, w4a6
+from fp4dit_ao import capture, quantizer_for
 from fp4dit_ao.benchmark import (
     attention,
     bars,
@@ -238,7 +238,7 @@ def test_installed_peers_convert_or_say_why(name, in_process):
 
 def test_peers_get_the_linears_that_recipes_quantize():
     model = tiny_pipeline(layers=1).transformer
-    quantizer = FP4DiTQuantizer().set_global(w4a6())
+    quantizer = quantizer_for(model, "w4a6")
     graph = capture(model, transformer_sample(model))
     quantizer.annotate(graph)
     ours = {name for name, d in quantizer.decisions.items() if d.kind == "linear" and d.config}
