@@ -15,8 +15,8 @@ import torch
 import typer
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from benchmarks.step import transformer
 from fp4dit_ao import capture, lower, quantizer_for
+from fp4dit_ao.benchmark.transformers import PIXART_XL, random_model
 from fp4dit_ao.environment import environment, one_line
 from fp4dit_ao.evaluate import markdown_table, write_text
 from fp4dit_ao.families import example_inputs
@@ -42,7 +42,7 @@ def main(recipe: str = "w4a6", layers: int = 28, pixels: int = 1024, out: Path =
         began = time.perf_counter()
 
     done("import")
-    model: Any = transformer(layers, pixels)
+    model: Any = random_model(PIXART_XL | {"num_layers": layers}, pixels, torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     done("random weights")
     graph: Any = capture(model, example_inputs(model, Size(height=pixels // 8, width=pixels // 8, text=300)))

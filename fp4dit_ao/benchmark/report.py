@@ -23,8 +23,7 @@ def markdown(results: Results) -> str:
 def to_dict(results: Results) -> dict[str, Any]:
     """All of it for JSON, every time included."""
     lists = {
-        name: [m.to_dict() for m in getattr(results, name)]
-        for name in ("linears", "attentions", "steps", "generations")
+        name: [m.to_dict() for m in getattr(results, name)] for name in ("linears", "attention", "steps", "generations")
     }
     bars = [dict(zip(("where", "bar", "measured", "met"), bar.row(results), strict=True)) for bar in BARS]
     return {
@@ -47,14 +46,14 @@ def _parts(results: Results) -> Iterator[str]:
         yield "### Linears"
         yield "Speed against bfloat16, eager; median of the rounds."
         yield from _linear_tables(results)
+    if results.attention:
+        yield "### Attention"
+        yield "Speed against PyTorch's own in bfloat16, guidance batch 2; ours quantize q, k and v in the time that is taken."
+        yield _speeds(results.attention, lambda case: "{heads} heads of {dim}, {queries} x {keys}".format(**case))
     if results.ceilings:
         yield "### Ceilings"
         yield _ceilings(results.ceilings)
         yield _rooflines(results)
-    if results.attentions:
-        yield "### Attention"
-        yield "Ours quantizes q, k and v as they come, PyTorch's takes them unquantized; speed against bfloat16."
-        yield _attention_table(results.attentions)
     yield from _models("One denoising step, PixArt-XL's width", "s / step", results.steps, lambda case: (
         f"{case['pixels']} px, {case['layers']} layers ({case.get('parameters', 0) / 1e6:.0f} M parameters), guidance batch 2"
     ))  # fmt: skip
@@ -73,34 +72,24 @@ def _linear_tables(results: Results) -> Iterator[str]:
         if m.case != CALL_SIZE:
             by_shape.setdefault((m.case["out_features"], m.case["in_features"]), []).append(m)
     for (out, depth), measured in by_shape.items():
-        counts = sorted({m.case["tokens"] for m in measured})
-        rows = []
-        for label in dict.fromkeys(m.variant.label for m in measured):
-            own = {m.case["tokens"]: m for m in measured if m.variant.label == label}
-            known = [m.facts for m in own.values() if m.error is None]
-            errors = [facts["error"] for facts in known if "error" in facts]
-            bits = next((facts["bits"] for facts in known if "bits" in facts), None)
-            rows.append(
-                [label, *(_cell(own.get(count)) for count in counts), f"{max(errors):.1e}" if errors else "",
-                 f"{bits:.2f}" if bits else ""]
-            )  # fmt: skip
         yield f"Weight {out} x {depth}:"
-        yield markdown_table(["", *(_count(count) for count in counts), "error", "bits / weight"], rows)
+        yield _speeds(measured, lambda case: "1 token" if case["tokens"] == 1 else f"{case['tokens']} tokens")
 
 
-def _attention_table(measured: Sequence[Measured]) -> str:
-    cases = {str(m.case): m.case for m in measured}
+def _speeds(measured: Sequence[Measured], title: Callable[[dict[str, Any]], str]) -> str:
+    """A row for every variant, a column for every case."""
+    columns = list(dict.fromkeys(title(m.case) for m in measured))
     rows = []
     for label in dict.fromkeys(m.variant.label for m in measured):
-        own = {str(m.case): m for m in measured if m.variant.label == label}
-        errors = [m.facts["error"] for m in own.values() if m.error is None]
-        rows.append([label, *(_cell(own.get(case)) for case in cases), f"{max(errors):.1e}" if errors else ""])
-    sizes = [f"{c['heads']} x {c['dim']}, {c['queries']} to {c['keys']}" for c in cases.values()]
-    return markdown_table(["", *sizes, "error"], rows)
-
-
-def _count(tokens: int) -> str:
-    return "1 token" if tokens == 1 else f"{tokens} tokens"
+        own = {title(m.case): m for m in measured if m.variant.label == label}
+        facts = [m.facts for m in own.values() if m.error is None]
+        errors = [known["error"] for known in facts if "error" in known]
+        bits = [known["bits"] for known in facts if "bits" in known]
+        rows.append(
+            [label, *(_cell(own.get(column)) for column in columns), f"{max(errors):.1e}" if errors else "",
+             f"{bits[0]:.2f}" if bits else ""]
+        )  # fmt: skip
+    return markdown_table(["", *columns, "error", "bits / weight"], rows)
 
 
 def _cell(m: Measured | None) -> str:
@@ -187,7 +176,7 @@ def _model_row(m: Measured, columns: int) -> list[str]:
 
 def _peers(results: Results) -> Iterator[str]:
     """Versions, how each was run, and every failure, of whomever."""
-    everything = [*results.linears, *results.attentions, *results.steps, *results.generations]
+    everything = [*results.linears, *results.attention, *results.steps, *results.generations]
     failures: dict[str, dict[str, list[str]]] = {}
     for m in everything:
         if m.error is not None:

@@ -91,16 +91,17 @@ def measure_linears(settings: Settings, cases: Sequence[dict[str, Any]], progres
 
 
 def measure_attention(settings: Settings, cases: Sequence[dict[str, Any]], progress: Progress) -> Iterator[Measured]:
-    """Ours on quantized q, k and v, and PyTorch's on unquantized ones."""
-    bases = [Variant(name) for name in FLOATS]
+    """PyTorch's attention in both float types, and ours with q, k and v quantized inside."""
 
     def start(variant: Variant) -> Worker:
         options = variant.to_dict() | {"device": settings.device, "threads": settings.threads}
-        return Worker(f"{_PACKAGE}.attentions:Attention", options)
+        return Worker(f"{_PACKAGE}.attention:Attention", options)
 
-    ours = [Variant(recipe, "compiled") for recipe in settings.recipes]
-    options = {"rounds": settings.rounds, "at_once": settings.at_once, "together": True, "progress": progress}
-    yield from measure(ours, bases, cases, start, **options)  # type: ignore[arg-type]
+    variants = [Variant("float32"), *(Variant(recipe, "compiled") for recipe in settings.recipes)]
+    yield from measure(
+        variants, [Variant("bfloat16")], cases, start, rounds=settings.rounds, at_once=settings.at_once, together=True,
+        progress=progress,
+    )  # fmt: skip
 
 
 def measure_step(settings: Settings, case: StepCase, progress: Progress) -> Iterator[Measured]:

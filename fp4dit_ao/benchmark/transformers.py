@@ -17,7 +17,6 @@ from fp4dit_ao.benchmark import exact, memory
 from fp4dit_ao.benchmark.peers import PEERS, quantizable
 from fp4dit_ao.benchmark.variants import Variant
 from fp4dit_ao.benchmark.worker import Workload, timed
-from fp4dit_ao.config import QuantConfig
 
 TEXT_TOKENS = 300
 PIXART_XL: dict[str, Any] = {
@@ -42,29 +41,34 @@ def sample(pixels: int, dtype: torch.dtype, config: Mapping[str, Any] = PIXART_X
     }
 
 
+def random_model(config: dict[str, Any], pixels: int, dtype: torch.dtype) -> nn.Module:
+    """A PixArt transformer whose parameters are 0.02 times normal, as after initialisation."""
+    from diffusers import PixArtTransformer2DModel
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # else there would be a float32 copy of it first
+    try:
+        model: nn.Module = PixArtTransformer2DModel(sample_size=pixels // 8, **config)
+    finally:
+        torch.set_default_dtype(before)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return model.eval().requires_grad_(False)
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 class StepFiles(Workload):
-    """Writes the model of :class:`Step`, float and quantized; its weights are 0.02 times normal, as after initialisation."""
+    """Writes the model of :class:`Step`, float and quantized."""
 
     def __init__(self, folder: str, config: dict[str, Any], pixels: int, recipes: list[str]):
         self.folder, self.config, self.pixels, self.recipes = Path(folder), config, pixels, recipes
 
     @torch.no_grad()
     def prepare(self, **case: Any) -> dict[str, Any]:
-        from diffusers import PixArtTransformer2DModel
-
-        torch.manual_seed(0)
-        dtype = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            model = PixArtTransformer2DModel(sample_size=self.pixels // 8, **self.config)
-        finally:
-            torch.set_default_dtype(dtype)
-        model.eval().requires_grad_(False)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.02)
+        model = random_model(self.config, self.pixels, torch.bfloat16)
         model.save_pretrained(self.folder / FLOAT)
         given = sample(self.pixels, torch.bfloat16, self.config)
         for recipe in self.recipes:
@@ -79,12 +83,12 @@ def quantized(model: nn.Module, given: dict[str, Any], recipe: str) -> Any:
     from fp4dit_ao import samples, skeleton
     from fp4dit_ao.calibration import calibrate
     from fp4dit_ao.capture import bind, capture
+    from fp4dit_ao.families import quantizer_for, recipe_for
     from fp4dit_ao.passes.lower import lower
     from fp4dit_ao.quantized_transformer import QuantizedTransformer
-    from fp4dit_ao.quantizer import FP4DiTQuantizer
 
-    config = QuantConfig.from_name(recipe)
-    quantizer = FP4DiTQuantizer().set_global(config)
+    config = recipe_for(model, recipe)
+    quantizer = quantizer_for(model, recipe)
     prepared = prepare_pt2e(capture(model, given), quantizer)
     if config.weight_candidates or config.activation_granularity == "tensor":
         calibrate(prepared, [given], progress=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fp4dit_ao import models
-from fp4dit_ao.benchmark import attentions, linears, report, sections
+from fp4dit_ao.benchmark import attention, linears, report, sections
 from fp4dit_ao.benchmark.bars import Results
 from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.sections import Settings, StepCase
@@ -72,8 +72,8 @@ def benchmark(
                 results.ceilings = sections.ceilings(each)
                 collect(results.linears, sections.measure_linears(each, linear_cases, bar.set_description_str))
             if "attention" in parts:
-                cases = attentions.CASES[: 1 if quick else None]
-                collect(results.attentions, sections.measure_attention(each, cases, bar.set_description_str))
+                cases = attention.CASES[:1] if quick else attention.CASES
+                collect(results.attention, sections.measure_attention(each, cases, bar.set_description_str))
             if "transformer" in parts:
                 for case in step_cases:
                     collect(results.steps, sections.measure_step(few, case, bar.set_description_str))
@@ -83,7 +83,7 @@ def benchmark(
             bar.set_description_str("done")
     finally:
         if (
-            results.linears or results.attentions or results.steps or results.generations
+            results.linears or results.attention or results.steps or results.generations
         ):  # if interrupted: what there is
             text = report.markdown(results)
             print(text)
