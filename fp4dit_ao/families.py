@@ -49,13 +49,13 @@ _E2M1_THROUGHOUT = {"pre_gelu_weight": None}
 """Where the paper says nothing: its E3M0 before GELU cost more than it gained wherever it was measured."""
 _MODULATION = {"activation": "int8"}
 """Of one vector an image: 8 bits cost nothing there, and its errors would reach every token."""
-_ADALN_EMBEDDERS = ("time_text_embed*", "context_embedder", "norm_out*", "proj_out")
+_ADALN_EMBEDDERS = ("time_text_embed*", "context_embedder", "norm_out*", "proj_out*")
 
 FAMILIES: tuple[Family, ...] = (
     Family(
         "PixArt-Σ",
         "PixArtTransformer2DModel",
-        skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out"),
+        skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out*"),
         paper={"weight": "e1m2"},
         # as converted from the original: α's configs name neither
         when=lambda config: config.use_additional_conditions is False and config.interpolation_scale is not None,
@@ -64,20 +64,20 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "PixArt-α",
         "PixArtTransformer2DModel",
-        skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out"),
+        skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out*"),
         sample=inputs.pixart,
     ),
     Family(
         "Hunyuan-DiT",
         "HunyuanDiT2DModel",
-        skip=("pos_embed*", "time_extra_emb*", "text_embedder*", "norm_out*", "proj_out"),
+        skip=("pos_embed*", "time_extra_emb*", "text_embedder*", "norm_out*", "proj_out*"),
         layers={"*.skip_linear": {"split_inputs": True}},
         sample=inputs.hunyuan,
     ),
     Family(
         "DiT",
         "DiTTransformer2DModel",
-        skip=("pos_embed*", "*.norm1.emb.*", "proj_out_*"),
+        skip=("pos_embed*", "*.norm1.emb.*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         layers={"*.norm1.linear": _MODULATION},
         sample=inputs.dit,
@@ -102,7 +102,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Sana",
         "SanaTransformer2DModel",
-        skip=("patch_embed*", "time_embed*", "caption_projection*", "proj_out"),
+        skip=("patch_embed*", "time_embed*", "caption_projection*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         sample=inputs.sana,
     ),
@@ -118,7 +118,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "AuraFlow",
         "AuraFlowTransformer2DModel",
-        skip=("pos_embed*", "time_step_*", "context_embedder", "norm_out*", "proj_out"),
+        skip=("pos_embed*", "time_step_*", "context_embedder", "norm_out*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         layers={"*.norm1*.linear": _MODULATION},
         sample=inputs.auraflow,
@@ -126,7 +126,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "CogVideoX",
         "CogVideoXTransformer3DModel",
-        skip=("patch_embed*", "time_embedding*", "ofs_embedding*", "norm_out*", "proj_out"),
+        skip=("patch_embed*", "time_embedding*", "ofs_embedding*", "norm_out*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         layers={"*.norm?.linear": _MODULATION},
         sample=inputs.cogvideox,
@@ -135,14 +135,14 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Wan",
         "WanTransformer3DModel",
-        skip=("patch_embedding", "condition_embedder*", "proj_out"),
+        skip=("patch_embedding", "condition_embedder*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         sample=inputs.wan,
     ),
     Family(
         "LTX-Video",
         "LTXVideoTransformer3DModel",
-        skip=("proj_in", "time_embed*", "caption_projection*", "proj_out"),
+        skip=("proj_in", "time_embed*", "caption_projection*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         sample=inputs.ltx,
     ),

@@ -4,6 +4,7 @@ This module imports diffusers; ``fp4dit_ao.QuantizedTransformer`` does so on fir
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,9 +137,11 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if unknown:
             raise ValueError(f"quantized {self._class}: no argument {', '.join(unknown)}; it takes {', '.join(names)}")
         varying = _compat.varying_numbers(self.graph)
+        defaults = inspect.signature(self.graph.forward).parameters
         for name, captured in self.description["dict"].items():
             if name in names and name != "return_dict":
-                value = arguments.get(name)
+                default = defaults[name].default
+                value = arguments.get(name, None if default is inspect.Parameter.empty else default)
                 if name in varying and type(value) is int:
                     continue
                 wrong = samples.difference(captured, value, name)
