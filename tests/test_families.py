@@ -1,5 +1,7 @@
 """Every family of the table, in diffusers' own classes at small width: captured, quantized, saved, loaded, compiled."""
 
+import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -25,13 +27,17 @@ from fp4dit_ao.inputs import Size
 from tests.graphs import TinyDiT, tiny_sample
 
 
-@pytest.fixture(scope="module", params=list(SMALL))
-def case(request):
-    """A small model of each family, captured, and quantized with nearest rounding."""
-    model = small_model(request.param)
+@functools.cache
+def family(name: str) -> SimpleNamespace:
+    """A small model, captured, and quantized with nearest rounding."""
+    model = small_model(name)
     graph = capture(model, example_inputs(model))
-    quantized = quantize(model, graph)
-    return SimpleNamespace(name=request.param, model=model, graph=graph, quantized=quantized)
+    return SimpleNamespace(name=name, model=model, graph=graph, quantized=quantize(model, graph))
+
+
+@pytest.fixture(params=list(SMALL))
+def case(request) -> SimpleNamespace:
+    return family(request.param)
 
 
 def sizes(name: str) -> Iterator[Size]:
@@ -81,10 +87,10 @@ def test_saved_and_loaded_it_draws_the_same(case, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["Hunyuan-DiT", "LTX-Video"])
 def test_rounding_is_learned_in_any_family(name) -> None:
-    model = small_model(name)
-    data = [example_inputs(model, seed=seed) for seed in range(2)]
-    prepared = prepare_pt2e(capture(model, data[0]), quantizer_for(model, "w4a6"))
-    report = reconstruct(prepared, data, AdaRoundConfig(iters=12, batch_size=2), progress=False)
+    model = family(name).model
+    data = [example_inputs(model, Size(height=8, width=8, frames=2), seed=seed) for seed in range(2)]
+    prepared = prepare_pt2e(copy.deepcopy(family(name).graph), quantizer_for(model, "w4a6"))
+    report = reconstruct(prepared, data, AdaRoundConfig(iters=60, batch_size=2), progress=False)
     assert any(row.loss_after < row.loss_before for row in report.rows)
     with torch.no_grad():
         graph = lower(convert_pt2e(prepared))
@@ -96,8 +102,8 @@ def test_rounding_is_learned_in_any_family(name) -> None:
 @torch.no_grad()
 def test_compiled_at_other_sizes(name) -> None:
     """Inductor contracts products and sums, so that some activations round to the other side: close, not equal."""
-    model = small_model(name)
-    quantized = quantize(model, capture(model, example_inputs(model))).compile_graph()
+    model = family(name).model
+    quantized = quantize(model, family(name).graph).compile_graph()
     for size in (Size(batch=3), other_size(name)):
         sample = example_inputs(model, size, seed=1)
         assert relative(quantized(**sample).sample, model(**sample, return_dict=False)[0]) < 0.35
@@ -110,21 +116,18 @@ def test_compiled_at_other_sizes(name) -> None:
 @torch.no_grad()
 def test_a_row_whose_mask_is_empty(name) -> None:
     """Guidance with an empty prompt."""
-    model = small_model(name)
-    graph = capture(model, example_inputs(model))
+    model, graph = family(name).model, family(name).graph
     sample = example_inputs(model, Size(batch=3), seed=2)
     sample["encoder_attention_mask"][1] = 0
     expected = model(**sample, return_dict=False)[0]
     assert expected.isfinite().all()
     assert torch.allclose(graph(**sample)[0], expected, atol=1e-5)
-    quantized = quantize(model, graph)(**sample).sample
-    assert relative(quantized, expected) < 0.35
+    assert relative(family(name).quantized(**sample).sample, expected) < 0.35
 
 
 @torch.no_grad()
 def test_what_a_mask_hides_does_not_matter() -> None:
-    model = small_model("Lumina 2")
-    graph = capture(model, example_inputs(model))
+    model, graph = family("Lumina 2").model, family("Lumina 2").graph
     sample = example_inputs(model, Size(batch=2, text=9), seed=2)
     sample["encoder_attention_mask"][:] = torch.tensor([[1] * 4 + [0] * 5, [1] * 9])
     before = graph(**sample)[0]
@@ -137,9 +140,8 @@ def test_what_a_mask_hides_does_not_matter() -> None:
 
 def formats(name: str, recipe: str = "w4a6") -> dict[str, tuple[str | None, str | None]]:
     """(weight, activation) of every quantized linear."""
-    model = small_model(name)
-    quantizer = quantizer_for(model, recipe)
-    prepare_pt2e(capture(model, example_inputs(model)), quantizer)
+    quantizer = quantizer_for(family(name).model, recipe)
+    prepare_pt2e(copy.deepcopy(family(name).graph), quantizer)
     linears = (d for d in quantizer.decisions.values() if d.kind == "linear" and d.config)
     return {d.name: (d.config.weight, d.config.activation) for d in linears}
 
@@ -170,9 +172,7 @@ def test_one_vector_an_image_keeps_eight_bits() -> None:
 
 @torch.no_grad()
 def test_hunyuans_long_skips_have_scales_for_each_half() -> None:
-    model = small_model("Hunyuan-DiT")
-    graph = capture(model, example_inputs(model))
-    quantized = quantize(model, graph)
+    model, quantized = family("Hunyuan-DiT").model, family("Hunyuan-DiT").quantized
     parts = [row for row in quantized.summary() if ".skip_linear" in row.name]
     assert [row.name for row in parts] == ["blocks.3.skip_linear.part0", "blocks.3.skip_linear.part1"]
     assert all(row.quantized and row.shape == (128, 128) for row in parts)
@@ -182,17 +182,15 @@ def test_hunyuans_long_skips_have_scales_for_each_half() -> None:
 
 
 def test_a_user_may_still_skip_a_linear_that_would_be_split() -> None:
-    model = small_model("Hunyuan-DiT")
-    quantizer = quantizer_for(model).set_module_name("*.skip_linear", None)
-    prepare_pt2e(capture(model, example_inputs(model)), quantizer)
+    quantizer = quantizer_for(family("Hunyuan-DiT").model).set_module_name("*.skip_linear", None)
+    prepare_pt2e(copy.deepcopy(family("Hunyuan-DiT").graph), quantizer)
     decision = quantizer.decisions["blocks.3.skip_linear"]
     assert decision.config is None
     assert "name matches" in decision.reason
 
 
 def test_groups_that_do_not_divide_are_as_large_as_they_can_be() -> None:
-    model = small_model("Sana")
-    rows = {row.name: row for row in quantize(model, capture(model, example_inputs(model))).summary()}
+    rows = {row.name: row for row in family("Sana").quantized.summary()}
     assert rows["transformer_blocks.0.attn1.to_q"].reason.endswith("groups of 112")
     convolutions = [row for row in rows.values() if row.kind == "convolution"]
     assert [row.name for row in convolutions] == [
@@ -246,8 +244,7 @@ def test_an_unknown_model_of_diffusers_goes_through_the_whole_flow() -> None:
 
 @torch.no_grad()
 def test_a_number_that_was_captured_may_vary_and_a_constant_may_not() -> None:
-    model = small_model("LTX-Video")
-    quantized = quantize(model, capture(model, example_inputs(model)))
+    model, quantized = family("LTX-Video").model, family("LTX-Video").quantized
     sample = example_inputs(model, Size(height=8, width=24, frames=2))
     assert quantized(**sample).sample.shape == sample["hidden_states"].shape
     with pytest.raises(ValueError, match=r"height .* found 2\.5"):
