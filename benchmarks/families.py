@@ -116,7 +116,8 @@ def relative(x: Tensor, reference: Tensor) -> float:
 def quantize(model: nn.Module, graph: GraphModule, recipe: str = "w4a6") -> QuantizedTransformer:
     """A captured graph through the rest of the flow, with nearest rounding."""
     quantizer = quantizer_for(model, recipe)
-    lowered = lower(convert_pt2e(prepare_pt2e(copy.deepcopy(graph), quantizer)))
+    prepared = prepare_pt2e(copy.deepcopy(graph), quantizer)
+    lowered = lower(convert_pt2e(prepared, fold_quantize=False))
     decisions = skeleton.resolve(quantizer.decisions.values(), lowered)
     return QuantizedTransformer(lowered, model, samples.describe(bind(model, example_inputs(model))), decisions)
 

@@ -58,7 +58,7 @@ def sample(pixels: int, dtype: torch.dtype) -> dict[str, Any]:
 def quantized(model: nn.Module, inputs: dict[str, Any], recipe: str) -> nn.Module:
     """Nearest rounding: what a step costs does not depend on how weights were rounded."""
     prepared = prepare_pt2e(capture(model, inputs), FP4DiTQuantizer().set_global(QuantConfig.from_name(recipe)))
-    return lower(convert_pt2e(prepared))
+    return lower(convert_pt2e(prepared, fold_quantize=False))
 
 
 def nbytes(model: nn.Module) -> int:

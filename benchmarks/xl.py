@@ -51,7 +51,7 @@ def main(recipe: str = "w4a6", layers: int = 28, pixels: int = 1024, out: Path =
     del model
     graph = prepare_pt2e(graph, quantizer)
     done("prepare")
-    graph = convert_pt2e(graph)
+    graph = convert_pt2e(graph, fold_quantize=False)
     done("round to nearest, convert")
     graph = lower(graph)
     done("lower")

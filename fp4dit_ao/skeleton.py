@@ -82,7 +82,7 @@ def build(
         graph = capture(model, samples.empty_like(description, dtype))
         prepared = prepare_pt2e(graph, quantizer)
         _pretend_calibrated(prepared)
-        lowered: GraphModule = lower(convert_pt2e(prepared))
+        lowered: GraphModule = lower(convert_pt2e(prepared, fold_quantize=False))
     return lowered
 
 
