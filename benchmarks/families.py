@@ -182,10 +182,11 @@ def cells(name: str, row: dict[str, Any]) -> list[str]:
     ]
 
 
+_SHORT = {"convolutions are not quantized": "convolutions", "its products are no softmax attention": "linear attention"}
+
+
 def _why(reason: str) -> str:
-    return (
-        reason.replace("recipe keeps ", "").replace("'", "`").replace("convolutions are not quantized", "convolutions")
-    )
+    return _SHORT.get(reason) or reason.replace("recipe keeps ", "").replace("'", "`")
 
 
 def main(

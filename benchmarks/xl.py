@@ -16,7 +16,7 @@ import typer
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from benchmarks.step import transformer
-from fp4dit_ao import capture, lower, quantizer_for
+from fp4dit_ao import MinifloatTensor, capture, lower, quantizer_for
 from fp4dit_ao.environment import environment, one_line
 from fp4dit_ao.evaluate import markdown_table, write_text
 from fp4dit_ao.families import example_inputs
@@ -55,6 +55,7 @@ def main(recipe: str = "w4a6", layers: int = 28, pixels: int = 1024, out: Path =
     done("round to nearest, convert")
     graph = lower(graph)
     done("lower")
+    codes = sum(p.numel() for p in graph.parameters() if isinstance(p.detach(), MinifloatTensor))
     total = sum(seconds for stage, seconds, _ in stages if stage not in ("import", "random weights"))
     rows = [[stage, f"{seconds:.1f}", f"{peak:.2f}"] for stage, seconds, peak in stages]
     print(
@@ -62,8 +63,15 @@ def main(recipe: str = "w4a6", layers: int = 28, pixels: int = 1024, out: Path =
             ["stage", "s", "peak memory, GiB"], [*rows, ["from capture on", f"{total:.1f}", f"{peak_gib():.2f}"]]
         )
     )
-    print(f"\n{parameters / 1e6:.0f} M parameters, recipe {recipe}, {pixels} px. {one_line()}")
-    result = {"recipe": recipe, "parameters": parameters, "environment": environment(), "stages": stages}
+    share = f"{codes / parameters:.0%} of them codes"
+    print(f"\n{parameters / 1e6:.0f} M parameters, {share}, recipe {recipe}, {pixels} px. {one_line()}")
+    result = {
+        "recipe": recipe,
+        "parameters": parameters,
+        "codes": codes,
+        "environment": environment(),
+        "stages": stages,
+    }
     write_text(out / "xl.json", json.dumps(result, indent=1) + "\n")
 
 

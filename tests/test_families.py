@@ -198,6 +198,9 @@ def test_groups_that_do_not_divide_are_as_large_as_they_can_be() -> None:
         *(f"transformer_blocks.0.ff.conv_{part}" for part in ("inverted", "depth", "point")),
     ]
     assert not any(row.quantized for row in convolutions)
+    # linear attention: two products of tensors, and no softmax
+    assert not rows["transformer_blocks.0.attn1"].quantized
+    assert rows["transformer_blocks.0.attn2"].quantized
 
 
 # --- models that are not in the table --------------------------------------------------------------------------------
