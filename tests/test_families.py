@@ -2,15 +2,17 @@
 
 import copy
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from benchmarks.families import SMALL, main, other_size, quantize, relative, small_model
+from benchmarks.families import SMALL, main, other_size, quantize, relative, row_of, small_model, table
 from fp4dit_ao import (
     AdaRoundConfig,
     QuantConfig,
@@ -274,9 +276,27 @@ def test_sigma_is_told_from_alpha_by_what_its_config_names() -> None:
         assert family(sample_size=size, interpolation_scale=scale, use_additional_conditions=False) == "PixArt-Σ"
 
 
+def test_the_table_has_a_row_for_each_family() -> None:
+    lines = table(
+        {name: row_of(name, f.model, f.graph, f.quantized) for name in SMALL for f in [family(name)]}
+    ).splitlines()
+    rows = {cells[0]: cells[1:] for line in lines[2:] for cells in [[cell.strip() for cell in line.split("|")[1:-1]]]}
+    assert list(rows) == list(SMALL)
+    assert "4 convolutions" in rows["Sana"][4] and "linear attention" in rows["Sana"][4]
+    assert rows["PixArt-Σ"][:3] == ["20 of 26", "e1m2 18, e3m0 2", "4 of 4"]
+
+
 def test_the_command_prints_the_table(tmp_path, capsys) -> None:
-    main(names="PixArt-Σ;Sana", out=tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["PixArt-Σ", "Sana"]
-    assert "4 convolutions" in lines[3]
+    main(names="DiT", out=tmp_path)
+    assert capsys.readouterr().out.splitlines()[2].startswith("| DiT ")
     assert (tmp_path / "families.json").is_file()
+
+
+@torch.no_grad()
+def test_the_example_of_the_docs() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {"transformer": family("PixArt-Σ").model}
+    exec(example, names)
+    expected = family("PixArt-Σ").quantized(**names["sample"]).sample
+    assert torch.equal(names["graph"](**names["sample"])[0], expected)
