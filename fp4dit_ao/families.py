@@ -41,6 +41,8 @@ class Family:
     """Tells families of one class apart, by the model's config."""
     sample: inputs.Inputs | None = None
     """Random keyword arguments of ``forward``."""
+    shared: tuple[str, ...] = ()
+    """Arguments of ``forward`` that all rows of a batch share, so that their first dimension is not the batch."""
     rewrites: Mapping[str, exportable.Method] = field(default_factory=dict)
     """By ``"Class.method"``: code that runs in the method's place while the model is captured."""
 
@@ -73,6 +75,7 @@ FAMILIES: tuple[Family, ...] = (
         skip=("pos_embed*", "time_extra_emb*", "text_embedder*", "norm_out*", "proj_out*"),
         layers={"*.skip_linear": {"split_inputs": True}},
         sample=inputs.hunyuan,
+        shared=("image_rotary_emb",),
     ),
     Family(
         "DiT",
@@ -98,6 +101,7 @@ FAMILIES: tuple[Family, ...] = (
         paper=_E2M1_THROUGHOUT,
         layers={"*.norm*.linear": _MODULATION, "single_transformer_blocks.*.proj_out": {"split_inputs": True}},
         sample=inputs.flux,
+        shared=("img_ids", "txt_ids"),
     ),
     Family(
         "Sana",
@@ -130,6 +134,7 @@ FAMILIES: tuple[Family, ...] = (
         paper=_E2M1_THROUGHOUT,
         layers={"*.norm?.linear": _MODULATION},
         sample=inputs.cogvideox,
+        shared=("image_rotary_emb", "ofs"),
         rewrites={"CogVideoXPatchEmbed._get_positional_embeddings": exportable.cogvideox_positions},
     ),
     Family(

@@ -57,6 +57,15 @@ def test_captured_at_one_size_and_exact_at_all(case) -> None:
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), size
 
 
+@pytest.mark.parametrize("name", ["CogVideoX, rotary", "FLUX.1"])
+@torch.no_grad()
+def test_captured_with_one_image_whatever_a_batch_shares(name) -> None:
+    model = family(name).model
+    graph = capture(model, example_inputs(model, Size(batch=1)))
+    sample = example_inputs(model, other_size(name))
+    assert torch.equal(graph(**sample)[0], model(**sample, return_dict=False)[0])
+
+
 @torch.no_grad()
 def test_quantized_at_one_size_and_close_at_all(case) -> None:
     for seed, size in enumerate(sizes(case.name)):
