@@ -22,6 +22,7 @@ from fp4dit_ao import (
     lower,
     quantizer_for,
     reconstruct,
+    skeleton,
 )
 from fp4dit_ao.config import RECIPES
 from fp4dit_ao.families import FAMILIES, family_of, recipe_for
@@ -91,6 +92,9 @@ def test_saved_and_loaded_it_draws_the_same(case, tmp_path) -> None:
     sample = example_inputs(case.model, other_size(case.name), seed=3)
     assert torch.equal(loaded(**sample).sample, case.quantized(**sample).sample)
     assert [asdict(row) for row in loaded.summary()] == [asdict(row) for row in case.quantized.summary()]
+    # a file's tensors start anywhere, and a product's last bit depends on where
+    parts = [part for name, x in skeleton.state_of(loaded.graph).items() for part in skeleton.flatten(name, x).values()]
+    assert all(part.data_ptr() % 64 == 0 for part in parts)
 
 
 # --- rounding, compilation -------------------------------------------------------------------------------------------
@@ -190,6 +194,17 @@ def test_hunyuans_long_skips_have_scales_for_each_half() -> None:
     whole = model.blocks[3].skip_linear.weight
     joined = torch.cat([quantized.graph.get_parameter(f"{row.name}.weight").dequantize() for row in parts], 1)
     assert relative(joined, whole) < 0.2
+
+
+@torch.no_grad()
+def test_converting_frees_the_float_weights() -> None:
+    graph = copy.deepcopy(family("PixArt-Σ").graph)
+    floats = sum(p.numel() for p in graph.parameters())
+    quantizer = quantizer_for(family("PixArt-Σ").model)
+    converted = convert_pt2e(prepare_pt2e(graph, quantizer), fold_quantize=False)
+    left = sum(p.numel() for p in converted.parameters())
+    codes = sum(b.numel() for name, b in converted.named_buffers() if name.endswith("_codes"))
+    assert left == floats - codes
 
 
 def test_a_user_may_still_skip_a_linear_that_would_be_split() -> None:
