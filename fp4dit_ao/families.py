@@ -41,6 +41,8 @@ class Family:
     """Tells families of one class apart, by the model's config."""
     sample: inputs.Inputs | None = None
     """Random keyword arguments of ``forward``."""
+    shared: tuple[str, ...] = ()
+    """Arguments of ``forward`` that all rows of a batch share, so that their first dimension is not the batch."""
     rewrites: Mapping[str, exportable.Method] = field(default_factory=dict)
     """By ``"Class.method"``: code that runs in the method's place while the model is captured."""
 
@@ -49,13 +51,13 @@ _E2M1_THROUGHOUT = {"pre_gelu_weight": None}
 """Where the paper says nothing: its E3M0 before GELU cost more than it gained wherever it was measured."""
 _MODULATION = {"activation": "int8"}
 """Of one vector an image: 8 bits cost nothing there, and its errors would reach every token."""
-_ADALN_EMBEDDERS = ("time_text_embed*", "context_embedder", "norm_out*", "proj_out")
+_ADALN_EMBEDDERS = ("time_text_embed*", "context_embedder", "norm_out*", "proj_out*")
 
 FAMILIES: tuple[Family, ...] = (
     Family(
         "PixArt-Σ",
         "PixArtTransformer2DModel",
-        skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out"),
+        skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out*"),
         paper={"weight": "e1m2"},
         # as converted from the original: α's configs name neither
         when=lambda config: config.use_additional_conditions is False and config.interpolation_scale is not None,
@@ -64,20 +66,21 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "PixArt-α",
         "PixArtTransformer2DModel",
-        skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out"),
+        skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out*"),
         sample=inputs.pixart,
     ),
     Family(
         "Hunyuan-DiT",
         "HunyuanDiT2DModel",
-        skip=("pos_embed*", "time_extra_emb*", "text_embedder*", "norm_out*", "proj_out"),
+        skip=("pos_embed*", "time_extra_emb*", "text_embedder*", "norm_out*", "proj_out*"),
         layers={"*.skip_linear": {"split_inputs": True}},
         sample=inputs.hunyuan,
+        shared=("image_rotary_emb",),
     ),
     Family(
         "DiT",
         "DiTTransformer2DModel",
-        skip=("pos_embed*", "*.norm1.emb.*", "proj_out_*"),
+        skip=("pos_embed*", "*.norm1.emb.*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         layers={"*.norm1.linear": _MODULATION},
         sample=inputs.dit,
@@ -98,11 +101,12 @@ FAMILIES: tuple[Family, ...] = (
         paper=_E2M1_THROUGHOUT,
         layers={"*.norm*.linear": _MODULATION, "single_transformer_blocks.*.proj_out": {"split_inputs": True}},
         sample=inputs.flux,
+        shared=("img_ids", "txt_ids"),
     ),
     Family(
         "Sana",
         "SanaTransformer2DModel",
-        skip=("patch_embed*", "time_embed*", "caption_projection*", "proj_out"),
+        skip=("patch_embed*", "time_embed*", "caption_projection*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         sample=inputs.sana,
     ),
@@ -118,7 +122,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "AuraFlow",
         "AuraFlowTransformer2DModel",
-        skip=("pos_embed*", "time_step_*", "context_embedder", "norm_out*", "proj_out"),
+        skip=("pos_embed*", "time_step_*", "context_embedder", "norm_out*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         layers={"*.norm1*.linear": _MODULATION},
         sample=inputs.auraflow,
@@ -126,23 +130,24 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "CogVideoX",
         "CogVideoXTransformer3DModel",
-        skip=("patch_embed*", "time_embedding*", "ofs_embedding*", "norm_out*", "proj_out"),
+        skip=("patch_embed*", "time_embedding*", "ofs_embedding*", "norm_out*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         layers={"*.norm?.linear": _MODULATION},
         sample=inputs.cogvideox,
+        shared=("image_rotary_emb", "ofs"),
         rewrites={"CogVideoXPatchEmbed._get_positional_embeddings": exportable.cogvideox_positions},
     ),
     Family(
         "Wan",
         "WanTransformer3DModel",
-        skip=("patch_embedding", "condition_embedder*", "proj_out"),
+        skip=("patch_embedding", "condition_embedder*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         sample=inputs.wan,
     ),
     Family(
         "LTX-Video",
         "LTXVideoTransformer3DModel",
-        skip=("proj_in", "time_embed*", "caption_projection*", "proj_out"),
+        skip=("proj_in", "time_embed*", "caption_projection*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         sample=inputs.ltx,
     ),

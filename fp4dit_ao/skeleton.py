@@ -82,7 +82,7 @@ def build(
         graph = capture(model, samples.empty_like(description, dtype))
         prepared = prepare_pt2e(graph, quantizer)
         _pretend_calibrated(prepared)
-        lowered: GraphModule = lower(convert_pt2e(prepared))
+        lowered: GraphModule = lower(convert_pt2e(prepared, fold_quantize=False))
     return lowered
 
 
@@ -151,6 +151,7 @@ def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"{part} is {tuple(found.shape)} of {found.dtype}, where the model has {tuple(y.shape)} of {y.dtype}"
             )
+    stored = {name: _aligned(x) for name, x in stored.items()}
     for name, x in places.items():
         value = stored.get(name)
         if isinstance(x, MinifloatTensor):
@@ -160,6 +161,15 @@ def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
             )
         assert value is not None
         _set(graph, name, value)
+
+
+_ALIGNMENT = 64
+"""Bytes; what torch's own allocations start at a multiple of."""
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` where torch would have put it: a product's last bit may depend on where in memory a factor starts."""
+    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
 
 def _get(root: nn.Module, path: str) -> Any:

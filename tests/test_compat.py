@@ -220,3 +220,16 @@ def test_static_sizes_are_compiled_in() -> None:
         return len(compiled)
 
     assert [compilations(False), compilations(True)] == [1, 2]
+
+
+def test_whole_numbers_that_may_vary_are_told_from_constants() -> None:
+    class Rows(torch.nn.Module):
+        def forward(self, x: torch.Tensor, rows: int, scale: float = 2.0) -> torch.Tensor:
+            return x.reshape(rows, -1) * scale
+
+    from fp4dit_ao import capture
+
+    graph = capture(Rows(), {"x": torch.randn(24), "rows": 6, "scale": 3.0})
+    assert _compat.varying_numbers(graph) == {"rows"}
+    x = torch.randn(40)
+    assert torch.equal(graph(x, 5, 3.0), x.reshape(5, 8) * 3)
