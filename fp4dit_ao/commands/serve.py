@@ -1,6 +1,8 @@
 """``fp4dit-ao serve``: a pipeline behind the OpenAI images API."""
 
+import contextlib
 import logging
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,8 @@ from fp4dit_ao import models
 
 
 def serve(
-    model: str, host: str, port: int, name: str | None, batching: dict[str, Any], limits: dict[str, Any], compile: bool,
-    device: str | None,
+    model: str, host: str, port: int, name: str | None, batching: dict[str, Any], limits: dict[str, Any],
+    same_bits: bool, compile: bool, device: str | None,
 ) -> None:  # fmt: skip
     """Load ``model``, listen, warm up, and answer until interrupted; what was accepted by then is finished.
 
@@ -28,6 +30,7 @@ def serve(
     except ImportError as error:
         raise RuntimeError(f"serving needs {error.name}; install it with: pip install 'fp4dit-ao[serve]'") from error
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     models.folder_of(model)
     known = Batching(**batching)
     listening = _listen(host, port)
@@ -35,14 +38,17 @@ def serve(
     print(f"loading {model}", flush=True)
     pipe = models.open_pipeline(model, device, compile=compile)
     pipe.set_progress_bar_config(disable=True)
-    painter = Painter(pipe, known.max_batch)
+    painter = Painter(pipe, known.max_batch, same_bits)
     engine = Engine(painter.draw, painter.warm_up, known)
     bounds = Limits(**limits)
     app = create_app(engine, name or Path(model).resolve().name, painter.default, painter.multiple, bounds)
     address = f"http://{host}:{listening.getsockname()[1]}"
     print(f"listening on {address}; warming up, see {address}/health/ready", flush=True)
     config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=int(bounds.timeout) + 1)
-    uvicorn.Server(config).run(sockets=[listening])
+    with contextlib.suppress(
+        KeyboardInterrupt
+    ):  # uvicorn raises again what stopped it, after what was accepted is finished
+        uvicorn.Server(config).run(sockets=[listening])
     if engine.failure is not None:
         raise RuntimeError(f"the model failed to warm up: {engine.failure}")
 

@@ -33,8 +33,8 @@ from fp4dit_ao.serving.schema import (
 
 log = logging.getLogger(__name__)
 GENERATIONS = "/v1/images/generations"
-_BODY_BYTES = 16
-"""Bytes of a request's body per character of the longest prompt: JSON may write one as ``\\ud83d\\ude00``; and 4096 for the rest."""
+_BODY_BYTES, _BODY_REST = 12, 4096
+"""Bytes of a request's body for every character of the longest prompt (JSON may write one in 12), and for all else."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
         title="fp4dit_ao", summary="A 4-bit diffusion transformer behind the OpenAI images API.", lifespan=lifespan,
         docs_url=None, redoc_url=None,
     )  # fmt: skip
-    app.add_middleware(_BodyLimit, limit=4096 + _BODY_BYTES * limits.prompt)
+    app.add_middleware(_BodyLimit, limit=_BODY_REST + _BODY_BYTES * limits.prompt)
     app.add_middleware(_Counted, metrics=engine.metrics)
     _answer_errors(app)
     refusals: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ("4XX", "5XX")}
@@ -131,7 +131,8 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
             lambda: [encode(image, asked.output_format, asked.output_compression) for image in images]
         )
         return ImageResponse(
-            created=int(time.time()), size=f"{style.width}x{style.height}", steps=style.steps, output_format=asked.output_format,
+            created=int(time.time()), size=f"{style.width}x{style.height}", steps=style.steps,
+            output_format=asked.output_format,
             data=[ImageData(b64_json=text, seed=seed) for text, seed in zip(pictures, seeds, strict=True)],
         )  # fmt: skip
 
