@@ -232,7 +232,8 @@ def serve(
 
     run.serve(
         model, host, port, name, {"max_batch": max_batch, "window": window / 1000, "max_queue": max_queue},
-        {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout}, same_bits, compile, device,
+        {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout},
+        same_bits, compile, device,
     )  # fmt: skip
 
 

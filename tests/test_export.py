@@ -19,7 +19,7 @@ from fp4dit_ao.cli import app
 from fp4dit_ao.commands.export import transformer_folder
 from fp4dit_ao.passes.unwrap import unwrap
 
-SHAPES = {"captured": (2, 8, 16, 8), "one": (1, 8, 8, 8), "square": (3, 12, 12, 5), "large": (5, 10, 16, 1)}
+SHAPES = {"captured": (2, 8, 16, 8), "one": (1, 8, 8, 1), "square": (3, 12, 12, 5), "large": (5, 10, 16, 3)}
 """(batch, height, width, text length)."""
 
 
