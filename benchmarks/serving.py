@@ -1,4 +1,4 @@
-"""Throughput and tail latency of ``fp4dit-ao serve``: the quantized reference pipeline against the unquantized, in turns, on loopback.
+"""Throughput and tail latency of ``fp4dit-ao serve``: the reference pipeline, quantized and not, in turns, on loopback.
 
     python -m benchmarks.serving
 

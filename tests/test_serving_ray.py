@@ -1,6 +1,7 @@
 """Two replicas on a local Ray, if Ray is installed: warm before they answer, both at work, and of one mind."""
 
 import re
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,15 +20,15 @@ def address(tiny_quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> It
 
     folder = tmp_path_factory.mktemp("ray") / "tiny-w4a6"
     tiny_quantized.save_pretrained(folder)
-    ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-    )  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": 0})
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
         options = {"same_bits": True, "compile": False, "device": "cpu", "max_batch": 2}
         serve.run(build(Arguments(model=str(folder), replicas=2, cpus=0.5, **options)))
-        yield "http://127.0.0.1:8000"
+        yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -20,7 +20,7 @@ class Options:
         batching: see :class:`Batching`.
         limits: see :class:`Limits`.
         same_bits: see :class:`Painter`.
-        compile: run a quantized transformer under ``torch.compile``.
+        compile: run the transformer under ``torch.compile``.
         device: where; the GPU if there is one if None.
     """
 
@@ -41,6 +41,8 @@ def application(model: str, options: Options | None = None) -> tuple[FastAPI, En
     """
     options = options or Options()
     pipe = models.open_pipeline(model, options.device, compile=options.compile)
+    if options.compile and not models.is_quantized(model):
+        pipe.transformer.compile(dynamic=True)
     pipe.set_progress_bar_config(disable=True)
     painter = Painter(pipe, options.batching.max_batch, options.same_bits)
     engine = Engine(painter.draw, painter.warm_up, options.batching)
