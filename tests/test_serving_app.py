@@ -1,5 +1,6 @@
 """The HTTP application: the images API, its errors, its limits; and the command, as a process of its own."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -283,6 +284,37 @@ def test_a_full_queue_says_when_to_come_again(gate: Gate) -> None:
 def test_limits_that_contradict_each_other(gate: Gate) -> None:
     with pytest.raises(ValueError, match="a queue of 2 images cannot hold a request for 3"):
         serve(gate, max_queue=2)
+    with pytest.raises(ValueError, match="beyond the limits of 16 pixels and 10 steps"):
+        serve(gate, Limits(side=16, steps=10))
+
+
+def test_what_nobody_listens_for_leaves_the_queue(gate: Gate) -> None:
+    gate.open.clear()
+    engine = Engine(gate, batching=Batching(1, 0))
+    app = create_app(engine, "tiny", DEFAULT, 8, LIMITS)
+    body = json.dumps({"prompt": "a cat"}).encode()
+    messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
+    scope = {
+        "type": "http", "method": "POST", "path": GENERATIONS, "query_string": b"", "root_path": "", "scheme": "http",
+        "headers": [(b"content-type", b"application/json")], "server": ("test", 80), "client": ("test", 1), "state": {},
+    }  # fmt: skip
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(_: Any) -> None:
+        pass
+
+    with engine:
+        engine.wait_until_ready(30)
+        running = engine.submit("running", [0], DEFAULT)[0]
+        assert gate.entered.wait(30)
+        asyncio.run(app(scope, receive, send))
+        gate.open.set()
+        running.result(30)
+        assert engine.submit("next", [0], DEFAULT)[0].result(30).shape == (32, 32, 3)
+    assert [prompts for _, prompts, _ in gate.batches] == [["running"], ["next"]]
+    assert engine.metrics.registry.get_sample_value("fp4dit_requests_total", {"code": "499"}) == 1
 
 
 def test_time_is_limited_for_what_waits_and_for_what_runs(gate: Gate) -> None:

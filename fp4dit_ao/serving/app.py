@@ -65,10 +65,17 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
         default: size and steps of a request that asks for none.
         multiple: of which width and height must be multiples.
         limits: what a request may ask for.
+
+    Raises:
+        ValueError: the limits contradict the queue or the default.
     """
     limits = limits or Limits()
     if limits.n > engine.batching.max_queue:
         raise ValueError(f"a queue of {engine.batching.max_queue} images cannot hold a request for {limits.n}")
+    if max(default.width, default.height) > limits.side or default.steps > limits.steps:
+        raise ValueError(
+            f"the model's own {default} is beyond the limits of {limits.side} pixels and {limits.steps} steps"
+        )
     created = int(time.time())
 
     @contextlib.asynccontextmanager
@@ -184,7 +191,9 @@ async def _drawn(
         raise ApiError(503, str(error), "not_ready", retry_after=1) from error
     finally:
         gone.cancel()
-        together.cancel()  # what still waits leaves the queue
+        for future in futures:
+            future.cancel()  # what still waits leaves the queue
+        together.cancel()
 
 
 async def _disconnected(request: Request) -> None:
