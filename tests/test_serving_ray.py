@@ -1,5 +1,6 @@
 """Two replicas on a local Ray, if Ray is installed: warm before they answer, both at work, and of one mind."""
 
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ def address(tiny_quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> It
 
     folder = tmp_path_factory.mktemp("ray") / "tiny-w4a6"
     tiny_quantized.save_pretrained(folder)
+    os.environ.setdefault(
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60"
+    )  # of 5: importing takes longer on a busy machine
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

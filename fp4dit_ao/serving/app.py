@@ -56,7 +56,7 @@ class Limits:
     timeout: float = 120.0
 
 
-def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, limits: Limits | None = None) -> FastAPI:
+def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, limits: Limits = Limits()) -> FastAPI:
     """The application. It starts ``engine`` when it starts, and closes it when it ends.
 
     Args:
@@ -69,7 +69,6 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
     Raises:
         ValueError: the limits contradict the queue or the default.
     """
-    limits = limits or Limits()
     if limits.n > engine.batching.max_queue:
         raise ValueError(f"a queue of {engine.batching.max_queue} images cannot hold a request for {limits.n}")
     if max(default.width, default.height) > limits.side or default.steps > limits.steps:
@@ -179,7 +178,8 @@ async def _drawn(
     together = asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
     gone = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({together, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        waited: set[asyncio.Future[Any]] = {together, gone}
+        await asyncio.wait(waited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if together.done():
             return await together
         if gone.done():

@@ -63,7 +63,7 @@ class Painter:
         count = len(prompts)
         if self._same_bits:
             missing = self._max_batch - count
-            prompts, seeds = [*prompts, *prompts[-1:] * missing], [*seeds, *seeds[-1:] * missing]
+            prompts, seeds = [*prompts, *[prompts[-1]] * missing], [*seeds, *[seeds[-1]] * missing]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         size = {"width": style.width, "height": style.height, "num_inference_steps": style.steps}
         output = self._pipe(list(prompts), generator=generators, **(self._arguments | size)).images
