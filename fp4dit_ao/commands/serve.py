@@ -31,11 +31,12 @@ def serve(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     models.folder_of(model)
     options = Options(name, Batching(**batching), Limits(**limits), same_bits, compile, device)
-    listening = _listen(host, port)
+    listening = _reserve(host, port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     print(f"loading {model}", flush=True)
     app, engine = application(model, options)
     address = f"http://{host}:{listening.getsockname()[1]}"
+    listening.listen()  # from here on, whoever connects is answered
     print(f"listening on {address}; warming up, see {address}/health/ready", flush=True)
     config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=int(options.limits.timeout) + 1)
     with contextlib.suppress(
@@ -46,8 +47,8 @@ def serve(
         raise RuntimeError(f"the model failed to warm up: {engine.failure}")
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before minutes go into loading a model."""
+def _reserve(host: str, port: int) -> socket.socket:
+    """A socket with the port to itself, before minutes go into loading a model."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     opened = socket.socket(family, socket.SOCK_STREAM)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
