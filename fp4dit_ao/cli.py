@@ -250,6 +250,9 @@ def serve(
     max_side: Annotated[int, typer.Option(min=8, help="Pixels of an image's width and height.")] = 2048,
     max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a request.")] = 100,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request is answered with 504.")] = 120,
+    same_bits: Annotated[
+        bool, typer.Option("--same-bits", help="Fill batches up, so that equal requests give equal bits; slower.")
+    ] = False,
     compile: Compile = True,
     device: Device = None,
 ) -> None:
@@ -258,7 +261,8 @@ def serve(
 
     run.serve(
         model, host, port, name, {"max_batch": max_batch, "window": window / 1000, "max_queue": max_queue},
-        {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout}, compile, device,
+        {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout},
+        same_bits, compile, device,
     )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def test_help_is_there_at_once():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 10  # a loaded machine; what matters is that torch stays out:
     assert found.stdout.splitlines()[-1] == "False"
-    for command in ("demo", "quantize", "generate", "evaluate", "inspect", "benchmark"):
+    for command in ("demo", "quantize", "generate", "evaluate", "inspect", "benchmark", "export", "serve"):
         assert command in found.stdout
         assert run(command, "--help").exit_code == 0
 
