@@ -131,7 +131,8 @@ def _batches(pipe: Any, prompts: Sequence[str] | None, arguments: dict[str, Any]
     labels = arguments.get(_LABELS)
     if not prompts and "prompt_embeds" not in embeddings and not labels:
         raise ValueError("calibration needs prompts; give a list of them, or prompt_embeds computed beforehand")
-    count = len(prompts or embeddings.get("prompt_embeds", labels))
+    conditions: Any = prompts or embeddings.get("prompt_embeds", labels)
+    count = len(conditions)
     batches = []
     for start in range(0, count, size):
         stop = min(start + size, count)
