@@ -33,8 +33,6 @@ class Family:
     """Globs over module names that stay in high precision."""
     paper: Mapping[str, Any] = field(default_factory=dict)
     """Fields of ``QuantConfig`` that the paper's recipes have here."""
-    always: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that every recipe has here."""
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By glob over module names: fields that every recipe has there."""
     when: Callable[[Any], bool] = lambda config: True
@@ -50,7 +48,7 @@ class Family:
 _E2M1_THROUGHOUT = {"pre_gelu_weight": None}
 """Where the paper says nothing: its E3M0 before GELU cost more than it gained wherever it was measured."""
 _MODULATION = {"activation": "int8"}
-"""Of one vector an image: 8 bits cost nothing there, and its errors would reach every token."""
+"""Of one vector an image: 8 bits cost little there, and an error would reach every token."""
 _ADALN_EMBEDDERS = ("time_text_embed*", "context_embedder", "norm_out*", "proj_out*")
 
 FAMILIES: tuple[Family, ...] = (
@@ -169,11 +167,6 @@ def family_of(model: nn.Module) -> Family:
     return Family(kind, kind, skip=HIGH_PRECISION + outside, paper=_E2M1_THROUGHOUT)
 
 
-def is_known(model: nn.Module) -> bool:
-    """Whether the table has a family for ``model``."""
-    return family_of(model) in FAMILIES
-
-
 def _in_block(name: str) -> bool:
     return re.search(r"(^|\.)\d+\.", name) is not None
 
@@ -188,7 +181,7 @@ def recipe_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> QuantCon
         return recipe
     family = family_of(model)
     config = QuantConfig.from_name(recipe)
-    fields = {"skip": family.skip, "indivisible": "divisor"} | dict(family.always)
+    fields: dict[str, Any] = {"skip": family.skip, "indivisible": "divisor"}
     if recipe in _PAPER:
         fields |= family.paper
     return dataclasses.replace(config, **fields)
@@ -213,6 +206,8 @@ def quantizer_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> FP4Di
     family = family_of(model)
     names = [name for name, _ in model.named_modules()]
     for glob, fields in family.layers.items():
+        if "activation" in fields and config.activation is None:
+            continue  # a recipe for weights alone
         if any(fnmatchcase(name, glob) for name in names):
             quantizer.set_module_name(glob, dataclasses.replace(config, **fields))
     if family not in FAMILIES:

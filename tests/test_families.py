@@ -19,7 +19,9 @@ from fp4dit_ao import (
     QuantizedTransformer,
     capture,
     example_inputs,
+    load_pipeline,
     lower,
+    quantize_pipeline,
     quantizer_for,
     reconstruct,
     skeleton,
@@ -227,6 +229,29 @@ def test_groups_that_do_not_divide_are_as_large_as_they_can_be() -> None:
     # linear attention: two products of tensors, and no softmax
     assert not rows["transformer_blocks.0.attn1"].quantized
     assert rows["transformer_blocks.0.attn2"].quantized
+
+
+def test_a_class_conditional_pipeline_calibrates_on_its_labels(tmp_path) -> None:
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+
+    autoencoder = AutoencoderKL(latent_channels=4, sample_size=16, norm_num_groups=8, block_out_channels=(8,))
+    pipe = DiTPipeline(family("DiT").model, autoencoder.eval(), DDIMScheduler())
+    quantized = quantize_pipeline(
+        pipe, "w4a6", class_labels=[1, 2, 3], steps=2, samples=4, batch_size=2, adaround=AdaRoundConfig(iters=2),
+        progress=False,
+    )  # fmt: skip
+    quantized.save_pretrained(tmp_path / "dit")
+    loaded = load_pipeline(tmp_path / "dit")
+
+    def draw(some: DiTPipeline) -> torch.Tensor:
+        some.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images = some(class_labels=[5, 7], num_inference_steps=2, output_type="np", generator=generator).images
+        return torch.from_numpy(images)
+
+    assert draw(loaded).shape == (2, 16, 16, 3)
+    assert torch.equal(draw(loaded), draw(quantized))
+    assert not torch.equal(draw(loaded), draw(pipe))
 
 
 # --- models that are not in the table --------------------------------------------------------------------------------
