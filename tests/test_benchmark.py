@@ -314,7 +314,7 @@ def test_everything_is_measured_and_reported(in_process, monkeypatch, tmp_path):
     text = report.markdown(results)
     assert "| absent" in text and "no-such-package not installed" in text
     assert (
-        "- broken, compiled (4 cases, first out features 128, in features 128, tokens 2): RuntimeError: not today."
+        "- broken, compiled (4 cases, first out features 128, in features 128, tokens 20): RuntimeError: not today."
         in text
     )
     assert "| broken, compiled" in text and "failed" in text
@@ -391,7 +391,7 @@ def test_unknown_steps_are_refused(text):
 
 def test_sizes_are_read():
     cases, beside = linears.cases("128x64:1,2")
-    assert cases[1] == {"out_features": 128, "in_features": 64, "tokens": 2} and not beside
+    assert cases[0] == {"out_features": 128, "in_features": 64, "tokens": 2} and not beside
     cases, beside = linears.cases("flux:16+peers")
     assert len(cases) == 3 and beside
     assert StepCase.parse("512x2+peers") == StepCase(512, 2, True)

@@ -32,7 +32,12 @@ _WARM_UP = 3
 
 
 def cases(text: str) -> tuple[list[dict[str, int]], bool]:
-    """Of ``flux:256,1024`` or ``4608x1152:16+peers``: a case for every shape and number of tokens; and whether with peers.
+    """Of ``flux:256,1024`` or ``4608x1152:16+peers``: a case for every shape and number of tokens, the most first.
+
+    A graph that is compiled for one token first would keep to one thread for all that follow.
+
+    Returns:
+        The cases, and whether with peers.
 
     Raises:
         ValueError: it is neither.
@@ -45,8 +50,10 @@ def cases(text: str) -> tuple[list[dict[str, int]], bool]:
         raise ValueError(
             f"unknown linear {text!r}; give OUTxIN or one of {', '.join(SHAPES)}, then tokens: 4608x1152:16,256+peers"
         )
-    found = [{"out_features": out, "in_features": depth, "tokens": int(n)} for out, depth in shapes for n in tokens]
-    return found, bool(peers)
+    counted = sorted((int(token) for token in tokens), reverse=True)
+    return [{"out_features": out, "in_features": depth, "tokens": n} for out, depth in shapes for n in counted], bool(
+        peers
+    )
 
 
 def _whole(texts: Sequence[str]) -> bool:

@@ -71,7 +71,7 @@ def _parts(results: Results) -> Iterator[str]:
 
 def _linear_tables(results: Results) -> Iterator[str]:
     by_shape: dict[tuple[int, int], list[Measured]] = {}
-    for m in results.linears:
+    for m in sorted(results.linears, key=lambda m: int(m.case["tokens"])):
         if m.case != CALL_SIZE:
             by_shape.setdefault((m.case["out_features"], m.case["in_features"]), []).append(m)
     for (out, depth), measured in by_shape.items():
