@@ -191,13 +191,18 @@ def benchmark(
     ] = None,
     linear: Annotated[
         list[str] | None,
-        typer.Option(help="Weights and tokens, such as flux:256,1024 or 4608x1152:16 (out x in); repeatable."),
+        typer.Option(help="Weights and tokens, such as flux:256,1024 or 4608x1152:16+peers (out x in); repeatable."),
     ] = None,
     transformer: Annotated[
         list[str] | None,
         typer.Option(help="Pixels and layers of PixArt-XL's width, such as 512x28, or 512x2+peers; repeatable."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few small sizes only.")] = False,
+    size: Annotated[
+        str,
+        typer.Option(
+            help="Of what is not chosen: 'quick' (minutes), 'standard' (15 minutes on two cores) or 'full' (45)."
+        ),
+    ] = "standard",
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated together.")] = 4,
     steps: Steps = None,
     prompts: Prompts = None,
@@ -217,7 +222,7 @@ def benchmark(
 
     run.benchmark(
         model, parts=part or [], recipes=recipe, peers=peer or [], linear=linear or [], transformer=transformer or [],
-        quick=quick, batch_size=batch_size, steps=steps, prompts=prompts, rounds=rounds, model_rounds=model_rounds,
+        size=size, batch_size=batch_size, steps=steps, prompts=prompts, rounds=rounds, model_rounds=model_rounds,
         at_once=at_once, device=device, out=out,
     )  # fmt: skip
 

@@ -284,7 +284,8 @@ def test_everything_is_measured_and_reported(in_process, monkeypatch, tmp_path):
     results = bars.Results({"recipes": ["w4a6"], "peers": ["absent", "broken"]}, ENVIRONMENT)
     said = []
     results.ceilings = sections.ceilings(settings)
-    results.linears += sections.measure_linears(settings, linears.cases("128x128:2,20"), said.append)
+    results.linears += sections.measure_call(settings, said.append)
+    results.linears += sections.measure_linears(settings, *linears.cases("128x128:2,20+peers"), said.append)
     small = [{"heads": 2, "dim": 24, "queries": 65, "keys": 9}]
     results.attention += sections.measure_attention(settings, small, said.append)
     assert [0 <= m.facts["error"] < bound for m, bound in zip(results.attention, (0.01, 1e-6, 0.1), strict=True)] == [
@@ -292,7 +293,7 @@ def test_everything_is_measured_and_reported(in_process, monkeypatch, tmp_path):
     ] * 3
     results.steps += sections.measure_step(settings, StepCase.parse("64x1+peers"), said.append)
     results.generations += sections.measure_generation(
-        settings, str(tmp_path / "float"), ["cat", "dog"], {}, said.append
+        settings, str(tmp_path / "float"), ["cat", "dog"], {}, True, said.append
     )
     labels = {m.variant.label for m in results.generations}
     ours = {"w4a6, compiled", "w4a6, compiled by block"}
@@ -373,7 +374,10 @@ def test_roofline_takes_the_narrowest_way():
     assert ceilings.bandwidth(found, 1e12) == 1e8
 
 
-@pytest.mark.parametrize("text", ["", "flux", "flux:", "flux:0", "12x:3", "12x8:a", "0x8:1", "nobody:1", "1x2x3:4"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "flux", "flux:", "flux:0", "12x:3", "12x8:a", "0x8:1", "flux:1+", "flux:1+friends", "nobody:1", "1x2x3:4"],
+)
 def test_unknown_linears_are_refused(text):
     with pytest.raises(ValueError, match="unknown linear"):
         linears.cases(text)
@@ -386,8 +390,10 @@ def test_unknown_steps_are_refused(text):
 
 
 def test_sizes_are_read():
-    assert linears.cases("128x64:1,2")[0] == {"out_features": 128, "in_features": 64, "tokens": 2}
-    assert len(linears.cases("flux:16")) == 3
+    cases, beside = linears.cases("128x64:1,2")
+    assert cases[0] == {"out_features": 128, "in_features": 64, "tokens": 2} and not beside
+    cases, beside = linears.cases("flux:16+peers")
+    assert len(cases) == 3 and beside
     assert StepCase.parse("512x2+peers") == StepCase(512, 2, True)
     with pytest.raises(ValueError, match="multiple of 16"):
         StepCase.parse("520x2")

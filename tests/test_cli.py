@@ -161,6 +161,7 @@ def test_benchmark_times_in_turns(tmp_path, monkeypatch):
         (["--part", "linear"], ["unknown --part 'linear'", "linears"]),
         (["--peer", "nobody"], ["unknown --peer 'nobody'", "SDNQ int8"]),
         (["--linear", "big"], ["unknown linear 'big'", "4608x1152:16,256"]),
+        (["--size", "huge"], ["unknown --size 'huge'", "standard"]),
         (["--transformer", "big"], ["unknown step 'big'", "512x28"]),
         (["nowhere"], ["there is no folder nowhere"]),
     ],

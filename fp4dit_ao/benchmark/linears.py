@@ -31,26 +31,29 @@ _WARM_UP = 3
 """Calls before the clock starts; some peers compile once more in their second."""
 
 
-def cases(text: str) -> list[dict[str, int]]:
-    """Of ``flux:256,1024`` or ``4608x1152:16``: a case for every shape and number of tokens, the most first.
+def cases(text: str) -> tuple[list[dict[str, int]], bool]:
+    """Of ``flux:256,1024`` or ``4608x1152:16+peers``: a case for every shape and number of tokens, the most first.
 
     A graph that is compiled for one token first would keep to one thread for all that follow.
+
+    Returns:
+        The cases, and whether with peers.
 
     Raises:
         ValueError: it is neither.
     """
-    name, _, counts = text.partition(":")
+    sizes, plus, peers = text.partition("+")
+    name, _, counts = sizes.partition(":")
     size, tokens = name.split("x"), counts.split(",")
     shapes = SHAPES.get(name) or ([(int(size[0]), int(size[1]))] if len(size) == 2 and _whole(size) else [])
-    if not shapes or not _whole(tokens):
+    if not shapes or not _whole(tokens) or (plus and peers != "peers"):
         raise ValueError(
-            f"unknown linear {text!r}; give OUTxIN or one of {', '.join(SHAPES)}, then tokens: 4608x1152:16,256"
+            f"unknown linear {text!r}; give OUTxIN or one of {', '.join(SHAPES)}, then tokens: 4608x1152:16,256+peers"
         )
-    return [
-        {"out_features": out, "in_features": depth, "tokens": int(count)}
-        for out, depth in shapes
-        for count in sorted(counts.split(","), key=int, reverse=True)
-    ]
+    counted = sorted((int(token) for token in tokens), reverse=True)
+    return [{"out_features": out, "in_features": depth, "tokens": n} for out, depth in shapes for n in counted], bool(
+        peers
+    )
 
 
 def _whole(texts: Sequence[str]) -> bool:

@@ -42,6 +42,9 @@ def _parts(results: Results) -> Iterator[str]:
     )
     yield "### Bars"
     yield markdown_table(["where", "bar", "measured", "met"], [bar.row(results) for bar in BARS])
+    if results.steps:
+        layers = max(m.case["layers"] for m in results.steps)
+        yield f"Steps are judged on the deepest model measured at their size, here of up to {layers} layers; PixArt-XL has 28."
     if any(m.case != CALL_SIZE for m in results.linears):
         yield "### Linears"
         yield "Speed against bfloat16, eager; median of the rounds."
@@ -68,7 +71,7 @@ def _parts(results: Results) -> Iterator[str]:
 
 def _linear_tables(results: Results) -> Iterator[str]:
     by_shape: dict[tuple[int, int], list[Measured]] = {}
-    for m in results.linears:
+    for m in sorted(results.linears, key=lambda m: int(m.case["tokens"])):
         if m.case != CALL_SIZE:
             by_shape.setdefault((m.case["out_features"], m.case["in_features"]), []).append(m)
     for (out, depth), measured in by_shape.items():
@@ -116,9 +119,7 @@ def _rooflines(results: Results) -> str:
     call = next((m.median for m in results.of(results.linears, **CALL_SIZE)), 0.0)
     alone = {_size(m): m for m in results.linears if m.variant.method.endswith(linears.PRODUCT) and m.error is None}
     rows = []
-    for m in results.of(results.linears):
-        if m.case == CALL_SIZE:
-            continue
+    for m in {_size(m): m for m in results.of(results.linears) if m.case != CALL_SIZE}.values():
         roof = Roofline.of(m.case, m.facts["bytes"], results.ceilings, call)
         product = alone.get(_size(m))
         ratios = [m.ratio(base) for base in (linears.INT_MM.label, "bfloat16", "float32")]

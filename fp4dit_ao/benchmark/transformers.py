@@ -48,13 +48,14 @@ def random_model(config: dict[str, Any], pixels: int, dtype: torch.dtype) -> nn.
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # else there would be a float32 copy of it first
     try:
-        model: nn.Module = PixArtTransformer2DModel(sample_size=pixels // 8, **config)
+        model = PixArtTransformer2DModel(sample_size=pixels // 8, **config)
     finally:
         torch.set_default_dtype(before)
     torch.manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
-    return model.eval().requires_grad_(False)
+    made: nn.Module = model.eval().requires_grad_(False)
+    return made
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ class StepFiles(Workload):
 
     @torch.no_grad()
     def prepare(self, **case: Any) -> dict[str, Any]:
-        model = random_model(self.config, self.pixels, torch.bfloat16)
+        model: Any = random_model(self.config, self.pixels, torch.bfloat16)
         model.save_pretrained(self.folder / FLOAT)
         given = sample(self.pixels, torch.bfloat16, self.config)
         for recipe in self.recipes:
