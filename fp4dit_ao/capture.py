@@ -12,6 +12,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fp4dit_ao import _compat
+from fp4dit_ao.exportable import methods_replaced
+from fp4dit_ao.families import family_of
 
 _CONSTANTS = (type(None), bool, int, float, str)
 
@@ -60,11 +62,10 @@ def capture(model: nn.Module, sample: Mapping[str, Any]) -> GraphModule:
     """
     model.eval()
     kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().contiguous(), bind(model, sample))
-    kwargs = _unspecialised(model, kwargs)
-    shapes = pytree.tree_map(
-        lambda x: dict.fromkeys(range(x.ndim), Dim.AUTO) if isinstance(x, Tensor) else None, kwargs
-    )
-    with torch.no_grad(), _positions_computed(model):
+    kwargs = _unspecialised(kwargs)
+    shapes = pytree.tree_map(_dynamic, kwargs)
+    rewritten = methods_replaced(model, family_of(model).rewrites)
+    with torch.no_grad(), rewritten, _positions_computed(model), _compat.distinct_sizes():
         exported = torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
     defaults = {name: value for name, value in _defaults(model).items() if name in kwargs}
     graph = _compat.exported_graph(exported, defaults)
@@ -79,34 +80,44 @@ def _defaults(model: nn.Module) -> dict[str, object]:
     return defaults | ({"return_dict": False} if "return_dict" in defaults else {})
 
 
-def _computes_positions(module: nn.Module) -> bool:
-    """Whether a module caches a position table for one image size and recomputes it for any other (diffusers' PatchEmbed)."""
-    return hasattr(module, "pos_embed") and hasattr(module, "height") and hasattr(module, "width")
+def _dynamic(x: Any) -> Any:
+    """What ``torch.export`` is told about one value of a sample: sizes and whole numbers vary, anything else is constant."""
+    if isinstance(x, Tensor):
+        return dict.fromkeys(range(x.ndim), Dim.AUTO)
+    return Dim.AUTO if type(x) is int else None
+
+
+_POSITION_TABLES = (("pos_embed", "height"), ("pos_embedding", "sample_height"))
+"""Modules of diffusers (``PatchEmbed``, ``CogVideoXPatchEmbed``) that cache positions of one size: the table, and that size."""
+
+
+def _caches_positions(module: nn.Module) -> str | None:
+    """The attribute with the size of a module's cached position table, which it recomputes for any other; None without one."""
+    for table, size in _POSITION_TABLES:
+        learned = getattr(module, "use_learned_positional_embeddings", False)
+        if hasattr(module, table) and hasattr(module, size) and not learned:
+            return size
+    return None
 
 
 @contextlib.contextmanager
 def _positions_computed(model: nn.Module) -> Iterator[None]:
     """Make cached position tables look stale, so that export records the code that serves every image size."""
-    cached = [module for module in model.modules() if _computes_positions(module)]
-    sizes = [module.height for module in cached]
+    cached = [(module, size, getattr(module, size)) for module in model.modules() if (size := _caches_positions(module))]
     try:
-        for module in cached:
-            module.height = -1  # type: ignore[assignment]
+        for module, size, _ in cached:
+            setattr(module, size, -1)
         yield
     finally:
-        for module, height in zip(cached, sizes, strict=True):
-            module.height = height
+        for module, size, value in cached:
+            setattr(module, size, value)
 
 
-def _unspecialised(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The sample with sizes that export does not take for constants: a batch of at least two, and images not square."""
+def _unspecialised(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The sample with a batch of at least two: export takes one for a constant."""
     tensors = [x for x in pytree.tree_leaves(kwargs) if isinstance(x, Tensor) and x.ndim]
     if tensors and tensors[0].shape[0] == 1:
         kwargs = pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x, kwargs)
-    if any(_computes_positions(module) for module in model.modules()):
-        kwargs = pytree.tree_map_only(
-            Tensor, lambda x: torch.cat([x, x], -1) if x.ndim == 4 and x.shape[-1] == x.shape[-2] else x, kwargs
-        )
     return kwargs
 
 

@@ -1,0 +1,155 @@
+"""Forms of a few modules' code that ``torch.export`` can record for every size, where their own code cannot be.
+
+Each computes what the module computes; :mod:`fp4dit_ao.families` says which module takes which, while it is captured.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Method = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def methods_replaced(model: nn.Module, rewrites: Mapping[str, Method]) -> Iterator[None]:
+    """While open, modules of ``model`` run other code.
+
+    Args:
+        model: any module.
+        rewrites: by ``"Class.method"``, what runs in the method's place.
+    """
+    replaced = []
+    for module in model.modules():
+        for key, method in rewrites.items():
+            name, _, attribute = key.rpartition(".")
+            if type(module).__name__ == name:
+                vars(module)[attribute] = MethodType(method, module)
+                replaced.append((module, attribute))
+    try:
+        yield
+    finally:
+        for module, attribute in replaced:
+            del vars(module)[attribute]
+
+
+def _unpatchify(x: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+    """(batch, rows * columns, patch * patch * channels) to (batch, channels, rows * patch, columns * patch)."""
+    x = x.unflatten(1, (rows, columns)).unflatten(-1, (patch, patch, -1))
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def dit(
+    self: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    class_labels: Tensor,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    return_dict: bool = False,
+) -> tuple[Tensor]:
+    """``DiTTransformer2DModel.forward``, which takes the square root of the number of tokens for the image's side.
+
+    Here the sides are the image's own: it need not be square.
+    """
+    rows, columns = (size // self.patch_size for size in hidden_states.shape[-2:])
+    x = self.pos_embed(hidden_states)
+    for block in self.transformer_blocks:
+        x = block(
+            x, timestep=timestep, class_labels=class_labels, cross_attention_kwargs=cross_attention_kwargs
+        )
+    condition = self.transformer_blocks[0].norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
+    shift, scale = self.proj_out_1(F.silu(condition)).unsqueeze(1).chunk(2, -1)
+    x = self.proj_out_2(self.norm_out(x) * (1 + scale) + shift)
+    return (_unpatchify(x, rows, columns, self.patch_size),)
+
+
+def cogvideox_positions(
+    self: Any, sample_height: int, sample_width: int, sample_frames: int, device: torch.device | None = None
+) -> Tensor:
+    """``CogVideoXPatchEmbed._get_positional_embeddings``, which writes into a tensor's ``.data``."""
+    from diffusers.models.embeddings import get_3d_sincos_pos_embed
+
+    frames = (sample_frames - 1) // self.temporal_compression_ratio + 1
+    positions = get_3d_sincos_pos_embed(
+        self.embed_dim,
+        (sample_width // self.patch_size, sample_height // self.patch_size),
+        frames,
+        self.spatial_interpolation_scale,
+        self.temporal_interpolation_scale,
+        device=device,
+        output_type="pt",
+    ).flatten(0, 1)
+    text = positions.new_zeros(self.max_text_seq_length, self.embed_dim)
+    # the table it stands for is float32; on their way here positions are float64
+    return torch.cat([text, positions])[None]
+
+
+def lumina2(
+    self: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_attention_mask: Tensor,
+    attention_kwargs: dict[str, Any] | None = None,
+    return_dict: bool = False,
+) -> tuple[Tensor]:
+    """``Lumina2Transformer2DModel.forward``, which packs text and image row by row, by lengths that it reads off the mask.
+
+    Here every row of the batch is as long as the longest could be, and what lies after its image is masked.
+    """
+    patch, text = self.config.patch_size, encoder_hidden_states.shape[1]
+    rows, columns = (size // patch for size in hidden_states.shape[-2:])
+    patches = rows * columns
+    condition, caption = self.time_caption_embed(hidden_states, timestep, encoder_hidden_states)
+
+    # for every place of the sequence: is it text, image or nothing, and which row and column of the image
+    length = encoder_attention_mask.sum(1, keepdim=True)
+    place = torch.arange(text + patches, device=hidden_states.device)[None]
+    is_text, is_used = place < length, place < length + patches
+    index = (place - length).clamp(0, patches - 1)
+    nowhere = torch.zeros_like(index)
+    positions = torch.stack(
+        [
+            torch.where(is_text, place, length),
+            torch.where(is_text, nowhere, index // columns),
+            torch.where(is_text, nowhere, index % columns),
+        ],
+        -1,
+    )
+    rotation = _rotation(self.rope_embedder, positions)
+    of_image = (length + torch.arange(patches, device=length.device))[..., None]
+
+    image = hidden_states.unflatten(2, (rows, patch)).unflatten(4, (columns, patch))
+    image = self.x_embedder(image.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
+    for layer in self.context_refiner:
+        caption = layer(caption, encoder_attention_mask, rotation[:, :text])
+    of_image_rotation = rotation.gather(1, of_image.expand(-1, -1, rotation.shape[-1]))
+    for layer in self.noise_refiner:
+        image = layer(image, None, of_image_rotation, condition)
+
+    width = image.shape[-1]
+    captions = caption[:, place[0].clamp(max=text - 1)]
+    images = image.gather(1, index[..., None].expand(-1, -1, width))
+    x = torch.where(is_text[..., None], captions, torch.where(is_used[..., None], images, 0.0))
+    for layer in self.layers:
+        x = layer(x, is_used, rotation, condition)
+    x = self.norm_out(x, condition)
+    x = x.gather(1, of_image.expand(-1, -1, x.shape[-1]))
+    return (_unpatchify(x, rows, columns, patch),)
+
+
+def _rotation(embedder: Any, positions: Tensor) -> Tensor:
+    """Rotary embeddings (complex) of positions (batch, places, axes), computed rather than looked up."""
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+    parts = [
+        get_1d_rotary_pos_embed(
+            dim, positions[..., axis].flatten(), theta=embedder.theta, freqs_dtype=torch.float64
+        ).unflatten(0, positions.shape[:2])
+        for axis, dim in enumerate(embedder.axes_dim)
+    ]
+    return torch.cat(parts, -1)
