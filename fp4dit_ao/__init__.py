@@ -6,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from fp4dit_ao._registration import register
+
 __version__ = "0.1.0"
 
 _checkout = Path(__file__).parents[1]
@@ -30,6 +32,8 @@ _HOME = {
     "load_pipeline": "pipeline",
     "MinifloatTensor": "tensor",
     "QuantizedTransformer": "quantized_transformer",
+    "quantize_modules": "modules",
+    "FP4DiTConfig": "diffusers_quantizer",
 }
 """Where each public name lives; loaded on first use, so that importing the package stays quick."""
 
@@ -39,7 +43,9 @@ if TYPE_CHECKING:
     from fp4dit_ao.calibration import calibrate, collect_samples
     from fp4dit_ao.capture import capture
     from fp4dit_ao.config import QuantConfig, w4a6, w4a6_auto, w4a8
+    from fp4dit_ao.diffusers_quantizer import FP4DiTConfig
     from fp4dit_ao.formats import FloatFormat
+    from fp4dit_ao.modules import quantize_modules
     from fp4dit_ao.passes.lower import lower
     from fp4dit_ao.passes.reconstruct import AdaRoundConfig, reconstruct
     from fp4dit_ao.pipeline import load_pipeline, quantize_pipeline
@@ -72,3 +78,5 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+register()
