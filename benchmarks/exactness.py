@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao import (
-    FloatFormat,
     FP4DiTQuantizer,
     MinifloatTensor,
     QuantConfig,
@@ -28,8 +26,8 @@ from fp4dit_ao import (
     collect_samples,
     lower,
 )
+from fp4dit_ao.benchmark.exact import error, token_wise
 from fp4dit_ao.environment import environment
-from fp4dit_ao.ops import choose_scale
 
 _LINEAR = torch.ops.aten.linear.default
 
@@ -49,23 +47,10 @@ class Linears(Interpreter):
         return result
 
 
-def token_wise(x: Tensor, fmt: str) -> Tensor:
-    """The levels of ``x`` times their token's scale, in float64."""
-    scale = choose_scale(x, [1] * (x.ndim - 1) + [-1], fmt, torch.float32)
-    return FloatFormat.parse(fmt).round(x.float() / scale).double() * scale.double()
-
-
-def error(x_hat: Tensor, w_hat: Tensor, bias: Tensor | None, got: Tensor) -> float:
-    """Largest deviation from the float64 product, over the sum of its terms' magnitudes."""
-    exact = F.linear(x_hat, w_hat, None if bias is None else bias.double())
-    magnitude = F.linear(x_hat.abs(), w_hat.abs(), None if bias is None else bias.double().abs())
-    return float(((got.double() - exact).abs() / magnitude.clamp_min(1e-30)).max())
-
-
 def lowered_errors(seen: list[tuple[Tensor, Any, Tensor | None, Tensor]]) -> Iterator[tuple[float, Tensor]]:
     for x, weight, bias, got in seen:
         if isinstance(weight, MinifloatTensor):
-            x_hat = token_wise(x, weight.act_fmt) if weight.act_fmt else x.double()
+            x_hat = token_wise(x, weight.act_fmt)
             yield error(x_hat, weight.dequantize(torch.float32).double(), bias, got), x_hat
 
 

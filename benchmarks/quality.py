@@ -44,6 +44,7 @@ class Row:
 W4A6, INT = RECIPES["w4a6"](), RECIPES["int_w4a6"]()
 E2M1, AUTO = RECIPES["w4a6_e2m1"](), RECIPES["w4a6_auto"]()
 STATIC, W4A8 = RECIPES["w4a6_static"](), RECIPES["w4a8"]()
+NF4 = RECIPES["w4a6_nf4"]()
 
 ROWS: dict[str, Row] = {
     "full": Row("full precision"),
@@ -57,10 +58,14 @@ ROWS: dict[str, Row] = {
     "e2m1": Row("W4A6 without E3M0, scale-aware", E2M1, "scale-aware"),
     "auto-nearest": Row("W4A6 auto, nearest", AUTO),
     "auto": Row("W4A6 auto, scale-aware", AUTO, "scale-aware"),
+    "auto16-nearest": Row("W4A6 auto, float16 scales, nearest", replace(AUTO, scale_dtype="float16")),
+    "nf4-nearest": Row("W4A6 with NF4, scales searched, nearest", NF4),
+    "nf4": Row("W4A6 with NF4, scales searched, scale-aware", NF4, "scale-aware"),
     "static-nearest": Row("W4A6 static per tensor, nearest", STATIC),
     "static": Row("W4A6 static per tensor, scale-aware", STATIC, "scale-aware"),
     "w4a8-nearest": Row("W4A8, nearest", W4A8),
     "w4a8": Row("W4A8, scale-aware", W4A8, "scale-aware"),
+    "w4a8-int8-nearest": Row("W4A8 with INT8 tokens, nearest", RECIPES["w4a8_int8"]()),
 }
 """The table of the README."""
 
@@ -79,7 +84,9 @@ PAIRS = [
     ("w4a6-nearest", "int-nearest"), ("int-adaround", "int-nearest"), ("w4a6-plain", "w4a6-nearest"),
     ("w4a6", "w4a6-nearest"), ("w4a6", "w4a6-plain"), ("w4a6", "int-adaround"), ("e2m1-nearest", "w4a6-nearest"),
     ("e2m1", "w4a6"), ("auto-nearest", "w4a6-nearest"), ("auto", "w4a6"), ("auto", "int-adaround"),
+    ("auto16-nearest", "auto-nearest"), ("nf4-nearest", "e2m1-nearest"), ("nf4", "auto"), ("nf4", "int-adaround"),
     ("w4a6-nearest", "static-nearest"), ("w4a6", "static"), ("w4a8-nearest", "w4a6-nearest"), ("w4a8", "w4a6"),
+    ("w4a8-int8-nearest", "w4a8-nearest"),
     ("e2m3", "int-nearest"), ("int6", "e2m1-nearest"), ("only-e2m1", "only-e3m0-gelu"), ("only-e2m1", "only-int4"),
 ]  # fmt: skip
 """Paired differences worth printing: the same images, so much narrower intervals than those of two rows."""

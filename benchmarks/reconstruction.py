@@ -36,6 +36,7 @@ from fp4dit_ao import (
     reconstruct,
     reference,
 )
+from fp4dit_ao.benchmark import memory
 from fp4dit_ao.environment import environment, one_line
 from fp4dit_ao.evaluate import markdown_table, write_text
 from fp4dit_ao.observers import WeightObserver
@@ -125,7 +126,7 @@ def measure(
     """Run one variant, in turns with the eager loop if ``both``."""
     prepared, data = prepare(model, samples, recipe, device)
     compiled = VARIANTS[variant]
-    resident = _peak_memory(reset=True)
+    resident = memory.reset_peak()
     loop = (
         EagerLoop(model, BLOCK, prepared, data, config, QuantConfig.from_name(recipe))
         if both or compiled is None
@@ -144,7 +145,7 @@ def measure(
         found |= {"nearest": report.rows[0].loss_before, "seconds": report.seconds}
     if loop is not None:
         found["nearest, eager"] = loop.before
-    found["bytes"] = _peak_memory() - resident
+    found["bytes"] = memory.peak() - resident
     return found
 
 
@@ -156,19 +157,6 @@ def only_first_block(prepared: GraphModule) -> GraphModule:
             prepared.graph.erase_node(node)
     prepared.recompile()
     return prepared
-
-
-def _peak_memory(reset: bool = False) -> int:
-    """Highest bytes since the last reset: of the process, or on the GPU if there is one."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return peak if not reset else torch.cuda.memory_allocated()
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmRSS" if reset else "VmHWM"].split()[0]) * 1024
 
 
 def main(

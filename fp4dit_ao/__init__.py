@@ -26,6 +26,8 @@ _HOME = {
     "reconstruct": "passes.reconstruct",
     "lower": "passes.lower",
     "capture": "capture",
+    "quantizer_for": "families",
+    "example_inputs": "families",
     "calibrate": "calibration",
     "collect_samples": "calibration",
     "quantize_pipeline": "pipeline",
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from fp4dit_ao.capture import capture
     from fp4dit_ao.config import QuantConfig, w4a6, w4a6_auto, w4a8
     from fp4dit_ao.diffusers_quantizer import FP4DiTConfig
+    from fp4dit_ao.families import example_inputs, quantizer_for
     from fp4dit_ao.formats import FloatFormat
     from fp4dit_ao.modules import quantize_modules
     from fp4dit_ao.passes.lower import lower

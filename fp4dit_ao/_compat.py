@@ -55,6 +55,11 @@ def input_names(graph: GraphModule) -> list[str]:
     return [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
 
 
+def varying_numbers(graph: GraphModule) -> set[str]:
+    """The whole numbers among a captured graph's arguments that need not be those it was captured with."""
+    return {n.name for n in graph.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), SymInt)}
+
+
 def flat_inputs(graph: GraphModule, sample: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a captured graph's placeholders, by node name, when it is called with ``**sample``.
 
@@ -94,6 +99,22 @@ def create_buffer_node(model: GraphModule, path: str, value: Tensor) -> Node:
         name, copy = f"{leaf}_{copy}", copy + 1
     module.register_buffer(name, value.detach())
     return model.graph.get_attr(".".join([*parents, name]))
+
+
+def captured_sizes(graph: GraphModule) -> dict[str, list[int]]:
+    """The shapes that a captured graph's tensor inputs had while it was captured, by placeholder name."""
+    inputs = {node.name: node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"}
+    return {
+        name: [int(size.node.hint) if isinstance(size, SymInt) else size for size in x.shape]
+        for name, x in inputs.items()
+        if isinstance(x, Tensor)
+    }
+
+
+def without_guards(exported: ExportedProgram) -> ExportedProgram:
+    """``exported`` without run-time checks of the example's proportions (an image that was not square, …)."""
+    exported._guards_code = []
+    return exported
 
 
 def fake_mode() -> FakeTensorMode:

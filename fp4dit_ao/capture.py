@@ -103,7 +103,9 @@ def _caches_positions(module: nn.Module) -> str | None:
 @contextlib.contextmanager
 def _positions_computed(model: nn.Module) -> Iterator[None]:
     """Make cached position tables look stale, so that export records the code that serves every image size."""
-    cached = [(module, size, getattr(module, size)) for module in model.modules() if (size := _caches_positions(module))]
+    cached = [
+        (module, size, getattr(module, size)) for module in model.modules() if (size := _caches_positions(module))
+    ]
     try:
         for module, size, _ in cached:
             setattr(module, size, -1)

@@ -175,22 +175,90 @@ def inspect(
 
 @app.command()
 def benchmark(
-    model: Annotated[str, typer.Argument(help="A float pipeline: folder, hub id, or 'reference'.")] = "reference",
+    model: Annotated[str, typer.Argument(help="A float pipeline to generate with: folder, hub id, or 'reference'.")] = (
+        "reference"
+    ),
+    part: Annotated[
+        list[str] | None, typer.Option(help="'linears', 'transformer' or 'generation'; repeatable. All if not given.")
+    ] = None,
     recipe: Annotated[
-        str, typer.Option(help="Recipe, rounded to nearest: speed does not depend on the rounding.")
-    ] = "w4a6",
+        list[str], typer.Option(help="Ours, rounded to nearest; repeatable. Bars are judged on the first.")
+    ] = ["w4a6", "w4a8"],  # noqa: B006
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="Who else takes part, such as 'SDNQ int8'; repeatable. All if not given; 'none'."),
+    ] = None,
+    linear: Annotated[
+        list[str] | None,
+        typer.Option(help="Weights and tokens, such as flux:256,1024 or 4608x1152:16 (out x in); repeatable."),
+    ] = None,
+    transformer: Annotated[
+        list[str] | None,
+        typer.Option(help="Pixels and layers of PixArt-XL's width, such as 512x28, or 512x2+peers; repeatable."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few small sizes only.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated together.")] = 4,
     steps: Steps = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Times each variant generates, in turns.")] = 5,
     prompts: Prompts = None,
-    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("benchmark.json"),
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every variant, for each linear.")] = 5,
+    model_rounds: Annotated[int, typer.Option(min=1, help="The same for steps and generations.")] = 3,
+    at_once: Annotated[int, typer.Option(min=3, help="Variants in memory together; ratios are taken among those.")] = 8,
+    out: Annotated[Path, typer.Option(help="JSON to write; the Markdown goes beside it.")] = Path("benchmark.json"),
     device: Device = None,
 ) -> None:
-    """Time generation: float, compiled float and compiled quantized, in turns; prints Markdown, writes JSON."""
+    """Time linears, one denoising step and whole generations beside floats and other packages, in turns.
+
+    Prints one Markdown report: bars and whether they are met, speed ratios, errors, weight bytes, peak memory, cold compile
+    times. OMP_NUM_THREADS sets the threads.
+    """
     _writable_file(out)
     from fp4dit_ao.commands import speed as run
 
-    run.benchmark(model, recipe, batch_size, steps, rounds, prompts, out, device)
+    run.benchmark(
+        model, parts=part or [], recipes=recipe, peers=peer or [], linear=linear or [], transformer=transformer or [],
+        quick=quick, batch_size=batch_size, steps=steps, prompts=prompts, rounds=rounds, model_rounds=model_rounds,
+        at_once=at_once, device=device, out=out,
+    )  # fmt: skip
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A quantized pipeline's folder, or its transformer's.")],
+    out: Annotated[Path, typer.Argument(help="File to write; must end in .pt2.")],
+    aoti: Annotated[bool, typer.Option("--aoti", help="Compile it ahead of time (AOTInductor).")] = False,
+    device: Device = None,
+) -> None:
+    """Write MODEL's transformer as one file that runs without its Python class: a torch.export archive, or compiled."""
+    from fp4dit_ao.commands import export as run
+
+    _writable_file(out)
+    run.export(model, out, aoti, device)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A quantized pipeline's folder, or any MODEL.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name in /v1/models; the folder's if not given.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images drawn together.")] = 8,
+    window: Annotated[float, typer.Option(min=0, help="Milliseconds to wait for images to draw together.")] = 20,
+    max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait; more are answered with 429.")] = 64,
+    max_n: Annotated[int, typer.Option(min=1, help="Images of one request.")] = 4,
+    max_prompt: Annotated[int, typer.Option(min=1, help="Characters of a prompt.")] = 2000,
+    max_side: Annotated[int, typer.Option(min=8, help="Pixels of an image's width and height.")] = 2048,
+    max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a request.")] = 100,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request is answered with 504.")] = 120,
+    compile: Compile = True,
+    device: Device = None,
+) -> None:
+    """Serve MODEL over HTTP, as the OpenAI images API does: POST /v1/images/generations."""
+    from fp4dit_ao.commands import serve as run
+
+    run.serve(
+        model, host, port, name, {"max_batch": max_batch, "window": window / 1000, "max_queue": max_queue},
+        {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout}, compile, device,
+    )  # fmt: skip
 
 
 def _writable_folder(folder: Path) -> None:

@@ -41,8 +41,11 @@ class QuantConfig:
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of the stored weight scales."""
     indivisible: Literal["error", "divisor", "keep"] = "error"
-    """When ``group_size`` does not divide a layer's inputs: refuse; take its largest divisor that is a multiple of 16; or
-    keep the layer in high precision."""
+    """When ``group_size`` does not divide a layer's inputs: refuse; take their largest divisor that is a multiple of 16, if
+    there is one; or keep the layer in high precision."""
+    split_inputs: bool = False
+    """Whether a linear whose input joins tensors along the features becomes one linear for each of them, with scales of its
+    own: in a long skip connection, ranges of the two differ."""
     skip: tuple[str, ...] = HIGH_PRECISION
     """Globs over module names that stay in high precision."""
 
@@ -60,7 +63,9 @@ class QuantConfig:
                 _check_format(field, name)
         for field, allowed in _CHOICES.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"QuantConfig: {field}={getattr(self, field)!r}; choose one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"QuantConfig: {field}={getattr(self, field)!r}; choose one of {', '.join(map(str, allowed))}"
+                )
         if not isinstance(self.group_size, int) or self.group_size < 2 or self.group_size % 2:
             raise ValueError(
                 f"QuantConfig: group_size={self.group_size!r}; it must be an even whole number, such as 128"

@@ -12,9 +12,12 @@ def environment() -> dict[str, str]:
     """Processor, threads, GPU if any, Python and package versions."""
     import torch
 
+    from fp4dit_ao.kernels import native
+
     found = {
         "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernel": next(iter(native.kernels()), "none"),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
@@ -37,7 +40,11 @@ def processor() -> str:
 
 def one_line() -> str:
     """The environment as one sentence under a table."""
-    e = environment()
+    return describe(environment())
+
+
+def describe(e: dict[str, str]) -> str:
+    """:func:`environment`, of whatever machine, as one sentence."""
     device = e["processor"] + (f", {e['gpu']}" if e["gpu"] != "none" else "")
     return f"{device}; {e['threads']} threads; torch {e['torch']}, torchao {e['torchao']}, diffusers {e['diffusers']}."
 

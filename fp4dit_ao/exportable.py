@@ -58,9 +58,7 @@ def dit(
     rows, columns = (size // self.patch_size for size in hidden_states.shape[-2:])
     x = self.pos_embed(hidden_states)
     for block in self.transformer_blocks:
-        x = block(
-            x, timestep=timestep, class_labels=class_labels, cross_attention_kwargs=cross_attention_kwargs
-        )
+        x = block(x, timestep=timestep, class_labels=class_labels, cross_attention_kwargs=cross_attention_kwargs)
     condition = self.transformer_blocks[0].norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
     shift, scale = self.proj_out_1(F.silu(condition)).unsqueeze(1).chunk(2, -1)
     x = self.proj_out_2(self.norm_out(x) * (1 + scale) + shift)

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all."""
+"""Folders and files that are written whole or not at all."""
 
 import contextlib
 import os
@@ -36,6 +36,31 @@ def whole_folder(target: str | Path, replaceable: bool = False) -> Iterator[Path
         _put(partial, target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"cannot save to {target}: {reason}; nothing was written there") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_file(target: str | Path) -> Iterator[Path]:
+    """A file of ``target``'s name in a new folder to write to, moved to ``target`` at the end; removed if anything fails.
+
+    Args:
+        target: where the file shall be in the end; one that is there is replaced.
+
+    Raises:
+        OSError: it cannot be written (permissions, disk full); one sentence, nothing left behind.
+    """
+    target = Path(target)
+    partial = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        if target.is_dir():
+            raise IsADirectoryError("it is a folder")
+        partial.mkdir(parents=True)
+        yield partial / target.name
+        (partial / target.name).replace(target)
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise OSError(f"cannot save to {target}: {reason}; nothing was written there") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -16,10 +16,10 @@ from fp4dit_ao import checkpoint, generation, samples, skeleton
 from fp4dit_ao.calibration import MEMORY_LIMIT, calibrate, collect_samples
 from fp4dit_ao.capture import capture
 from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.families import quantizer_for, recipe_for
 from fp4dit_ao.folders import whole_folder
 from fp4dit_ao.generation import generation_defaults
 from fp4dit_ao.passes.lower import lower
-from fp4dit_ao.quantizer import FP4DiTQuantizer
 
 if TYPE_CHECKING:
     from fp4dit_ao.passes.reconstruct import AdaRoundConfig
@@ -55,7 +55,7 @@ def quantize_pipeline(
 
     Args:
         pipe: the float pipeline; it stays usable, and shares every component but the transformer with the result.
-        recipe: a name in ``config.RECIPES``, or a config.
+        recipe: a name in ``config.RECIPES``, taken as it is for the model's family; or a config, taken as it is.
         prompts: calibration prompts; see :func:`fp4dit_ao.collect_samples`, also for ``steps``, ``samples``, ``batch_size``,
             ``seed``, ``cache_dir``, ``memory_limit_bytes`` and for text embeddings in place of prompts.
         rounding: ``"adaround"`` learns the rounding of weights; ``"nearest"`` takes seconds.
@@ -78,7 +78,7 @@ def quantize_pipeline(
     from fp4dit_ao.quantized_transformer import QuantizedTransformer
 
     model = _float_transformer(pipe)
-    config = QuantConfig.from_name(recipe) if isinstance(recipe, str) else recipe
+    config = recipe_for(model, recipe)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r}; choose one of {', '.join(ROUNDINGS)}")
     needs_calibration = bool(config.weight_candidates) or config.activation_granularity == "tensor"
@@ -87,7 +87,7 @@ def quantize_pipeline(
         pipe, prompts, steps=steps, seed=seed, samples=samples if needs_data else 1, batch_size=batch_size,
         cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
     )  # fmt: skip
-    quantizer = FP4DiTQuantizer().set_global(config)
+    quantizer = quantizer_for(model, recipe)
     for glob in skip:
         quantizer.set_module_name(glob, None)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 This module imports diffusers; ``fp4dit_ao.QuantizedTransformer`` does so on first use.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class LayerSummary:
 
     Attributes:
         name: fully qualified module name.
-        kind: ``"linear"`` or ``"attention"``.
+        kind: ``"linear"``, ``"attention"`` or ``"convolution"``.
         weight: number format of the weight, or its type if it stayed in high precision; None for an attention.
         activation: number format of the inputs (of q, k and v for an attention); None if they are not quantized.
         shape: of the weight, (out_features, in_features); None for an attention.
@@ -116,7 +117,8 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if not torch.compiler.is_compiling():
             if len(args) > len(names):
                 raise ValueError(f"{self._class} takes {len(names)} arguments, found {len(args)}")
-            self._check(names, arguments)
+            varying = _compat.varying_numbers(self.graph)
+            samples.check(self.description, arguments, f"quantized {self._class}", varying)
             self._prepare(next(x.device for _, x in samples.tensors(arguments)))
         output = self._run(**arguments)
         return Transformer2DModelOutput(sample=output[0]) if return_dict else output
@@ -129,17 +131,9 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def _class(self) -> str:
         return str(self.config["_class_name"])
 
-    def _check(self, names: list[str], arguments: dict[str, Any]) -> None:
-        unknown = sorted(set(arguments) - set(names))
-        if unknown:
-            raise ValueError(f"quantized {self._class}: no argument {', '.join(unknown)}; it takes {', '.join(names)}")
-        for name, captured in self.description["dict"].items():
-            if name in names and name != "return_dict":
-                wrong = samples.difference(captured, arguments.get(name), name)
-                if wrong:
-                    raise ValueError(
-                        f"quantized {self._class}: {wrong}; quantize again with a call like this one to change it"
-                    )
+    def cache_context(self, name: str, **_: Any) -> contextlib.AbstractContextManager[None]:
+        """Pipelines say through this which of their calls comes next, for caches between steps; a graph has none."""
+        return contextlib.nullcontext()
 
     def _prepare(self, device: torch.device) -> None:
         """Bring the graph's own device constants to where the inputs are, and compile if asked."""
@@ -211,7 +205,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     # --- what it is made of ------------------------------------------------------------------------------------------
 
     def summary(self) -> list[LayerSummary]:
-        """One row per linear and attention of the graph."""
+        """One row per linear, attention and convolution of the graph."""
         weights = dict(self.graph.named_parameters())
         rows = []
         for decision in self.decisions:
@@ -230,7 +224,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             activation = config.activation if config else None
             quantized = config is not None
             rows.append(
-                LayerSummary(decision.name, "linear", name, activation, shape, size, quantized, decision.reason)
+                LayerSummary(decision.name, decision.kind, name, activation, shape, size, quantized, decision.reason)
             )
         return rows
 

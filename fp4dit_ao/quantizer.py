@@ -22,9 +22,11 @@ from torchao.quantization.pt2e.quantizer import (
 
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.observers import StaticActivationObserver, TokenActivationObserver, WeightObserver
+from fp4dit_ao.split import part_name, split_linears, whole_name
 
 ANNOTATION = "quantization_annotation"
 _ATEN = torch.ops.aten
+_CONVOLUTIONS = (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv2d.padding, _ATEN.conv3d.default)
 _GATES = (_ATEN.gelu.default, _ATEN.silu.default)
 _TRANSPARENT = (
     _ATEN.dropout.default, _ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN.clone.default, _ATEN.contiguous.default,
@@ -35,17 +37,17 @@ _ACTIVATION_OBSERVERS = {"token": TokenActivationObserver, "tensor": StaticActiv
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of one linear or attention, for reports.
+    """What became of one linear, attention or convolution, for reports.
 
     Attributes:
         name: fully qualified module name.
-        kind: ``"linear"`` or ``"attention"``.
+        kind: ``"linear"``, ``"attention"`` or ``"convolution"``.
         config: its recipe, with ``weight`` and ``group_size`` resolved; None where left in high precision.
         reason: why it was left, or which rule chose its format.
     """
 
     name: str
-    kind: Literal["linear", "attention"]
+    kind: Literal["linear", "attention", "convolution"]
     config: QuantConfig | None
     reason: str
 
@@ -57,7 +59,7 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
     a module wins, and ``None`` leaves it in high precision. Attention follows the config of its module's name.
 
     Attributes:
-        decisions: after ``prepare_pt2e``, a :class:`Decision` for every linear and attention of the graph.
+        decisions: after ``prepare_pt2e``, a :class:`Decision` for every linear, attention and convolution of the graph.
     """
 
     def __init__(self) -> None:
@@ -81,6 +83,11 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
 
     # --- torchao's interface -----------------------------------------------------------------------------------------
 
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        """Split the linears whose config says ``split_inputs``."""
+        split_linears(model, self._splits)
+        return model
+
     def annotate(self, model: GraphModule) -> GraphModule:
         self._refuse_unmatched(model)
         self.decisions = {}
@@ -90,6 +97,9 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
                 self._annotate_linear(node, shared)
             elif node.target is _ATEN.scaled_dot_product_attention.default:
                 self._annotate_attention(node, shared)
+            elif node.target in _CONVOLUTIONS:
+                name = _linear_name(node)
+                self.decisions[name] = Decision(name, "convolution", None, "convolutions are not quantized")
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -105,22 +115,33 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         return self._config(name, ())
 
     def _config(self, name: str, types: tuple[str, ...]) -> tuple[QuantConfig | None, str]:
-        """The config of module ``name`` inside modules of ``types``, and the reason."""
+        """The config of module ``name`` inside modules of ``types``, and the reason; parts of a module are the module, too."""
+        names = (name, whole_name(name))
         for kind, key, config in reversed(self._rules):
-            if kind == "name" and fnmatchcase(name, key):
+            if kind == "name" and any(fnmatchcase(name, key) for name in names):
                 return config, f"name matches {key!r}"
             if kind == "type" and key not in types:
                 continue
             if kind in ("global", "type"):
                 if config is None:
                     return None, f"{kind} rule"
-                glob = next((glob for glob in config.skip if fnmatchcase(name, glob)), None)
+                glob = next((glob for glob in config.skip if any(fnmatchcase(name, glob) for name in names)), None)
                 return (None, f"recipe keeps {glob!r}") if glob else (config, f"{kind} rule")
         return None, "no rule"
 
+    def _splits(self, node: Node) -> bool:
+        """Whether a linear's config, or that of its parts, says that it is split."""
+        name = _linear_name(node)
+        configs = [self._config(found, _types(node))[0] for found in (name, part_name(name, 0))]
+        return any(config is not None and config.split_inputs for config in configs)
+
     def _refuse_unmatched(self, model: GraphModule) -> None:
         """A name rule that matches no module is a typing mistake; saying nothing would leave the user believing it."""
-        names = [_linear_name(n) if n.target is _ATEN.linear.default else _module_name(n) for n in _quantizable(model)]
+        names = [
+            _module_name(n) if n.target is _ATEN.scaled_dot_product_attention.default else _linear_name(n)
+            for n in _named(model)
+        ]
+        names += [whole_name(name) for name in names]
         for kind, glob, _ in self._rules:
             if kind == "name" and not any(fnmatchcase(name, glob) for name in names):
                 close = difflib.get_close_matches(glob, names, n=1, cutoff=0.3)
@@ -229,7 +250,9 @@ def fit_group(name: str, features: int, config: QuantConfig, reason: str) -> tup
     if config.indivisible == "keep":
         return None, f"groups of {config.group_size} do not divide its {features} inputs"
     sizes = [g for g in range(16, config.group_size, 16) if features % g == 0]
-    if config.indivisible == "divisor" and sizes:
+    if config.indivisible == "divisor":
+        if not sizes:
+            return None, f"no multiple of 16 divides its {features} inputs"
         return dataclasses.replace(config, group_size=sizes[-1]), f"{reason}, groups of {sizes[-1]}"
     raise ValueError(
         f"{name}: groups of {config.group_size} do not divide its {features} input features; "
@@ -240,9 +263,10 @@ def fit_group(name: str, features: int, config: QuantConfig, reason: str) -> tup
 # --- names in the graph ----------------------------------------------------------------------------------------------
 
 
-def _quantizable(model: GraphModule) -> Iterator[Node]:
+def _named(model: GraphModule) -> Iterator[Node]:
+    """The nodes that get a decision."""
     for node in model.graph.nodes:
-        if node.target in (_ATEN.linear.default, _ATEN.scaled_dot_product_attention.default):
+        if node.target in (_ATEN.linear.default, _ATEN.scaled_dot_product_attention.default, *_CONVOLUTIONS):
             yield node
 
 
@@ -257,7 +281,7 @@ def _module_name(node: Node) -> str:
 
 
 def _linear_name(node: Node) -> str:
-    """Name of the module that owns the linear's weight; unlike the module stack it survives weight sharing."""
+    """Name of the module that owns the node's weight; unlike the module stack it survives weight sharing."""
     weight = node.args[1]
     if isinstance(weight, Node) and weight.op == "get_attr":
         return str(weight.target).rpartition(".")[0] or str(weight.target)

@@ -3,7 +3,7 @@
 Here they are turned into JSON (with the tensors kept apart, or described by shape and type) and back.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -117,6 +117,30 @@ def difference(description: Any, value: Any, where: str) -> str | None:
             return f"{where} must hold {len(spec)} items, found {_brief(value)}"
         pairs = [(item, value[i], f"{where}[{i}]") for i, item in enumerate(spec)]
     return next((found for pair in pairs if (found := difference(*pair)) is not None), None)
+
+
+def check(description: Any, arguments: Mapping[str, Any], who: str, varying: Collection[str] = ()) -> None:
+    """Refuse what a captured graph cannot honour.
+
+    Args:
+        description: of the arguments that were captured; ``return_dict`` is nobody's business.
+        arguments: of the call; one that is missing counts as None.
+        who: the beginning of the message.
+        varying: names of whole numbers that may be others than those captured.
+
+    Raises:
+        ValueError: an argument that is unknown, of another rank, or not the constant that was captured.
+    """
+    captured = {name: spec for name, spec in description["dict"].items() if name != "return_dict"}
+    unknown = sorted(set(arguments) - set(captured) - {"return_dict"})
+    if unknown:
+        raise ValueError(f"{who}: no argument {', '.join(unknown)}; it takes {', '.join(captured)}")
+    for name, spec in captured.items():
+        value = arguments.get(name)
+        if name in varying and type(value) is int:
+            continue
+        if wrong := difference(spec, value, name):
+            raise ValueError(f"{who}: {wrong}; quantize again with a call like this one to change it")
 
 
 def _brief(value: Any) -> str:

@@ -99,7 +99,14 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
         )
 
     def _quantization_type(self) -> str:
-        return f"fmt={self.fmt}, act_fmt={self.act_fmt}, block_size={self.block_size}, shape={tuple(self.shape)}"
+        return f"fmt={self.fmt}, act_fmt={self.act_fmt}, block_size={list(self.block_size)}, shape={tuple(self.shape)}"
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """One line: thousands of codes tell a reader nothing."""
+        scale = str(self.scale.dtype).removeprefix("torch.")
+        return (
+            f"MinifloatTensor({self._quantization_type()}, scale={scale}, dtype={self.dtype}, device='{self.device}')"
+        )
 
 
 @MinifloatTensor.implements(_ATEN.linear.default)  # type: ignore[untyped-decorator]

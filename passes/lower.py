@@ -16,9 +16,9 @@ def lower(model: GraphModule) -> GraphModule:
     """Rewrite ``linear(dequantize(quantize(x)), dequantize(codes))`` to ``linear(x, MinifloatTensor)``.
 
     The parameter takes the float weight's place and name (``blocks.0.fc.weight``), so the state dict has the original's
-    keys. Token-wise input quantization moves into the tensor's ``linear``; what else is quantized (a static input range, q,
-    k and v) becomes ``fake_quantize``, which Inductor fuses. Each linear computes what the converted graph does, up to the
-    order in which float32 group sums are added.
+    keys. Token-wise input quantization moves into the tensor's ``linear``, that of q, k and v into ``fp4dit_ao.attention``;
+    what else is quantized (a static range) becomes ``fake_quantize``, which Inductor fuses. Each linear and each attention
+    computes what the converted graph does, up to float32 rounding (bfloat16, in an attention of a bfloat16 model).
 
     Args:
         model: the result of ``convert_pt2e``; not changed.
@@ -27,6 +27,8 @@ def lower(model: GraphModule) -> GraphModule:
     for node in list(model.graph.nodes):
         if node.target is torch.ops.aten.linear.default and _is_stored_weight(node.args[1]):
             _lower_linear(model, node)
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            _lower_attention(model, node)
     model.graph.eliminate_dead_code()
     for node in list(model.graph.nodes):
         if node.target is _OPS.dequantize.default and _is_call(node.args[0], _OPS.quantize.default):
@@ -81,6 +83,22 @@ def _lower_linear(model: GraphModule, node: Node) -> None:
     parameter.meta["val"] = dequantized.meta.get("val")
     node.update_arg(0, x)
     node.update_arg(1, parameter)
+
+
+def _lower_attention(model: GraphModule, node: Node) -> None:
+    """``scaled_dot_product_attention`` of quantized q, k and v, unless it asks for what ours lacks (dropout, causal, GQA)."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    inputs = [_token_wise_input(given[name]) for name in names[:3]]
+    formats = {fmt for _, fmt in inputs}
+    if None in formats or len(formats) > 1 or any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
+        return
+    arguments = (*(x for x, _ in inputs), given.get("attn_mask"), given.get("scale"), formats.pop())
+    with model.graph.inserting_before(node):
+        new = model.graph.call_function(_OPS.attention.default, arguments)
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+    model.graph.erase_node(node)
 
 
 def _token_wise_input(node: Any) -> tuple[Any, str | None]:

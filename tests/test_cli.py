@@ -138,21 +138,36 @@ def test_inspect_says_formats_errors_and_reasons(quantized, folders, tmp_path):
     assert Image.open(tmp_path / "levels.png").width > 200
 
 
-def test_benchmark_times_in_turns(folders, tmp_path, monkeypatch):
-    import torch
-
-    monkeypatch.setattr(
-        torch, "compile", lambda model, **_: model
-    )  # compiling takes a minute, and is not what is tested
+def test_benchmark_times_in_turns(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes a minute, and is not what is tested
     result = run(
-        "benchmark", folders / "float", "--prompts", folders / "prompts.txt", "--rounds", 2, "--batch-size", 2,
+        "benchmark", "--part", "linears", "--linear", "128x128:2,17", "--recipe", "w4a6", "--peer", "none", "--rounds", 2,
         "--out", tmp_path / "b.json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "b.json").read_text())
-    assert list(data["seconds"]) == ["float", "float, compiled", "w4a6, compiled"]
-    assert all(len(times) == 2 for times in data["seconds"].values())
-    assert "speed against float" in result.stdout
+    variants = {m["variant"]: m for m in data["linears"] if m["case"]["tokens"] == 17}
+    assert list(variants)[:4] == ["torch._int_mm", "float32", "bfloat16", "w4a6, compiled"]
+    assert all(m["error"] is None and len(m["seconds"]) == 2 for m in variants.values())
+    assert len({m["facts"].get("bits") for m in variants.values()} & {4.25, 8.0, 16.0, 32.0}) == 4
+    assert "| w4a6, compiled" in result.stdout and "### Bars" in result.stdout
+    assert (tmp_path / "b.md").read_text() in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--recipe", "w3a3"], ["unknown recipe 'w3a3'", "w4a6"]),
+        (["--part", "linear"], ["unknown --part 'linear'", "linears"]),
+        (["--peer", "nobody"], ["unknown --peer 'nobody'", "SDNQ int8"]),
+        (["--linear", "big"], ["unknown linear 'big'", "4608x1152:16,256"]),
+        (["--transformer", "big"], ["unknown step 'big'", "512x28"]),
+        (["nowhere"], ["there is no folder nowhere"]),
+    ],
+)
+def test_benchmark_refuses_before_any_work(options, words, tmp_path):
+    refused(run("benchmark", *options, "--out", tmp_path / "b.json"), *words)
+    assert not entries(tmp_path)
 
 
 # --- wrong input -----------------------------------------------------------------------------------------------------

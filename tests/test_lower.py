@@ -123,3 +123,22 @@ def test_re_export() -> None:
     lowered = lower(graph)
     again = torch.export.export(lowered, (), sample | {"return_dict": False}, strict=False).module()
     assert torch.equal(again(**sample, return_dict=False)[0], lowered(**sample)[0])
+
+
+def test_attention_that_ours_cannot_do_stays_pytorchs() -> None:
+    """Causal attention keeps its operator, on fake-quantized inputs; plain attention becomes ours."""
+
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.2)
+            return plain + torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    sample = {name: torch.randn(2, 3, 5, 16) for name in "qkv"}
+    with torch.no_grad():
+        graph = convert_pt2e(prepare_pt2e(capture(Model(), sample), FP4DiTQuantizer().set_global(w4a6())))
+        lowered = lower(graph)
+        assert torch.allclose(lowered(**sample), graph(**sample), rtol=1e-5, atol=1e-6)
+    targets = [str(node.target) for node in lowered.graph.nodes]
+    assert targets.count("aten.scaled_dot_product_attention.default") == 1
+    assert targets.count("fp4dit_ao.attention.default") == 1
+    assert targets.count("fp4dit_ao.fake_quantize.default") == 3

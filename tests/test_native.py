@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 
 from fp4dit_ao import FloatFormat, MinifloatTensor
-from fp4dit_ao.kernels import int8, native
+from fp4dit_ao.kernels import int8, native, tokens
 from fp4dit_ao.ops import choose_scale
 
 E3M0 = [0, 1, 2, 4, 8, 16, 32, 64, 0, -1, -2, -4, -8, -16, -32, -64]
@@ -248,3 +248,45 @@ def test_products_on_operators_are_the_specification() -> None:
     expected = int8._products(tokens, levels, p["scale"], 64) * token_scale
     got = native.run(tokens, token_scale, p["qdata"], p["scale"], WILD, None, torch.float32)
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-4)
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def _both(x: torch.Tensor, fmt: str) -> None:
+    """The compiled loop and the operators it stands for, to the bit."""
+    levels, scale = tokens._run(x, fmt)
+    expected, expected_scale = tokens._quantize(x, fmt)
+    assert torch.equal(levels, expected)
+    assert torch.equal(scale.view(torch.int32), expected_scale.view(torch.int32)) or scale.isnan().any()
+    assert torch.equal(scale.isnan(), expected_scale.isnan())
+
+
+@pytest.mark.parametrize("fmt", ["e2m3", "int8", "int6", "e1m4", "e2m1", "e1m2", "e2m2"])
+@pytest.mark.parametrize("dtype", list(native.OUTPUTS), ids=str)
+def test_compiled_tokens_are_the_operators_tokens(fmt: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.int16)
+    dense = torch.linspace(-1, 1, 60 * 16 + 1)[None] * 60  # every middle between levels
+    for x in (
+        torch.randn(33, 1153, generator=generator),
+        torch.randn(33, 40, generator=generator) * torch.logspace(-30, 30, 40),
+        every.view(torch.bfloat16).float().reshape(256, 256),  # with its infinities, NaN and subnormals
+        every.view(torch.float16).float().reshape(-1, 64),
+        torch.cat([dense, dense * torch.finfo(torch.float32).tiny]),
+        torch.zeros(2, 7), torch.ones(0, 8), torch.ones(3, 1),
+    ):  # fmt: skip
+        _both(x.to(dtype), fmt)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.floats(width=32), min_size=1, max_size=40), st.sampled_from(["e2m3", "int8", "e1m2"]))
+def test_compiled_tokens_of_wild_floats(values: list[float], fmt: str) -> None:
+    _both(torch.tensor([values]), fmt)
+
+
+def test_compiled_tokens_take_any_layout() -> None:
+    x = torch.randn(5, 7, 64)
+    for view in (x, x.transpose(0, 1), x[:, ::2], x[..., ::3], x.expand(2, 5, 7, 64), torch.nn.Parameter(x)):
+        assert tokens._runs_natively(view, "e2m3")
+        _both(view, "e2m3")

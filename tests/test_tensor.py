@@ -89,6 +89,14 @@ def test_non_contiguous_and_transposed_input() -> None:
     assert torch.equal(F.linear(x, weight), F.linear(x.contiguous(), weight))
 
 
+def test_prints_as_one_line() -> None:
+    assert repr(make()) == (
+        "MinifloatTensor(fmt=e2m1, act_fmt=e2m3, block_size=[1, 128], shape=(48, 256), scale=float32, "
+        "dtype=torch.float32, device='cpu')"
+    )
+    assert "MinifloatTensor(fmt=e2m1" in repr(torch.nn.Parameter(make(), requires_grad=False))
+
+
 def test_moving_keeps_codes() -> None:
     weight = make()
     half = weight.to(torch.bfloat16)

@@ -1,88 +1,101 @@
-"""``fp4dit-ao benchmark``: generation timed in turns, so that a busy machine disturbs every variant alike."""
+"""``fp4dit-ao benchmark``: one Markdown report of speed, memory and faithfulness beside floats and other packages."""
 
 import json
-import statistics
-import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fp4dit_ao import models
+from fp4dit_ao.benchmark import linears, report, sections
+from fp4dit_ao.benchmark.bars import Results
+from fp4dit_ao.benchmark.peers import PEERS
+from fp4dit_ao.benchmark.sections import Settings, StepCase
+from fp4dit_ao.benchmark.turns import Measured
 from fp4dit_ao.calibration import read_prompts
 from fp4dit_ao.config import QuantConfig
-from fp4dit_ao.environment import environment, one_line
-from fp4dit_ao.evaluate import generate, markdown_table, write_text
-from fp4dit_ao.generation import call_arguments
-from fp4dit_ao.pipeline import quantize_pipeline
+from fp4dit_ao.environment import environment
+from fp4dit_ao.evaluate import write_text
+
+PARTS = ("linears", "transformer", "generation")
+SIZES = {
+    "cpu": {
+        "linear": ["pixart-xl:1,16,256,1024,4096", "6144x1408:1024", "12288x3072:1024"],
+        "transformer": ["512x28", "512x2+peers", "1024x2"],
+    },
+    "cuda": {
+        "linear": [f"{name}:16,256,1024,4096,16384" for name in linears.SHAPES],
+        "transformer": ["512x28", "1024x28+peers"],
+    },
+    "quick": {"linear": ["4608x1152:16,256"], "transformer": ["256x1+peers"]},
+}
+"""What is measured if nothing else is asked for, by type of device."""
 
 
 def benchmark(
-    model: str, recipe: str, batch_size: int, steps: int | None, rounds: int, prompts: Path | None, out: Path,
-    device: str | None,
+    model: str, *, parts: Sequence[str], recipes: Sequence[str], peers: Sequence[str], linear: Sequence[str],
+    transformer: Sequence[str], quick: bool, batch_size: int, steps: int | None, prompts: Path | None, rounds: int,
+    model_rounds: int, at_once: int, device: str | None, out: Path,
 ) -> None:  # fmt: skip
-    """Time ``rounds`` rounds in which float, compiled float and compiled quantized generate one batch each, in turns."""
-    config = QuantConfig.from_name(recipe)
-    texts = read_prompts(prompts) if prompts else models.default_prompts(model, batch_size)
-    texts = [texts[index % len(texts)] for index in range(batch_size)]
-    pipe = models.open_pipeline(model, device)
+    """Measure, print Markdown, and write it beside the JSON ``out``; see ``fp4dit-ao benchmark --help``."""
+    for recipe in recipes:
+        QuantConfig.from_name(recipe)
+    parts = _known("part", parts, PARTS)
+    peers = [] if list(peers) == ["none"] else _known("peer", peers, list(PEERS))
+    device = device or models.default_device()
+    sizes = SIZES["quick" if quick else torch.device(device).type]
+    linear, transformer = linear or sizes["linear"], transformer or sizes["transformer"]
+    linear_cases = [case for text in linear for case in linears.cases(text)]
+    step_cases = [StepCase.parse(text) for text in transformer]
+    texts = _prompts(model, prompts, batch_size) if "generation" in parts else []
     call: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
-    original: nn.Module = pipe.transformer
-    quantized = quantize_pipeline(pipe, config, prompts=texts, rounding="nearest", samples=8, compile=True, **call)
-    variants: dict[str, tuple[Any, nn.Module]] = {
-        "float": (pipe, original),
-        "float, compiled": (pipe, _compiled(original)),
-        f"{recipe}, compiled": (quantized, quantized.transformer),
-    }
-
-    def run(name: str) -> float:
-        variant, transformer = variants[name]
-        object.__setattr__(variant, "transformer", transformer)
-        start = time.perf_counter()
-        generate(variant, texts, [0], batch_size=batch_size, progress=None, **call)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
+    each = Settings(tuple(recipes), tuple(peers), device, torch.get_num_threads(), rounds, at_once)
+    few = replace(each, rounds=model_rounds)
+    asked = {
+        "parts": parts, "recipes": list(recipes), "peers": peers, "linear": linear, "transformer": transformer,
+        "model": model, "batch size": batch_size, "steps": steps, "rounds": rounds, "model rounds": model_rounds,
+        "device": device,
+    }  # fmt: skip
+    results = Results(asked, environment())
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    warm_up: dict[str, float] = {}
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    with tqdm(total=len(variants) * (rounds + 1), desc="generations") as bar:
-        for name in variants:
-            bar.set_postfix_str(f"warm up: {name}")
-            warm_up[name] = run(name)
-            bar.update()
-        for _ in range(rounds):
-            for name, measured in times.items():
-                bar.set_postfix_str(name)
-                measured.append(run(name))
-                bar.update()
-    sizes = {name: models.size_at_16_bits(transformer) for name, (_, transformer) in variants.items()}
-    rows = []
-    for name, measured in times.items():
-        ratios = [base / own for base, own in zip(times["float"], measured, strict=True)]
-        size, bits = sizes[name]
-        each = statistics.median(measured) / batch_size
-        rows.append(
-            [name, f"{bits:.2f}", f"{size / 1e6:.2f}", f"{warm_up[name]:.1f}", f"{each:.3f}",
-             f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
-        )  # fmt: skip
-    head = ["", "bits / weight", "MB at 16 bits", "first call, s", "s / image, median", "speed against float"]
-    arguments = call_arguments(pipe, **call)
-    settings = {
-        "model": model, "recipe": recipe, "batch size": batch_size, "rounds": rounds,
-        "steps": arguments.get("num_inference_steps", "default"),
-    }  # fmt: skip
-    print(markdown_table(head, rows))
-    print(f"\n{', '.join(f'{key} {value}' for key, value in settings.items())}; whole pipeline, in turns. {one_line()}")
-    result = {"settings": settings, "environment": environment(), "first call, s": warm_up, "seconds": times}
-    write_text(out, json.dumps(result, indent=1) + "\n")
-    print(f"every time: {out}")
+    def collect(found: list[Measured], measured: Iterable[Measured]) -> None:
+        for one in measured:
+            found.append(one)
+
+    try:
+        with tqdm(bar_format="{elapsed} {desc}") as bar:
+            if "linears" in parts:
+                bar.set_description_str("ceilings")
+                results.ceilings = sections.ceilings(each)
+                collect(results.linears, sections.measure_linears(each, linear_cases, bar.set_description_str))
+            if "transformer" in parts:
+                for case in step_cases:
+                    collect(results.steps, sections.measure_step(few, case, bar.set_description_str))
+            if "generation" in parts:
+                measured = sections.measure_generation(few, model, texts, call, bar.set_description_str)
+                collect(results.generations, measured)
+            bar.set_description_str("done")
+    finally:
+        if results.linears or results.steps or results.generations:  # if interrupted: what there is
+            text = report.markdown(results)
+            print(text)
+            write_text(out, json.dumps(report.to_dict(results), indent=1) + "\n")
+            write_text(out.with_suffix(".md"), text)
+            print(f"every time: {out}; this report: {out.with_suffix('.md')}")
 
 
-def _compiled(model: nn.Module) -> nn.Module:
-    """``model`` under ``torch.compile``; attributes that the pipeline reads come from the original."""
-    compiled: nn.Module = torch.compile(model, dynamic=True)  # type: ignore[assignment]
-    return compiled
+def _known(kind: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """``names``, or all that are known if there are none."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown --{kind} {name!r}; choose among {', '.join(known)}")
+    return list(names or known)
+
+
+def _prompts(model: str, prompts: Path | None, count: int) -> list[str]:
+    models.folder_of(model)
+    texts = read_prompts(prompts) if prompts else models.default_prompts(model, count)
+    return [texts[index % len(texts)] for index in range(count)]

@@ -7,13 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4dit_ao.formats import NumberFormat, unpack
-from fp4dit_ao.kernels import native
+from fp4dit_ao.kernels import gpu, native
 from fp4dit_ao.kernels.tokens import digits, quantize_tokens
 
 _CUDA_ROWS = 32
 """cuBLAS's int8 product wants more than 16 rows."""
-
-
 _DIGITS = 3
 """More of them cost more than a product of floats."""
 
@@ -37,7 +35,7 @@ def linear(
     group = features if block_size[1] == -1 else block_size[1]
     rounded, token_scale = quantize_tokens(x, str(act_fmt))
     count = digits(act_fmt)
-    if native.supports(x, fmt.bits, group):
+    if native.supports(x, fmt.bits, group) or gpu.supports(x, fmt.bits, group):
         whole = count == 1  # else the digits' products are added before they are rounded to the output's type
         output_dtype = x.dtype if whole and x.dtype in native.OUTPUTS else torch.float32
         y = torch.ops.fp4dit_ao.int8_linear(

@@ -1,4 +1,4 @@
-"""The compiled kernel for 4-bit weights on CPUs, and the operator around it.
+"""The compiled library of CPU kernels, and the operator around that for 4-bit weights.
 
 ``csrc/*.c`` is built with the package as a plain shared library: no Python or PyTorch headers, so that one binary goes
 with every version of both. It runs on the threads of PyTorch's own OpenMP. Where it was not built (no C compiler), linears
@@ -19,10 +19,13 @@ from torch import Tensor
 from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.ops import LIBRARY
 
-VERSION = 1
+VERSION = 2
 """Of the library's interface; ``fp4dit_version`` in ``csrc/linear.c`` says the same."""
 OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ARGUMENTS = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5 + [ctypes.c_int32] * 2 + [ctypes.c_void_p, ctypes.c_int32]
+_POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_LINEAR = [_POINTER] * 7 + [_SIZE] * 5 + [_NUMBER] * 2 + [_POINTER, _NUMBER]
+_TOKENS = [_POINTER] * 3 + [_SIZE] * 2 + [_NUMBER] * 2 + [ctypes.c_float, _POINTER, _NUMBER]
+_ATTENTION = [_POINTER] * 8 + [_SIZE] * 8 + [ctypes.c_float, _NUMBER, _NUMBER, _POINTER, _NUMBER]
 
 
 @functools.cache
@@ -38,7 +41,8 @@ def library() -> ctypes.CDLL | None:
         if opened.fp4dit_version() != VERSION:
             reason = f"{path} is of another version"
             continue
-        opened.fp4dit_linear.argtypes = _ARGUMENTS
+        opened.fp4dit_linear.argtypes, opened.fp4dit_attention.argtypes = _LINEAR, _ATTENTION
+        opened.fp4dit_tokens.argtypes, opened.fp4dit_tokens.restype = _TOKENS, None
         opened.fp4dit_kernel.restype = ctypes.c_char_p
         return opened
     warnings.warn(
@@ -74,7 +78,7 @@ def _best() -> int:
 
 
 @functools.cache
-def _parallel() -> int | None:
+def parallel() -> int | None:
     """The address of ``GOMP_parallel`` in the OpenMP that PyTorch loaded; None runs on one thread."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
@@ -147,7 +151,7 @@ def run(
     number = _best() if kernel is None else kernels()[kernel]
     failed = opened.fp4dit_linear(
         *(array.data_ptr() for array in arrays), (ctypes.c_int8 * 16)(*table), None if added is None else added.data_ptr(),
-        out.data_ptr(), rows, features, depth, group, scale.shape[0], OUTPUTS[output_dtype], number, _parallel(),
+        out.data_ptr(), rows, features, depth, group, scale.shape[0], OUTPUTS[output_dtype], number, parallel(),
         torch.get_num_threads(),
     )  # fmt: skip
     if failed:

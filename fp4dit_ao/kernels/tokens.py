@@ -1,4 +1,5 @@
-"""Token-wise quantization to int8 levels: plain operators, which Inductor fuses into what precedes them.
+"""Token-wise quantization to int8 levels: plain operators, which Inductor fuses into what precedes them; one compiled loop
+where nothing is traced.
 
 Levels too large for an int8 are written with several int8 digits, the way 1984 is 15 * 128 + 64: a product with the levels
 is then the sum of the products with each digit, as exact as one. E3M4 takes two digits, E4M3 three.
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fp4dit_ao import _compat
-from fp4dit_ao.formats import NumberFormat, parse
+from fp4dit_ao.formats import FloatFormat, NumberFormat, parse
+from fp4dit_ao.kernels import native
 from fp4dit_ao.ops import LIBRARY, choose_scale
 
 _BASE = 128
@@ -46,7 +48,7 @@ def digits(fmt: NumberFormat) -> int:
 
 def _shared(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     if not _compat.is_traced(x):  # a tensor with memory of its own can change without a trace
-        return _quantize(x, fmt)
+        return _run(x, fmt) if _runs_natively(x, fmt) else _quantize(x, fmt)
     known = _TRACED.setdefault(x, {})
     version, result = known.get(fmt, (None, None))
     if result is None or version != x._version:
@@ -55,19 +57,47 @@ def _shared(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     return result
 
 
+def _runs_natively(x: Tensor, fmt: str) -> bool:
+    number = parse(fmt)
+    simple = isinstance(number, FloatFormat) and number.mantissa_bits > 0 and number.fits_int8
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype in native.OUTPUTS
+    return simple and plain and not torch.compiler.is_compiling() and native.library() is not None
+
+
+def _run(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    """What :func:`_quantize` gives, to the bit."""
+    number, tokens = parse(fmt), x.detach().reshape(-1, x.shape[-1]).contiguous()
+    assert isinstance(number, FloatFormat)
+    levels, scale = torch.empty(tokens.shape, dtype=torch.int8), torch.empty((tokens.shape[0], 1))
+    opened = native.library()
+    assert opened is not None
+    opened.fp4dit_tokens(
+        tokens.data_ptr(), levels.data_ptr(), scale.data_ptr(), *tokens.shape, native.OUTPUTS[tokens.dtype],
+        number.mantissa_bits, float(number.lattice_max), native.parallel(), torch.get_num_threads(),
+    )  # fmt: skip
+    return levels, scale
+
+
 def _quantize(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
-    tokens = x.reshape(-1, x.shape[-1])
-    scale = choose_scale(tokens, [1, -1], fmt, torch.float32)
-    levels = parse(fmt).round(tokens.float() / scale)
-    count = digits(parse(fmt))
-    if count == 1:
-        return levels.to(torch.int8), scale
-    split = []
-    for place in (float(_BASE**power) for power in reversed(range(count))):
+    scale = choose_scale(x, [1] * (x.ndim - 1) + [-1], fmt, torch.float32)
+    levels = parse(fmt).round(x.float() / scale)
+    parts = []
+    for place in (float(_BASE**power) for power in reversed(range(1, digits(parse(fmt))))):
         digit = torch.trunc(levels / place)
-        split.append((digit.to(torch.int8), scale * place))
+        parts.append((_rows(digit.to(torch.int8)), _rows(scale * place)))
         levels = levels - digit * place
-    return torch.cat([digit for digit, _ in split]), torch.cat([scale for _, scale in split])
+    last = (
+        _rows(levels.to(torch.int8)),
+        _rows(scale),
+    )  # integers first: what is written is in order, whatever the order of x
+    if not parts:
+        return last
+    highest_first = [*parts, last]
+    return torch.cat([digit for digit, _ in highest_first]), torch.cat([scale for _, scale in highest_first])
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 LIBRARY.define("quantize_tokens(Tensor x, str fmt) -> (Tensor, Tensor)")

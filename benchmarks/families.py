@@ -1,0 +1,217 @@
+"""Every family at small width, through the whole flow: ``python -m benchmarks.families``.
+
+Prints one Markdown table and writes ``families.json``. Weights are random, so an error says that a family's graph is quantized
+rightly and how families compare at equal width; it says nothing about images. ``--compile`` adds ``torch.compile``.
+"""
+
+import copy
+import json
+import math
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from fp4dit_ao import QuantizedTransformer, capture, lower, quantizer_for, samples, skeleton
+from fp4dit_ao.capture import bind
+from fp4dit_ao.environment import environment, one_line
+from fp4dit_ao.evaluate import markdown_table, write_text
+from fp4dit_ao.families import example_inputs
+from fp4dit_ao.inputs import Size
+
+_HEADS = {"num_attention_heads": 2, "attention_head_dim": 64}
+
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "PixArt-α": ("PixArtTransformer2DModel", {
+        "num_attention_heads": 6, "attention_head_dim": 64, "cross_attention_dim": 384, "num_layers": 1, "sample_size": 16,
+        "caption_channels": 96, "use_additional_conditions": True,
+    }),
+    "PixArt-Σ": ("PixArtTransformer2DModel", _HEADS | {
+        "cross_attention_dim": 128, "num_layers": 2, "sample_size": 16, "caption_channels": 96, "interpolation_scale": 2,
+        "use_additional_conditions": False,
+    }),
+    "Hunyuan-DiT": ("HunyuanDiT2DModel", _HEADS | {
+        "in_channels": 4, "patch_size": 2, "sample_size": 16, "hidden_size": 128, "num_layers": 4, "cross_attention_dim": 64,
+        "cross_attention_dim_t5": 96, "pooled_projection_dim": 64, "text_len": 7, "text_len_t5": 9,
+    }),
+    "DiT": ("DiTTransformer2DModel", _HEADS | {"out_channels": 8, "num_layers": 1, "sample_size": 16}),
+    "SD3": ("SD3Transformer2DModel", _HEADS | {
+        "sample_size": 16, "num_layers": 2, "joint_attention_dim": 96, "caption_projection_dim": 128,
+        "pooled_projection_dim": 64, "pos_embed_max_size": 24, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
+    }),
+    "FLUX.1": ("FluxTransformer2DModel", {
+        "num_attention_heads": 1, "attention_head_dim": 128, "num_layers": 1, "num_single_layers": 1,
+        "joint_attention_dim": 96, "pooled_projection_dim": 64, "guidance_embeds": True,
+    }),
+    "Sana": ("SanaTransformer2DModel", {
+        "num_attention_heads": 7, "attention_head_dim": 32, "num_cross_attention_heads": 2, "cross_attention_head_dim": 112,
+        "cross_attention_dim": 224, "num_layers": 1, "caption_channels": 96, "sample_size": 16,
+    }),
+    "Lumina 2": ("Lumina2Transformer2DModel", {
+        "hidden_size": 192, "num_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1,
+        "multiple_of": 128, "cap_feat_dim": 96,
+    }),
+    "AuraFlow": ("AuraFlowTransformer2DModel", _HEADS | {
+        "sample_size": 16, "num_mmdit_layers": 1, "num_single_dit_layers": 1, "joint_attention_dim": 96,
+        "caption_projection_dim": 128, "pos_embed_max_size": 256,
+    }),
+    "CogVideoX": ("CogVideoXTransformer3DModel", _HEADS | {
+        "time_embed_dim": 64, "text_embed_dim": 96, "num_layers": 1, "sample_width": 16, "sample_height": 16,
+        "sample_frames": 9, "max_text_seq_length": 10,
+    }),
+    "CogVideoX, rotary": ("CogVideoXTransformer3DModel", _HEADS | {
+        "time_embed_dim": 64, "text_embed_dim": 96, "num_layers": 1, "sample_width": 16, "sample_height": 16,
+        "sample_frames": 9, "max_text_seq_length": 10, "use_rotary_positional_embeddings": True, "patch_size_t": 2,
+        "ofs_embed_dim": 64,
+    }),
+    "Wan": ("WanTransformer3DModel", {
+        "num_attention_heads": 1, "attention_head_dim": 128, "text_dim": 96, "freq_dim": 64, "ffn_dim": 256, "num_layers": 1,
+    }),
+    "Wan, image to video": ("WanTransformer3DModel", {
+        "num_attention_heads": 1, "attention_head_dim": 128, "text_dim": 96, "freq_dim": 64, "ffn_dim": 256, "num_layers": 1,
+        "in_channels": 36, "image_dim": 80, "added_kv_proj_dim": 128,
+    }),
+    "LTX-Video": ("LTXVideoTransformer3DModel", _HEADS | {
+        "cross_attention_dim": 128, "num_layers": 1, "caption_channels": 96,
+    }),
+}  # fmt: skip
+"""Families (and variants with other inputs) as diffusers' own classes make them, narrow and shallow."""
+
+OTHER = Size(batch=3, height=12, width=20, frames=5, text=7)
+"""Another size than the one captured. Even, for patches; not square."""
+
+
+def small_model(name: str, seed: int = 0) -> nn.Module:
+    """A model of :data:`SMALL`, its linears scaled so that every layer's output is of the size of its input."""
+    import diffusers
+
+    kind, config = SMALL[name]
+    torch.manual_seed(seed)
+    model: nn.Module = getattr(diffusers, kind)(**config)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
+    return model.eval().requires_grad_(False)
+
+
+def other_size(name: str) -> Size:
+    """:data:`OTHER`, square where the float model draws only squares."""
+    square = SMALL[name][0] == "DiTTransformer2DModel"
+    return Size(OTHER.batch, OTHER.height, OTHER.height) if square else OTHER
+
+
+def relative(x: Tensor, reference: Tensor) -> float:
+    """Norm of the difference, relative to that of the reference."""
+    return float((x - reference).norm() / reference.norm())
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, graph: GraphModule, recipe: str = "w4a6") -> QuantizedTransformer:
+    """A captured graph through the rest of the flow, with nearest rounding."""
+    quantizer = quantizer_for(model, recipe)
+    lowered = lower(convert_pt2e(prepare_pt2e(copy.deepcopy(graph), quantizer)))
+    decisions = skeleton.resolve(quantizer.decisions.values(), lowered)
+    return QuantizedTransformer(lowered, model, samples.describe(bind(model, example_inputs(model))), decisions)
+
+
+@torch.no_grad()
+def measure(name: str, recipe: str, compile: bool) -> dict[str, Any]:
+    """One row of the table."""
+    model = small_model(name)
+    sample = example_inputs(model, other_size(name), seed=1)
+    expected = model(**sample, return_dict=False)[0]
+    began = time.perf_counter()
+    graph = capture(model, example_inputs(model))
+    seconds = {"capture": time.perf_counter() - began}
+    captured = graph(**sample)[0]
+    began = time.perf_counter()
+    quantized = quantize(model, graph, recipe)
+    seconds["quantize"] = time.perf_counter() - began
+    found = quantized(**sample).sample
+    row = {
+        "layers": [vars(layer) for layer in quantized.summary()],
+        "share of weights": share_quantized(quantized, model),
+        "captured": float((captured - expected).abs().max()),
+        "error": relative(found, expected),
+        "seconds": seconds,
+    }
+    if compile:
+        began = time.perf_counter()
+        compiled = quantized.compile_graph()(**sample).sample
+        seconds["compile"] = time.perf_counter() - began
+        row["compiled"] = relative(compiled, expected)
+    return row
+
+
+def share_quantized(quantized: QuantizedTransformer, model: nn.Module) -> float:
+    """Fraction of the float model's parameters that became low-bit codes."""
+    codes = sum(
+        math.prod(row.shape) for row in quantized.summary() if row.kind == "linear" and row.quantized and row.shape
+    )
+    return codes / sum(p.numel() for p in model.parameters())
+
+
+def cells(name: str, row: dict[str, Any]) -> list[str]:
+    """One row of the table as text."""
+    layers = row["layers"]
+    kinds = {
+        kind: [layer for layer in layers if layer["kind"] == kind] for kind in ("linear", "attention", "convolution")
+    }
+    count = {kind: f"{sum(layer['quantized'] for layer in found)} of {len(found)}" for kind, found in kinds.items()}
+    formats = Counter(layer["weight"] for layer in kinds["linear"] if layer["quantized"])
+    left = Counter(layer["reason"] for layer in layers if not layer["quantized"])
+    return [
+        name,
+        count["linear"],
+        ", ".join(f"{fmt} {number}" for fmt, number in formats.most_common()),
+        count["attention"],
+        f"{row['share of weights']:.0%}",
+        "; ".join(f"{number} {_why(reason)}" for reason, number in left.most_common()),
+        f"{row['captured']:.0e}" if row["captured"] else "0",
+        f"{row['error']:.2f}",
+        *([f"{row['compiled']:.2f}"] if "compiled" in row else []),
+        *(f"{seconds:.1f}" for seconds in row["seconds"].values()),
+    ]
+
+
+def _why(reason: str) -> str:
+    return (
+        reason.replace("recipe keeps ", "").replace("'", "`").replace("convolutions are not quantized", "convolutions")
+    )
+
+
+def main(
+    recipe: str = "w4a6",
+    compile: Annotated[bool, typer.Option(help="Also run each under torch.compile: minutes.")] = False,
+    names: Annotated[str, typer.Option(help="Separated by semicolons; all if empty.")] = "",
+    out: Path = Path("benchmarks/results"),
+) -> None:
+    """Measure and print."""
+    chosen = [name.strip() for name in names.split(";")] if names else list(SMALL)
+    rows = {name: measure(name, recipe, compile) for name in tqdm(chosen, desc="families")}
+    head = [
+        "family",
+        "linears",
+        "weights",
+        "attentions",
+        "of all parameters",
+        "left as they are",
+        "captured vs eager",
+        "error",
+    ]
+    head += ["compiled"] * compile + ["capture, s", "quantize, s"] + ["compile, s"] * compile
+    print(markdown_table(head, [cells(name, row) for name, row in rows.items()]))
+    print(f"\nRecipe {recipe}, nearest rounding, random weights, another size than captured. {one_line()}")
+    result = {"recipe": recipe, "environment": environment(), "families": rows}
+    write_text(out / "families.json", json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

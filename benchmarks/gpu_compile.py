@@ -1,0 +1,119 @@
+"""What the Triton kernel compiles to, on any machine: ``python -m benchmarks.gpu_compile``.
+
+No GPU is needed: Triton brings NVIDIA's assembler. Printed for every configuration that may be chosen are registers a thread,
+bytes spilled and shared memory; nothing here is a measurement of speed.
+"""
+
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import triton
+import typer
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fp4dit_ao.evaluate import markdown_table
+from fp4dit_ao.kernels.triton_linear import CONFIGS, Config, block_k, linear_kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One specialisation of the kernel, bfloat16 out, with a bias."""
+
+    config: Config
+    capability: int
+    tokens: str = "i8"
+    packed: bool = True
+    group: int = 128
+    depth: int = 1152
+
+
+def variants(capabilities: Iterable[int]) -> Iterator[Variant]:
+    """Every configuration with packed codes; the first of each kind also with levels, and with FP8 tokens where it exists."""
+    for capability in capabilities:
+        for configs in CONFIGS.values():
+            yield from (Variant(config, capability) for config in configs)
+            yield Variant(configs[0], capability, packed=False)
+            if capability >= 90:
+                yield Variant(configs[0], capability, tokens="fp8e4nv")
+                yield Variant(configs[0], capability, tokens="fp8e4nv", packed=False)
+        yield Variant(CONFIGS[512][0], capability, group=112, depth=448)
+
+
+def compiled(variant: Variant) -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory and the tensor core instructions of a variant."""
+    weight = "*u8" if variant.packed else f"*{variant.tokens}"
+    types = {
+        "tokens": f"*{variant.tokens}",
+        "token_scale": "*fp32",
+        "weight": weight,
+        "scale": "*fp32",
+        "bias": "*bf16",
+    }
+    types |= {"out": "*bf16"} | dict.fromkeys(("M", "N", "t0", "t1", "t2", "t3"), "i32")
+    constants = {
+        "K": variant.depth, "GROUP": variant.group, "SCALE_ROWS": True, "PACKED": variant.packed, "BIAS": True,
+        "ASSEMBLY": True, "BLOCK_M": variant.config.block_m, "BLOCK_N": variant.config.block_n,
+        "BLOCK_K": block_k(variant.group),
+    }  # fmt: skip
+    names = linear_kernel.arg_names
+    aligned = [index for index, name in enumerate(names) if types.get(name, "").startswith("*") or name == "N"]
+    source = ASTSource(
+        linear_kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        constants,
+        {(index,): [["tt.divisibility", 16]] for index in aligned},
+    )
+    kernel = triton.compile(
+        source,
+        target=GPUTarget("cuda", variant.capability, 32),
+        options={"num_warps": variant.config.warps, "num_stages": variant.config.stages},
+    )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _usage(kernel.asm["cubin"]))
+    assert found is not None
+    instructions = sorted(set(re.findall(r"w?gmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", kernel.asm["ptx"])))
+    return {
+        "capability": variant.capability, "config": str(variant.config), "tokens": variant.tokens,
+        "packed": variant.packed, "group": variant.group, "registers": int(found[1]),
+        "spilled": int(found[2]), "shared": kernel.metadata.shared, "instructions": instructions,
+    }  # fmt: skip
+
+
+def _usage(binary: bytes) -> str:
+    """What NVIDIA's tool says about a program; a stack is what registers were spilled to."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def main(
+    capabilities: Annotated[str, typer.Option(help="Comma-separated.")] = "80,90,100",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Compile and print."""
+    rows = []
+    for variant in dict.fromkeys(variants(int(capability) for capability in capabilities.split(","))):
+        result = compiled(variant)
+        if as_json:
+            print(json.dumps(result))
+        config = variant.config
+        kind = f"{variant.tokens}, {'packed' if variant.packed else 'levels'}, groups of {variant.group}"
+        rows.append(
+            [f"sm_{variant.capability}", kind, f"{config.block_n} x {config.block_m}", str(config.warps), str(config.stages),
+             str(result["registers"]), str(result["spilled"]), f"{result['shared'] / 1024:.0f}"]
+        )  # fmt: skip
+    if not as_json:
+        head = ["GPU", "operands", "features x tokens", "warps", "stages", "registers", "spilled, B", "shared, KiB"]
+        print(markdown_table(head, rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,152 @@
+"""One linear at a time, over sizes: ours beside floats, ``torch._int_mm`` and the peers."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fp4dit_ao.benchmark import exact, memory
+from fp4dit_ao.benchmark.peers import PEERS
+from fp4dit_ao.benchmark.variants import Variant
+from fp4dit_ao.benchmark.worker import Workload
+from fp4dit_ao.config import RECIPES, QuantConfig
+
+SHAPES: dict[str, list[tuple[int, int]]] = {
+    "pixart-xl": [(1152, 1152), (4608, 1152), (1152, 4608)],
+    "hunyuan-dit": [(1408, 1408), (6144, 1408), (1408, 6144)],
+    "sd3": [(1536, 1536), (6144, 1536), (1536, 6144)],
+    "flux": [(3072, 3072), (12288, 3072), (3072, 12288)],
+}
+"""(out_features, in_features) of a model's attention and feed-forward."""
+INT_MM = Variant("torch._int_mm")
+"""The raw int8 product at the same size: int8 weights, int32 out, no scales, nothing quantized: a ceiling, not a peer."""
+PRODUCT = ", product alone"
+"""Suffix of a recipe whose tokens are quantized before the clock starts."""
+_JUDGED_TOKENS = 64
+"""Outputs compared with float32; rows do not depend on each other."""
+_WARM_UP = 3
+"""Calls before the clock starts; some peers compile once more in their second."""
+
+
+def cases(text: str) -> list[dict[str, int]]:
+    """Of ``flux:256,1024`` or ``4608x1152:16``: a case for every shape and number of tokens.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    name, _, counts = text.partition(":")
+    size, tokens = name.split("x"), counts.split(",")
+    shapes = SHAPES.get(name) or ([(int(size[0]), int(size[1]))] if len(size) == 2 and _whole(size) else [])
+    if not shapes or not _whole(tokens):
+        raise ValueError(
+            f"unknown linear {text!r}; give OUTxIN or one of {', '.join(SHAPES)}, then tokens: 4608x1152:16,256"
+        )
+    return [
+        {"out_features": out, "in_features": depth, "tokens": int(count)} for out, depth in shapes for count in tokens
+    ]
+
+
+def _whole(texts: Sequence[str]) -> bool:
+    return all(text.isdecimal() and int(text) > 0 for text in texts)
+
+
+def numbers(out_features: int, in_features: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """float32 weight and input, the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator) / in_features**0.5
+    return weight, torch.randn(tokens, in_features, generator=generator)
+
+
+class Linear(Workload):
+    """One variant; the size changes from case to case.
+
+    Args:
+        method: a float type, a recipe (with :data:`PRODUCT` or without), a peer, or ``torch._int_mm``.
+        mode: ``"eager"`` or ``"compiled"``: with a dynamic number of tokens, as models are.
+        device: such as ``"cpu"``.
+        threads: of the CPU.
+    """
+
+    def __init__(self, method: str, mode: str, device: str, threads: int):
+        torch.set_num_threads(threads)
+        self.method, self.mode, self.device = method, mode, device
+        self.call: Callable[[], Any] = lambda: None
+        self._made: tuple[tuple[int, int], Callable[[Tensor], Tensor], dict[str, Any]] | None = None
+
+    @torch.no_grad()
+    def prepare(self, out_features: int, in_features: int, tokens: int) -> dict[str, Any]:
+        weight, x = numbers(out_features, in_features, tokens)
+        if self.method == INT_MM.method:
+            levels = (weight * 40).round().clamp(-127, 127).to(torch.int8).to(self.device).T
+            rounded = (x * 40).round().clamp(-127, 127).to(torch.int8).to(self.device)
+            self.call = functools.partial(torch._int_mm, rounded, levels)
+            self.call()
+            return {"bits": 8.0}
+        if self.method.endswith(PRODUCT):
+            return self._product(weight, x)
+        size = (out_features, in_features)
+        if self._made is None or self._made[0] != size:  # one conversion for all numbers of tokens
+            self._made = (size, *self._make(weight))
+        _, model, facts = self._made
+        self.call = functools.partial(model, x.to(self.device, self._dtype))
+        for _ in range(_WARM_UP):
+            first: Tensor = self.call()
+        wanted = F.linear(x[:_JUDGED_TOKENS], weight)
+        return facts | {"error": exact.relative_error(first[:_JUDGED_TOKENS].cpu(), wanted)}
+
+    @torch.no_grad()
+    def run(self) -> None:
+        self.call()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, Variant(self.method).dtype)
+        return dtype
+
+    def _make(self, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+        out_features, in_features = weight.shape
+        linear = nn.Linear(in_features, out_features, bias=False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        model: nn.Module = nn.Sequential()
+        model.add_module("linear", linear.to(self.device, self._dtype))
+        facts: dict[str, Any] = {}
+        if self.method in PEERS:
+            model = PEERS[self.method].convert(model, ["linear"])
+        elif self.method in RECIPES:
+            quantized = low_bit(weight.to(self.device), self.method)
+            linear.weight = nn.Parameter(quantized, requires_grad=False)
+            x = numbers(out_features, in_features, _JUDGED_TOKENS)[1].to(self.device)
+            x_hat, w_hat = exact.token_wise(x, quantized.act_fmt), quantized.dequantize(torch.float32).double()
+            facts["deviation"] = exact.relative_error(F.linear(x, quantized), F.linear(x_hat, w_hat))
+            facts["bytes"] = sum(memory.stored({"": quantized}).values())
+        facts["bits"] = memory.bits_per_weight(model, {"linear": (out_features, in_features)})
+        return torch.compile(model, dynamic=True) if self.mode == "compiled" else model, facts
+
+    def _product(self, weight: Tensor, x: Tensor) -> dict[str, Any]:
+        from fp4dit_ao import FloatFormat
+        from fp4dit_ao.kernels import native
+        from fp4dit_ao.kernels.tokens import quantize_tokens
+
+        quantized = low_bit(weight.to(self.device), self.method.removesuffix(PRODUCT))
+        rounded, scale = quantize_tokens(x.to(self.device, torch.bfloat16), quantized.act_fmt)
+        table = native.levels(FloatFormat.parse(quantized.fmt))
+        self.call = lambda: torch.ops.fp4dit_ao.int8_linear(
+            rounded, scale, quantized.qdata, quantized.scale, table, None, torch.bfloat16
+        )
+        self.call()
+        return {}
+
+
+def low_bit(weight: Tensor, recipe: str) -> Any:
+    """``weight`` as the recipe's first linear holds it."""
+    from fp4dit_ao import MinifloatTensor
+
+    config = QuantConfig.from_name(recipe)
+    fmt = config.weight or config.weight_candidates[0]
+    block_size = [1, config.group_size if config.weight_granularity == "group" else -1]
+    return MinifloatTensor.from_hp(
+        weight.bfloat16(), block_size, fmt, config.activation, getattr(torch, config.scale_dtype)
+    )

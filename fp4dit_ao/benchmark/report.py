@@ -1,0 +1,192 @@
+"""The Markdown report of a benchmark: bars, linears, where they stand beside the ceilings, steps, generations, peers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from fp4dit_ao.benchmark import linears
+from fp4dit_ao.benchmark.bars import BARS, Results
+from fp4dit_ao.benchmark.ceilings import Roofline
+from fp4dit_ao.benchmark.peers import PEERS
+from fp4dit_ao.benchmark.sections import BASE, CALL_SIZE
+from fp4dit_ao.benchmark.turns import Measured
+from fp4dit_ao.environment import describe
+from fp4dit_ao.evaluate import markdown_table
+
+_FAILED = "failed"
+
+
+def markdown(results: Results) -> str:
+    """All that was measured, and nothing about what was not."""
+    return "\n\n".join(part for part in _parts(results) if part) + "\n"
+
+
+def to_dict(results: Results) -> dict[str, Any]:
+    """All of it for JSON, every time included."""
+    lists = {name: [m.to_dict() for m in getattr(results, name)] for name in ("linears", "steps", "generations")}
+    bars = [dict(zip(("where", "bar", "measured", "met"), bar.row(results), strict=True)) for bar in BARS]
+    return {
+        "settings": results.settings, "environment": results.environment, "bars": bars, "ceilings": results.ceilings,
+        **lists,
+    }  # fmt: skip
+
+
+def _parts(results: Results) -> Iterator[str]:
+    yield "## Benchmark"
+    yield describe(results.environment)
+    yield (
+        "Speeds are ratios taken round by round, in which every variant has its turn in a process of its own: the median "
+        "(lowest to highest), then seconds. An error is the relative L2 distance of the output from float32's, with random "
+        "weights and inputs. All variants quantize the same linears; ours quantize q, k and v of attention, too."
+    )
+    yield "### Bars"
+    yield markdown_table(["where", "bar", "measured", "met"], [bar.row(results) for bar in BARS])
+    if any(m.case != CALL_SIZE for m in results.linears):
+        yield "### Linears"
+        yield "Speed against bfloat16, eager; median of the rounds."
+        yield from _linear_tables(results)
+    if results.ceilings:
+        yield "### Ceilings"
+        yield _ceilings(results.ceilings)
+        yield _rooflines(results)
+    yield from _models("One denoising step, PixArt-XL's width", "s / step", results.steps, lambda case: (
+        f"{case['pixels']} px, {case['layers']} layers ({case.get('parameters', 0) / 1e6:.0f} M parameters), guidance batch 2"
+    ))  # fmt: skip
+    yield from _models("A whole generation", "s / batch", results.generations, lambda case: (
+        f"{case['model']}, {case['images']} images together"
+    ))  # fmt: skip
+    yield from _peers(results)
+
+
+# --- linears ---------------------------------------------------------------------------------------------------------
+
+
+def _linear_tables(results: Results) -> Iterator[str]:
+    by_shape: dict[tuple[int, int], list[Measured]] = {}
+    for m in results.linears:
+        if m.case != CALL_SIZE:
+            by_shape.setdefault((m.case["out_features"], m.case["in_features"]), []).append(m)
+    for (out, depth), measured in by_shape.items():
+        counts = sorted({m.case["tokens"] for m in measured})
+        rows = []
+        for label in dict.fromkeys(m.variant.label for m in measured):
+            own = {m.case["tokens"]: m for m in measured if m.variant.label == label}
+            known = [m.facts for m in own.values() if m.error is None]
+            errors = [facts["error"] for facts in known if "error" in facts]
+            bits = next((facts["bits"] for facts in known if "bits" in facts), None)
+            rows.append(
+                [label, *(_cell(own.get(count)) for count in counts), f"{max(errors):.1e}" if errors else "",
+                 f"{bits:.2f}" if bits else ""]
+            )  # fmt: skip
+        yield f"Weight {out} x {depth}:"
+        yield markdown_table(["", *(_count(count) for count in counts), "error", "bits / weight"], rows)
+
+
+def _count(tokens: int) -> str:
+    return "1 token" if tokens == 1 else f"{tokens} tokens"
+
+
+def _cell(m: Measured | None) -> str:
+    if m is None:
+        return ""
+    if m.error is not None:
+        return _FAILED
+    ratio = m.ratio("bfloat16")
+    return f"{str(ratio) + ', ' if ratio else ''}{m.median * 1e3:.3g} ms"
+
+
+def _ceilings(ceilings: dict[str, Any]) -> str:
+    products = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in ceilings["products"].items())
+    copies = ", ".join(f"{rate / 1e9:.0f} at {size} MB" for size, rate in ceilings["bytes"].items())
+    return (
+        f"Best of PyTorch's own large products, in 10⁹ a second: {products} (int8 is `torch._int_mm`). Copies, in GB/s read "
+        f"and written, by working set: {copies}. A linear cannot take less than its products at the int8 rate, or than its "
+        "packed weight and bfloat16 tokens (in and out) at the bandwidth of a working set that large, plus what a call costs "
+        f"(ours at {CALL_SIZE['out_features']} x {CALL_SIZE['in_features']}, one token):"
+    )
+
+
+def _rooflines(results: Results) -> str:
+    call = next((m.median for m in results.of(results.linears, **CALL_SIZE)), 0.0)
+    alone = {_size(m): m for m in results.linears if m.variant.method.endswith(linears.PRODUCT) and m.error is None}
+    rows = []
+    for m in results.of(results.linears):
+        if m.case == CALL_SIZE:
+            continue
+        roof = Roofline.of(m.case, m.facts["bytes"], results.ceilings, call)
+        product = alone.get(_size(m))
+        ratios = [m.ratio(base) for base in (linears.INT_MM.label, "bfloat16", "float32")]
+        count = m.case["out_features"] * m.case["in_features"] * m.case["tokens"]
+        rows.append(
+            [f"{m.case['out_features']} x {m.case['in_features']}", str(m.case["tokens"]),
+             *(str(ratio) if ratio else "" for ratio in ratios),
+             str(product.ratio(linears.INT_MM.label) or "") if product else "", f"{m.median * 1e3:.3g}",
+             f"{count / m.median / 1e9:.0f}", f"{roof.seconds * 1e3:.3g}", f"{roof.seconds / m.median:.0%}", roof.bound]
+        )  # fmt: skip
+    head = ["weight", "tokens", "speed / _int_mm", "speed / bfloat16", "speed / float32", "product alone / _int_mm", "ms",
+            "10⁹ products / s", "least ms", "reached", "bound by"]  # fmt: skip
+    return markdown_table(head, rows) if rows else ""
+
+
+def _size(m: Measured) -> tuple[Any, ...]:
+    return m.case["out_features"], m.case["in_features"], m.case["tokens"]
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def _models(
+    title: str, unit: str, measured: Sequence[Measured], describe: Callable[[dict[str, Any]], str]
+) -> Iterator[str]:
+    if measured:
+        yield f"### {title}"
+    for case in {str(m.case): m.case for m in measured}.values():
+        own = [m for m in measured if m.case == case]
+        yield describe(case) + ":"
+        head = ["", f"speed against {BASE.label}", unit, "error", "weights, MB", "bits / quantized weight",
+                "peak while loading, MB", f"peak of a {unit.removeprefix('s / ')}, MB", "cold first call, s"]  # fmt: skip
+        yield markdown_table(head, [_model_row(m, len(head)) for m in own])
+    if measured:
+        yield (
+            "Peaks are above what the process takes with its libraries imported; float weights are mapped from their file, and "
+            "count once they are read. The first call compiles, with empty caches; "
+            "it is not among the others. Peers load the bfloat16 model, then quantize it."
+        )
+
+
+def _model_row(m: Measured, columns: int) -> list[str]:
+    if m.error is not None:
+        return [m.variant.label, _FAILED, *[""] * (columns - 2)]
+    facts = m.facts
+    return [
+        m.variant.label, str(m.ratio(BASE.label) or ""), f"{m.median:.3g}", f"{facts['error']:.1e}" if "error" in facts else "",
+        f"{facts['bytes'] / 1e6:.1f}", f"{facts['bits']:.2f}", f"{facts['load bytes'] / 1e6:.0f}",
+        f"{facts['run bytes'] / 1e6:.0f}", f"{facts['first']:.1f}",
+    ]  # fmt: skip
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+def _peers(results: Results) -> Iterator[str]:
+    """Versions, how each was run, and every failure, of whomever."""
+    everything = [*results.linears, *results.steps, *results.generations]
+    failures: dict[str, dict[str, list[str]]] = {}
+    for m in everything:
+        if m.error is not None:
+            where = ", ".join(f"{key} {value}" for key, value in m.case.items() if key != "parameters")
+            failures.setdefault(m.variant.label, {}).setdefault(m.error, []).append(where)
+    rows = []
+    for name in results.settings.get("peers", []):
+        peer = PEERS[name]
+        rows.append([name, f"{peer.package} {peer.version}", f"{peer.dtype}, {peer.mode}" if peer.installed else ""])
+    if rows:
+        yield "### Peers"
+        yield markdown_table(["", "package", "run in"], rows)
+    if failures:
+        yield "What failed:"
+        lines = []
+        for label, errors in failures.items():
+            for error, cases in errors.items():
+                place = cases[0] if len(cases) == 1 else f"{len(cases)} cases, first {cases[0]}"
+                lines.append(f"- {label} ({place}): {error}")
+        yield "\n".join(lines)

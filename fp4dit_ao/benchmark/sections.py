@@ -1,0 +1,149 @@
+"""The parts of a benchmark: which variants take part in which cases. Each yields :class:`Measured` as they become known."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fp4dit_ao.benchmark import linears, transformers
+from fp4dit_ao.benchmark.peers import PEERS
+from fp4dit_ao.benchmark.turns import Measured, Progress, Worker, WorkerFailed, measure
+from fp4dit_ao.benchmark.variants import FLOATS, Variant
+
+_PACKAGE = "fp4dit_ao.benchmark"
+CALL_SIZE = {"out_features": 128, "in_features": 128, "tokens": 1}
+"""A linear that costs its call and nothing else."""
+BASE = Variant("bfloat16", "compiled")
+"""What speeds are compared with."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, with whom and how often.
+
+    Attributes:
+        recipes: ours; bars are judged on the first.
+        peers: names in ``peers.PEERS``.
+        device, threads: where everything runs.
+        rounds: turns of each variant in each case; at least 2 for steps and generations.
+        at_once: processes alive at once.
+    """
+
+    recipes: tuple[str, ...]
+    peers: tuple[str, ...]
+    device: str
+    threads: int
+    rounds: int = 5
+    at_once: int = 8
+
+    @property
+    def installed(self) -> list[Variant]:
+        """Peers that can be tried."""
+        return Variant.peers([name for name in self.peers if PEERS[name].installed])
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One size of step: ``512x28`` (pixels, layers), with peers if ``512x2+peers``."""
+
+    pixels: int
+    layers: int
+    peers: bool = False
+
+    @staticmethod
+    def parse(text: str) -> "StepCase":
+        """Raises ``ValueError`` if it is not such a text."""
+        size, plus, peers = text.partition("+")
+        numbers = size.split("x")
+        if len(numbers) != 2 or not all(n.isdecimal() and int(n) for n in numbers) or (plus and peers != "peers"):
+            raise ValueError(f"unknown step {text!r}; give PIXELSxLAYERS such as 512x28, or 512x2+peers")
+        if int(numbers[0]) % 16:
+            raise ValueError(f"step {text!r}: {numbers[0]} pixels make no whole patches; give a multiple of 16")
+        return StepCase(int(numbers[0]), int(numbers[1]), bool(peers))
+
+
+def ceilings(settings: Settings) -> dict[str, Any]:
+    """See :class:`fp4dit_ao.benchmark.ceilings.Ceilings`."""
+    worker = Worker(f"{_PACKAGE}.ceilings:Ceilings", {"device": settings.device, "threads": settings.threads})
+    try:
+        found: dict[str, Any] = worker.ask("prepare", repeats=settings.rounds)
+        return found
+    finally:
+        worker.close()
+
+
+def measure_linears(settings: Settings, cases: Sequence[dict[str, Any]], progress: Progress) -> Iterator[Measured]:
+    """Ours, floats, ``torch._int_mm`` and peers in every case, and ours alone at :data:`CALL_SIZE`."""
+    bases = [linears.INT_MM, Variant("float32"), Variant("bfloat16")]
+    first = settings.recipes[0]
+    ours = [Variant(recipe, "compiled") for recipe in settings.recipes]
+    variants = [*ours, Variant(first + linears.PRODUCT), *(Variant(name, "compiled") for name in FLOATS)]
+
+    def start(variant: Variant) -> Worker:
+        options = variant.to_dict() | {"device": settings.device, "threads": settings.threads}
+        return Worker(f"{_PACKAGE}.linears:Linear", options)
+
+    options = {"rounds": settings.rounds, "at_once": settings.at_once, "together": True, "progress": progress}
+    yield from measure(ours[:1], [], [CALL_SIZE], start, **options)  # type: ignore[arg-type]
+    yield from measure([*variants, *settings.installed], bases, cases, start, **options)  # type: ignore[arg-type]
+
+
+def measure_step(settings: Settings, case: StepCase, progress: Progress) -> Iterator[Measured]:
+    """One denoising step; every process compiles with caches of its own, so that the first call is a cold one."""
+    config = transformers.PIXART_XL | {"num_layers": case.layers}
+    options = {"config": config, "pixels": case.pixels}
+    yield from _measure_models(
+        settings, "Step", "StepFiles", options, {"config": config}, {"layers": case.layers, "pixels": case.pixels}, case.peers,
+        progress,
+    )  # fmt: skip
+
+
+def measure_generation(
+    settings: Settings, model: str, prompts: list[str], call: dict[str, Any], progress: Progress
+) -> Iterator[Measured]:
+    """One batch of images of a pipeline."""
+    options = {"model": model, "prompts": prompts, "call": call}
+    case = {"model": model, "images": len(prompts)}
+    files = options | {"device": settings.device}
+    yield from _measure_models(settings, "Generation", "GenerationFiles", files, options, case, True, progress)
+
+
+def _measure_models(
+    settings: Settings, workload: str, files: str, files_options: dict[str, Any], options: dict[str, Any],
+    case: dict[str, Any], peers: bool, progress: Progress,
+) -> Iterator[Measured]:  # fmt: skip
+    from fp4dit_ao import QuantizedTransformer
+
+    module = f"{_PACKAGE}.transformers"
+    recipes = settings.recipes if peers else settings.recipes[:1]
+    with tempfile.TemporaryDirectory(prefix="fp4dit-ao-") as folder:
+        progress(f"write models for {workload.lower()}")
+        writer = Worker(f"{module}:{files}", {"folder": folder, "recipes": list(recipes)} | files_options)
+        try:
+            written = writer.ask("prepare")
+        except WorkerFailed as error:
+            raise RuntimeError(f"the models to measure cannot be made: {error}") from error
+        finally:
+            writer.close()
+
+        def start(variant: Variant) -> Worker:
+            cache = Path(folder, f"cache-{variant.label.replace(' ', '-')}")
+            everything = {
+                "folder": folder, "reference": str(Path(folder, "float32.safetensors")), "device": settings.device,
+                "threads": settings.threads, **options, **variant.to_dict(),
+            }  # fmt: skip
+            return Worker(f"{module}:{workload}", everything, {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
+
+        ours = [Variant(recipe, "compiled") for recipe in recipes]
+        if hasattr(QuantizedTransformer, "compile_blocks"):
+            ours.append(Variant(recipes[0], "by block"))
+        bases = [Variant("float32", "compiled"), BASE]
+        variants = [*bases, Variant("bfloat16", "by block"), *ours]
+        if peers:
+            variants += [*(Variant(name) for name in FLOATS), *settings.installed]
+        for measured in measure(
+            variants, bases, [case], start, rounds=settings.rounds, at_once=settings.at_once, progress=progress
+        ):
+            measured.case = case | written
+            yield measured

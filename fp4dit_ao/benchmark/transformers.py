@@ -1,0 +1,244 @@
+"""A whole transformer: one denoising step of a PixArt-XL-shaped model, and a whole generation of a pipeline.
+
+Models are loaded from files as a user would load them, so that the peak of loading is measured, too.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fp4dit_ao import models
+from fp4dit_ao.benchmark import exact, memory
+from fp4dit_ao.benchmark.peers import PEERS, quantizable
+from fp4dit_ao.benchmark.variants import Variant
+from fp4dit_ao.benchmark.worker import Workload, timed
+from fp4dit_ao.config import QuantConfig
+
+TEXT_TOKENS = 300
+PIXART_XL: dict[str, Any] = {
+    "num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152, "caption_channels": 4096,
+    "in_channels": 4, "out_channels": 8, "patch_size": 2, "use_additional_conditions": False,
+}  # fmt: skip
+"""611 M parameters with 28 layers."""
+FLOAT = "float"
+"""Folder of the float model, beside those of recipes."""
+
+
+def sample(pixels: int, dtype: torch.dtype, config: Mapping[str, Any] = PIXART_XL) -> dict[str, Any]:
+    """What a pipeline passes in one step with guidance, batch 2."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (2, config["in_channels"], pixels // 8, pixels // 8)
+    return {
+        "hidden_states": torch.randn(shape, generator=generator).to(dtype),
+        "encoder_hidden_states": torch.randn(2, TEXT_TOKENS, config["caption_channels"], generator=generator).to(dtype),
+        "timestep": torch.tensor([500, 500]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        "return_dict": False,
+    }
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+class StepFiles(Workload):
+    """Writes the model of :class:`Step`, float and quantized; its weights are 0.02 times normal, as after initialisation."""
+
+    def __init__(self, folder: str, config: dict[str, Any], pixels: int, recipes: list[str]):
+        self.folder, self.config, self.pixels, self.recipes = Path(folder), config, pixels, recipes
+
+    @torch.no_grad()
+    def prepare(self, **case: Any) -> dict[str, Any]:
+        from diffusers import PixArtTransformer2DModel
+
+        torch.manual_seed(0)
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = PixArtTransformer2DModel(sample_size=self.pixels // 8, **self.config)
+        finally:
+            torch.set_default_dtype(dtype)
+        model.eval().requires_grad_(False)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        model.save_pretrained(self.folder / FLOAT)
+        given = sample(self.pixels, torch.bfloat16, self.config)
+        for recipe in self.recipes:
+            quantized(model, given, recipe).save_pretrained(self.folder / recipe)
+        return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def quantized(model: nn.Module, given: dict[str, Any], recipe: str) -> Any:
+    """A ``QuantizedTransformer``, rounded to nearest: what a step costs does not depend on how weights were rounded."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    from fp4dit_ao import FP4DiTQuantizer, QuantizedTransformer, calibrate, capture, lower, samples, skeleton
+    from fp4dit_ao.capture import bind
+
+    config = QuantConfig.from_name(recipe)
+    quantizer = FP4DiTQuantizer().set_global(config)
+    prepared = prepare_pt2e(capture(model, given), quantizer)
+    if config.weight_candidates or config.activation_granularity == "tensor":
+        calibrate(prepared, [given], progress=False)
+    graph = lower(convert_pt2e(prepared))
+    decisions = skeleton.resolve(quantizer.decisions.values(), graph)
+    return QuantizedTransformer(graph, model, samples.describe(bind(model, given)), decisions, config)
+
+
+class GenerationFiles(Workload):
+    """Writes the pipeline ``model``, quantized, one folder for each recipe."""
+
+    def __init__(
+        self, folder: str, model: str, prompts: list[str], recipes: list[str], device: str, call: dict[str, Any]
+    ):
+        self.folder, self.model, self.prompts, self.recipes = Path(folder), model, prompts, recipes
+        self.device, self.call = device, call
+
+    def prepare(self, **case: Any) -> dict[str, Any]:
+        from fp4dit_ao import quantize_pipeline
+
+        pipe = models.open_pipeline(self.model, self.device).to(torch.bfloat16)
+        for recipe in self.recipes:
+            options = {"rounding": "nearest", "samples": 8, "progress": False, **self.call}
+            quantize_pipeline(pipe, recipe, prompts=self.prompts, **options).save_pretrained(self.folder / recipe)
+        return {"parameters": sum(parameter.numel() for parameter in pipe.transformer.parameters())}
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def ready(model: nn.Module, variant: Variant) -> tuple[nn.Module, dict[str, Any]]:
+    """``model``, on its device, quantized and compiled as the variant says; and its weights' bytes.
+
+    Args:
+        model: float, or a ``QuantizedTransformer`` if the variant is a recipe.
+    """
+    if variant.is_recipe:
+        rows = [row for row in model.summary() if row.kind == "linear" and row.quantized]
+        shapes = {row.name: row.shape for row in rows}
+        stored: nn.Module = model.graph  # type: ignore[assignment]
+        if variant.mode == "compiled":
+            model.compile_graph()
+        elif variant.mode == "by block":
+            model.compile_blocks()
+    else:
+        names = quantizable(model)
+        shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in names}  # type: ignore[arg-type]
+        if variant.is_peer:
+            model = PEERS[variant.method].convert(model, names)
+        stored = model
+        if variant.mode == "by block":
+            for block in repeated_blocks(model):
+                block.compile()
+    facts = {"bytes": memory.weight_bytes(stored), "bits": memory.bits_per_weight(stored, shapes)}
+    if variant.mode == "compiled" and not variant.is_recipe:
+        # after the facts: a compiled module's state_dict has other names
+        model = torch.compile(model)  # type: ignore[assignment]
+    return model, facts
+
+
+def repeated_blocks(model: nn.Module) -> Sequence[nn.Module]:
+    """The longest list of modules of one class: what regional compilation compiles once."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(block) for block in m}) == 1]
+    return list(max(lists, key=len)) if lists else []
+
+
+class _Model(Workload):
+    """What step and generation share: load (its peak measured), convert, compile, first call, error against float32."""
+
+    def __init__(self, method: str, mode: str, device: str, threads: int, reference: str):
+        torch.set_num_threads(threads)
+        import diffusers  # noqa: F401, so that importing it is not counted
+        import torchao.quantization  # noqa: F401
+
+        self.variant = Variant(method, mode)  # type: ignore[arg-type]
+        self.device, self.reference = device, Path(reference)
+        self.dtype: torch.dtype = getattr(torch, self.variant.dtype)
+        self.output = torch.empty(0)
+
+    def load(self, **case: Any) -> dict[str, Any]:
+        """Make what :meth:`run` runs; returns facts."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def prepare(self, **case: Any) -> dict[str, Any]:
+        """Facts: bytes, bits, error, ``load bytes`` and ``first`` (seconds of the first call, compilation included).
+
+        Of the baseline, a repetition keeps what is there.
+        """
+        if self.output.numel():
+            return {}
+        before = memory.reset_peak()
+        facts = self.load(**case)
+        facts["load bytes"] = memory.peak() - before
+        facts["first"] = timed(self)
+        if self.variant.method == "float32" and not self.reference.exists():
+            save_file({"output": self.output.cpu().contiguous()}, self.reference)
+        if self.reference.exists():
+            facts["error"] = exact.relative_error(self.output.cpu(), load_file(self.reference)["output"])
+        if self.variant.is_peer:
+            self.run()  # some compile once more in their second call
+        memory.reset_peak()
+        self.before = before
+        return facts
+
+    def finish(self) -> dict[str, Any]:
+        return {"run bytes": memory.peak() - self.before}
+
+
+class Step(_Model):
+    """One denoising step. ``reference`` is where float32 puts its output, and the others find it."""
+
+    def __init__(self, *, folder: str, config: dict[str, Any], **options: Any):
+        super().__init__(**options)
+        self.folder, self.config = Path(folder), config
+
+    def load(self, pixels: int, **case: Any) -> dict[str, Any]:
+        from diffusers import PixArtTransformer2DModel
+
+        from fp4dit_ao import QuantizedTransformer
+
+        cls, name = (
+            (QuantizedTransformer, self.variant.method) if self.variant.is_recipe else (PixArtTransformer2DModel, FLOAT)
+        )
+        model = cls.from_pretrained(self.folder / name, torch_dtype=self.dtype).to(self.device)
+        self.model, facts = ready(model.eval().requires_grad_(False), self.variant)
+        given = sample(pixels, self.dtype, self.config)
+        self.given = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), given)
+        return facts
+
+    @torch.no_grad()
+    def run(self) -> None:
+        self.output = self.model(**self.given)[0]
+
+
+class Generation(_Model):
+    """A batch of images. The error is of what the autoencoder decodes, before it becomes bytes."""
+
+    def __init__(self, *, folder: str, model: str, prompts: list[str], call: dict[str, Any], **options: Any):
+        super().__init__(**options)
+        self.folder, self.name, self.prompts, self.call = Path(folder), model, prompts, call
+
+    def load(self, **case: Any) -> dict[str, Any]:
+        from fp4dit_ao import load_pipeline
+        from fp4dit_ao.generation import call_arguments
+
+        if self.variant.is_recipe:
+            pipe = load_pipeline(self.folder / self.variant.method, device=self.device)
+        else:
+            pipe = models.open_pipeline(self.name, self.device).to(self.dtype)
+        transformer, facts = ready(pipe.transformer.eval().requires_grad_(False), self.variant)
+        object.__setattr__(
+            pipe, "transformer", transformer
+        )  # a compiled module is not of the class that the pipeline names
+        pipe.set_progress_bar_config(disable=True)
+        self.pipe, self.arguments = pipe, call_arguments(pipe, **self.call)
+        return facts
+
+    def run(self) -> None:
+        generators = [torch.Generator().manual_seed(index) for index in range(len(self.prompts))]
+        self.output = self.pipe(self.prompts, generator=generators, output_type="pt", **self.arguments).images

@@ -1,0 +1,279 @@
+"""Processes that each hold one variant and take turns; what they measured, as ratios of one round.
+
+A worker reads one JSON object a line on its standard input and answers with one: see :mod:`fp4dit_ao.benchmark.worker`.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fp4dit_ao.benchmark.variants import Variant
+
+LIMIT_SECONDS = 1800.0
+"""A variant that has not answered by then is given up."""
+
+
+class WorkerFailed(Exception):
+    """A variant cannot be measured; the text is for the table."""
+
+
+class Worker:
+    """A process that holds one variant of one workload.
+
+    Args:
+        workload: ``module:class``, run in the process; see :class:`fp4dit_ao.benchmark.worker.Workload`.
+        options: its keyword arguments, as JSON.
+        environment: variables of the process, besides its parent's.
+        limit: seconds after which an answer is given up.
+    """
+
+    def __init__(
+        self, workload: str, options: dict[str, Any], environment: dict[str, str] | None = None, limit: float = LIMIT_SECONDS
+    ):  # fmt: skip
+        self._first = {"do": "open", "workload": workload, "options": options}
+        self._environment = environment or {}
+        self._limit = limit
+        self._process: subprocess.Popen[str] | None = None
+        self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._answers: queue.Queue[str] = queue.Queue()
+        self._opening = False
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """What the process answers; it is started first if there is none.
+
+        Raises:
+            WorkerFailed: it raised an exception, died, or did not answer in time.
+        """
+        self.tell(do, **arguments)
+        return self.answer()
+
+    def tell(self, do: str, **arguments: Any) -> None:
+        """As :meth:`ask`, without waiting for the :meth:`answer`."""
+        if self._process is None:
+            self._start()
+        self._send({"do": do} | arguments)
+
+    def answer(self) -> Any:
+        """The next answer. Raises as :meth:`ask`."""
+        if self._opening:
+            self._opening = False
+            try:
+                self.answer()
+            except WorkerFailed:
+                self.close()
+                raise
+        try:
+            line = self._answers.get(timeout=self._limit)
+        except queue.Empty:
+            self.close()
+            raise WorkerFailed(f"no answer within {self._limit:.0f} s") from None
+        if not line:
+            raise WorkerFailed(self._obituary())
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerFailed(answer["error"])
+        return answer["result"]
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(OSError):  # what was still to be written has no reader any more
+                        stream.close()
+            self._process = None
+
+    def _start(self) -> None:
+        paths = [path or os.getcwd() for path in sys.path]  # it imports what this process would
+        self._log.seek(0)
+        self._log.truncate()
+        self._answers = queue.Queue()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fp4dit_ao.benchmark.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._log, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | self._environment,
+        )  # fmt: skip
+        threading.Thread(target=_listen, args=(self._process.stdout, self._answers), daemon=True).start()
+        self._send(self._first)
+        self._opening = True
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        with contextlib.suppress(OSError):  # if it died, its answer says so
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+
+    def _obituary(self) -> str:
+        assert self._process is not None
+        code = self._process.wait()
+        self.close()
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log if line.strip()]
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        return f"{how}; last said: {lines[-1][:200]}" if lines else how
+
+
+def _listen(stream: Any, answers: "queue.Queue[str]") -> None:
+    try:
+        for line in stream:
+            answers.put(line)
+    except ValueError:  # closed while reading
+        pass
+    answers.put("")
+
+
+# --- rounds ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Measured:
+    """One variant in one case.
+
+    Attributes:
+        variant: what it is.
+        case: what was measured, such as ``{"tokens": 256}``.
+        facts: what the worker said of itself, such as its error against float32.
+        seconds: per call, one for every round.
+        beside: the seconds of every baseline in the same rounds, by label.
+        error: why there are no seconds; None if there are.
+    """
+
+    variant: Variant
+    case: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    beside: dict[str, list[float]] = field(default_factory=dict)
+    error: str | None = None
+
+    def ratio(self, base: str) -> "Ratio | None":
+        """Speed against the baseline of that label: its seconds over ours, round by round."""
+        others = self.beside.get(base, [])
+        return Ratio.of(others, self.seconds) if others and len(others) == len(self.seconds) else None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return vars(self) | {"variant": self.variant.label}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio that was taken round by round: its median, lowest and highest."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(numerators: Sequence[float], denominators: Sequence[float]) -> "Ratio":
+        ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+        return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+Progress = Callable[[str], None]
+
+
+def measure(
+    variants: Sequence[Variant],
+    bases: Sequence[Variant],
+    cases: Iterable[dict[str, Any]],
+    start: Callable[[Variant], Worker],
+    *,
+    rounds: int,
+    at_once: int,
+    together: bool = False,
+    progress: Progress = lambda text: None,
+) -> Iterator[Measured]:
+    """Time every variant in every case, in rounds; each variant has a turn in each round.
+
+    Args:
+        variants: what to measure; those that are baselines need not be repeated.
+        bases: run in every round of every group, so that ratios are of one round.
+        cases: arguments of the workload's ``prepare``.
+        start: makes the worker of a variant.
+        rounds: turns of each variant in each case.
+        at_once: processes alive at once, baselines included; more variants than that are measured group by group.
+        together: prepare the variants of a group at the same time; no figure is then taken while preparing.
+        progress: told what is being done.
+
+    Yields:
+        One for every variant and case as soon as it is known, also those that failed.
+    """
+    others = [variant for variant in variants if variant not in bases]
+    size = max(1, at_once - len(bases))
+    groups = [others[first : first + size] for first in range(0, len(others), size)] or [[]]
+    cases = list(cases)
+    workers: dict[Variant, Worker] = {}
+    try:
+        for number, group in enumerate(groups):
+            members = [*bases, *group]
+            workers |= {variant: start(variant) for variant in members if variant not in workers}
+            for index, case in enumerate(cases):
+                at = f"{number * len(cases) + index + 1} of {len(groups) * len(cases)}: "
+                of_case = _one_case(
+                    {v: workers[v] for v in members},
+                    bases,
+                    case,
+                    rounds,
+                    together,
+                    lambda text, at=at: progress(at + text),
+                )
+                yield from (m for m in of_case if number == 0 or m.variant not in bases)
+            for variant in group:
+                workers.pop(variant).close()
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def _one_case(
+    workers: Mapping[Variant, Worker], bases: Sequence[Variant], case: dict[str, Any], rounds: int, together: bool,
+    progress: Progress,
+) -> list[Measured]:  # fmt: skip
+    name = ", ".join(f"{key} {value}" for key, value in case.items())
+    found = {variant: Measured(variant, case) for variant in workers}
+
+    def attempt(variant: Variant, do: Callable[[], Any]) -> Any:
+        if found[variant].error is None:
+            try:
+                return do()
+            except WorkerFailed as error:
+                found[variant] = Measured(variant, case, error=str(error))
+        return None
+
+    for variant, worker in workers.items():
+        progress(f"{name}: prepare {variant.label}")
+        do = worker.tell if together else worker.ask
+        found[variant].facts |= attempt(variant, lambda do=do: do("prepare", **case)) or {}  # type: ignore[misc]
+    if together:
+        for variant, worker in workers.items():
+            found[variant].facts |= attempt(variant, worker.answer) or {}
+    for number in range(rounds):
+        for variant, worker in workers.items():
+            progress(f"{name}: round {number + 1} of {rounds}, {variant.label}")
+            seconds = attempt(variant, lambda worker=worker: worker.ask("turn"))  # type: ignore[misc]
+            if seconds is not None:
+                found[variant].seconds.append(seconds)
+    for variant, worker in workers.items():
+        found[variant].facts |= attempt(variant, lambda worker=worker: worker.ask("finish")) or {}  # type: ignore[misc]
+    beside = {base.label: found[base].seconds for base in bases if found[base].error is None}
+    for measured in found.values():
+        measured.beside = beside if measured.error is None else {}
+    return list(found.values())

@@ -1,0 +1,24 @@
+"""``fp4dit-ao export``: a quantized transformer as one file."""
+
+import time
+from pathlib import Path
+
+from fp4dit_ao import checkpoint, models
+from fp4dit_ao.export import save_package, save_program
+
+
+def export(model: str, out: Path, aoti: bool, device: str | None) -> None:
+    """Load the transformer of ``model``, on ``device``, and write it to ``out``."""
+    transformer = checkpoint.load(_transformer_folder(model)).to(device or models.default_device())
+    began = time.perf_counter()
+    print("compiling; this takes minutes for a large model" if aoti else "exporting", flush=True)
+    (save_package if aoti else save_program)(transformer, out)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - began:.0f} s")
+
+
+def _transformer_folder(model: str) -> Path:
+    path = Path(model).expanduser()
+    found = next((folder for folder in (path / "transformer", path) if checkpoint.is_quantized(folder)), None)
+    if found is None:
+        raise ValueError(f"{model} holds no quantized transformer; make one with: fp4dit-ao quantize MODEL --out DIR")
+    return found

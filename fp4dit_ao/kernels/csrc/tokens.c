@@ -1,0 +1,106 @@
+/* Token-wise quantization to int8 levels of an ExMy format with mantissa bits: the arithmetic of formats.py, bit for bit. */
+#include <math.h>
+#include <stdatomic.h>
+
+#include "epilogue.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#define EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EVERY_PROCESSOR
+#endif
+
+enum { STRIP = 512, ROWS_AT_ONCE = 8 };
+
+typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
+
+typedef struct {
+    const void *x; /* [rows][features] of `type` */
+    int8_t *levels;
+    float *scale; /* [rows] */
+    int64_t rows, features;
+    int32_t type, mantissa_bits;
+    float largest;
+    atomic_llong next;
+} tokens;
+
+static inline float widen_half(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff;
+    float normal = float_of((magnitude << 13) + 0x38000000), subnormal = (float)magnitude * 0x1p-24f;
+    float infinite = float_of(0x7f800000 | (magnitude & 0x3ff) << 13);
+    float value = magnitude < 0x400 ? subnormal : magnitude >= 0x7c00 ? infinite : normal;
+    return float_of(bits_of(value) | sign);
+}
+
+static inline __attribute__((always_inline)) void widen(const void *x, int64_t at, int count, int type, float *to) {
+    if (type == FLOAT32) memcpy(to, (const float *)x + at, count * sizeof *to);
+    else if (type == BFLOAT16)
+        for (int i = 0; i < count; i++) to[i] = float_of((uint32_t)((const uint16_t *)x)[at + i] << 16);
+    else
+        for (int i = 0; i < count; i++) to[i] = widen_half(((const uint16_t *)x)[at + i]);
+}
+
+/* One row: absmax / largest as the scale, and the nearest levels, ties to even. */
+static inline __attribute__((always_inline)) void quantize_row(const tokens *p, int64_t row, int type) {
+    float strip[STRIP];
+    int32_t most = 0; /* magnitudes sort like their bits; NaN is beyond infinity */
+    for (int64_t f = 0; f < p->features; f += STRIP) {
+        int count = p->features - f < STRIP ? (int)(p->features - f) : STRIP;
+        widen(p->x, row * p->features + f, count, type, strip);
+        for (int i = 0; i < count; i++) {
+            int32_t magnitude = (int32_t)(bits_of(strip[i]) & 0x7fffffff);
+            most = magnitude > most ? magnitude : most;
+        }
+    }
+    const float largest = p->largest, tiny = 0x1p-126f, huge = 0x1.fffffep127f;
+    float scale = float_of((uint32_t)most) / largest;
+    scale = scale < tiny ? tiny : scale > huge ? huge : scale; /* NaN stays */
+    p->scale[row] = scale;
+    /* float32 itself rounds to multiples of 2^k where its own last bit is 2^k: beside 1.5 * 2^(k + 23) */
+    const int32_t lowest = (127 + p->mantissa_bits) << 23;
+    const float anchor = 1.5f * 0x1p23f / (float)(1 << p->mantissa_bits);
+    for (int64_t f = 0; f < p->features; f += STRIP) {
+        int count = p->features - f < STRIP ? (int)(p->features - f) : STRIP;
+        int8_t *to = p->levels + row * p->features + f;
+        widen(p->x, row * p->features + f, count, type, strip);
+        for (int i = 0; i < count; i++) {
+            float y = strip[i] / scale;
+            y = y > largest ? largest : y;
+            y = y < -largest ? -largest : y;
+            y = y == y ? y : 0;
+            int32_t binade = (int32_t)(bits_of(y) & 0x7f800000);
+            binade = binade < lowest ? lowest : binade;
+            float beside = float_of((uint32_t)binade) * anchor;
+            to[i] = (int8_t)(int32_t)((y + beside) - beside);
+        }
+    }
+}
+
+EVERY_PROCESSOR static void quantize_rows(tokens *p, int64_t row, int64_t end) {
+    if (p->type == FLOAT32)
+        for (; row < end; row++) quantize_row(p, row, FLOAT32);
+    else if (p->type == BFLOAT16)
+        for (; row < end; row++) quantize_row(p, row, BFLOAT16);
+    else
+        for (; row < end; row++) quantize_row(p, row, FLOAT16);
+}
+
+static void worker(void *argument) {
+    tokens *p = argument;
+    for (;;) {
+        int64_t row = atomic_fetch_add(&p->next, ROWS_AT_ONCE);
+        if (row >= p->rows) return;
+        quantize_rows(p, row, row + ROWS_AT_ONCE < p->rows ? row + ROWS_AT_ONCE : p->rows);
+    }
+}
+
+/* levels [rows][features] and scale [rows] of x [rows][features] in float32, bfloat16 or float16. */
+void fp4dit_tokens(const void *x, int8_t *levels, float *scale, int64_t rows, int64_t features, int32_t type,
+                   int32_t mantissa_bits, float largest, parallel_function parallel, int32_t threads) {
+    tokens p = {.x = x, .levels = levels, .scale = scale, .rows = rows, .features = features, .type = type,
+                .mantissa_bits = mantissa_bits, .largest = largest};
+    int64_t useful = rows * features / 32768 + 1;
+    if (threads > useful) threads = (int)useful;
+    if (parallel && threads > 1) parallel(worker, &p, (unsigned)threads, 0);
+    else worker(&p);
+}

@@ -1,0 +1,115 @@
+"""The part of the OpenAI images API that is spoken here: what requests and responses look like."""
+
+import base64
+import io
+import re
+from typing import Any, Literal
+
+from PIL import Image as Pillow
+from pydantic import BaseModel, ConfigDict, Field
+
+from fp4dit_ao.serving.engine import Image
+
+MAX_SEED = 2**63 - 1
+
+
+class ImageRequest(BaseModel):
+    """The body of ``POST /v1/images/generations``. ``seed`` and ``steps`` are extensions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = Field(min_length=1, description="What to draw.")
+    model: str | None = Field(None, description="The name in /v1/models, if any.")
+    n: int = Field(1, ge=1, description="How many images, of seeds seed, seed + 1, …")
+    size: str = Field("auto", pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$", description="WIDTHxHEIGHT in pixels.")
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="Of the first image's noise; drawn by lot if left out."
+    )
+    steps: int | None = Field(None, ge=1, description="Denoising steps.")
+    response_format: Literal["b64_json"] = Field("b64_json", description="No image is stored, so there are no URLs.")
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: int = Field(100, ge=0, le=100, description="Quality in percent, for jpeg and webp.")
+    background: Literal["auto", "opaque"] = "auto"
+    quality: Literal["auto", "standard"] = Field("auto", description="There is one; say steps instead.")
+    stream: Literal[False] = False
+    user: str | None = Field(None, description="Ignored.")
+
+    def dimensions(self) -> tuple[int, int] | None:
+        """(width, height), None for ``"auto"``."""
+        found = re.fullmatch(r"(\d+)x(\d+)", self.size)
+        return (int(found[1]), int(found[2])) if found else None
+
+
+class ImageData(BaseModel):
+    b64_json: str
+    seed: int = Field(description="With it, the same request draws the same image.")
+
+
+class ImageResponse(BaseModel):
+    created: int = Field(description="Seconds since 1970.")
+    data: list[ImageData]
+    size: str
+    steps: int
+    output_format: str
+    background: Literal["opaque"] = "opaque"
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "fp4dit_ao"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    status: str
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorBody
+
+
+class ApiError(Exception):
+    """What a request is refused with.
+
+    Attributes:
+        status: of HTTP.
+        body: the JSON that is answered.
+        retry_after: seconds after which to try again; None if that would not help.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+    ):
+        super().__init__(message)
+        kind = {429: "rate_limit_error", 504: "timeout_error"}.get(status)
+        kind = kind or ("invalid_request_error" if status < 500 else "server_error")
+        self.status, self.retry_after = status, retry_after
+        self.body: dict[str, Any] = ErrorResponse(
+            error=ErrorBody(message=message, type=kind, param=param, code=code)
+        ).model_dump()
+
+
+def encode(image: Image, output_format: str, compression: int) -> str:
+    """A picture file of ``image``, in base64."""
+    file = io.BytesIO()
+    options: dict[str, Any] = {} if output_format == "png" else {"quality": compression}
+    Pillow.fromarray(image).save(file, output_format, **options)
+    return base64.b64encode(file.getvalue()).decode("ascii")

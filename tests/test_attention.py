@@ -1,0 +1,187 @@
+"""Attention on int8 levels, against the formula in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fp4dit_ao.formats import parse
+from fp4dit_ao.kernels import attention as kernel
+from fp4dit_ao.ops import choose_scale
+
+OP = torch.ops.fp4dit_ao
+needs_kernel = pytest.mark.skipif(not kernel.available(), reason="needs the compiled library and AVX-512 VNNI")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(batch: int, heads: int, queries: int, keys: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (queries, keys, keys)
+    return tuple(normal(batch, heads, size, dim, seed=seed + i) * 2 for i, size in enumerate(sizes))
+
+
+def rounded(x: Tensor, fmt: str) -> Tensor:
+    """float64, token by token."""
+    scale = choose_scale(x, [1] * (x.ndim - 1) + [-1], fmt, torch.float32)
+    return parse(fmt).round(x.float() / scale).double() * scale.double()
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, fmt: str) -> tuple[Tensor, Tensor]:
+    """The result, and the sum of the magnitudes of its terms, in float64; zeros where every key is masked."""
+    q, k, v = (rounded(x, fmt) for x in (q, k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    return weights @ v, weights @ v.abs()
+
+
+def check(y: Tensor, expected: tuple[Tensor, Tensor], tolerance: float) -> None:
+    value, magnitude = expected
+    assert y.shape == value.shape
+    assert ((y.double() - value).abs() <= tolerance * magnitude + 1e-30).all()
+
+
+@needs_kernel
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 60), st.integers(1, 600), st.integers(1, 256),
+    st.sampled_from(["e2m3", "int8", "int6", "e3m0", "nf4"]), st.sampled_from([None, 0.05, 1.0]), st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape(batch, heads, queries, keys, dim, fmt, scale, seed) -> None:
+    q, k, v = inputs(batch, heads, queries, keys, dim, seed)
+    with torch.no_grad():
+        y = OP.attention(q, k, v, None, scale, fmt)
+    # a score of some hundreds is known to 2^-24 of itself: an exponential's relative error
+    largest = float((rounded(q, fmt) @ rounded(k, fmt).mT).abs().max()) * (dim**-0.5 if scale is None else scale)
+    check(y, exact(q, k, v, None, scale, fmt), 4e-6 + 2e-7 * largest)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 17, 70), (2, 1, 17, 70), (1, 1, 1, 70), (1, 3, 17, 1), (17, 70), (2, 1, 1, 70)]
+)
+@pytest.mark.parametrize("kind", ["bool", "float", "bfloat16"])
+def test_masks(shape: tuple[int, ...], kind: str) -> None:
+    q, k, v = inputs(2, 3, 17, 70, 72)
+    keep = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask = keep if kind == "bool" else torch.where(keep, normal(*shape), -math.inf)
+    mask = mask.bfloat16() if kind == "bfloat16" else mask
+    y = OP.attention(q, k, v, mask, None, "e2m3")
+    assert torch.isfinite(y).all()
+    check(y, exact(q, k, v, mask, None, "e2m3"), 1e-5)
+
+
+@needs_kernel
+def test_a_query_without_keys_gets_zeros() -> None:
+    q, k, v = inputs(1, 2, 30, 300, 64)
+    mask = torch.ones(30, 300, dtype=torch.bool)
+    mask[7] = False
+    mask[8, :256] = False  # the whole first block of keys
+    y = OP.attention(q, k, v, mask, None, "e2m3")
+    assert (y[:, :, 7] == 0).all()
+    check(y, exact(q, k, v, mask, None, "e2m3"), 1e-5)
+    assert OP.attention(*inputs(1, 2, 5, 0, 64), None, None, "e2m3").eq(0).all()
+    assert OP.attention(*inputs(0, 2, 5, 5, 64), None, None, "e2m3").shape == (0, 2, 5, 64)
+    assert OP.attention(*inputs(1, 2, 0, 5, 64), None, None, "e2m3").shape == (1, 2, 0, 64)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 1.2e-2)])
+def test_half_precision(dtype: torch.dtype, tolerance: float) -> None:
+    q, k, v = (x.to(dtype) for x in inputs(2, 3, 50, 300, 72))
+    y = OP.attention(q, k, v, None, None, "e2m3")
+    assert y.dtype == dtype
+    check(y, exact(q, k, v, None, None, "e2m3"), tolerance)
+    pytorch = F.scaled_dot_product_attention(*(rounded(x, "e2m3").to(dtype) for x in (q, k, v)))
+    value, _ = exact(q, k, v, None, None, "e2m3")
+    assert (y.double() - value).norm() <= 1.05 * (pytorch.double() - value).norm(), "no worse than PyTorch's own"
+
+
+@needs_kernel
+def test_a_nan_token_stays_visible() -> None:
+    q, k, v = inputs(1, 2, 30, 40, 64)
+    q[0, 0, 3, 5] = torch.nan
+    y = OP.attention(q, k, v, None, None, "e2m3")
+    assert y[0, 0, 3].isnan().all()
+    assert torch.isfinite(y[0, 0, :3]).all() and torch.isfinite(y[0, 0, 4:]).all() and torch.isfinite(y[0, 1]).all()
+    k[0, 1, 2, 0] = torch.nan
+    assert OP.attention(q, k, v, None, None, "e2m3")[0, 1].isnan().all()
+
+
+@needs_kernel
+def test_layouts() -> None:
+    """q, k and v come as views of (batch, tokens, heads, dim), and the result goes back that way without a copy."""
+    q, k, v = inputs(2, 3, 17, 70, 72)
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    y = OP.attention(*views, None, None, "e2m3")
+    assert torch.equal(y, OP.attention(q, k, v, None, None, "e2m3"))
+    assert y.transpose(1, 2).is_contiguous()
+    meta = [torch.empty(shape, device="meta", dtype=torch.int8) for shape in [(2, 3, 17, 72), (2, 3, 70, 72)]]
+    scales = [torch.empty(x.shape[:3], device="meta") for x in meta]
+    fake = OP.int8_attention(meta[0], scales[0], meta[1], scales[1], meta[1], scales[1], None, 1.0, torch.float32)
+    assert (fake.shape, fake.stride()) == (y.shape, y.stride())
+
+
+@needs_kernel
+def test_threads_do_not_change_a_bit() -> None:
+    q, k, v = inputs(1, 2, 700, 300, 64)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            results.append(OP.attention(q, k, v, None, None, "e2m3"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("fmt", ["e2m3", "e3m4"])
+@pytest.mark.parametrize("mask", [None, torch.rand(17, 70) > 0.5], ids=["all", "masked"])
+def test_where_the_kernel_does_not_fit_it_is_pytorchs(fmt: str, mask: Tensor | None, monkeypatch) -> None:
+    monkeypatch.setattr(kernel, "available", lambda: False)
+    q, k, v = inputs(2, 3, 17, 70, 72)
+    check(OP.attention(q, k, v, mask, None, fmt), exact(q, k, v, mask, None, fmt), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 64), (2, 2, 9, 300), (1, 2, 2, 9, 64)], ids=["3-D", "wide heads", "5-D"])
+def test_what_the_kernel_does_not_take_runs_all_the_same(shape: tuple[int, ...]) -> None:
+    q, k, v = (normal(*shape, seed=i) for i in range(3))
+    check(OP.attention(q, k, v, None, None, "e2m3"), exact(q, k, v, None, None, "e2m3"), 1e-5)
+
+
+@needs_kernel
+def test_compiles_without_a_break() -> None:
+    compiled = torch.compile(lambda *args: OP.attention(*args, None, None, "e2m3") * 2, fullgraph=True, dynamic=True)
+    for tokens in (17, 40):
+        q, k, v = inputs(2, 3, tokens, 70, 72)
+        expected = OP.attention(q, k, v, None, None, "e2m3") * 2
+        assert (compiled(q, k, v) - expected).norm() <= 1e-6 * expected.norm()
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"k": torch.zeros(1, 2, 5, 32, dtype=torch.int8)},
+        {"v": torch.zeros(1, 2, 6, 16, dtype=torch.int8)},
+        {"q": torch.zeros(1, 2, 5, 16)},
+        {"q_scale": torch.ones(1, 2, 4)},
+        {"output_dtype": torch.float64},
+    ],
+    ids=["dim", "keys", "type", "scale", "output"],
+)
+def test_what_does_not_fit_is_refused(wrong: dict) -> None:
+    arguments = {}
+    for name in "qkv":
+        arguments |= {name: torch.zeros(1, 2, 5, 16, dtype=torch.int8), f"{name}_scale": torch.ones(1, 2, 5)}
+    arguments |= {"bias": None, "scale": 1.0, "output_dtype": torch.float32}
+    with pytest.raises(ValueError, match=r"int8_attention: q \(1, 2, 5, 16\), k .* do not fit"):
+        kernel.run(**(arguments | wrong))

@@ -1,0 +1,282 @@
+"""Every family of the table, in diffusers' own classes at small width: captured, quantized, saved, loaded, compiled."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from benchmarks.families import SMALL, main, other_size, quantize, relative, small_model
+from fp4dit_ao import (
+    AdaRoundConfig,
+    QuantConfig,
+    QuantizedTransformer,
+    capture,
+    example_inputs,
+    lower,
+    quantizer_for,
+    reconstruct,
+)
+from fp4dit_ao.config import RECIPES
+from fp4dit_ao.families import FAMILIES, family_of, recipe_for
+from fp4dit_ao.inputs import Size
+from tests.graphs import TinyDiT, tiny_sample
+
+
+@pytest.fixture(scope="module", params=list(SMALL))
+def case(request):
+    """A small model of each family, captured, and quantized with nearest rounding."""
+    model = small_model(request.param)
+    graph = capture(model, example_inputs(model))
+    quantized = quantize(model, graph)
+    return SimpleNamespace(name=request.param, model=model, graph=graph, quantized=quantized)
+
+
+def sizes(name: str) -> Iterator[Size]:
+    """Unlike the captured one, each in another way: guidance on two images, one image, not square, larger and longer."""
+    yield from (Size(batch=4), Size(batch=1), other_size(name), Size(height=24, width=24, frames=1, text=33))
+
+
+@torch.no_grad()
+def test_captured_at_one_size_and_exact_at_all(case) -> None:
+    for seed, size in enumerate(sizes(case.name)):
+        sample = example_inputs(case.model, size, seed=seed)
+        expected = case.model(**sample, return_dict=False)[0]
+        found = case.graph(**sample)[0]
+        assert found.shape == expected.shape
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), size
+
+
+@torch.no_grad()
+def test_quantized_at_one_size_and_close_at_all(case) -> None:
+    for seed, size in enumerate(sizes(case.name)):
+        sample = example_inputs(case.model, size, seed=seed)
+        expected = case.model(**sample, return_dict=False)[0]
+        found = case.quantized(**sample).sample
+        assert 0 < relative(found, expected) < 0.35, size
+
+
+def test_every_linear_in_the_blocks_is_quantized_and_none_outside(case) -> None:
+    rows = {row.name: row for row in case.quantized.summary() if row.kind == "linear"}
+    inside = {name for name in rows if any(part.isdigit() for part in name.split(".")[:2])}
+    kept = {name for name in inside if not rows[name].quantized}
+    assert all(".norm1.emb." in name for name in kept)  # DiT embeds time and class in every block
+    assert not any(rows[name].quantized for name in rows.keys() - inside)
+    assert len(inside - kept) >= 6
+
+
+@torch.no_grad()
+def test_saved_and_loaded_it_draws_the_same(case, tmp_path) -> None:
+    case.quantized.save_pretrained(tmp_path / "model")
+    loaded = QuantizedTransformer.from_pretrained(tmp_path / "model")
+    sample = example_inputs(case.model, other_size(case.name), seed=3)
+    assert torch.equal(loaded(**sample).sample, case.quantized(**sample).sample)
+    assert [asdict(row) for row in loaded.summary()] == [asdict(row) for row in case.quantized.summary()]
+
+
+# --- rounding, compilation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Hunyuan-DiT", "LTX-Video"])
+def test_rounding_is_learned_in_any_family(name) -> None:
+    model = small_model(name)
+    data = [example_inputs(model, seed=seed) for seed in range(2)]
+    prepared = prepare_pt2e(capture(model, data[0]), quantizer_for(model, "w4a6"))
+    report = reconstruct(prepared, data, AdaRoundConfig(iters=12, batch_size=2), progress=False)
+    assert any(row.loss_after < row.loss_before for row in report.rows)
+    with torch.no_grad():
+        graph = lower(convert_pt2e(prepared))
+        sample = example_inputs(model, other_size(name), seed=7)
+        assert relative(graph(**sample)[0], model(**sample, return_dict=False)[0]) < 0.35
+
+
+@pytest.mark.parametrize("name", ["PixArt-Σ", "Hunyuan-DiT", "SD3", "LTX-Video"])
+@torch.no_grad()
+def test_compiled_at_other_sizes(name) -> None:
+    """Inductor contracts products and sums, so that some activations round to the other side: close, not equal."""
+    model = small_model(name)
+    quantized = quantize(model, capture(model, example_inputs(model))).compile_graph()
+    for size in (Size(batch=3), other_size(name)):
+        sample = example_inputs(model, size, seed=1)
+        assert relative(quantized(**sample).sample, model(**sample, return_dict=False)[0]) < 0.35
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["PixArt-Σ", "Sana", "LTX-Video", "Lumina 2"])
+@torch.no_grad()
+def test_a_row_whose_mask_is_empty(name) -> None:
+    """Guidance with an empty prompt."""
+    model = small_model(name)
+    graph = capture(model, example_inputs(model))
+    sample = example_inputs(model, Size(batch=3), seed=2)
+    sample["encoder_attention_mask"][1] = 0
+    expected = model(**sample, return_dict=False)[0]
+    assert expected.isfinite().all()
+    assert torch.allclose(graph(**sample)[0], expected, atol=1e-5)
+    quantized = quantize(model, graph)(**sample).sample
+    assert relative(quantized, expected) < 0.35
+
+
+@torch.no_grad()
+def test_what_a_mask_hides_does_not_matter() -> None:
+    model = small_model("Lumina 2")
+    graph = capture(model, example_inputs(model))
+    sample = example_inputs(model, Size(batch=2, text=9), seed=2)
+    sample["encoder_attention_mask"][:] = torch.tensor([[1] * 4 + [0] * 5, [1] * 9])
+    before = graph(**sample)[0]
+    sample["encoder_hidden_states"][0, 4:] = 100.0
+    assert torch.equal(graph(**sample)[0], before)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def formats(name: str, recipe: str = "w4a6") -> dict[str, tuple[str | None, str | None]]:
+    """(weight, activation) of every quantized linear."""
+    model = small_model(name)
+    quantizer = quantizer_for(model, recipe)
+    prepare_pt2e(capture(model, example_inputs(model)), quantizer)
+    linears = (d for d in quantizer.decisions.values() if d.kind == "linear" and d.config)
+    return {d.name: (d.config.weight, d.config.activation) for d in linears}
+
+
+def test_the_papers_recipe_for_each_of_its_models() -> None:
+    for name, weight in (("PixArt-α", "e2m1"), ("PixArt-Σ", "e1m2"), ("Hunyuan-DiT", "e2m1")):
+        found = formats(name)
+        before_gelu = {layer for layer in found if layer.endswith("net.0.proj")}
+        assert {found[layer] for layer in before_gelu} == {("e3m0", "e2m3")}
+        assert {found[layer] for layer in found.keys() - before_gelu} == {(weight, "e2m3")}
+
+
+def test_a_recipe_that_names_its_formats_has_them_in_every_family() -> None:
+    model = small_model("PixArt-Σ")
+    assert recipe_for(model, "w4a6").weight == recipe_for(model, "w4a8").weight == "e1m2"
+    for name in ("w4a6_e2m1", "int_w4a6"):
+        assert recipe_for(model, name).weight == RECIPES[name]().weight
+    own = QuantConfig(weight="int4")
+    assert recipe_for(model, own) is own
+
+
+def test_one_vector_an_image_keeps_eight_bits() -> None:
+    found = formats("SD3")
+    modulations = {layer for layer in found if layer.endswith((".norm1.linear", ".norm1_context.linear"))}
+    assert len(modulations) == 4
+    assert {found[layer][1] for layer in modulations} == {"int8"}
+
+
+@torch.no_grad()
+def test_hunyuans_long_skips_have_scales_for_each_half() -> None:
+    model = small_model("Hunyuan-DiT")
+    graph = capture(model, example_inputs(model))
+    quantized = quantize(model, graph)
+    parts = [row for row in quantized.summary() if ".skip_linear" in row.name]
+    assert [row.name for row in parts] == ["blocks.3.skip_linear.part0", "blocks.3.skip_linear.part1"]
+    assert all(row.quantized and row.shape == (128, 128) for row in parts)
+    whole = model.blocks[3].skip_linear.weight
+    joined = torch.cat([quantized.graph.get_parameter(f"{row.name}.weight").dequantize() for row in parts], 1)
+    assert relative(joined, whole) < 0.2
+
+
+def test_a_user_may_still_skip_a_linear_that_would_be_split() -> None:
+    model = small_model("Hunyuan-DiT")
+    quantizer = quantizer_for(model).set_module_name("*.skip_linear", None)
+    prepare_pt2e(capture(model, example_inputs(model)), quantizer)
+    decision = quantizer.decisions["blocks.3.skip_linear"]
+    assert decision.config is None
+    assert "name matches" in decision.reason
+
+
+def test_groups_that_do_not_divide_are_as_large_as_they_can_be() -> None:
+    model = small_model("Sana")
+    rows = {row.name: row for row in quantize(model, capture(model, example_inputs(model))).summary()}
+    assert rows["transformer_blocks.0.attn1.to_q"].reason.endswith("groups of 112")
+    convolutions = [row for row in rows.values() if row.kind == "convolution"]
+    assert [row.name for row in convolutions] == [
+        "patch_embed.proj",
+        *(f"transformer_blocks.0.ff.conv_{part}" for part in ("inverted", "depth", "point")),
+    ]
+    assert not any(row.quantized for row in convolutions)
+
+
+# --- models that are not in the table --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_an_unknown_model_gets_safe_defaults_and_is_told() -> None:
+    model, sample = TinyDiT(width=96), tiny_sample(width=96)
+    with pytest.warns(UserWarning, match=r"TinyDiT is no family .* leaving 2 linears .*\(pos_embedder, proj_out\)"):
+        quantizer = quantizer_for(model, "w4a6")
+    graph = lower(convert_pt2e(prepare_pt2e(capture(model, sample), quantizer)))
+    quantized = {d.name: d.config for d in quantizer.decisions.values() if d.kind == "linear" and d.config}
+    assert len(quantized) == 6
+    assert {(config.weight, config.group_size) for config in quantized.values()} == {("e2m1", 96)}
+    assert relative(graph(**sample)[0], model(**sample)[0]) < 0.35
+    with pytest.raises(ValueError, match=r"TinyDiT is no family .* collect_samples"):
+        example_inputs(model)
+
+
+@torch.no_grad()
+def test_an_unknown_model_of_diffusers_goes_through_the_whole_flow() -> None:
+    from diffusers import CogView3PlusTransformer2DModel
+
+    torch.manual_seed(0)
+    model = CogView3PlusTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=64, num_layers=1, text_embed_dim=96, time_embed_dim=64, condition_dim=32,
+        sample_size=16, pos_embed_max_size=16,
+    ).eval()  # fmt: skip
+    sample = {
+        "hidden_states": torch.randn(2, 16, 16, 16), "encoder_hidden_states": torch.randn(2, 8, 96),
+        "timestep": torch.tensor([5, 5]), "original_size": torch.full((2, 2), 128.0),
+        "target_size": torch.full((2, 2), 128.0), "crop_coords": torch.zeros(2, 2),
+    }  # fmt: skip
+    with pytest.warns(UserWarning, match="CogView3PlusTransformer2DModel is no family"):
+        quantizer = quantizer_for(model)
+    graph = lower(convert_pt2e(prepare_pt2e(capture(model, sample), quantizer)))
+    assert relative(graph(**sample)[0], model(**sample, return_dict=False)[0]) < 0.35
+    kept = {d.name for d in quantizer.decisions.values() if d.kind == "linear" and d.config is None}
+    assert not any(name.startswith("transformer_blocks.") for name in kept)
+
+
+# --- numbers, names, the command -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_number_that_was_captured_may_vary_and_a_constant_may_not() -> None:
+    model = small_model("LTX-Video")
+    quantized = quantize(model, capture(model, example_inputs(model)))
+    sample = example_inputs(model, Size(height=8, width=24, frames=2))
+    assert quantized(**sample).sample.shape == sample["hidden_states"].shape
+    with pytest.raises(ValueError, match=r"height .* found 2\.5"):
+        quantized(**(sample | {"height": 2.5}))
+    with pytest.raises(ValueError, match="rope_interpolation_scale"):
+        quantized(**(sample | {"rope_interpolation_scale": (1.0, 32, 32)}))
+
+
+def test_each_row_of_the_table_has_a_case() -> None:
+    assert {family_of(small_model(name)).name for name in SMALL} == {family.name for family in FAMILIES}
+
+
+def test_sigma_is_told_from_alpha_by_what_its_config_names() -> None:
+    from diffusers import PixArtTransformer2DModel
+
+    def family(**config: object) -> str:
+        with torch.device("meta"):
+            model = PixArtTransformer2DModel(num_layers=1, caption_channels=64, **config)
+        return family_of(model).name
+
+    # as published: 1024 and 512 px, then Σ of every size
+    assert family(sample_size=128) == family(sample_size=64) == "PixArt-α"
+    for size, scale in ((32, 0.5), (64, 1), (128, 2), (256, 4)):
+        assert family(sample_size=size, interpolation_scale=scale, use_additional_conditions=False) == "PixArt-Σ"
+
+
+def test_the_command_prints_the_table(tmp_path, capsys) -> None:
+    main(names="PixArt-Σ;Sana", out=tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["PixArt-Σ", "Sana"]
+    assert "4 convolutions" in lines[3]
+    assert (tmp_path / "families.json").is_file()
