@@ -103,7 +103,8 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         name, _, leaf = param_name.rpartition(".")
-        return self._slots is not None or (leaf == "weight" and name in self._linears)
+        quantized = name in self._linears or (self.record is not None and name in self.record.parts)
+        return self._slots is not None or (leaf == "weight" and quantized)
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
         raise ValueError(
@@ -122,7 +123,8 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        from fp4dit_ao.modules import quantize_weight
+        from fp4dit_ao.modules import quantize_linear
+        from fp4dit_ao.split import split_modules, whole_name
 
         if self._slots is not None:
             if unexpected_keys:
@@ -132,8 +134,11 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             self._slots.put(param_name, x.to(target_device), param_value.dtype)
         else:
             name = param_name.rpartition(".")[0]
-            weight = quantize_weight(param_value.to(target_device), self._linears[name], name)
-            model.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+            model.get_submodule(name).weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
+            split_modules(model, {whole: sizes for whole, sizes in self.record.parts.items() if whole == name})
+            for linear, config in self._linears.items():
+                if whole_name(linear) == name:
+                    quantize_linear(model, linear, config)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from fp4dit_ao.modules import finish

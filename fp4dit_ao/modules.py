@@ -21,6 +21,7 @@ from fp4dit_ao.formats import parse
 from fp4dit_ao.ops import full_block
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer, fit_group, weight_observer
 from fp4dit_ao.record import Record, model_config
+from fp4dit_ao.split import part_sizes, split_modules
 from fp4dit_ao.tensor import MinifloatTensor
 from fp4dit_ao.weights import Entry
 
@@ -51,10 +52,9 @@ def quantize_modules(
     from fp4dit_ao.diffusers_quantizer import FP4DiTConfig, FP4DiTDiffusersQuantizer
 
     record = decide(model, recipe, skip=skip, sample=sample, source=source)
-    with torch.no_grad():
-        for name, config in quantized_linears(record):
-            linear = model.get_submodule(name)
-            linear.weight = nn.Parameter(quantize_weight(linear.weight, config, name), requires_grad=False)  # type: ignore[arg-type]
+    split_modules(model, record.parts)
+    for name, config in quantized_linears(record):
+        quantize_linear(model, name, config)
     quantizer = FP4DiTDiffusersQuantizer(FP4DiTConfig(recipe, skip=skip), record=record)
     return finish(model, quantizer)
 
@@ -80,7 +80,7 @@ def decide(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if sample is None and is_known(model):
         sample = example_inputs(model, dtype=dtype)
-    description = None
+    description, parts = None, {}
     if sample is None:
         decisions = _decisions_by_name(model, quantizer)
     else:
@@ -88,24 +88,28 @@ def decide(
         empty = skeleton.empty_model(model_config(dict(model.config) | {"_class_name": type(model).__name__}))
         prepared = skeleton.prepare(empty, description, dtype, quantizer)
         decisions = skeleton.resolve(quantizer.decisions.values(), prepared)
-    record = Record(decisions, dtype, config, source, description)
+        parts = part_sizes(prepared.named_parameters())
+    record = Record(decisions, dtype, config, source, description, parts)
     if not any(True for _ in quantized_linears(record)):
         raise ValueError(f"nothing in this {type(model).__name__} would be quantized; check the skip globs")
     return record
 
 
-def quantize_weight(weight: Tensor, config: QuantConfig, name: str) -> MinifloatTensor:
-    """A float weight rounded to nearest, as a weight observer without a learned rounding does it.
+@torch.no_grad()
+def quantize_linear(model: nn.Module, name: str, config: QuantConfig) -> None:
+    """Round the weight of a linear to nearest, in place, as a weight observer without a learned rounding does it.
 
     Raises:
         ValueError: NaN or Inf in it, or a group size that does not divide it.
     """
+    linear = model.get_submodule(name)
+    weight = linear.weight
     observer = weight_observer(f"{name}.weight", config)()
     codes, scale = observer.quantized(weight.detach())
+    block_size, fmt = observer.block_size(weight), str(observer.fmt)
     activation = None if config.activation is None else str(parse(config.activation))
-    return MinifloatTensor.from_codes(
-        codes, scale, observer.block_size(weight), str(observer.fmt), activation, weight.dtype
-    )
+    quantized = MinifloatTensor.from_codes(codes, scale, block_size, fmt, activation, weight.dtype)
+    linear.weight = nn.Parameter(quantized, requires_grad=False)
 
 
 def quantized_linears(record: Record) -> Iterable[tuple[str, QuantConfig]]:
@@ -246,6 +250,7 @@ class Slots:
 
     def __init__(self, model: nn.Module, record: Record):
         self.model, self.record = model, record
+        split_modules(model, record.parts)
         self._linears = dict(quantized_linears(record))
         for name, config in self._linears.items():
             self._open(name, config)

@@ -31,6 +31,7 @@ class Record:
         recipe: that was asked for.
         source: name or path of the float model.
         sample: description of the sample that its graph is captured with (``samples.describe``); None if nobody knows one.
+        parts: input features of the parts of every linear that was split, by its name.
         versions: of the packages that wrote it.
         model: the model's config, class name included.
         tensors: what is stored, by name.
@@ -42,6 +43,7 @@ class Record:
     recipe: QuantConfig | None = None
     source: str | None = None
     sample: Any = None
+    parts: dict[str, list[int]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: {name: metadata.version(name) for name in _PACKAGES})
     model: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Entry] = field(default_factory=dict)
@@ -66,6 +68,7 @@ class Record:
             "sample": self.sample,
             "configs": [dataclasses.asdict(config) for config in configs],
             "layers": layers,
+            "parts": self.parts,
             "model": self.model,
             "tensors": {name: dataclasses.asdict(entry) for name, entry in self.tensors.items()},
         }
@@ -107,6 +110,7 @@ class Record:
                 recipe=QuantConfig.from_dict(data["recipe"]) if data["recipe"] else None,
                 source=data["source"],
                 sample=data["sample"],
+                parts={name: [int(size) for size in sizes] for name, sizes in data["parts"].items()},
                 versions=dict(data["versions"]),
                 model=dict(data["model"]),
                 tensors={str(name): Entry.from_json(entry) for name, entry in data["tensors"].items()},

@@ -25,6 +25,7 @@ from fp4dit_ao.ops import full_block
 from fp4dit_ao.passes.lower import lower
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer
 from fp4dit_ao.record import Record, model_config
+from fp4dit_ao.split import part_sizes
 from fp4dit_ao.tensor import MinifloatTensor
 
 
@@ -197,9 +198,9 @@ def state_of(graph: GraphModule) -> dict[str, Tensor]:
 
 def record_of(model: Any) -> Record:
     """How a ``QuantizedTransformer`` was quantized."""
-    return Record(
-        model.decisions, model.dtype, model.recipe, model.source, model.description, model=model_config(model.config)
-    )
+    parts = part_sizes(model.graph.named_parameters())
+    own = model_config(model.config)
+    return Record(model.decisions, model.dtype, model.recipe, model.source, model.description, parts, model=own)
 
 
 def tensors_to_save(model: Any) -> dict[str, Tensor]:
