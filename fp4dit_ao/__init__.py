@@ -36,6 +36,8 @@ _HOME = {
     "QuantizedTransformer": "quantized_transformer",
     "quantize_modules": "modules",
     "FP4DiTConfig": "diffusers_quantizer",
+    "export_single_file": "single_file",
+    "read_single_file": "single_file",
 }
 """Where each public name lives; loaded on first use, so that importing the package stays quick."""
 
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from fp4dit_ao.pipeline import load_pipeline, quantize_pipeline
     from fp4dit_ao.quantized_transformer import QuantizedTransformer
     from fp4dit_ao.quantizer import FP4DiTQuantizer
+    from fp4dit_ao.single_file import export_single_file, read_single_file
     from fp4dit_ao.tensor import MinifloatTensor
 
 

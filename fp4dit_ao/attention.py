@@ -15,7 +15,7 @@ _INPUTS = ("query", "key", "value")
 
 
 class QuantizedAttention(TorchFunctionMode):
-    """Inside of it, q, k and v of every ``F.scaled_dot_product_attention`` are rounded to ``fmt``, token by token and head by head.
+    """Inside of it, q, k and v of every ``F.scaled_dot_product_attention`` become ``fmt``, token by token and head by head.
 
     The same operators as in a lowered graph.
     """

@@ -128,7 +128,9 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
         if self._slots is not None:
             if unexpected_keys:
-                raise ValueError(f"the weights hold tensor {unexpected_keys[0]}, which config.json does not know; copy the folder again")
+                raise ValueError(
+                    f"the weights hold tensor {unexpected_keys[0]}, which config.json does not know; copy the folder again"
+                )
             x = state_dict[param_name].clone()  # param_value is cast, scales too; memory as weights.read has it
             self.record.tensors[param_name].check(param_name, x)
             self._slots.put(param_name, x.to(target_device), param_value.dtype)

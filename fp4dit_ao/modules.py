@@ -25,6 +25,7 @@ from fp4dit_ao.split import part_sizes, split_modules
 from fp4dit_ao.tensor import MinifloatTensor
 from fp4dit_ao.weights import Entry
 
+
 def quantize_modules(
     model: nn.Module,
     recipe: str | QuantConfig = "w4a6",
@@ -225,7 +226,7 @@ def _decisions_by_name(model: nn.Module, quantizer: FP4DiTQuantizer) -> list[Dec
         config, reason = quantizer.config_for(name)
         if config is not None and config.pre_gelu_weight not in (None, config.weight):
             raise ValueError(
-                f"{type(model).__name__} is no family that fp4dit_ao knows, so it cannot tell which linears come before a gate; "
+                f"{type(model).__name__} is no family that fp4dit_ao knows, so it cannot tell which linears feed a gate; "
                 "give sample=, the keyword arguments of one forward, or a recipe with pre_gelu_weight=None"
             )
         if config is not None and kind == "linear":
@@ -282,7 +283,9 @@ class Slots:
         packed = columns // 2 if parse(str(config.weight)).bits <= 4 else columns
         parts = nn.Module()
         parts.register_buffer("qdata", torch.empty(rows, packed, dtype=torch.uint8, device="meta"))
-        scale = torch.empty(rows // block[0], columns // block[1], dtype=getattr(torch, config.scale_dtype), device="meta")
+        scale = torch.empty(
+            rows // block[0], columns // block[1], dtype=getattr(torch, config.scale_dtype), device="meta"
+        )
         parts.register_buffer("scale", scale)
         del linear.weight
         linear.weight = parts
@@ -305,7 +308,9 @@ class Slots:
             ValueError: not everything was put in.
         """
         if self._waiting:
-            raise ValueError(f"tensor {next(iter(self._waiting))} is missing ({len(self._waiting)} in all); copy the folder again")
+            raise ValueError(
+                f"tensor {next(iter(self._waiting))} is missing ({len(self._waiting)} in all); copy the folder again"
+            )
         for name, config in self._linears.items():
             linear = self.model.get_submodule(name)
             parts: Any = linear.weight

@@ -146,8 +146,8 @@ def load_pipeline(
         device: where to put it; the CPU if None.
         dtype: floating-point type of everything that is not quantized; as saved if None.
         compile: run the quantized transformer under ``torch.compile``.
-        form: ``"graph"``: a ``QuantizedTransformer``. ``"module"``: the diffusers model that it was, with quantized weights, for
-            LoRA and offloading; see :mod:`fp4dit_ao.modules`.
+        form: ``"graph"``: a ``QuantizedTransformer``. ``"module"``: the diffusers model that it was, with quantized weights,
+            for LoRA and offloading; see :mod:`fp4dit_ao.modules`.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing from it.

@@ -98,7 +98,9 @@ class Record:
         except (KeyError, TypeError, ValueError, RecursionError):
             intact = False
         if not intact:
-            raise ValueError(f"{where} was altered since it was saved: its SHA-256 is not the recorded one; copy it again")
+            raise ValueError(
+                f"{where} was altered since it was saved: its SHA-256 is not the recorded one; copy it again"
+            )
         try:
             configs = [QuantConfig.from_dict(config) for config in data["configs"]]
             dtype = getattr(torch, data["dtype"])
@@ -129,7 +131,9 @@ def digest(data: Any) -> str:
 
 def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a diffusers config that describes the model: no private keys but the class name, as JSON."""
-    own = {k: v for k, v in config.items() if k != "quantization_config" and (k == "_class_name" or not k.startswith("_"))}
+    own = {
+        k: v for k, v in config.items() if k != "quantization_config" and (k == "_class_name" or not k.startswith("_"))
+    }
     return dict(json.loads(json.dumps(own, default=str)))
 
 

@@ -129,7 +129,9 @@ def read_single_file(path: str | Path) -> SingleFile:
             raise ValueError(f"{path} is damaged: it claims a header of {length:,} bytes; copy it again")
         try:
             header = json.loads(file.read(length))
-            metadata = {k: v if k in ("format", "layout") else json.loads(v) for k, v in header.pop("__metadata__").items()}
+            metadata = {
+                k: v if k in ("format", "layout") else json.loads(v) for k, v in header.pop("__metadata__").items()
+            }
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is no file of this layout: its header cannot be read") from error
     if metadata.get("layout") != LAYOUT or metadata.get("layout_version") != LAYOUT_VERSION:
@@ -138,7 +140,9 @@ def read_single_file(path: str | Path) -> SingleFile:
     try:
         tensors = {name: _tensor(name, place, data, metadata["sha256"][name]) for name, place in header.items()}
     except (KeyError, TypeError, IndexError, OverflowError) as error:
-        raise ValueError(f"{path} is damaged: its header does not describe its tensors ({error!r}); copy it again") from error
+        raise ValueError(
+            f"{path} is damaged: its header does not describe its tensors ({error!r}); copy it again"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     missing = sorted(set(metadata["sha256"]) - set(tensors))

@@ -74,7 +74,9 @@ class Entry:
                 f"tensor {name} is {tuple(x.shape)} of {dtype}, saved as {self.shape} of {self.dtype}; copy the folder again"
             )
         if checksum(x) != self.sha256:
-            raise ValueError(f"tensor {name} was altered since it was saved: its SHA-256 differs; copy the folder again")
+            raise ValueError(
+                f"tensor {name} was altered since it was saved: its SHA-256 differs; copy the folder again"
+            )
 
 
 def checksum(x: Tensor) -> str:
@@ -84,7 +86,7 @@ def checksum(x: Tensor) -> str:
 
 
 def write(tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str], max_shard_size: int | str) -> None:
-    """Write ``tensors`` into ``folder``: one file, or shards of at most ``max_shard_size`` (``"5GB"``, or bytes) and their index."""
+    """Write ``tensors`` into ``folder``: one file, or shards of at most ``max_shard_size`` (``"5GB"``, bytes) and their index."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
@@ -145,7 +147,7 @@ def _files(folder: Path, entries: Mapping[str, Entry]) -> dict[str, list[str]]:
 
 
 def _check_size(path: Path, names: list[str], entries: Mapping[str, Entry]) -> None:
-    """Raise ``ValueError`` if a file is not as long as its header and its tensors, or claims a header that cannot be its own."""
+    """Raise ``ValueError`` if a file is not as long as its header and its tensors, or claims an impossible header."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
@@ -162,7 +164,9 @@ def _same_names(path: Path, found: set[str], names: list[str]) -> None:
     if missing:
         raise ValueError(f"{path} lacks tensor {missing[0]} ({len(missing)} in all); copy the whole folder again")
     if unknown:
-        raise ValueError(f"{path} holds tensor {unknown[0]}, which config.json does not know; copy the whole folder again")
+        raise ValueError(
+            f"{path} holds tensor {unknown[0]}, which config.json does not know; copy the whole folder again"
+        )
 
 
 def read_json(path: Path) -> Any:

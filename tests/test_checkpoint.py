@@ -176,8 +176,14 @@ def test_tensors_missing_or_left_over(transformer: Any, change: Callable[[Any], 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["quantization_config"].update(format_version=3), "has format version 3, this fp4dit_ao reads 2; update"),
-        (lambda c: c["quantization_config"].update(format_version=1), "has format version 1, .*; quantize the model again"),
+        (
+            lambda c: c["quantization_config"].update(format_version=3),
+            "has format version 3, this fp4dit_ao reads 2; update",
+        ),
+        (
+            lambda c: c["quantization_config"].update(format_version=1),
+            "has format version 1, .*; quantize the model again",
+        ),
         (lambda c: c["quantization_config"].update(quant_method="bitsandbytes"), "was quantized by bitsandbytes"),
         (lambda c: c.pop("quantization_config"), "holds no quantized transformer"),
         (lambda c: c["quantization_config"].update(dtype="float16"), "config.json was altered since it was saved"),
@@ -200,7 +206,10 @@ def test_foreign_and_altered_configs(saved: Path, change: Callable[[dict[str, An
         (lambda r: r.update(tensors=[]), "config.json is damaged"),
         (lambda r: r["tensors"]["proj_out.bias"].update(shape=[-16]), "config.json is damaged"),
         (lambda r: r["tensors"]["proj_out.bias"].update(shape=[2**40, 2**40]), "safetensors is truncated|does not fit"),
-        (lambda r: r["tensors"].pop("proj_out.bias"), "safetensors is altered since it was saved|lacks tensor proj_out.bias"),
+        (
+            lambda r: r["tensors"].pop("proj_out.bias"),
+            "safetensors is altered since it was saved|lacks tensor proj_out.bias",
+        ),
         (lambda r: r["configs"][0].update(weight="e9m9"), "config.json is damaged"),
         (lambda r: r["layers"][0].update(config=99), "config.json is damaged"),
     ],

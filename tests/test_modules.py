@@ -1,4 +1,4 @@
-"""The module form computes what the graph form does, to the last bit, and stays a diffusers model in all that one does with it."""
+"""The module form computes what the graph form does, to the last bit, and stays a diffusers model: LoRA, offloading and so on."""
 
 import copy
 from collections.abc import Callable
@@ -26,7 +26,9 @@ from tests.tiny import CALL, tiny_pipeline
 @pytest.fixture(scope="module")
 def graph() -> Any:
     how = {"adaround": AdaRoundConfig(iters=4, batch_size=2), "skip": ["*attn2*"], "progress": False}
-    return quantize_pipeline(tiny_pipeline(layers=2), "w4a6", prompts=["a red cat", "a blue dog"], samples=2, **how, **CALL)
+    return quantize_pipeline(
+        tiny_pipeline(layers=2), "w4a6", prompts=["a red cat", "a blue dog"], samples=2, **how, **CALL
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,9 @@ def test_q_k_and_v_are_quantized_where_the_recipe_says_so(model: nn.Module) -> N
     assert not torch.equal(run(model), run(without))
     kinds = [type(m.processor).__name__ for m in model.modules() if hasattr(m, "processor")]
     assert kinds == ["QuantizedAttnProcessor2_0"] * 4
-    assert [type(m.processor).__name__ for m in without.modules() if hasattr(m, "processor")] == ["AttnProcessor2_0"] * 4
+    assert [type(m.processor).__name__ for m in without.modules() if hasattr(m, "processor")] == [
+        "AttnProcessor2_0"
+    ] * 4
 
 
 def test_a_static_range_is_the_graphs_alone() -> None:
@@ -164,9 +168,11 @@ def test_models_that_no_table_knows() -> None:
     reference = quantize_modules(tiny_pipeline(layers=1).transformer, QuantConfig(pre_gelu_weight=None))
     assert {n for n in low_bit(model) if "blocks" in n} == {n for n in low_bit(reference) if "blocks" in n}
     assert all(".0." in name for name in low_bit(model))
-    with pytest.raises(ValueError, match="cannot tell which linears come before a gate; give sample="):
+    with pytest.raises(ValueError, match="cannot tell which linears feed a gate; give sample="):
         quantize_modules(unknown(Unknown), QuantConfig())
-    again = quantize_modules(unknown(Unknown), QuantConfig(), sample=example_inputs(tiny_pipeline(layers=1).transformer))
+    again = quantize_modules(
+        unknown(Unknown), QuantConfig(), sample=example_inputs(tiny_pipeline(layers=1).transformer)
+    )
     assert low_bit(again)["transformer_blocks.0.ff.net.0.proj.weight"].fmt == "e3m0"
 
 
@@ -293,7 +299,9 @@ def test_a_pipeline_offloads_its_components(pipe: Any) -> None:
     np.testing.assert_array_equal(draw(pipe), expected)
 
 
-@pytest.mark.parametrize("how", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}])
+@pytest.mark.parametrize(
+    "how", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
+)
 def test_groups_of_layers_offload(model: nn.Module, how: dict[str, Any]) -> None:
     expected = run(model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
