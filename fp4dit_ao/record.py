@@ -117,7 +117,7 @@ class Record:
                 model=dict(data["model"]),
                 tensors={str(name): Entry.from_json(entry) for name, entry in data["tensors"].items()},
             )
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ValueError(
                 f"{where} is damaged: its quantization_config cannot be read ({error!r}); copy it again"
             ) from error
@@ -143,7 +143,7 @@ def check_model(record: Record, config: Mapping[str, Any], where: str) -> None:
     for key, value in record.model.items():
         if found.get(key) != value:
             raise ValueError(
-                f"{where} was altered since it was saved: its {key} is {found.get(key)!r:.60}, not {value!r:.60}; copy it again"
+                f"{where} was altered since it was saved: its {key!r} is {found.get(key)!r:.60}, not {value!r:.60}; copy it again"
             )
 
 

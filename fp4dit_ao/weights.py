@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -86,7 +86,7 @@ def checksum(x: Tensor) -> str:
 
 
 def write(tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str], max_shard_size: int | str) -> None:
-    """Write ``tensors`` into ``folder``: one file, or shards of at most ``max_shard_size`` (``"5GB"``, bytes) and their index."""
+    """Write ``tensors`` into ``folder``: one file, or shards of at most ``max_shard_size`` and their index."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
@@ -121,7 +121,9 @@ def read(folder: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tens
                     except ValueError as error:
                         raise ValueError(f"{path}: {error}") from None
                     yield name, x
-        except (SafetensorError, RuntimeError, OverflowError) as error:
+        except ValueError:
+            raise
+        except Exception as error:  # safetensors' own, and torch's about types and shapes that it does not have
             raise ValueError(f"{path} is damaged ({first_line(error)}); copy it again") from error
 
 

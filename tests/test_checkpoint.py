@@ -187,8 +187,8 @@ def test_tensors_missing_or_left_over(transformer: Any, change: Callable[[Any], 
         (lambda c: c["quantization_config"].update(quant_method="bitsandbytes"), "was quantized by bitsandbytes"),
         (lambda c: c.pop("quantization_config"), "holds no quantized transformer"),
         (lambda c: c["quantization_config"].update(dtype="float16"), "config.json was altered since it was saved"),
-        (lambda c: c.update(num_layers=2), "config.json was altered since it was saved: its num_layers is 2, not 1"),
-        (lambda c: c.pop("patch_size"), "config.json was altered since it was saved: its patch_size is None, not 2"),
+        (lambda c: c.update(num_layers=2), "config.json was altered since it was saved: its 'num_layers' is 2, not 1"),
+        (lambda c: c.pop("patch_size"), "config.json was altered since it was saved: its 'patch_size' is None, not 2"),
     ],
 )
 def test_foreign_and_altered_configs(saved: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:

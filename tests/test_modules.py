@@ -1,4 +1,4 @@
-"""The module form computes what the graph form does, to the last bit, and stays a diffusers model: LoRA, offloading and so on."""
+"""The module form computes what the graph form does, to the last bit, and stays a diffusers model: LoRA, offloading, …"""
 
 import copy
 from collections.abc import Callable
