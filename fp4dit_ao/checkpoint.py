@@ -27,6 +27,7 @@ __all__ = ["CONFIG", "empty_model", "is_quantized", "load", "load_modules", "rea
 CONFIG = "config.json"
 SHARD_SIZE = "10GB"
 """diffusers' own limit."""
+_OWN = (f"{Path(weights.WEIGHTS).stem}*",)
 BUFFER_LIMIT = 1 << 30
 """Bytes of the largest tables, such as those of positions, that a model may make while it is loaded."""
 
@@ -52,7 +53,7 @@ def save(model: nn.Module, folder: str | Path, max_shard_size: int | str = SHARD
         )
     form = modules if modules.is_module_form(model) else skeleton
     record, tensors = form.record_of(model), form.tensors_to_save(model)
-    with whole_folder(folder, replaceable=is_quantized(folder)) as partial:
+    with whole_folder(folder, replaceable=is_quantized(folder), own=_OWN) as partial:
         metadata = {"quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
         weights.write(tensors, partial, metadata, max_shard_size)
         record.tensors = {name: Entry.of(x) for name, x in tensors.items()}
@@ -124,20 +125,20 @@ def load_modules(folder: str | Path) -> Any:
     """
     folder = Path(folder)
     record = read_record(folder)
-    stored = weights.read(folder, record.tensors)
+    stored = dict(weights.read(folder, record.tensors))
     model = _empty(folder, record)
-    made = {name: x for name, x in model.named_buffers() if name not in record.tensors}
-    if sum(x.nbytes for x in made.values()) > BUFFER_LIMIT:
+    made = [x for name, x in model.named_buffers() if name not in record.tensors]
+    if sum(x.nbytes for x in made) > BUFFER_LIMIT:
         raise ValueError(f"{folder} is damaged: its model makes tables larger than any known model's; copy it again")
     if made:
         model = _empty(folder, record, buffers=True)
     try:
         slots = modules.Slots(model, record)
+        for name, x in stored.items():
+            slots.put(name, x)
+        return modules.finish(slots.close(), modules.quantizer_of(record))
     except Exception as error:
         raise ValueError(f"{folder} does not fit its own config: {first_line(error)}") from error
-    for name, x in stored:
-        slots.put(name, x)
-    return modules.finish(slots.close(), modules.quantizer_of(record))
 
 
 def is_quantized(folder: str | Path) -> bool:

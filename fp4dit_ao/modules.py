@@ -86,7 +86,7 @@ def decide(
         decisions = _decisions_by_name(model, quantizer)
     else:
         description = samples.describe(bind(model, sample))
-        empty = skeleton.empty_model(model_config(dict(model.config) | {"_class_name": type(model).__name__}))
+        empty = skeleton.empty_model(dict(model.config), cls=type(model))
         prepared = skeleton.prepare(empty, description, dtype, quantizer)
         decisions = skeleton.resolve(quantizer.decisions.values(), prepared)
         parts = part_sizes(prepared.named_parameters())

@@ -143,7 +143,8 @@ def check_model(record: Record, config: Mapping[str, Any], where: str) -> None:
     for key, value in record.model.items():
         if found.get(key) != value:
             raise ValueError(
-                f"{where} was altered since it was saved: its {key!r} is {found.get(key)!r:.60}, not {value!r:.60}; copy it again"
+                f"{where} was altered since it was saved: its {key!r} is {found.get(key)!r:.60}, not {value!r:.60}; "
+                "copy it again"
             )
 
 

@@ -27,15 +27,19 @@ from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer
 from fp4dit_ao.record import Record, model_config
 from fp4dit_ao.split import part_sizes
 from fp4dit_ao.tensor import MinifloatTensor
+from fp4dit_ao.weights import first_line
 
 
-def empty_model(config: Mapping[str, Any], limit: int | None = None, buffers: bool = False) -> nn.Module:
+def empty_model(
+    config: Mapping[str, Any], limit: int | None = None, buffers: bool = False, cls: Any = None
+) -> nn.Module:
     """The float model that ``config`` describes, on the meta device.
 
     Args:
         config: a diffusers config.
         limit: on the number of its parameters.
         buffers: whether buffers get the values that the model makes for them.
+        cls: of the model; diffusers' own of the name in ``config`` if None.
 
     Raises:
         ValueError: diffusers has no such model class, it does not take this config, or makes too large a model of it.
@@ -43,7 +47,8 @@ def empty_model(config: Mapping[str, Any], limit: int | None = None, buffers: bo
     import diffusers
 
     name = config.get("_class_name")
-    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if cls is None:
+        cls = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise ValueError(f"diffusers {diffusers.__version__} has no model class {name!r}; install a version that does")
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
@@ -52,7 +57,7 @@ def empty_model(config: Mapping[str, Any], limit: int | None = None, buffers: bo
             model: nn.Module = cls.from_config(plain).eval()  # type: ignore[attr-defined]
             return model
     except Exception as error:
-        raise ValueError(f"{name} cannot be made from its config: {error}") from error
+        raise ValueError(f"{name} cannot be made from its config: {first_line(error)}") from error
 
 
 def _on_meta(but_buffers: bool) -> contextlib.AbstractContextManager[Any]:

@@ -25,9 +25,9 @@ from tests.tiny import CALL, tiny_pipeline
 
 @pytest.fixture(scope="module")
 def graph() -> Any:
-    how = {"adaround": AdaRoundConfig(iters=4, batch_size=2), "skip": ["*attn2*"], "progress": False}
+    how = {"adaround": AdaRoundConfig(iters=4, batch_size=2, relative_lr=2.0), "skip": ["*attn2*"], "progress": False}
     return quantize_pipeline(
-        tiny_pipeline(layers=2), "w4a6", prompts=["a red cat", "a blue dog"], samples=2, **how, **CALL
+        tiny_pipeline(layers=1), "w4a6", prompts=["a red cat", "a blue dog"], samples=2, **how, **CALL
     )
 
 
@@ -74,7 +74,7 @@ def low_bit(model: nn.Module) -> dict[str, MinifloatTensor]:
 
 
 def test_learned_codes_carry_over(graph: Any, pipe: Any) -> None:
-    nearest = low_bit(quantize_modules(tiny_pipeline(layers=2).transformer, skip=["*attn2*"]))
+    nearest = low_bit(quantize_modules(tiny_pipeline(layers=1).transformer, skip=["*attn2*"]))
     ours, theirs = low_bit(pipe.transformer), low_bit(graph.transformer.graph)
     assert ours.keys() == theirs.keys() == nearest.keys()
     for name, weight in ours.items():
@@ -281,8 +281,8 @@ def test_to_another_dtype_leaves_codes_and_scales(model: nn.Module) -> None:
     out = run(half)
     assert out.dtype == torch.bfloat16
     assert torch.isfinite(out).all()
-    reference = run(model, **example_inputs(half))
-    assert (out.float() - reference.float()).norm() < 0.1 * reference.float().norm()
+    reference = run(model)
+    assert (out.float() - reference).norm() < 0.2 * reference.norm()
     for name, weight in low_bit(half).items():
         assert weight.dtype == torch.bfloat16
         assert torch.equal(weight.qdata, before[name].qdata)
