@@ -26,12 +26,13 @@ class QuantizedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        call: Callable[..., Any] = func
         if func is F.scaled_dot_product_attention:
             named = dict(zip(_INPUTS, args, strict=False)) | {k: v for k, v in kwargs.items() if k in _INPUTS}
             rounded = {name: _fake_quantize(x, self.fmt) for name, x in named.items()}
             args, kwargs = args[len(_INPUTS) :], {k: v for k, v in kwargs.items() if k not in _INPUTS}
-            return func(*(rounded[name] for name in _INPUTS), *args, **kwargs)
-        return func(*args, **kwargs)
+            return call(*[rounded[name] for name in _INPUTS], *args, **kwargs)
+        return call(*args, **kwargs)
 
 
 def _fake_quantize(x: Tensor, fmt: str) -> Tensor:
@@ -58,12 +59,13 @@ def quantize_attention(module: nn.Module, fmt: str, name: str) -> None:
             f"{name} is no attention module with a processor, so its q, k and v cannot be quantized; use attention=None"
         )
     quantized = copy.copy(processor)
-    quantized.__class__ = _quantizing(type(processor))
+    kind: Any = type(processor)
+    quantized.__class__ = _quantizing(kind)
     quantized.quantized_fmt = fmt
     module.processor = quantized
 
 
-def restore_attention(modules: Iterable[nn.Module]) -> None:
+def restore_attention(modules: Iterable[Any]) -> None:
     """Give attention modules their own processors back."""
     for module in modules:
         processor = getattr(module, "processor", None)

@@ -78,7 +78,7 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._slots: Any = None
         self._linears: dict[str, QuantConfig] = {}
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from fp4dit_ao import modules
         from fp4dit_ao.record import Record, check_model
 

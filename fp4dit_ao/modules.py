@@ -27,13 +27,13 @@ from fp4dit_ao.weights import Entry
 
 
 def quantize_modules(
-    model: nn.Module,
+    model: Any,
     recipe: str | QuantConfig = "w4a6",
     *,
     skip: Sequence[str] = (),
     sample: Mapping[str, Any] | None = None,
     source: str | None = None,
-) -> nn.Module:
+) -> Any:
     """Quantize a diffusers model in place with nearest rounding: no graph to run, no calibration, one weight at a time.
 
     Args:
@@ -61,7 +61,7 @@ def quantize_modules(
 
 
 def decide(
-    model: nn.Module,
+    model: Any,
     recipe: str | QuantConfig = "w4a6",
     *,
     skip: Sequence[str] = (),
@@ -97,14 +97,14 @@ def decide(
 
 
 @torch.no_grad()
-def quantize_linear(model: nn.Module, name: str, config: QuantConfig) -> None:
+def quantize_linear(model: Any, name: str, config: QuantConfig) -> None:
     """Round the weight of a linear to nearest, in place, as a weight observer without a learned rounding does it.
 
     Raises:
         ValueError: NaN or Inf in it, or a group size that does not divide it.
     """
     linear = model.get_submodule(name)
-    weight = linear.weight
+    weight: Tensor = linear.weight
     observer = weight_observer(f"{name}.weight", config)()
     codes, scale = observer.quantized(weight.detach())
     block_size, fmt = observer.block_size(weight), str(observer.fmt)
@@ -129,7 +129,7 @@ def quantized_linears(record: Record) -> Iterable[tuple[str, QuantConfig]]:
             yield decision.name, config
 
 
-def finish(model: nn.Module, quantizer: Any) -> nn.Module:
+def finish(model: Any, quantizer: Any) -> Any:
     """Wrap attention processors, and let ``model`` save itself in this package's format.
 
     Args:
@@ -160,7 +160,7 @@ def quantizer_of(record: Record) -> Any:
     return FP4DiTDiffusersQuantizer(FP4DiTConfig(record.recipe or "w4a6"), record=record)
 
 
-def from_graph(transformer: Any) -> nn.Module:
+def from_graph(transformer: Any) -> Any:
     """A ``QuantizedTransformer`` in the module form; tensors are shared, learned roundings included.
 
     Raises:
@@ -175,12 +175,12 @@ def from_graph(transformer: Any) -> nn.Module:
     return finish(slots.close(), quantizer_of(record))
 
 
-def is_module_form(model: nn.Module) -> bool:
+def is_module_form(model: Any) -> bool:
     """Whether ``model`` is a diffusers model whose linears this package quantized."""
     return getattr(getattr(model, "hf_quantizer", None), "record", None) is not None
 
 
-def record_of(model: nn.Module) -> Record:
+def record_of(model: Any) -> Record:
     """How a model in the module form was quantized, with its config and dtype as they are now.
 
     Raises:
@@ -195,13 +195,13 @@ def record_of(model: nn.Module) -> Record:
     return dataclasses.replace(record, dtype=dtype, model=own, source=source)
 
 
-def tensors_to_save(model: nn.Module) -> dict[str, Tensor]:
+def tensors_to_save(model: Any) -> dict[str, Tensor]:
     """Every tensor of a model in the module form, by the name that it has in a graph; codes and scales apart."""
     every = dict(model.named_parameters()) | dict(model.named_buffers()) | model.hf_quantizer.record.constants
     return {part: y for name, x in every.items() for part, y in skeleton.flatten(name, x.detach()).items()}
 
 
-def dequantize_modules(model: nn.Module) -> nn.Module:
+def dequantize_modules(model: Any) -> Any:
     """The float model again, in place, with weights as they were rounded."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -216,7 +216,7 @@ def dequantize_modules(model: nn.Module) -> nn.Module:
 # --- what to quantize ------------------------------------------------------------------------------------------------
 
 
-def _decisions_by_name(model: nn.Module, quantizer: FP4DiTQuantizer) -> list[Decision]:
+def _decisions_by_name(model: Any, quantizer: FP4DiTQuantizer) -> list[Decision]:
     """Of a model whose graph nobody can capture: every ``nn.Linear`` and every attention module, by the quantizer's rules."""
     decisions = []
     for name, module in model.named_modules():
@@ -249,7 +249,7 @@ class Slots:
         ValueError: the record is not one of such a model.
     """
 
-    def __init__(self, model: nn.Module, record: Record):
+    def __init__(self, model: Any, record: Record):
         self.model, self.record = model, record
         split_modules(model, record.parts)
         self._linears = dict(quantized_linears(record))
@@ -288,7 +288,7 @@ class Slots:
         )
         parts.register_buffer("scale", scale)
         del linear.weight
-        linear.weight = parts
+        linear.add_module("weight", parts)
 
     def put(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> None:
         """Put ``x``, one of the record's tensors, in its place, as ``dtype`` unless it is quantized or whole numbers."""
@@ -298,7 +298,7 @@ class Slots:
         skeleton.put_tensor(self.model, name, x)
         self._waiting.pop(name, None)
 
-    def close(self, dtype: torch.dtype | None = None) -> nn.Module:
+    def close(self, dtype: torch.dtype | None = None) -> Any:
         """The model in the module form, but for what :func:`finish` does.
 
         Args:

@@ -251,8 +251,8 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         from fp4dit_ao.checkpoint import save_pretrained
 
-        how = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        save_pretrained(self, save_directory, **how, **kwargs)
+        kwargs |= {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        save_pretrained(self, save_directory, **kwargs)
 
     def to_modules(self) -> nn.Module:
         """The diffusers model that this was made from, in the module form: :func:`fp4dit_ao.modules.from_graph`.

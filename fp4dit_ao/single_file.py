@@ -156,7 +156,7 @@ def _tensor(name: str, place: Any, data: np.ndarray[Any, Any], sha256: str) -> n
     if not 0 <= start <= stop <= data.size:
         raise ValueError(f"tensor {name} lies outside of the file, which is truncated; copy it again")
     raw = data[start:stop]
-    if hashlib.sha256(raw).hexdigest() != sha256:
+    if hashlib.sha256(raw.data).hexdigest() != sha256:
         raise ValueError(f"tensor {name} was altered since it was saved: its SHA-256 differs; copy it again")
     try:
         x: np.ndarray[Any, Any] = raw.view(_TYPES[place["dtype"]]).reshape(place["shape"])

@@ -87,7 +87,7 @@ def _at_most(limit: int | None) -> Iterator[None]:
         handle.remove()
 
 
-def resolve(decisions: Iterable[Decision], graph: GraphModule) -> list[Decision]:
+def resolve(decisions: Iterable[Decision], graph: nn.Module) -> list[Decision]:
     """The decisions with configs that no longer depend on data or on the graph around a layer.
 
     Args:

@@ -49,7 +49,8 @@ class SplitLinear(nn.Module):
         """``(…, in_features)`` to ``(…, out_features)``."""
         first, *others = zip(self.children(), x.split(self.sizes, -1), strict=True)
         weight: Any = first[0].weight
-        total = F.linear(first[1], weight, self.bias)
+        bias: Any = self.bias
+        total = F.linear(first[1], weight, bias)
         for part, piece in others:
             total = total + part(piece)
         return total

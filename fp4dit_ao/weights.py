@@ -82,7 +82,7 @@ class Entry:
 def checksum(x: Tensor) -> str:
     """SHA-256 of a tensor's bytes, in row-major order."""
     data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy()).hexdigest()
+    return hashlib.sha256(data.numpy().data).hexdigest()
 
 
 def write(tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str], max_shard_size: int | str) -> None:
