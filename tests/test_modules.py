@@ -25,7 +25,7 @@ from tests.tiny import CALL, tiny_pipeline
 
 @pytest.fixture(scope="module")
 def graph() -> Any:
-    how = {"adaround": AdaRoundConfig(iters=4, batch_size=2, relative_lr=2.0), "skip": ["*attn2*"], "progress": False}
+    how = {"adaround": AdaRoundConfig(iters=60, batch_size=2, relative_lr=0.2), "skip": ["*attn2*"], "progress": False}
     return quantize_pipeline(
         tiny_pipeline(layers=1), "w4a6", prompts=["a red cat", "a blue dog"], samples=2, **how, **CALL
     )
