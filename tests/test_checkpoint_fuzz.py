@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp4dit_ao import checkpoint, modules, quantize_modules
+from fp4dit_ao import QuantConfig, checkpoint, modules, quantize_modules
 from fp4dit_ao.record import digest
 from tests.tiny import tiny_pipeline
 
@@ -270,22 +270,23 @@ def test_loading_never_holds_a_float_copy(tmp_path: Path) -> None:
 
     def save(heads: int, folder: Path) -> int:
         model = PixArtTransformer2DModel(
-            num_attention_heads=heads, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=1, sample_size=8,
-            cross_attention_dim=64 * heads, caption_channels=64, use_additional_conditions=False,
+            num_attention_heads=heads, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
+            cross_attention_dim=64 * heads, caption_channels=128, use_additional_conditions=False,
         )  # fmt: skip
-        count = sum(p.nbytes for name, p in model.named_parameters() if "blocks" in name)
-        quantize_modules(model).save_pretrained(folder)
-        return count
+        float_bytes = sum(p.nbytes for p in model.parameters())
+        everything = QuantConfig(skip=(), indivisible="keep", pre_gelu_weight=None)
+        quantize_modules(model, everything).save_pretrained(folder)
+        return float_bytes
 
     save(2, tmp_path / "small")
-    float_bytes = save(32, tmp_path / "large")
+    float_bytes = save(16, tmp_path / "large")
     stored = sum(path.stat().st_size for path in (tmp_path / "large").glob("*.safetensors"))
-    assert float_bytes > 250_000_000
+    assert float_bytes > 6 * stored
     arguments = [sys.executable, "-c", PEAKS, str(tmp_path / "small"), str(tmp_path / "large")]
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     peaks = [int(line) for line in done.stdout.split()]
     assert len(peaks) == 3
-    for peak in peaks:
-        assert peak < 2.5 * stored + 16e6 < 0.8 * float_bytes
+    for peak in peaks:  # the file's pages, the tensors, and what the libraries do besides
+        assert peak < 2 * stored + 24e6 < float_bytes / 2
     shutil.rmtree(tmp_path / "large")
