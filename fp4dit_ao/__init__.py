@@ -6,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from fp4dit_ao._registration import register
+
 __version__ = "0.1.0"
 
 _checkout = Path(__file__).parents[1]
@@ -33,6 +35,10 @@ _HOME = {
     "load_pipeline": "pipeline",
     "MinifloatTensor": "tensor",
     "QuantizedTransformer": "quantized_transformer",
+    "quantize_modules": "modules",
+    "FP4DiTConfig": "diffusers_quantizer",
+    "export_single_file": "single_file",
+    "read_single_file": "single_file",
 }
 """Where each public name lives; loaded on first use, so that importing the package stays quick."""
 
@@ -43,13 +49,16 @@ if TYPE_CHECKING:
     from fp4dit_ao.capture import capture
     from fp4dit_ao.compilation import compile_blocks
     from fp4dit_ao.config import QuantConfig, w4a6, w4a6_auto, w4a8
+    from fp4dit_ao.diffusers_quantizer import FP4DiTConfig
     from fp4dit_ao.families import example_inputs, quantizer_for
     from fp4dit_ao.formats import FloatFormat
+    from fp4dit_ao.modules import quantize_modules
     from fp4dit_ao.passes.lower import lower
     from fp4dit_ao.passes.reconstruct import AdaRoundConfig, reconstruct
     from fp4dit_ao.pipeline import load_pipeline, quantize_pipeline
     from fp4dit_ao.quantized_transformer import QuantizedTransformer
     from fp4dit_ao.quantizer import FP4DiTQuantizer
+    from fp4dit_ao.single_file import export_single_file, read_single_file
     from fp4dit_ao.tensor import MinifloatTensor
 
 
@@ -77,3 +86,5 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+register()

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -154,3 +154,19 @@ def size_at(size: SymInt, sizes: Mapping[str, int], others: int) -> int:
     """A symbolic size where the named symbols have these ``sizes``, and all ``others`` that one."""
     expression = size.node.expr
     return int(expression.subs({symbol: sizes.get(str(symbol), others) for symbol in expression.free_symbols}))
+
+
+def make_buffers_persistent(model: nn.Module, names: Container[str]) -> list[tuple[nn.Module, set[str]]]:
+    """Bring the buffers of ``model`` that are among ``names`` into its state dict; returns those that were not, by module."""
+    found = []
+    for prefix, module in model.named_modules():
+        own = {leaf for leaf in module._non_persistent_buffers_set if (f"{prefix}.{leaf}" if prefix else leaf) in names}
+        module._non_persistent_buffers_set -= own
+        found.append((module, own))
+    return found
+
+
+def make_buffers_transient(buffers: list[tuple[nn.Module, set[str]]]) -> None:
+    """Undo :func:`make_buffers_persistent`."""
+    for module, names in buffers:
+        module._non_persistent_buffers_set |= names

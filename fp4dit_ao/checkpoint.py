@@ -1,63 +1,94 @@
-"""A quantized transformer on disk: ``config.json`` and one safetensors file, nothing pickled, no float copy of a weight.
+"""A quantized transformer on disk: ``config.json`` and safetensors files, nothing pickled, no float copy of a weight.
 
-``config.json`` is the diffusers config with a ``quantization_config`` beside it: format version, recipe, what became of every
-layer, the sample that the graph is captured with, and size and SHA-256 of the weights file. That file holds, by fully
-qualified name, packed codes (``….weight.qdata``) and scales (``….weight.scale``), and every other tensor as it was. Loading
-rebuilds the graph from the config (:mod:`fp4dit_ao.skeleton`) and puts the tensors in.
+``config.json`` is the diffusers config with a ``quantization_config`` beside it (:mod:`fp4dit_ao.record`): format version,
+recipe, what became of every layer, versions, a copy of the config, and shape, type and SHA-256 of every tensor. The files
+hold, by fully qualified name, packed codes (``….weight.qdata``) and scales (``….weight.scale``), and every other tensor as it
+was. The graph form and the module form write the same folder, and read each other's.
 """
 
-import dataclasses
-import hashlib
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fp4dit_ao import skeleton
-from fp4dit_ao.config import QuantConfig
+from fp4dit_ao import modules, skeleton, weights
+from fp4dit_ao._registration import METHOD
 from fp4dit_ao.folders import whole_folder
-from fp4dit_ao.quantizer import Decision
+from fp4dit_ao.record import FORMAT_VERSION, Record, check_model
+from fp4dit_ao.skeleton import empty_model
+from fp4dit_ao.weights import Entry, first_line
 
 if TYPE_CHECKING:
     from fp4dit_ao.quantized_transformer import QuantizedTransformer
 
-METHOD = "fp4dit_ao"
-FORMAT_VERSION = 1
+__all__ = ["CONFIG", "empty_model", "is_quantized", "load", "load_modules", "read_config", "save", "save_pretrained"]
+
 CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-_PACKAGES = ("fp4dit-ao", "torch", "torchao", "diffusers")
+SHARD_SIZE = "10GB"
+"""diffusers' own limit."""
+_OWN = (f"{Path(weights.WEIGHTS).stem}*",)
+BUFFER_LIMIT = 1 << 30
+"""Bytes of the largest tables, such as those of positions, that a model may make while it is loaded."""
 
 
-def save(model: "QuantizedTransformer", folder: str | Path) -> None:
+def save(model: nn.Module, folder: str | Path, max_shard_size: int | str = SHARD_SIZE) -> None:
     """Write ``model`` into ``folder``, whole or not at all. A transformer saved there before is replaced.
+
+    Args:
+        model: a ``QuantizedTransformer``, or a diffusers model in the module form.
+        folder: to write into.
+        max_shard_size: of a file, such as ``"5GB"``, or bytes.
 
     Raises:
         FileExistsError: the folder holds something else.
+        ValueError: the model carries a LoRA.
         OSError: it cannot be written.
     """
-    state = skeleton.state_of(model.graph)
-    tensors = {
-        k: v.cpu().contiguous() for name, x in state.items() for k, v in skeleton.flatten(name, x.detach()).items()
-    }
-    with whole_folder(folder, replaceable=is_quantized(folder)) as partial:
-        file = partial / WEIGHTS
-        save_file(
-            tensors, file, metadata={"format": "pt", "quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
+    adapters = sorted(name for name, _ in model.named_parameters() if ".lora_" in name)
+    if adapters:
+        raise ValueError(
+            f"the transformer carries a LoRA ({adapters[0]}), which is saved by itself; unload it first, or save it with "
+            "save_lora_adapter"
         )
-        quantization = _describe(model) | {
-            "weights": {"file": WEIGHTS, "bytes": file.stat().st_size, "sha256": _checksum(file)},
-        }
-        config = dict(model.config) | {"quantization_config": quantization}
-        (partial / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    form = modules if modules.is_module_form(model) else skeleton
+    record, tensors = form.record_of(model), form.tensors_to_save(model)
+    with whole_folder(folder, replaceable=is_quantized(folder), own=_OWN) as partial:
+        metadata = {"quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
+        weights.write(tensors, partial, metadata, max_shard_size)
+        record.tensors = {name: Entry.of(x) for name, x in tensors.items()}
+        config = record.model | {"quantization_config": record.to_json()}
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def save_pretrained(
+    model: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
+    push_to_hub: bool = False,
+    **hub: Any,
+) -> None:
+    """:func:`save`, called as diffusers' ``save_pretrained``.
+
+    Raises:
+        ValueError: pickles or a variant are asked for.
+        OSError: the folder cannot be written.
+    """
+    if not safe_serialization:
+        raise ValueError("a quantized transformer is saved as safetensors only; leave safe_serialization=True")
+    if variant is not None:
+        raise ValueError(f"a quantized transformer has no variant {variant!r}; leave variant=None")
+    if is_main_process:
+        save(model, save_directory, max_shard_size)
+    if push_to_hub:
+        model.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
 
 
 def load(folder: str | Path) -> "QuantizedTransformer":
-    """The transformer in ``folder``, on the CPU. Its float weights are never made.
+    """The transformer in ``folder`` as a graph, on the CPU. Its float weights are never made.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
@@ -66,39 +97,54 @@ def load(folder: str | Path) -> "QuantizedTransformer":
     from fp4dit_ao.quantized_transformer import QuantizedTransformer
 
     folder = Path(folder)
-    config = read_config(folder)
-    quantization = config["quantization_config"]
-    version = quantization.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has format version {version}, this fp4dit_ao reads {FORMAT_VERSION}; update fp4dit_ao"
-        )
+    record = read_record(folder)
+    if record.sample is None:
+        raise ValueError(f"{folder} does not say how to capture its graph; load it with form='module'")
+    stored = dict(weights.read(folder, record.tensors))
+    model = _empty(folder, record)
+    own = dict(skeleton.tensors_of(model))
     try:
-        decisions = _decisions(quantization["layers"], [QuantConfig.from_dict(c) for c in quantization["configs"]])
-        recipe = QuantConfig.from_dict(quantization["recipe"]) if quantization["recipe"] else None
-        dtype, sample = _dtype(quantization["dtype"]), quantization["sample"]
-        size, checksum = int(quantization["weights"]["bytes"]), str(quantization["weights"]["sha256"])
-        source = quantization.get("source")
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise ValueError(f"{folder / CONFIG} is damaged: its quantization_config cannot be read ({error!r})") from error
-    file = _verified(folder / WEIGHTS, size, checksum)
-    model = empty_model(config)
-    try:
-        # into memory of torch's own alignment: the last bits of a small matrix product depend on it
-        stored = {name: x.clone() for name, x in load_file(file).items()}
         dtypes = {name: x.dtype for name, x in stored.items()}
-        graph = skeleton.build(model, sample, decisions, dtype, dtypes)
-        skeleton.fill(graph, stored)
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} does not fit its own config: {error}") from error
-    return QuantizedTransformer(graph, model, sample, decisions, recipe, source)
+        graph = skeleton.build(model, record.sample, record.decisions, record.dtype, dtypes)
+        read = skeleton.state_of(graph)
+        # a model may also have tensors that it does not use in calls like the captured one
+        skeleton.fill(graph, {name: x for name, x in stored.items() if name in read or name not in own})
+    except Exception as error:  # whatever a config that fits nothing makes a model do
+        raise ValueError(f"{folder} does not fit its own config: {first_line(error)}") from error
+    return QuantizedTransformer(graph, model, record.sample, record.decisions, record.recipe, record.source)
+
+
+def load_modules(folder: str | Path) -> Any:
+    """The transformer in ``folder`` as the diffusers model that it was, on the CPU, in the module form.
+
+    What ``from_pretrained`` of its class gives, in the type that it was saved in.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: as for :func:`load`, or it has static input ranges, which only a graph computes.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    stored = dict(weights.read(folder, record.tensors))
+    model = _empty(folder, record)
+    made = [x for name, x in model.named_buffers() if name not in record.tensors]
+    if sum(x.nbytes for x in made) > BUFFER_LIMIT:
+        raise ValueError(f"{folder} is damaged: its model makes tables larger than any known model's; copy it again")
+    if made:
+        model = _empty(folder, record, buffers=True)
+    try:
+        slots = modules.Slots(model, record)
+        for name, x in stored.items():
+            slots.put(name, x)
+        return modules.finish(slots.close(), modules.quantizer_of(record))
+    except Exception as error:
+        raise ValueError(f"{folder} does not fit its own config: {first_line(error)}") from error
 
 
 def is_quantized(folder: str | Path) -> bool:
     """Whether ``folder`` is (or was meant to be) a transformer that :func:`save` wrote."""
     try:
-        data = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-        return bool(data["quantization_config"]["quant_method"] == METHOD)
+        return bool(weights.read_json(Path(folder) / CONFIG)["quantization_config"]["quant_method"] == METHOD)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -113,91 +159,29 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no saved transformer: it has no {CONFIG}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: it is not valid JSON ({error})") from error
+    config = weights.read_json(path)
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method is None:
+    if not isinstance(quantization, dict) or "quant_method" not in quantization:
         raise ValueError(f"{folder} holds no quantized transformer; load it with diffusers, then use quantize_pipeline")
-    if method != METHOD:
-        raise ValueError(f"{folder} was quantized by {method}, not by {METHOD}; load it with diffusers")
     return dict(config)
 
 
-def empty_model(config: dict[str, Any]) -> nn.Module:
-    """The float model that ``config`` describes, on the meta device.
+def read_record(folder: str | Path) -> Record:
+    """What ``folder`` says of how its transformer was quantized, and must hold.
 
     Raises:
-        ValueError: diffusers has no such model class, or it does not take this config.
+        FileNotFoundError: no folder, or no ``config.json`` in it.
+        ValueError: the config of something else, or an altered one.
     """
-    import diffusers
+    where = str(Path(folder) / CONFIG)
+    config = read_config(folder)
+    record = Record.from_json(config["quantization_config"], where)
+    check_model(record, config, where)
+    return record
 
-    name = config.get("_class_name")
-    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
-        raise ValueError(f"diffusers {diffusers.__version__} has no model class {name!r}; install a version that does")
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+
+def _empty(folder: Path, record: Record, buffers: bool = False) -> nn.Module:
     try:
-        with torch.device("meta"):
-            model: nn.Module = cls.from_config(plain).eval()  # type: ignore[attr-defined]
-            return model
-    except Exception as error:
-        raise ValueError(f"{name} cannot be made from its config: {error}") from error
-
-
-# --- quantization_config ---------------------------------------------------------------------------------------------
-
-
-def _describe(model: "QuantizedTransformer") -> dict[str, Any]:
-    configs: list[QuantConfig] = []
-    layers = []
-    for decision in model.decisions:
-        if decision.config is not None and decision.config not in configs:
-            configs.append(decision.config)
-        index = None if decision.config is None else configs.index(decision.config)
-        layers.append({"name": decision.name, "kind": decision.kind, "config": index, "reason": decision.reason})
-    return {
-        "quant_method": METHOD,
-        "format_version": FORMAT_VERSION,
-        "recipe": dataclasses.asdict(model.recipe) if model.recipe else None,
-        "source": model.source,
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "sample": model.description,
-        "configs": [dataclasses.asdict(config) for config in configs],
-        "layers": layers,
-    }
-
-
-def _decisions(layers: list[dict[str, Any]], configs: list[QuantConfig]) -> list[Decision]:
-    return [
-        Decision(
-            layer["name"], layer["kind"], None if layer["config"] is None else configs[layer["config"]], layer["reason"]
-        )
-        for layer in layers
-    ]
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name} is no dtype")
-    return dtype
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _verified(path: Path, size: int, checksum: str) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; copy the whole folder again")
-    found = path.stat().st_size
-    if found < size:
-        raise ValueError(f"{path} is truncated: {found:,} of {size:,} bytes; copy it again")
-    if found > size or _checksum(path) != checksum:
-        raise ValueError(f"{path} was altered since it was saved: its SHA-256 is not the recorded one; copy it again")
-    return path
+        return empty_model(record.model, limit=100 + 2 * len(record.tensors), buffers=buffers)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error

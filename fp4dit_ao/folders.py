@@ -4,19 +4,21 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 
 @contextlib.contextmanager
-def whole_folder(target: str | Path, replaceable: bool = False) -> Iterator[Path]:
+def whole_folder(target: str | Path, replaceable: bool = False, own: Sequence[str] = ()) -> Iterator[Path]:
     """A new folder to write into, ``<target>.partial-…``, renamed to ``target`` at the end; removed if anything fails.
 
     Args:
         target: where the folder shall be in the end; may exist if empty.
         replaceable: whether it may also exist with content. Entries that the new folder lacks are then kept.
+        own: globs of names that are not kept.
 
     Raises:
         FileExistsError: ``target`` exists and may not be replaced.
@@ -33,7 +35,7 @@ def whole_folder(target: str | Path, replaceable: bool = False) -> Iterator[Path
     try:
         partial.mkdir(parents=True)
         yield partial
-        _put(partial, target)
+        _put(partial, target, own)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OSError(f"cannot save to {target}: {reason}; nothing was written there") from error
@@ -66,7 +68,7 @@ def whole_file(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _put(partial: Path, target: Path) -> None:
+def _put(partial: Path, target: Path, own: Sequence[str]) -> None:
     """Rename ``partial`` to ``target``; what was there is put back if that fails."""
     if not target.exists():
         partial.rename(target)
@@ -79,6 +81,6 @@ def _put(partial: Path, target: Path) -> None:
         old.rename(target)
         raise
     for entry in old.iterdir():
-        if not (target / entry.name).exists():
+        if not (target / entry.name).exists() and not any(fnmatchcase(entry.name, glob) for glob in own):
             os.rename(entry, target / entry.name)
     shutil.rmtree(old, ignore_errors=True)

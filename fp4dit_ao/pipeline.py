@@ -28,6 +28,8 @@ __all__ = ["generation_defaults", "load_pipeline", "quantize_pipeline", "save_pi
 
 INDEX = "model_index.json"
 ROUNDINGS = ("adaround", "nearest")
+FORMS = ("graph", "module")
+_HUB = ("push_to_hub", "repo_id", "commit_message", "private", "create_pr", "token")
 
 
 def quantize_pipeline(
@@ -119,13 +121,14 @@ def save_pipeline(pipe: Any, folder: str | Path, **kwargs: Any) -> None:
         OSError: it cannot be written.
     """
     folder = Path(folder)
-    if kwargs.get("push_to_hub"):
-        kwargs.setdefault("repo_id", folder.name)
+    hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     with whole_folder(folder, replaceable=checkpoint.is_quantized(folder / "transformer")) as partial:
         type(pipe).save_pretrained(pipe, str(partial), **kwargs)
         defaults = generation.defaults_of(pipe)
         if defaults:
             (partial / generation.FILE).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
+    if hub.pop("push_to_hub", False):
+        pipe.push_to_hub(hub.pop("repo_id", folder.name), **hub)
 
 
 def load_pipeline(
@@ -134,6 +137,7 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     compile: bool = False,
+    form: Literal["graph", "module"] = "graph",
 ) -> Any:
     """The quantized pipeline in ``folder``, which draws what the saved one drew, bit for bit.
 
@@ -141,7 +145,9 @@ def load_pipeline(
         folder: what ``save_pretrained`` wrote, or the name of such a repository on the Hugging Face hub.
         device: where to put it; the CPU if None.
         dtype: floating-point type of everything that is not quantized; as saved if None.
-        compile: run the quantized graph under ``torch.compile``.
+        compile: run the quantized transformer under ``torch.compile``.
+        form: ``"graph"``: a ``QuantizedTransformer``. ``"module"``: the diffusers model that it was, with quantized weights,
+            for LoRA and offloading; see :mod:`fp4dit_ao.modules`.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing from it.
@@ -156,7 +162,9 @@ def load_pipeline(
         raise ValueError(
             f"{folder} was not quantized by fp4dit_ao; load it with DiffusionPipeline.from_pretrained, then quantize_pipeline"
         )
-    transformer = checkpoint.load(folder / "transformer")
+    if form not in FORMS:
+        raise ValueError(f"form={form!r}; choose one of {', '.join(FORMS)}")
+    transformer: Any = (checkpoint.load if form == "graph" else checkpoint.load_modules)(folder / "transformer")
     if dtype is not None:
         transformer.to(dtype)
     dtypes = _dtypes(folder) if dtype is None else dtype
@@ -170,7 +178,11 @@ def load_pipeline(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder}: a component besides the transformer cannot be loaded: {first}") from error
-    pipe = _with_transformer(pipe, transformer.compile_graph(compile), generation_defaults(folder))
+    if form == "graph":
+        transformer.compile_graph(compile)
+    elif compile:
+        transformer.compile(dynamic=True)
+    pipe = _with_transformer(pipe, transformer, generation_defaults(folder))
     return pipe.to(device) if device is not None else pipe
 
 

@@ -197,7 +197,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.to(torch.float32)
 
     def _recapture(self, dtype: torch.dtype) -> None:
-        from fp4dit_ao.checkpoint import empty_model
+        from fp4dit_ao.skeleton import empty_model
 
         stored: dict[str, Tensor] = {}
         for name, x in skeleton.state_of(self.graph).items():
@@ -241,18 +241,33 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     # --- files -------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True) -> None:
-        """Write ``config.json`` and one safetensors file into a folder; see :func:`fp4dit_ao.checkpoint.save`.
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
+    ) -> None:
+        """Write ``config.json`` and safetensors files into a folder; see :func:`fp4dit_ao.checkpoint.save_pretrained`.
 
         Raises:
             ValueError: ``safe_serialization=False``: nothing is pickled.
             OSError: the folder cannot be written.
         """
-        from fp4dit_ao.checkpoint import save
+        from fp4dit_ao.checkpoint import save_pretrained
 
-        if not safe_serialization:
-            raise ValueError("a quantized transformer is saved as safetensors only; leave safe_serialization=True")
-        save(self, save_directory)
+        kwargs |= {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        save_pretrained(self, save_directory, **kwargs)
+
+    def to_modules(self) -> nn.Module:
+        """The diffusers model that this was made from, in the module form: :func:`fp4dit_ao.modules.from_graph`.
+
+        For LoRA, offloading and whatever else needs the model's modules. Tensors are shared.
+        """
+        from fp4dit_ao.modules import from_graph
+
+        return from_graph(self)
 
     @classmethod
     def from_pretrained(

@@ -114,6 +114,10 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
 
     # --- rules -------------------------------------------------------------------------------------------------------
 
+    def config_for(self, name: str) -> tuple[QuantConfig | None, str]:
+        """The config of the module ``name``, by the rules that go by name, and which rule that was."""
+        return self._config(name, ())
+
     def _config(self, name: str, types: tuple[str, ...]) -> tuple[QuantConfig | None, str]:
         """The config of module ``name`` inside modules of ``types``, and the reason; parts of a module are the module, too."""
         names = (name, whole_name(name))
@@ -157,7 +161,7 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         if config is not None and weight.op != "get_attr":
             config, reason = None, "its weight is computed, not stored"
         if config is not None:
-            config, reason = _fit_group(name, int(weight.meta["val"].shape[-1]), config, reason)
+            config, reason = fit_group(name, int(weight.meta["val"].shape[-1]), config, reason)
         if config is not None and config.pre_gelu_weight is not None and reaches_gate(node):
             config = dataclasses.replace(config, weight=config.pre_gelu_weight, weight_candidates=())
             reason += ", before a gate"
@@ -165,7 +169,7 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         if config is None:
             return
         spec = QuantizationSpec(
-            dtype=torch.uint8, observer_or_fake_quant_ctr=_weight_observer(str(weight.target), config)
+            dtype=torch.uint8, observer_or_fake_quant_ctr=weight_observer(str(weight.target), config)
         )
         specs: dict[Node, QuantizationSpecBase | None] = {weight: spec}
         if config.activation is not None:
@@ -223,7 +227,7 @@ def _activation_spec(
     )
 
 
-def _weight_observer(name: str, config: QuantConfig) -> Any:
+def weight_observer(name: str, config: QuantConfig) -> Any:
     granularities: dict[str, Granularity] = {
         "group": PerGroup(config.group_size), "channel": PerAxis(0), "tensor": PerTensor(),
     }  # fmt: skip
@@ -236,7 +240,7 @@ def _weight_observer(name: str, config: QuantConfig) -> Any:
     )
 
 
-def _fit_group(name: str, features: int, config: QuantConfig, reason: str) -> tuple[QuantConfig | None, str]:
+def fit_group(name: str, features: int, config: QuantConfig, reason: str) -> tuple[QuantConfig | None, str]:
     """The config with a group size that divides ``features``, as its ``indivisible`` field asks.
 
     Raises:

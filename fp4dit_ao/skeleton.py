@@ -4,14 +4,16 @@ Capture, annotate, convert and lower run on fake tensors (shapes and types, no m
 in the first place; then stored codes, scales and float tensors take the fake ones' places. The cost is one ``torch.export``.
 """
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao import _compat, samples
@@ -22,10 +24,70 @@ from fp4dit_ao.observers.weight import weight_of
 from fp4dit_ao.ops import full_block
 from fp4dit_ao.passes.lower import lower
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer
+from fp4dit_ao.record import Record, model_config
+from fp4dit_ao.split import part_sizes
 from fp4dit_ao.tensor import MinifloatTensor
+from fp4dit_ao.weights import first_line
 
 
-def resolve(decisions: Iterable[Decision], graph: GraphModule) -> list[Decision]:
+def empty_model(
+    config: Mapping[str, Any], limit: int | None = None, buffers: bool = False, cls: Any = None
+) -> nn.Module:
+    """The float model that ``config`` describes, on the meta device.
+
+    Args:
+        config: a diffusers config.
+        limit: on the number of its parameters.
+        buffers: whether buffers get the values that the model makes for them.
+        cls: of the model; diffusers' own of the name in ``config`` if None.
+
+    Raises:
+        ValueError: diffusers has no such model class, it does not take this config, or makes too large a model of it.
+    """
+    import diffusers
+
+    name = config.get("_class_name")
+    if cls is None:
+        cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise ValueError(f"diffusers {diffusers.__version__} has no model class {name!r}; install a version that does")
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        with _on_meta(buffers), _at_most(limit):
+            model: nn.Module = cls.from_config(plain).eval()  # type: ignore[attr-defined]
+            return model
+    except Exception as error:
+        raise ValueError(f"{name} cannot be made from its config: {first_line(error)}") from error
+
+
+def _on_meta(but_buffers: bool) -> contextlib.AbstractContextManager[Any]:
+    if not but_buffers:
+        return torch.device("meta")
+    from accelerate import init_empty_weights
+
+    context: contextlib.AbstractContextManager[Any] = init_empty_weights(include_buffers=False)
+    return context
+
+
+@contextlib.contextmanager
+def _at_most(limit: int | None) -> Iterator[None]:
+    """Raise ``ValueError`` once modules have registered more than ``limit`` parameters."""
+    count = 0
+
+    def hook(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal count
+        count += 1
+        if limit is not None and count > limit:
+            raise ValueError(f"it has more than the {limit} parameters that go with what is stored")
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def resolve(decisions: Iterable[Decision], graph: nn.Module) -> list[Decision]:
     """The decisions with configs that no longer depend on data or on the graph around a layer.
 
     Args:
@@ -72,18 +134,35 @@ def build(
     Raises:
         ValueError: the decisions or the sample are not those of this model.
     """
-    mode = _compat.fake_mode()
-    _fake(model, mode, dtypes or {}, dtype)
     quantizer = FP4DiTQuantizer()
     for name, config in _rules(decisions).items():
         quantizer.set_module_name(name, config)
-    with mode, torch.no_grad(), warnings.catch_warnings():
+    with _compat.fake_mode() as mode, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # copying fake tensors warns about data pointers that nobody reads
-        graph = capture(model, samples.empty_like(description, dtype))
-        prepared = prepare_pt2e(graph, quantizer)
+        prepared = _prepare(model, mode, description, dtype, quantizer, dtypes or {})
         _pretend_calibrated(prepared)
         lowered: GraphModule = lower(convert_pt2e(prepared, fold_quantize=False))
     return lowered
+
+
+def prepare(model: nn.Module, description: Any, dtype: torch.dtype, quantizer: FP4DiTQuantizer) -> GraphModule:
+    """The prepared graph of ``model``, all of fake tensors; ``quantizer`` then has its decisions. See :func:`build`."""
+    with _compat.fake_mode() as mode, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _prepare(model, mode, description, dtype, quantizer, {})
+
+
+def _prepare(
+    model: nn.Module,
+    mode: Any,
+    description: Any,
+    dtype: torch.dtype,
+    quantizer: FP4DiTQuantizer,
+    dtypes: Mapping[str, torch.dtype],
+) -> GraphModule:
+    _fake(model, mode, dtypes, dtype)
+    prepared: GraphModule = prepare_pt2e(capture(model, samples.empty_like(description, dtype)), quantizer)
+    return prepared
 
 
 def _fake(model: nn.Module, mode: Any, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype) -> None:
@@ -119,7 +198,19 @@ def _pretend_calibrated(prepared: GraphModule) -> None:
 def state_of(graph: GraphModule) -> dict[str, Tensor]:
     """Every tensor that the graph reads, by name: parameters, buffers and constants."""
     names = dict.fromkeys(str(node.target) for node in graph.graph.nodes if node.op == "get_attr")
-    return {name: value for name in names if isinstance(value := _get(graph, name), Tensor)}
+    return {name: value for name in names if isinstance(value := tensor_at(graph, name), Tensor)}
+
+
+def record_of(model: Any) -> Record:
+    """How a ``QuantizedTransformer`` was quantized."""
+    parts = part_sizes(model.graph.named_parameters())
+    own = model_config(model.config)
+    return Record(model.decisions, model.dtype, model.recipe, model.source, model.description, parts, model=own)
+
+
+def tensors_to_save(model: Any) -> dict[str, Tensor]:
+    """Every tensor of a ``QuantizedTransformer``, codes and scales apart."""
+    return {part: y for name, x in state_of(model.graph).items() for part, y in flatten(name, x.detach()).items()}
 
 
 def flatten(name: str, x: Tensor) -> dict[str, Tensor]:
@@ -160,7 +251,7 @@ def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
                 *data, *(getattr(x, attribute) for attribute in MinifloatTensor.tensor_attribute_names)
             )
         assert value is not None
-        _set(graph, name, value)
+        put_tensor(graph, name, value)
 
 
 _ALIGNMENT = 64
@@ -172,12 +263,20 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
 
-def _get(root: nn.Module, path: str) -> Any:
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer of a model, by name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def tensor_at(root: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path."""
     parent, _, leaf = path.rpartition(".")
     return getattr(root.get_submodule(parent), leaf)
 
 
-def _set(root: nn.Module, path: str, value: Tensor) -> None:
+def put_tensor(root: nn.Module, path: str, value: Tensor) -> None:
+    """Put ``value`` in the place of the parameter or buffer at a dotted path."""
     parent, _, leaf = path.rpartition(".")
     owner = root.get_submodule(parent)
     if leaf in owner._parameters:

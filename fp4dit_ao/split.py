@@ -1,10 +1,11 @@
 """``linear(cat([a, b]))`` as ``linear(a) + linear(b)``, so that each part is quantized with scales of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 _ATEN = torch.ops.aten
@@ -27,6 +28,34 @@ def whole_name(name: str) -> str:
     return whole if part and number.isdigit() else name
 
 
+class SplitLinear(nn.Module):
+    """A linear whose input features are split: ``part0(x[..., :a]) + part1(x[..., a:]) + …``.
+
+    Args:
+        linear: that it replaces; its parameters are shared.
+        sizes: input features of each part.
+    """
+
+    def __init__(self, linear: nn.Linear, sizes: Sequence[int]):
+        super().__init__()
+        self.sizes = list(sizes)
+        self.register_parameter("bias", linear.bias)
+        for index, (size, weight) in enumerate(zip(sizes, linear.weight.split(self.sizes, 1), strict=True)):
+            part = nn.Linear(size, linear.out_features, bias=False, device="meta")
+            part.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            self.add_module(part_name("", index).removeprefix("."), part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(…, in_features)`` to ``(…, out_features)``."""
+        first, *others = zip(self.children(), x.split(self.sizes, -1), strict=True)
+        weight: Any = first[0].weight
+        bias: Any = self.bias
+        total = F.linear(first[1], weight, bias)
+        for part, piece in others:
+            total = total + part(piece)
+        return total
+
+
 def joined_features(node: Node) -> list[int] | None:
     """How many features of each tensor a linear's input joins; None if it joins none, or sizes vary."""
     source: Any = node.args[0]
@@ -41,6 +70,37 @@ def joined_features(node: Node) -> list[int] | None:
     features = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
     fits = dim % rank == rank - 1 and len(sizes) > 1 and all(isinstance(size, int) for size in sizes)
     return sizes if fits and sum(sizes) == features else None
+
+
+def part_sizes(weights: Iterable[tuple[str, Tensor]]) -> dict[str, list[int]]:
+    """By the name of every linear that was split: the input features of its parts.
+
+    Args:
+        weights: (name, parameter) of a graph.
+    """
+    sizes: dict[str, dict[str, int]] = {}
+    for name, weight in weights:
+        part, _, leaf = name.rpartition(".")
+        if leaf == "weight" and whole_name(part) != part:
+            sizes.setdefault(whole_name(part), {})[part] = weight.shape[-1]
+    return {whole: [parts[part_name(whole, i)] for i in range(len(parts))] for whole, parts in sizes.items()}
+
+
+def split_modules(model: nn.Module, sizes: Mapping[str, Sequence[int]]) -> None:
+    """Put a :class:`SplitLinear` in the place of every named linear.
+
+    Raises:
+        ValueError: there is no such linear.
+    """
+    for name, parts in sizes.items():
+        parent, _, leaf = name.rpartition(".")
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear) or linear.in_features != sum(parts):
+            raise ValueError(f"{type(model).__name__} has no linear {name} of {sum(parts)} input features")
+        setattr(model.get_submodule(parent), leaf, SplitLinear(linear, parts))
 
 
 def split_linears(model: GraphModule, wanted: Callable[[Node], bool]) -> None:

@@ -132,4 +132,15 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> MinifloatTensor:
     )
 
 
+@MinifloatTensor.implements(_ATEN.is_pinned.default)  # type: ignore[untyped-decorator]
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
+    return all(getattr(args[0], name).is_pinned() for name in MinifloatTensor.tensor_data_names)
+
+
+@MinifloatTensor.implements(_ATEN._pin_memory.default)  # type: ignore[untyped-decorator]
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> MinifloatTensor:
+    pinned: MinifloatTensor = args[0]._apply_fn_to_data(lambda x: x.pin_memory())
+    return pinned
+
+
 torch.serialization.add_safe_globals([MinifloatTensor])

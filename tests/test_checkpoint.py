@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp4dit_ao import MinifloatTensor, checkpoint, quantize_pipeline, skeleton
-from fp4dit_ao.checkpoint import CONFIG, WEIGHTS
+from fp4dit_ao import MinifloatTensor, checkpoint, quantize_pipeline, skeleton, weights
+from fp4dit_ao.checkpoint import CONFIG
 from fp4dit_ao.folders import whole_folder
+from fp4dit_ao.record import digest
+from fp4dit_ao.weights import WEIGHTS, checksum
 from tests.tiny import CALL, tiny_pipeline
 
 
@@ -41,13 +43,15 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
     (folder / CONFIG).write_text(json.dumps(config))
 
 
-def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change tensors and bring size and checksum up to date."""
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
-    size, checksum = (folder / WEIGHTS).stat().st_size, checkpoint._checksum(folder / WEIGHTS)
-    change_config(folder, lambda c: c["quantization_config"]["weights"].update(bytes=size, sha256=checksum))
+def change_record(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the quantization_config and bring its checksum up to date."""
+
+    def spoil(config: dict[str, Any]) -> None:
+        data = config["quantization_config"]
+        change(data)
+        data["sha256"] = digest({key: value for key, value in data.items() if key != "sha256"})
+
+    change_config(folder, spoil)
 
 
 # --- the round trip --------------------------------------------------------------------------------------------------
@@ -90,7 +94,7 @@ def test_the_config_says_what_was_done_with_what(original: Path) -> None:
     assert config["_class_name"] == "PixArtTransformer2DModel"
     quantization = config["quantization_config"]
     assert quantization["quant_method"] == "fp4dit_ao"
-    assert quantization["format_version"] == 1
+    assert quantization["format_version"] == 2
     assert quantization["recipe"]["weight"] == "e2m1"
     assert set(quantization["versions"]) == {"fp4dit-ao", "torch", "torchao", "diffusers"}
     kept = {layer["name"]: layer["reason"] for layer in quantization["layers"] if layer["config"] is None}
@@ -102,7 +106,7 @@ def test_saving_again_replaces(transformer: Any, saved: Path) -> None:
     transformer.save_pretrained(saved)
     assert (saved / "README.md").read_text() == "mine"
     assert sorted(path.name for path in saved.parent.iterdir()) == ["transformer"]
-    assert checkpoint.read_config(saved)["quantization_config"]["format_version"] == 1
+    assert checkpoint.read_config(saved)["quantization_config"]["format_version"] == 2
 
 
 # --- damaged and foreign folders -------------------------------------------------------------------------------------
@@ -115,19 +119,21 @@ def test_truncated_weights(saved: Path) -> None:
         checkpoint.load(saved)
 
 
-@pytest.mark.parametrize("where", [0.0, 0.001, 0.5, 0.999])
-def test_one_flipped_bit(saved: Path, where: float) -> None:
+def test_one_flipped_bit_of_a_tensor_is_found_and_the_tensor_named(saved: Path) -> None:
     data = bytearray((saved / WEIGHTS).read_bytes())
-    data[int(where * len(data))] ^= 1
+    header = int.from_bytes(data[:8], "little")
+    places = json.loads(data[8 : 8 + header])
+    name = "transformer_blocks.0.attn1.to_q.weight.qdata"
+    data[8 + header + places[name]["data_offsets"][0] + 17] ^= 4
     (saved / WEIGHTS).write_bytes(data)
-    with pytest.raises(ValueError, match="was altered since it was saved: its SHA-256 is not the recorded one"):
+    with pytest.raises(ValueError, match=f"{WEIGHTS}: tensor {name} was altered since it was saved"):
         checkpoint.load(saved)
 
 
 def test_appended_bytes(saved: Path) -> None:
     with (saved / WEIGHTS).open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(ValueError, match="was altered"):
+    with pytest.raises(ValueError, match="safetensors is altered since it was saved"):
         checkpoint.load(saved)
 
 
@@ -140,13 +146,16 @@ def test_missing_file(saved: Path, name: str) -> None:
 
 def test_tensors_that_do_not_fit(saved: Path) -> None:
     name = "transformer_blocks.0.attn1.to_q.weight.scale"
-
-    def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name] = tensors[name].T.contiguous()
-
-    change_weights(saved, spoil)
+    tensors = load_file(saved / WEIGHTS)
+    tensors[name] = tensors[name].T.contiguous()
+    save_file(tensors, saved / WEIGHTS)
+    with pytest.raises(ValueError, match=rf"{name} is \(1, 128\) of float32, saved as \(128, 1\) of float32"):
+        checkpoint.load(saved)
+    change_record(saved, lambda r: r["tensors"][name].update(shape=[1, 128], sha256=checksum(tensors[name])))
     with pytest.raises(ValueError, match=rf"{name} is \(1, 128\) of torch.float32, where the model has \(128, 1\)"):
         checkpoint.load(saved)
+    with pytest.raises(ValueError, match=rf"{name} is \(1, 128\), where PixArtTransformer2DModel has \(128, 1\)"):
+        checkpoint.load_modules(saved)
 
 
 @pytest.mark.parametrize(
@@ -167,20 +176,77 @@ def test_tensors_missing_or_left_over(transformer: Any, change: Callable[[Any], 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["quantization_config"].update(format_version=2), "has format version 2, this fp4dit_ao reads 1"),
+        (
+            lambda c: c["quantization_config"].update(format_version=3),
+            "has format version 3, this fp4dit_ao reads 2; update",
+        ),
+        (
+            lambda c: c["quantization_config"].update(format_version=1),
+            "has format version 1, .*; quantize the model again",
+        ),
         (lambda c: c["quantization_config"].update(quant_method="bitsandbytes"), "was quantized by bitsandbytes"),
         (lambda c: c.pop("quantization_config"), "holds no quantized transformer"),
-        (lambda c: c["quantization_config"].pop("layers"), "config.json is damaged"),
-        (lambda c: c["quantization_config"]["configs"][0].update(weight="e9m9"), "config.json is damaged"),
-        (lambda c: c.update(_class_name="Path"), "has no model class 'Path'"),
-        (lambda c: c.update(num_attention_heads="two"), "PixArtTransformer2DModel cannot be made from its config"),
+        (lambda c: c["quantization_config"].update(dtype="float16"), "config.json was altered since it was saved"),
+        (lambda c: c.update(num_layers=2), "config.json was altered since it was saved: its 'num_layers' is 2, not 1"),
+        (lambda c: c.pop("patch_size"), "config.json was altered since it was saved: its 'patch_size' is None, not 2"),
     ],
 )
-def test_foreign_and_damaged_configs(saved: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
+def test_foreign_and_altered_configs(saved: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
     change_config(saved, change)
-    with pytest.raises(ValueError, match=message) as caught:
-        checkpoint.load(saved)
-    assert "\n" not in str(caught.value)
+    for load in (checkpoint.load, checkpoint.load_modules):
+        with pytest.raises(ValueError, match=message) as caught:
+            load(saved)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.pop("layers"), "config.json is damaged"),
+        (lambda r: r.update(tensors=[]), "config.json is damaged"),
+        (lambda r: r["tensors"]["proj_out.bias"].update(shape=[-16]), "config.json is damaged"),
+        (lambda r: r["tensors"]["proj_out.bias"].update(shape=[2**40, 2**40]), "safetensors is truncated|does not fit"),
+        (
+            lambda r: r["tensors"].pop("proj_out.bias"),
+            "safetensors is altered since it was saved|lacks tensor proj_out.bias",
+        ),
+        (lambda r: r["configs"][0].update(weight="e9m9"), "config.json is damaged"),
+        (lambda r: r["layers"][0].update(config=99), "config.json is damaged"),
+    ],
+)
+def test_records_that_were_made_up(saved: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
+    """With a checksum that fits: whoever writes a file can write that, too."""
+    change_record(saved, change)
+    for load in (checkpoint.load, checkpoint.load_modules):
+        with pytest.raises(ValueError, match=message) as caught:
+            load(saved)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("_class_name", "Path", "has no model class 'Path'"),
+        ("num_attention_heads", "two", "PixArtTransformer2DModel cannot be made from its config"),
+        ("num_layers", 10**9, "it has more than the .* parameters that go with what is stored"),
+        ("num_layers", 2, "does not fit its own config: it lacks"),
+        ("patch_size", 0, "cannot be made from its config"),
+    ],
+)
+def test_models_that_were_made_up(saved: Path, key: str, value: Any, message: str) -> None:
+    change_record(saved, lambda r: r["model"].update({key: value}))
+    change_config(saved, lambda c: c.update({key: value}))
+    for load in (checkpoint.load, checkpoint.load_modules):
+        with pytest.raises(ValueError, match=message) as caught:
+            load(saved)
+        assert "\n" not in str(caught.value)
+
+
+def test_tables_beyond_all_memory_are_not_made(saved: Path) -> None:
+    change_record(saved, lambda r: r["model"].update(sample_size=10**6))
+    change_config(saved, lambda c: c.update(sample_size=10**6))
+    with pytest.raises(ValueError, match="its model makes tables larger than any known model's"):
+        checkpoint.load_modules(saved)
 
 
 def test_config_that_is_not_json(saved: Path) -> None:
@@ -211,7 +277,7 @@ def test_a_save_that_fails_leaves_nothing(
         Path(path).write_bytes(b"half")
         raise failure
 
-    monkeypatch.setattr(checkpoint, "save_file", write_half)
+    monkeypatch.setattr(weights, "save_file", write_half)
     with pytest.raises((OSError, KeyboardInterrupt)) as caught:
         transformer.save_pretrained(tmp_path / "out")
     if isinstance(failure, OSError):
@@ -224,7 +290,7 @@ def test_a_save_that_fails_leaves_nothing(
 
 def test_a_save_that_fails_keeps_what_was_there(transformer: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    monkeypatch.setattr(checkpoint, "_checksum", lambda path: pytest.fail("interrupted"))
+    monkeypatch.setattr(weights, "checksum", lambda x: pytest.fail("interrupted"))
     with pytest.raises(BaseException, match="interrupted"):
         transformer.save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -1,0 +1,88 @@
+"""Quantize what enters scaled-dot-product attention inside of a diffusers attention module, whatever its processor does."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_OPS = torch.ops.fp4dit_ao
+_INPUTS = ("query", "key", "value")
+
+
+class QuantizedAttention(TorchFunctionMode):
+    """Inside of it, q, k and v of every ``F.scaled_dot_product_attention`` become ``fmt``, token by token and head by head.
+
+    The same operators as in a lowered graph.
+    """
+
+    def __init__(self, fmt: str):
+        super().__init__()
+        self.fmt = fmt
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        call: Callable[..., Any] = func
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(_INPUTS, args, strict=False)) | {k: v for k, v in kwargs.items() if k in _INPUTS}
+            rounded = {name: _fake_quantize(x, self.fmt) for name, x in named.items()}
+            args, kwargs = args[len(_INPUTS) :], {k: v for k, v in kwargs.items() if k not in _INPUTS}
+            return call(*[rounded[name] for name in _INPUTS], *args, **kwargs)
+        return call(*args, **kwargs)
+
+
+def _fake_quantize(x: Tensor, fmt: str) -> Tensor:
+    block_size = [1] * (x.ndim - 1) + [-1]
+    scale = _OPS.choose_scale(x, block_size, fmt, torch.float32)
+    rounded: Tensor = _OPS.fake_quantize(x, block_size, scale, fmt, x.dtype)
+    return rounded
+
+
+def quantize_attention(module: nn.Module, fmt: str, name: str) -> None:
+    """Give ``module`` a processor that does what its own does, on quantized q, k and v.
+
+    Args:
+        module: a diffusers attention module.
+        fmt: format of q, k and v.
+        name: of the module, for the message.
+
+    Raises:
+        ValueError: it has no processor.
+    """
+    processor = getattr(module, "processor", None)
+    if processor is None:
+        raise ValueError(
+            f"{name} is no attention module with a processor, so its q, k and v cannot be quantized; use attention=None"
+        )
+    quantized = copy.copy(processor)
+    kind: Any = type(processor)
+    quantized.__class__ = _quantizing(kind)
+    quantized.quantized_fmt = fmt
+    module.processor = quantized
+
+
+def restore_attention(modules: Iterable[Any]) -> None:
+    """Give attention modules their own processors back."""
+    for module in modules:
+        processor = getattr(module, "processor", None)
+        if hasattr(processor, "quantized_fmt"):
+            module.processor = copy.copy(processor)
+            module.processor.__class__ = type(processor).__mro__[1]
+            del module.processor.quantized_fmt
+
+
+@functools.cache
+def _quantizing(cls: type) -> type:
+    """A subclass of a processor's class, which attention modules also ask for the signature of its ``__call__``."""
+    original: Callable[..., Any] = cls.__call__  # type: ignore[operator]
+
+    @functools.wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with QuantizedAttention(self.quantized_fmt):
+            return original(self, *args, **kwargs)
+
+    return type(f"Quantized{cls.__name__}", (cls,), {"__call__": call})

@@ -1,0 +1,192 @@
+"""The tensors of a saved transformer: safetensors files, sharded as diffusers shards, every tensor known by its SHA-256.
+
+Nothing is allocated that a file merely claims: sizes are compared with what is on disk before anything is read.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+JSON_LIMIT = 64 << 20
+"""Bytes of the largest JSON file that is read; that of a model with a hundred thousand tensors is smaller."""
+_SHARD = re.compile(r"[\w-]+\.safetensors")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a stored tensor must be.
+
+    Attributes:
+        dtype: torch's name of its type, such as ``"uint8"``.
+        shape: of the tensor.
+        sha256: of its bytes, in row-major order, little-endian.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    @staticmethod
+    def of(x: Tensor) -> "Entry":
+        return Entry(str(x.dtype).removeprefix("torch."), tuple(x.shape), checksum(x))
+
+    @staticmethod
+    def unchecked(x: Tensor) -> "Entry":
+        """Without the checksum, for tensors that never were in a file."""
+        return Entry(str(x.dtype).removeprefix("torch."), tuple(x.shape), "")
+
+    @staticmethod
+    def from_json(data: Any) -> "Entry":
+        """The inverse of ``dataclasses.asdict``.
+
+        Raises:
+            ValueError: something else.
+        """
+        dtype, shape, sha256 = data["dtype"], data["shape"], data["sha256"]
+        fits = isinstance(getattr(torch, dtype, None), torch.dtype) and isinstance(sha256, str)
+        if not fits or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+            raise ValueError(f"{str(data)[:80]} describes no tensor")
+        return Entry(dtype, tuple(shape), sha256)
+
+    @property
+    def nbytes(self) -> int:
+        count: int = getattr(torch, self.dtype).itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+    def check(self, name: str, x: Tensor) -> None:
+        """Raise ``ValueError`` if ``x`` is not that tensor."""
+        dtype = str(x.dtype).removeprefix("torch.")
+        if dtype != self.dtype or tuple(x.shape) != self.shape:
+            raise ValueError(
+                f"tensor {name} is {tuple(x.shape)} of {dtype}, saved as {self.shape} of {self.dtype}; copy the folder again"
+            )
+        if checksum(x) != self.sha256:
+            raise ValueError(
+                f"tensor {name} was altered since it was saved: its SHA-256 differs; copy the folder again"
+            )
+
+
+def checksum(x: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, in row-major order."""
+    data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).hexdigest()
+
+
+def write(tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str], max_shard_size: int | str) -> None:
+    """Write ``tensors`` into ``folder``: one file, or shards of at most ``max_shard_size`` and their index."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
+    split = split_torch_state_dict_into_shards(whole, filename_pattern=pattern, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: whole[name] for name in names}, folder / file, metadata={"format": "pt", **metadata})
+    if split.is_sharded:
+        index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read(folder: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of ``folder`` that ``entries`` names, each checked before it is handed out.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file or a tensor is truncated, altered, missing or left over; the message names it.
+    """
+    for file, names in _files(folder, entries).items():
+        path = folder / file
+        _check_size(path, names, entries)
+        try:
+            with safe_open(path, "pt") as opened:
+                found = set(opened.keys())
+                _same_names(path, found, names)
+                for name in names:
+                    # into memory of torch's own alignment: the last bits of a small matrix product depend on it
+                    x = opened.get_tensor(name).clone()
+                    try:
+                        entries[name].check(name, x)
+                    except ValueError as error:
+                        raise ValueError(f"{path}: {error}") from None
+                    yield name, x
+        except ValueError:
+            raise
+        except Exception as error:  # safetensors' own, and torch's about types and shapes that it does not have
+            raise ValueError(f"{path} is damaged ({first_line(error)}); copy it again") from error
+
+
+def _files(folder: Path, entries: Mapping[str, Entry]) -> dict[str, list[str]]:
+    """The names of tensors by file, as the index says, or all in one file."""
+    path = folder / INDEX
+    if not path.is_file():
+        if not (folder / WEIGHTS).is_file():
+            raise FileNotFoundError(f"{folder / WEIGHTS} is missing; copy the whole folder again")
+        return {WEIGHTS: list(entries)}
+    index = read_json(path)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(p, str) and _SHARD.fullmatch(p) for p in places.values()):
+        raise ValueError(f"{path} is damaged: it maps no tensors to files beside it; copy it again")
+    _same_names(path, set(places), list(entries))
+    files: dict[str, list[str]] = {}
+    for name, file in places.items():
+        files.setdefault(file, []).append(name)
+    for file in files:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file} is missing; copy the whole folder again")
+    return files
+
+
+def _check_size(path: Path, names: list[str], entries: Mapping[str, Entry]) -> None:
+    """Raise ``ValueError`` if a file is not as long as its header and its tensors, or claims an impossible header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > 4096 + sum(256 + 6 * len(name) for name in names):
+        raise ValueError(f"{path} is damaged: it claims a header of {header:,} bytes; copy it again")
+    expected = 8 + header + sum(entries[name].nbytes for name in names)
+    if size != expected:
+        state = "truncated" if size < expected else "altered since it was saved"
+        raise ValueError(f"{path} is {state}: {size:,} of {expected:,} bytes; copy it again")
+
+
+def _same_names(path: Path, found: set[str], names: list[str]) -> None:
+    missing, unknown = sorted(set(names) - found), sorted(found - set(names))
+    if missing:
+        raise ValueError(f"{path} lacks tensor {missing[0]} ({len(missing)} in all); copy the whole folder again")
+    if unknown:
+        raise ValueError(
+            f"{path} holds tensor {unknown[0]}, which config.json does not know; copy the whole folder again"
+        )
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: too large, too deep, or not JSON.
+    """
+    size = path.stat().st_size
+    if size > JSON_LIMIT:
+        raise ValueError(f"{path} is damaged: {size:,} bytes are more than such a file can have; copy it again")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is not valid JSON ({first_line(error)}); copy it again") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,99 @@
+"""The file for other tools holds what docs/single_file.md says, and can be read with that page, NumPy and JSON alone."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fp4dit_ao import MinifloatTensor, export_single_file, quantize_modules, read_single_file
+from tests.tiny import tiny_pipeline
+
+LAYER = "transformer_blocks.0.attn1.to_q"
+GATE = "transformer_blocks.0.ff.net.0.proj"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return quantize_modules(tiny_pipeline(layers=1).to(torch.bfloat16).transformer, "w4a6")
+
+
+@pytest.fixture(scope="module")
+def file(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(root / "t", max_shard_size="100KB")
+    export_single_file(root / "t", root / "one.safetensors")
+    return root / "one.safetensors"
+
+
+def test_by_the_page_alone(model: Any, file: Path) -> None:
+    """An independent reading of the layout: header, nibbles, levels, scales."""
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    metadata = header["__metadata__"]
+    layers, formats = json.loads(metadata["layers"]), json.loads(metadata["formats"])
+
+    def tensor(name: str, dtype: str) -> np.ndarray:
+        start, stop = header[name]["data_offsets"]
+        return np.frombuffer(data[8 + length :][start:stop], dtype).reshape(header[name]["shape"])
+
+    assert {layers[LAYER]["weight"], layers[GATE]["weight"]} == {"e2m1", "e3m0"}
+    assert formats["e2m1"]["levels"] == [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
+    for layer in (LAYER, GATE):
+        levels = formats[layers[layer]["weight"]]["levels"]
+        qdata, scale = tensor(f"{layer}.weight.qdata", "u1"), tensor(f"{layer}.weight.scale", "<f4")
+        weight = model.get_submodule(layer).weight.dequantize(torch.float32)
+        rows, columns = weight.shape
+        for row, column in [(0, 0), (0, 1), (3, 77), (rows - 1, columns - 1)]:
+            byte = int(qdata[row, column // 2])
+            code = byte >> 4 if column % 2 else byte & 15
+            assert np.float32(levels[code]) * scale[row, column // 128] == weight[row, column].item()
+
+
+def test_the_reader_gives_every_weight(model: Any, file: Path) -> None:
+    found = read_single_file(file)
+    for name, parameter in model.named_parameters():
+        layer = name.rpartition(".")[0]
+        if isinstance(parameter, MinifloatTensor):
+            np.testing.assert_array_equal(found.weight(layer), parameter.dequantize(torch.float32).numpy())
+            np.testing.assert_array_equal(found.codes(layer), parameter.codes.numpy())
+        else:
+            np.testing.assert_array_equal(found.tensors[name], parameter.detach().float().numpy())
+    assert found.weight("proj_out").shape == tuple(model.proj_out.weight.shape)
+
+
+def test_it_says_how_inputs_are_quantized_and_where_it_came_from(file: Path) -> None:
+    metadata = read_single_file(file).metadata
+    assert metadata["layers"][LAYER] == {
+        "kind": "linear", "input": "e2m3", "input_scale": "token", "weight": "e2m1", "block_size": [1, 128],
+    }  # fmt: skip
+    assert metadata["layers"]["transformer_blocks.0.attn1"]["input"] == "e2m3"
+    assert metadata["model"]["_class_name"] == "PixArtTransformer2DModel"
+    assert set(metadata["versions"]) >= {"torch", "torchao", "diffusers"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: d[:-10], r"tensor \S+ lies outside of the file, which is truncated"),
+        (lambda d: d[:-1] + bytes([d[-1] ^ 1]), r"tensor \S+ was altered since it was saved"),
+        (lambda d: b"\xff" * 8 + d[8:], "it claims a header of"),
+        (lambda d: d[:8] + b"x" + d[9:], "its header cannot be read"),
+        (lambda d: d.replace(b"fp4dit_ao.single_file", b"fp4dit_ao.single_fold"), "is no file of layout"),
+        (lambda d: d[:4], "it claims a header of|its header cannot be read"),
+    ],
+)
+def test_other_files_are_refused(file: Path, tmp_path: Path, spoil: Any, message: str) -> None:
+    (tmp_path / "x").write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        read_single_file(tmp_path / "x")
+
+
+def test_a_failed_export_leaves_nothing(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no saved transformer"):
+        export_single_file(tmp_path / "none", tmp_path / "out.safetensors")
+    assert list(tmp_path.iterdir()) == []
