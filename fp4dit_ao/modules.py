@@ -19,6 +19,7 @@ from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.families import example_inputs, family_of, quantizer_for, recipe_for
 from fp4dit_ao.formats import parse
 from fp4dit_ao.ops import full_block
+from fp4dit_ao.passes.device import convert_tensors
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer, fit_group, weight_observer
 from fp4dit_ao.record import Record, model_config
 from fp4dit_ao.split import part_sizes, split_modules
@@ -150,6 +151,7 @@ def finish(model: Any, quantizer: Any) -> Any:
         blocks = (block for module in model.children() if isinstance(module, nn.ModuleList) for block in module)
         model._repeated_blocks = sorted({type(block).__name__ for block in blocks})
     model.save_pretrained = functools.partial(save_pretrained, model)
+    model._apply = functools.partial(_apply, model)
     return model.eval()
 
 
@@ -173,6 +175,12 @@ def from_graph(transformer: Any) -> Any:
     for name, x in tensors.items():
         slots.put(name, x)
     return finish(slots.close(), quantizer_of(record))
+
+
+def _apply(model: Any, convert: Any, recurse: bool = True) -> Any:
+    """``nn.Module._apply``, which otherwise fails on weights that a compiled model holds weak references to."""
+    convert_tensors(model, convert)
+    return model
 
 
 def is_module_form(model: Any) -> bool:
@@ -209,7 +217,7 @@ def dequantize_modules(model: Any) -> Any:
             module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
     restore_attention(model.modules())
     model._internal_dict = type(model.config)({k: v for k, v in model.config.items() if k != "quantization_config"})
-    del model.save_pretrained, model.quantization_method
+    del model.save_pretrained, model.quantization_method, model._apply
     return model
 
 
