@@ -128,3 +128,9 @@ def size_at(size: SymInt, sizes: Mapping[str, int], others: int) -> int:
     """A symbolic size where the named symbols have these ``sizes``, and all ``others`` that one."""
     expression = size.node.expr
     return int(expression.subs({symbol: sizes.get(str(symbol), others) for symbol in expression.free_symbols}))
+
+
+def parts(cls: type[Any]) -> list[str]:
+    """What a torchao tensor is made of, tensors and attributes, in the order of its constructor's arguments."""
+    kinds = ("tensor_data", "tensor_attribute", "optional_tensor_data", "optional_tensor_attribute")
+    return [name for kind in kinds for name in getattr(cls, f"{kind}_names", ())]

@@ -15,12 +15,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
+from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat, samples, skeleton
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.passes.device import convert_tensors, move_to
 from fp4dit_ao.quantizer import Decision
-from fp4dit_ao.tensor import MinifloatTensor
 
 _NOT_CONFIG = ("quantization_config", "_use_default_values", "_name_or_path")
 
@@ -193,7 +193,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         stored: dict[str, Tensor] = {}
         for name, x in skeleton.state_of(self.graph).items():
-            quantized = isinstance(x, MinifloatTensor)
+            quantized = isinstance(x, TorchAOBaseTensor)
             parts = skeleton.flatten(name, x.detach())
             stored |= {k: v.to(dtype) if v.is_floating_point() and not quantized else v for k, v in parts.items()}
         graph = skeleton.build(empty_model(dict(self.config)), self.description, self.decisions, dtype)

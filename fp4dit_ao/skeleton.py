@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat, samples
 from fp4dit_ao.capture import capture
@@ -22,7 +23,6 @@ from fp4dit_ao.observers.weight import weight_of
 from fp4dit_ao.ops import full_block
 from fp4dit_ao.passes.lower import lower
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer
-from fp4dit_ao.tensor import MinifloatTensor
 
 
 def resolve(decisions: Iterable[Decision], graph: GraphModule) -> list[Decision]:
@@ -38,7 +38,7 @@ def resolve(decisions: Iterable[Decision], graph: GraphModule) -> list[Decision]
         config = decision.config
         if config is not None:
             weight = weights.get(f"{decision.name}.weight")
-            fmt = weight.fmt if isinstance(weight, MinifloatTensor) else config.weight
+            fmt = getattr(weight, "fmt", config.weight)
             fmt = fmt if decision.kind == "linear" else None
             config = dataclasses.replace(config, weight=fmt, weight_candidates=(), pre_gelu_weight=None)
         resolved.append(dataclasses.replace(decision, config=config))
@@ -123,10 +123,11 @@ def state_of(graph: GraphModule) -> dict[str, Tensor]:
 
 
 def flatten(name: str, x: Tensor) -> dict[str, Tensor]:
-    """The plain tensors that ``x`` is made of: itself, or ``name.qdata`` and ``name.scale``."""
-    if not isinstance(x, MinifloatTensor):
+    """The plain tensors that ``x`` is made of: itself, or ``name.qdata``, ``name.scale`` and so on."""
+    if not isinstance(x, TorchAOBaseTensor):
         return {name: x}
-    return {f"{name}.{part}": getattr(x, part) for part in MinifloatTensor.tensor_data_names}
+    parts = {part: getattr(x, part) for part in _compat.parts(type(x))}
+    return {f"{name}.{part}": value for part, value in parts.items() if isinstance(value, Tensor)}
 
 
 def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
@@ -153,11 +154,8 @@ def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
             )
     for name, x in places.items():
         value = stored.get(name)
-        if isinstance(x, MinifloatTensor):
-            data: list[Any] = [stored[f"{name}.{part}"] for part in MinifloatTensor.tensor_data_names]
-            value = MinifloatTensor(
-                *data, *(getattr(x, attribute) for attribute in MinifloatTensor.tensor_attribute_names)
-            )
+        if isinstance(x, TorchAOBaseTensor):
+            value = type(x)(*(stored.get(f"{name}.{part}", getattr(x, part)) for part in _compat.parts(type(x))))
         assert value is not None
         _set(graph, name, value)
 
