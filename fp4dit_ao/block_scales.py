@@ -52,7 +52,7 @@ def two_level_scale(x: Tensor, block_size: Sequence[int], fmt: str) -> tuple[Ten
 
 
 def choose_block_scale(x: Tensor, block_size: Sequence[int], fmt: str, kind: str) -> Tensor:
-    """The step of every block, float32, ``x.shape[i] // block_size[i]``: a power of two (``"e8m0"``) or two-level (``"e4m3"``)."""
+    """The float32 step of every block, ``x.shape[i] // block_size[i]``: ``"e8m0"`` or ``"e4m3"``, a key of :data:`BLOCKS`."""
     if kind == "e8m0":
         return power_of_two_above(choose_scale(x, block_size, fmt, torch.float32))
     scale, tensor = two_level_scale(x, block_size, fmt)

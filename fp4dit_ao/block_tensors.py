@@ -1,8 +1,8 @@
-"""Weights in the hardware's block formats: torchao's ``MXTensor`` and ``NVFP4Tensor``, that also run where the hardware does not.
+"""Weights in the hardware's block formats: torchao's ``MXTensor`` and ``NVFP4Tensor``, that also run on other hardware.
 
-On Blackwell, ``linear`` is torchao's own: native block-scaled instructions for E2M1. Elsewhere (and for MXFP6, for which torchao
-has no native product) operands become bfloat16 on GPUs and float32 on CPUs. Their values need at most six bits, so both hold
-them exactly, and only the sum is rounded.
+On Blackwell, ``linear`` is torchao's own: native block-scaled instructions for E2M1. Elsewhere (and for MXFP6, for which
+torchao has no native product) operands become bfloat16 on GPUs and float32 on CPUs. Their values need at most six bits, so
+both types hold them exactly, and only the sum is rounded.
 """
 
 from typing import Any

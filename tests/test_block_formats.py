@@ -117,7 +117,9 @@ def test_nvfp4_is_torchaos_but_where_a_quotient_is_a_tie(dtype) -> None:
     assert not (differ & ~tie).any()
     assert differ.float().mean() < 0.005
     same = ~differ
-    assert torch.allclose(ours.dequantize(torch.float32)[same], expected.dequantize(torch.float32)[same], rtol=3e-7, atol=0)
+    assert torch.allclose(
+        ours.dequantize(torch.float32)[same], expected.dequantize(torch.float32)[same], rtol=3e-7, atol=0
+    )
 
 
 def test_scales_of_nothing_are_numbers() -> None:
@@ -130,7 +132,9 @@ def test_scales_of_nothing_are_numbers() -> None:
 # --- linears ---------------------------------------------------------------------------------------------------------
 
 
-def weight_of(recipe: str, seed: int = 0, shape: tuple[int, int] = (48, 128), dtype: torch.dtype = torch.float32) -> Any:
+def weight_of(
+    recipe: str, seed: int = 0, shape: tuple[int, int] = (48, 128), dtype: torch.dtype = torch.float32
+) -> Any:
     config = QuantConfig.from_name(recipe)
     w = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     block = [1, config.group_size]
@@ -194,13 +198,12 @@ def test_linear_by_linear(recipe, dtype) -> None:
     reference.run(*sample.values(), False)
     nodes = [n for n in lowered.graph.nodes if n.target is LINEAR]
     low_bit = 0
-    for node, (x, expected) in zip(nodes, reference.seen, strict=True):
+    for node, (arguments, expected) in zip(nodes, reference.seen, strict=True):
         weight = lowered.get_parameter(str(node.args[1].target))
         if isinstance(weight, MXWeight | NVFP4Weight):
             low_bit += 1
-            bias = lowered.get_parameter(str(node.args[2].target))
             # quantizing what is quantized already changes nothing, but by the tensor's scale of NVFP4, which is rounded
-            got = F.linear(x, weight, bias)
+            got = F.linear(arguments[0], weight, arguments[2])
             tolerance = 2e-6 if dtype == torch.float32 else 2**-7
             assert (got - expected).abs().max() <= tolerance * 4 * expected.abs().max()
     assert low_bit == 12
@@ -236,13 +239,16 @@ def test_moving_and_casting_keeps_codes() -> None:
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "mxfp6_e3m2"])
 def test_a_pipeline_comes_back_from_disk(recipe, tmp_path: Path) -> None:
-    pipe = quantize_pipeline(tiny_pipeline(), recipe, prompts=["a red cat", "a blue dog"], rounding="nearest")
+    pipe = quantize_pipeline(
+        tiny_pipeline(layers=1), recipe, prompts=["a red cat"], rounding="nearest", progress=False, **CALL
+    )
     pipe.save_pretrained(tmp_path / "saved")
     again = load_pipeline(tmp_path / "saved")
     image = lambda p: np.asarray(p("a cat", generator=torch.Generator().manual_seed(0), **CALL).images[0])  # noqa: E731
     assert (image(pipe) == image(again)).all()
     stored = [p for p in again.transformer.graph.parameters() if isinstance(p.detach(), MXWeight | NVFP4Weight)]
-    assert len(stored) == 20
+    assert len(stored) == 10
+    assert again.transformer.nbytes() == pipe.transformer.nbytes()
 
 
 @pytest.mark.parametrize(
@@ -257,7 +263,13 @@ def test_a_pipeline_comes_back_from_disk(recipe, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_block_format_is_refused(change) -> None:
-    mx = {"weight": "e2m1", "activation": "e2m1", "group_size": 32, "activation_granularity": "block", "scale_dtype": "e8m0"}
+    mx = {
+        "weight": "e2m1",
+        "activation": "e2m1",
+        "group_size": 32,
+        "activation_granularity": "block",
+        "scale_dtype": "e8m0",
+    }
     QuantConfig(**mx)
     with pytest.raises(ValueError, match=r"QuantConfig: .*block"):
         QuantConfig(**(mx | change))

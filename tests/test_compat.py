@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.fx import GraphModule
+from torchao.prototype.mx_formats.mx_tensor import MXTensor
+from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 
-from fp4dit_ao import _compat
+from fp4dit_ao import MinifloatTensor, _compat
 
 
 class Model(nn.Module):
@@ -200,3 +203,9 @@ def test_a_value_is_traced_only_inside_of_compilation() -> None:
     library.impl("inside", lambda x: (seen.append(_compat.is_traced(x)), x + 1)[1], "CompositeImplicitAutograd")
     torch.compile(lambda x: torch.ops.fp4dit_test.inside(x * 2), backend="aot_eager", fullgraph=True)(torch.ones(2))
     assert True in seen
+
+
+@pytest.mark.parametrize("cls", [MinifloatTensor, MXTensor, NVFP4Tensor])
+def test_a_torchao_tensor_is_made_of_its_parts(cls: Any) -> None:
+    arguments = list(inspect.signature(cls.__new__).parameters)[1:]
+    assert _compat.parts(cls) == arguments
