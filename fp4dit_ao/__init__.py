@@ -23,6 +23,7 @@ _HOME = {
     "AdaRoundConfig": "passes.reconstruct",
     "reconstruct": "passes.reconstruct",
     "lower": "passes.lower",
+    "unpack_weights": "passes.unpack",
     "capture": "capture",
     "calibrate": "calibration",
     "collect_samples": "calibration",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from fp4dit_ao.formats import FloatFormat
     from fp4dit_ao.passes.lower import lower
     from fp4dit_ao.passes.reconstruct import AdaRoundConfig, reconstruct
+    from fp4dit_ao.passes.unpack import unpack_weights
     from fp4dit_ao.pipeline import load_pipeline, quantize_pipeline
     from fp4dit_ao.quantized_transformer import QuantizedTransformer
     from fp4dit_ao.quantizer import FP4DiTQuantizer

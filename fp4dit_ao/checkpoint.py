@@ -22,6 +22,7 @@ from fp4dit_ao import skeleton
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.folders import whole_folder
 from fp4dit_ao.quantizer import Decision
+from fp4dit_ao.unpacked import LevelTensor
 
 if TYPE_CHECKING:
     from fp4dit_ao.quantized_transformer import QuantizedTransformer
@@ -39,8 +40,11 @@ def save(model: "QuantizedTransformer", folder: str | Path) -> None:
     Raises:
         FileExistsError: the folder holds something else.
         OSError: it cannot be written.
+        ValueError: the weights were unpacked.
     """
     state = skeleton.state_of(model.graph)
+    if any(isinstance(x, LevelTensor) for x in state.values()):
+        raise ValueError("the weights were unpacked for speed, and bytes are not saved; save before unpack_weights()")
     tensors = {
         k: v.cpu().contiguous() for name, x in state.items() for k, v in skeleton.flatten(name, x.detach()).items()
     }
