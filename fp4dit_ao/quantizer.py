@@ -36,7 +36,7 @@ _TRANSPARENT = (
     _ATEN.dropout.default, _ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN.clone.default, _ATEN.contiguous.default,
     _ATEN.view.default, _ATEN.reshape.default, _ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.slice.Tensor,
 )  # fmt: skip
-_ACTIVATION_OBSERVERS = {
+_ACTIVATION_OBSERVERS: dict[str, Any] = {
     "token": TokenActivationObserver, "tensor": StaticActivationObserver, "block": BlockActivationObserver,
 }  # fmt: skip
 

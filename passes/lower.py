@@ -77,7 +77,8 @@ def _lower_linear(model: GraphModule, node: Node) -> None:
         x, weight = found[0], block_weight(codes, scales, str(fmt), dtype)  # type: ignore[arg-type]
     else:
         x, act_fmt = _token_wise_input(node.args[0])
-        weight = MinifloatTensor.from_codes(codes, *scales, list(block_size), fmt, act_fmt, dtype)  # type: ignore[arg-type]
+        (scale,) = scales
+        weight = MinifloatTensor.from_codes(codes, scale, list(block_size), str(fmt), act_fmt, dtype)  # type: ignore[arg-type]
     path = str(codes_node.target).removesuffix("_codes")
     parent, _, leaf = path.rpartition(".")
     owner = model.get_submodule(parent)

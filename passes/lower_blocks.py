@@ -36,8 +36,10 @@ def block_weight(codes: Tensor, scales: list[Tensor], fmt: str, dtype: torch.dty
     from fp4dit_ao.block_tensors import MXWeight, NVFP4Weight
 
     if len(scales) == 2:
-        return NVFP4Weight.from_codes(codes, *scales, dtype)
-    return MXWeight.from_codes(codes, *scales, fmt, dtype)
+        blocks, whole = scales
+        return NVFP4Weight.from_codes(codes, blocks, whole, dtype)
+    (step,) = scales
+    return MXWeight.from_codes(codes, step, fmt, dtype)
 
 
 def _is_buffer(node: Any) -> bool:

@@ -165,7 +165,7 @@ def test_fp8_takes_only_levels_that_it_holds(kernel) -> None:
     with pytest.raises(ValueError, match=r"float8_e4m3fn holds exactly"):
         run(kernel, p | {"tokens": p["tokens"].to(torch.float8_e4m3fn)})  # WILD has 127, of seven bits
     for words, dtype in ((range(-8, 8), torch.float8_e4m3fn), (WILD, torch.int8)):
-        raw = b"".join(word.to_bytes(4, "little", signed=True) for word in kernel.table_words(list(words), dtype))
+        raw = b"".join(word.to_bytes(4, "little", signed=True) for word in kernel.table_words(tuple(words), dtype))
         assert torch.frombuffer(bytearray(raw), dtype=dtype).float().tolist() == list(words)
 
 

@@ -7,6 +7,9 @@ tokens, the larger operand, are copied to shared memory in the background and re
 A tile never crosses a group: integers are multiplied and summed exactly in int32, and each tile's sum is converted once.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+import functools
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -170,7 +173,8 @@ def block_k(group: int) -> int:
     return whole[0] if whole else min(MAX_BLOCK_K, max(MIN_BLOCK_K, triton.next_power_of_2(group)))
 
 
-def table_words(table: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+@functools.cache
+def table_words(table: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
     """Sixteen levels as bytes of ``dtype`` (int8 or float8_e4m3fn), four to a word.
 
     Raises:
@@ -235,8 +239,9 @@ def run(
     out = torch.empty((rows, features), dtype=output_dtype, device=tokens.device)
     if not out.numel():
         return out
-    words = table_words(table, tokens.dtype) if table is not None else (0, 0, 0, 0)
+    words = table_words(tuple(table), tokens.dtype) if table is not None else (0, 0, 0, 0)
     added = out if bias is None else bias.contiguous()
+    scale = scale if scale.dtype in (torch.float32, torch.bfloat16, torch.float16) else scale.float()
     tensors = [
         tokens.contiguous(),
         token_scale.float().contiguous(),
