@@ -22,7 +22,7 @@ from fp4dit_ao import skeleton
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.folders import whole_folder
 from fp4dit_ao.quantizer import Decision
-from fp4dit_ao.unpacked import LevelTensor
+from fp4dit_ao.unpacked import refuse_unpacked
 
 if TYPE_CHECKING:
     from fp4dit_ao.quantized_transformer import QuantizedTransformer
@@ -43,8 +43,7 @@ def save(model: "QuantizedTransformer", folder: str | Path) -> None:
         ValueError: the weights were unpacked.
     """
     state = skeleton.state_of(model.graph)
-    if any(isinstance(x, LevelTensor) for x in state.values()):
-        raise ValueError("the weights were unpacked for speed, and bytes are not saved; save before unpack_weights()")
+    refuse_unpacked(state.values(), "saving")
     tensors = {
         k: v.cpu().contiguous() for name, x in state.items() for k, v in skeleton.flatten(name, x.detach()).items()
     }

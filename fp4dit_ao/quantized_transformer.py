@@ -190,7 +190,9 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _recapture(self, dtype: torch.dtype) -> None:
         from fp4dit_ao.checkpoint import empty_model
+        from fp4dit_ao.unpacked import refuse_unpacked
 
+        refuse_unpacked(skeleton.state_of(self.graph).values(), f"changing the type to {dtype}")
         stored: dict[str, Tensor] = {}
         for name, x in skeleton.state_of(self.graph).items():
             quantized = isinstance(x, TorchAOBaseTensor)

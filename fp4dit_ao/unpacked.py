@@ -3,6 +3,7 @@
 Twice the memory of 4-bit codes, and nothing to look up. The values are the same: the conversion is exact or refused.
 """
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -88,6 +89,12 @@ class LevelTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
     def _quantization_type(self) -> str:
         return f"levels={self.qdata.dtype}, fmt={self.fmt}, act_fmt={self.act_fmt}, shape={tuple(self.shape)}"
+
+
+def refuse_unpacked(tensors: Iterable[object], what: str) -> None:
+    """Raise ``ValueError`` if one of ``tensors`` was unpacked: graphs are rebuilt from packed codes alone."""
+    if any(isinstance(x.detach(), LevelTensor) for x in tensors if isinstance(x, Tensor)):
+        raise ValueError(f"{what} needs packed weights, and these were unpacked; do it before unpack_weights()")
 
 
 @LevelTensor.implements(_ATEN.linear.default)  # type: ignore[untyped-decorator]

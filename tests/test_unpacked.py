@@ -104,7 +104,7 @@ def test_moving_and_casting_keeps_levels() -> None:
     assert torch.equal(unpacked.dequantize(torch.float32), packed.dequantize())
 
 
-def test_unpacked_weights_are_not_saved(tmp_path) -> None:
+def test_unpacked_weights_are_neither_saved_nor_recaptured(tmp_path) -> None:
     from fp4dit_ao import quantize_pipeline
     from tests.tiny import CALL, tiny_pipeline
 
@@ -115,8 +115,10 @@ def test_unpacked_weights_are_not_saved(tmp_path) -> None:
     unpack_weights(pipe.transformer)
     assert pipe.transformer.nbytes() > before
     pipe("a cat", **CALL)
-    with pytest.raises(ValueError, match=r"save before unpack_weights"):
+    with pytest.raises(ValueError, match="saving needs packed weights"):
         pipe.save_pretrained(tmp_path / "no")
+    with pytest.raises(ValueError, match=r"changing the type to torch.bfloat16 .* before unpack_weights"):
+        pipe.transformer.to(torch.bfloat16)
 
 
 def test_the_operator_matches_its_fake() -> None:
