@@ -16,7 +16,18 @@ from torchao.prototype.mx_formats.mx_tensor import MXTensor, ScaleCalculationMod
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from fp4dit_ao import FloatFormat, FP4DiTQuantizer, QuantConfig, capture, load_pipeline, lower, quantize_pipeline
+from fp4dit_ao import (
+    AdaRoundConfig,
+    FloatFormat,
+    FP4DiTQuantizer,
+    QuantConfig,
+    calibrate,
+    capture,
+    load_pipeline,
+    lower,
+    quantize_pipeline,
+    reconstruct,
+)
 from fp4dit_ao.block_scales import BLOCKS, choose_block_scale, power_of_two_above, two_level_scale, unit
 from fp4dit_ao.block_tensors import ELEMENTS, MXWeight, NVFP4Weight, linear
 from fp4dit_ao.formats import pack
@@ -273,3 +284,20 @@ def test_what_is_no_block_format_is_refused(change) -> None:
     QuantConfig(**mx)
     with pytest.raises(ValueError, match=r"QuantConfig: .*block"):
         QuantConfig(**(mx | change))
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "mxfp4"])
+def test_learned_rounding_reaches_the_lowered_weights(recipe) -> None:
+    samples = [tiny_sample(seed=seed) for seed in range(4)]
+    graph = capture(TinyDiT(), samples[0])
+    prepared = prepare_pt2e(graph, FP4DiTQuantizer().set_global(QuantConfig.from_name(recipe)))
+    calibrate(prepared, samples)
+    report = reconstruct(prepared, samples, AdaRoundConfig(iters=60, batch_size=8, relative_lr=0.2), progress=False)
+    assert any(row.changed > 0 for row in report.rows)
+    converted = convert_pt2e(prepared)
+    lowered = lower(converted)
+    with torch.no_grad():
+        expected, got = converted(**samples[0])[0], lowered(**samples[0])[0]
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
+    name = "blocks.0.ff.up.weight"
+    assert torch.equal(lowered.get_parameter(name).codes, converted.get_buffer(f"{name}_codes"))
