@@ -14,6 +14,8 @@ from fp4dit_ao.ops import LIBRARY, choose_scale
 
 BLOCKS = {"e8m0": 32, "e4m3": 16}
 """Elements that share a scale, by the scale's type."""
+ELEMENTS = {"e8m0": ("e2m1", "e2m3", "e3m2"), "e4m3": ("e2m1",)}
+"""Formats of the elements that a standard has, by the scale's type."""
 _E4M3_MIN, _E4M3_MAX = 2.0**-6, 448.0
 """The smallest normal and the largest E4M3: hardware scales stay between them."""
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from fp4dit_ao.block_scales import BLOCKS
+from fp4dit_ao.block_scales import BLOCKS, ELEMENTS
 from fp4dit_ao.formats import FloatFormat
 
 HIGH_PRECISION = (
@@ -76,10 +76,22 @@ class QuantConfig:
                 f"{self.scale_dtype!r} and group_size={self.group_size}; blocks have 'e8m0' scales and 32 elements, or "
                 "'e4m3' and 16"
             )
-        if blocks and (self.weight_granularity != "group" or self.weight_search != "absmax" or self.activation is None):
+        if blocks:
+            self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        formats = ELEMENTS[self.scale_dtype]
+        if self.activation not in formats or self.weight not in (None, self.activation):
             raise ValueError(
-                "QuantConfig: block formats take an activation format, weight_granularity='group' and weight_search='absmax'"
+                f"QuantConfig: weight={self.weight!r} and activation={self.activation!r}; with {self.scale_dtype!r} blocks "
+                f"both are the same, one of {', '.join(formats)}"
             )
+        if self.weight_candidates or self.pre_gelu_weight not in (None, self.weight):
+            raise ValueError(
+                "QuantConfig: block formats are one for all layers; leave out weight_candidates and pre_gelu_weight"
+            )
+        if self.weight_granularity != "group" or self.weight_search != "absmax":
+            raise ValueError("QuantConfig: block formats have weight_granularity='group' and weight_search='absmax'")
 
     @staticmethod
     def from_name(name: str) -> "QuantConfig":

@@ -271,6 +271,11 @@ def test_a_pipeline_comes_back_from_disk(recipe, tmp_path: Path) -> None:
         {"weight_search": "mse"},
         {"weight_granularity": "channel"},
         {"activation": None},
+        {"activation": "e2m3"},
+        {"weight": "e3m0", "activation": "e3m0"},
+        {"weight_candidates": ("e2m1", "e3m0")},
+        {"pre_gelu_weight": "e3m0"},
+        {"scale_dtype": "e4m3", "group_size": 16, "weight": "e2m3", "activation": "e2m3"},
     ],
 )
 def test_what_is_no_block_format_is_refused(change) -> None:
@@ -279,6 +284,7 @@ def test_what_is_no_block_format_is_refused(change) -> None:
         "activation": "e2m1",
         "group_size": 32,
         "activation_granularity": "block",
+        "pre_gelu_weight": None,
         "scale_dtype": "e8m0",
     }
     QuantConfig(**mx)

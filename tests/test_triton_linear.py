@@ -300,6 +300,24 @@ def test_importing_the_package_loads_no_kernel() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_choosing_it_breaks_no_graph(monkeypatch) -> None:
+    """The questions asked of a GPU are asked while torch.compile traces; here they are answered for it."""
+    gpu._available.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "supports", lambda x, bits, group: gpu._available(x.device))
+    asked = native.supports
+    monkeypatch.setattr(native, "supports", lambda *_: False)
+    weight = MinifloatTensor.from_hp(torch.randn(48, 128), [1, 64], "e2m1", "e2m3")
+    x = torch.randn(5, 128)
+    try:
+        got = torch.compile(lambda x: F.linear(F.silu(x), weight), fullgraph=True)(x)
+    finally:
+        gpu._available.cache_clear()
+    monkeypatch.setattr(native, "supports", asked)
+    assert torch.allclose(got, F.linear(F.silu(x), weight), rtol=1e-4, atol=1e-4)
+
+
 def test_a_cpu_tensor_never_takes_it() -> None:
     assert not gpu.supports(torch.ones(1), 4, 128)
     assert int8.supports(FloatFormat.parse("e2m1"), FloatFormat.parse("e2m3"))
