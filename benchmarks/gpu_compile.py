@@ -31,19 +31,21 @@ class Variant:
     tokens: str = "i8"
     packed: bool = True
     group: int = 128
-    depth: int = 1152
 
 
-def variants(capabilities: Iterable[int]) -> Iterator[Variant]:
-    """Every configuration with packed codes; the first of each kind also with levels, and with FP8 tokens where it exists."""
+def variants(capabilities: Iterable[int], every: bool = True) -> Iterator[Variant]:
+    """Every configuration with packed codes; the first of each kind also with levels, and with FP8 tokens where it exists.
+
+    Not ``every``: the first of each kind alone.
+    """
     for capability in capabilities:
         for configs in CONFIGS.values():
-            yield from (Variant(config, capability) for config in configs)
+            yield from (Variant(config, capability) for config in (configs if every else configs[:1]))
             yield Variant(configs[0], capability, packed=False)
             if capability >= 90:
                 yield Variant(configs[0], capability, tokens="fp8e4nv")
                 yield Variant(configs[0], capability, tokens="fp8e4nv", packed=False)
-        yield Variant(CONFIGS[512][0], capability, group=112, depth=448)
+        yield Variant(CONFIGS[512][0], capability, group=112)
 
 
 def compiled(variant: Variant) -> dict[str, Any]:
@@ -56,14 +58,16 @@ def compiled(variant: Variant) -> dict[str, Any]:
         "scale": "*fp32",
         "bias": "*bf16",
     }
-    types |= {"out": "*bf16"} | dict.fromkeys(("M", "N", "t0", "t1", "t2", "t3"), "i32")
+    types |= {"out": "*bf16"} | dict.fromkeys(("M", "N", "K", "ROW", "GROUPS", "t0", "t1", "t2", "t3"), "i32")
     constants = {
-        "K": variant.depth, "GROUP": variant.group, "SCALE_ROWS": True, "PACKED": variant.packed, "BIAS": True,
+        "GROUP": variant.group, "SCALE_ROWS": True, "PACKED": variant.packed, "BIAS": True,
         "ASSEMBLY": True, "BLOCK_M": variant.config.block_m, "BLOCK_N": variant.config.block_n,
         "BLOCK_K": block_k(variant.group),
     }  # fmt: skip
     names = linear_kernel.arg_names
-    aligned = [index for index, name in enumerate(names) if types.get(name, "").startswith("*") or name == "N"]
+    aligned = [
+        index for index, name in enumerate(names) if types.get(name, "").startswith("*") or name in ("N", "K", "ROW")
+    ]
     source = ASTSource(
         linear_kernel,
         {name: types.get(name, "constexpr") for name in names},
@@ -96,11 +100,12 @@ def _usage(binary: bytes) -> str:
 
 def main(
     capabilities: Annotated[str, typer.Option(help="Comma-separated.")] = "80,90,100",
+    every: Annotated[bool, typer.Option(help="All configurations, or the first of each kind.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Compile and print."""
     rows = []
-    for variant in dict.fromkeys(variants(int(capability) for capability in capabilities.split(","))):
+    for variant in dict.fromkeys(variants((int(capability) for capability in capabilities.split(",")), every)):
         result = compiled(variant)
         if as_json:
             print(json.dumps(result))

@@ -26,6 +26,7 @@ _HOME = {
     "reconstruct": "passes.reconstruct",
     "lower": "passes.lower",
     "compile_blocks": "compilation",
+    "unpack_weights": "passes.unpack",
     "capture": "capture",
     "quantizer_for": "families",
     "example_inputs": "families",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from fp4dit_ao.modules import quantize_modules
     from fp4dit_ao.passes.lower import lower
     from fp4dit_ao.passes.reconstruct import AdaRoundConfig, reconstruct
+    from fp4dit_ao.passes.unpack import unpack_weights
     from fp4dit_ao.pipeline import load_pipeline, quantize_pipeline
     from fp4dit_ao.quantized_transformer import QuantizedTransformer
     from fp4dit_ao.quantizer import FP4DiTQuantizer

@@ -170,3 +170,9 @@ def make_buffers_transient(buffers: list[tuple[nn.Module, set[str]]]) -> None:
     """Undo :func:`make_buffers_persistent`."""
     for module, names in buffers:
         module._non_persistent_buffers_set |= names
+
+
+def parts(cls: type[Any]) -> list[str]:
+    """What a torchao tensor is made of, tensors and attributes, in the order of its constructor's arguments."""
+    kinds = ("tensor_data", "tensor_attribute", "optional_tensor_data", "optional_tensor_attribute")
+    return [name for kind in kinds for name in getattr(cls, f"{kind}_names", ())]

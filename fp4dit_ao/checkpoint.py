@@ -17,6 +17,7 @@ from fp4dit_ao._registration import METHOD
 from fp4dit_ao.folders import whole_folder
 from fp4dit_ao.record import FORMAT_VERSION, Record, check_model
 from fp4dit_ao.skeleton import empty_model
+from fp4dit_ao.unpacked import refuse_unpacked
 from fp4dit_ao.weights import Entry, first_line
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def save(model: nn.Module, folder: str | Path, max_shard_size: int | str = SHARD
         FileExistsError: the folder holds something else.
         ValueError: the model carries a LoRA.
         OSError: it cannot be written.
+        ValueError: the weights were unpacked.
     """
     adapters = sorted(name for name, _ in model.named_parameters() if ".lora_" in name)
     if adapters:
@@ -51,6 +53,7 @@ def save(model: nn.Module, folder: str | Path, max_shard_size: int | str = SHARD
             f"the transformer carries a LoRA ({adapters[0]}), which is saved by itself; unload it first, or save it with "
             "save_lora_adapter"
         )
+    refuse_unpacked((x for _, x in model.named_parameters()), "saving")
     form = modules if modules.is_module_form(model) else skeleton
     record, tensors = form.record_of(model), form.tensors_to_save(model)
     with whole_folder(folder, replaceable=is_quantized(folder), own=_OWN) as partial:

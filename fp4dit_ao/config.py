@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from fp4dit_ao.block_scales import BLOCKS, ELEMENTS
 from fp4dit_ao.formats import parse
 
 HIGH_PRECISION = (
@@ -36,10 +37,12 @@ class QuantConfig:
     weight_granularity: Literal["group", "channel", "tensor"] = "group"
     weight_search: Literal["absmax", "mse"] = "absmax"
     """How a weight scale is found: from the largest magnitude (the paper), or the one with the least squared error."""
-    activation_granularity: Literal["token", "tensor"] = "token"
-    """``"token"``: online, from each token's own absmax (the paper); ``"tensor"``: one static range, calibrated."""
-    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Type of the stored weight scales."""
+    activation_granularity: Literal["token", "tensor", "block"] = "token"
+    """``"token"``: online, from each token's own absmax (the paper); ``"tensor"``: one static range, calibrated;
+    ``"block"``: online, the hardware's block formats, for weights and inputs alike (``scale_dtype`` says which)."""
+    scale_dtype: Literal["float32", "float16", "bfloat16", "e8m0", "e4m3"] = "float32"
+    """Type of the stored weight scales. With blocks: ``"e8m0"``, a power of two for 32 elements (MX), or ``"e4m3"``, for 16
+    elements and under one float32 for the tensor (NVFP4)."""
     indivisible: Literal["error", "divisor", "keep"] = "error"
     """When ``group_size`` does not divide a layer's inputs: refuse; take their largest divisor that is a multiple of 16, if
     there is one; or keep the layer in high precision."""
@@ -70,6 +73,30 @@ class QuantConfig:
             raise ValueError(
                 f"QuantConfig: group_size={self.group_size!r}; it must be an even whole number, such as 128"
             )
+
+        blocks = BLOCKS.get(self.scale_dtype)
+        if (self.activation_granularity == "block") != (blocks is not None) or blocks not in (None, self.group_size):
+            raise ValueError(
+                f"QuantConfig: activation_granularity={self.activation_granularity!r} with scale_dtype="
+                f"{self.scale_dtype!r} and group_size={self.group_size}; blocks have 'e8m0' scales and 32 elements, or "
+                "'e4m3' and 16"
+            )
+        if blocks:
+            self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        formats = ELEMENTS[self.scale_dtype]
+        if self.activation not in formats or self.weight not in (None, self.activation):
+            raise ValueError(
+                f"QuantConfig: weight={self.weight!r} and activation={self.activation!r}; with {self.scale_dtype!r} blocks "
+                f"both are the same, one of {', '.join(formats)}"
+            )
+        if self.weight_candidates or self.pre_gelu_weight not in (None, self.weight):
+            raise ValueError(
+                "QuantConfig: block formats are one for all layers; leave out weight_candidates and pre_gelu_weight"
+            )
+        if self.weight_granularity != "group" or self.weight_search != "absmax":
+            raise ValueError("QuantConfig: block formats have weight_granularity='group' and weight_search='absmax'")
 
     @staticmethod
     def from_name(name: str) -> "QuantConfig":
@@ -110,8 +137,8 @@ _EXAMPLES = {"weight_candidates": ("e2m1", "e3m0"), "skip": ("proj_out*",)}
 _CHOICES = {
     "weight_granularity": ("group", "channel", "tensor"),
     "weight_search": ("absmax", "mse"),
-    "activation_granularity": ("token", "tensor"),
-    "scale_dtype": ("float32", "float16", "bfloat16"),
+    "activation_granularity": ("token", "tensor", "block"),
+    "scale_dtype": ("float32", "float16", "bfloat16", "e8m0", "e4m3"),
     "indivisible": ("error", "divisor", "keep"),
 }
 
@@ -142,6 +169,23 @@ def int_w4a8() -> QuantConfig:
     return QuantConfig(weight="int4", activation="int8", pre_gelu_weight=None, attention="int8")
 
 
+def nvfp4() -> QuantConfig:
+    """NVIDIA's NVFP4 for weights and inputs: E2M1, an E4M3 scale for 16 elements, a float32 one for the tensor."""
+    return _blocks("e2m1", "e4m3")
+
+
+def mxfp4() -> QuantConfig:
+    """OCP MXFP4 for weights and inputs: E2M1, a power-of-two scale for 32 elements."""
+    return _blocks("e2m1", "e8m0")
+
+
+def _blocks(fmt: str, scale: Literal["e8m0", "e4m3"]) -> QuantConfig:
+    return QuantConfig(
+        weight=fmt, activation=fmt, group_size=BLOCKS[scale], pre_gelu_weight=None, attention=None,
+        activation_granularity="block", scale_dtype=scale,
+    )  # fmt: skip
+
+
 RECIPES: dict[str, Callable[[], QuantConfig]] = {
     "w4a6": w4a6,
     "w4a8": w4a8,
@@ -155,5 +199,9 @@ RECIPES: dict[str, Callable[[], QuantConfig]] = {
     "w4a8_e4m3": lambda: replace(w4a8(), activation="e4m3fn", attention="e4m3fn"),
     "int_w4a6": int_w4a6,
     "int_w4a8": int_w4a8,
+    "nvfp4": nvfp4,
+    "mxfp4": mxfp4,
+    "mxfp6_e2m3": lambda: _blocks("e2m3", "e8m0"),
+    "mxfp6_e3m2": lambda: _blocks("e3m2", "e8m0"),
 }
 """Recipes by name, for the command line and :meth:`QuantConfig.from_name`."""

@@ -125,6 +125,6 @@ def size_at_16_bits(transformer: Any) -> tuple[int, float]:
 
 def _plain_parameters(transformer: Any) -> Mapping[str, Any]:
     """Parameters that are not low-bit tensors."""
-    from fp4dit_ao.tensor import MinifloatTensor
+    from torchao.utils import TorchAOBaseTensor
 
-    return {name: p for name, p in transformer.named_parameters() if not isinstance(p.detach(), MinifloatTensor)}
+    return {name: p for name, p in transformer.named_parameters() if not isinstance(p.detach(), TorchAOBaseTensor)}

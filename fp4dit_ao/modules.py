@@ -122,9 +122,10 @@ def quantized_linears(record: Record) -> Iterable[tuple[str, QuantConfig]]:
     """
     for decision in record.decisions:
         config = decision.config
-        if config is not None and config.activation_granularity == "tensor":
+        if config is not None and config.activation_granularity != "token":
             raise ValueError(
-                f"{decision.name} has a static input range, which only the graph form computes; use form='graph'"
+                f"{decision.name} quantizes its input by {config.activation_granularity}, which only the graph form "
+                "computes; use form='graph'"
             )
         if config is not None and decision.kind == "linear":
             yield decision.name, config

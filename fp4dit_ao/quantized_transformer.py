@@ -16,12 +16,12 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat, compilation, samples, skeleton
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.passes.device import convert_tensors, move_to
 from fp4dit_ao.quantizer import Decision
-from fp4dit_ao.tensor import MinifloatTensor
 
 _NOT_CONFIG = ("quantization_config", "_use_default_values", "_name_or_path")
 
@@ -198,10 +198,12 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _recapture(self, dtype: torch.dtype) -> None:
         from fp4dit_ao.skeleton import empty_model
+        from fp4dit_ao.unpacked import refuse_unpacked
 
+        refuse_unpacked(skeleton.state_of(self.graph).values(), f"changing the type to {dtype}")
         stored: dict[str, Tensor] = {}
         for name, x in skeleton.state_of(self.graph).items():
-            quantized = isinstance(x, MinifloatTensor)
+            quantized = isinstance(x, TorchAOBaseTensor)
             parts = skeleton.flatten(name, x.detach())
             stored |= {k: v.to(dtype) if v.is_floating_point() and not quantized else v for k, v in parts.items()}
         graph = skeleton.build(empty_model(dict(self.config)), self.description, self.decisions, dtype)

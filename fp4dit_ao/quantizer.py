@@ -21,7 +21,13 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from fp4dit_ao.config import QuantConfig
-from fp4dit_ao.observers import StaticActivationObserver, TokenActivationObserver, WeightObserver
+from fp4dit_ao.observers import (
+    BlockActivationObserver,
+    BlockWeightObserver,
+    StaticActivationObserver,
+    TokenActivationObserver,
+    WeightObserver,
+)
 from fp4dit_ao.split import part_name, split_linears, whole_name
 
 ANNOTATION = "quantization_annotation"
@@ -33,7 +39,9 @@ _TRANSPARENT = (
     _ATEN.view.default, _ATEN.reshape.default, _ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.slice.Tensor,
 )  # fmt: skip
 _PRODUCTS = (_ATEN.matmul.default, _ATEN.bmm.default)
-_ACTIVATION_OBSERVERS = {"token": TokenActivationObserver, "tensor": StaticActivationObserver}
+_ACTIVATION_OBSERVERS: dict[str, Any] = {
+    "token": TokenActivationObserver, "tensor": StaticActivationObserver, "block": BlockActivationObserver,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -217,17 +225,25 @@ def _activation_spec(
     shared: dict[tuple[Any, ...], EdgeOrNode],
 ) -> QuantizationSpecBase:
     """One observer per (tensor, format): q, k and v projections of one input share it, and quantize once."""
-    key = (source, fmt, config.activation_granularity, gram)
+    granularity = config.activation_granularity
+    if granularity == "block" and user.target is not _ATEN.linear.default:
+        granularity = "token"  # heads are too narrow for blocks
+    kind = config.scale_dtype if granularity == "block" else None
+    key = (source, fmt, granularity, kind, gram)
     if key in shared:
         return SharedQuantizationSpec(shared[key])
     shared[key] = (source, user)
-    observer = _ACTIVATION_OBSERVERS[config.activation_granularity]
+    arguments = {"fmt": fmt, "name": name, "collect_gram": gram} | ({"kind": kind} if kind else {})
     return QuantizationSpec(
-        dtype=torch.uint8, observer_or_fake_quant_ctr=observer.with_args(fmt=fmt, name=name, collect_gram=gram)
+        dtype=torch.uint8, observer_or_fake_quant_ctr=_ACTIVATION_OBSERVERS[granularity].with_args(**arguments)
     )
 
 
 def weight_observer(name: str, config: QuantConfig) -> Any:
+    if config.activation_granularity == "block":
+        return BlockWeightObserver.with_args(
+            fmt=config.weight_candidates or (config.weight,), kind=config.scale_dtype, name=name
+        )
     granularities: dict[str, Granularity] = {
         "group": PerGroup(config.group_size), "channel": PerAxis(0), "tensor": PerTensor(),
     }  # fmt: skip

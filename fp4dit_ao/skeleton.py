@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat, samples
 from fp4dit_ao.capture import capture
@@ -26,7 +27,6 @@ from fp4dit_ao.passes.lower import lower
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer
 from fp4dit_ao.record import Record, model_config
 from fp4dit_ao.split import part_sizes
-from fp4dit_ao.tensor import MinifloatTensor
 from fp4dit_ao.weights import first_line
 
 
@@ -100,7 +100,7 @@ def resolve(decisions: Iterable[Decision], graph: nn.Module) -> list[Decision]:
         config = decision.config
         if config is not None:
             weight = weights.get(f"{decision.name}.weight")
-            fmt = weight.fmt if isinstance(weight, MinifloatTensor) else config.weight
+            fmt = getattr(weight, "fmt", config.weight)
             fmt = fmt if decision.kind == "linear" else None
             config = dataclasses.replace(config, weight=fmt, weight_candidates=(), pre_gelu_weight=None)
         resolved.append(dataclasses.replace(decision, config=config))
@@ -214,10 +214,11 @@ def tensors_to_save(model: Any) -> dict[str, Tensor]:
 
 
 def flatten(name: str, x: Tensor) -> dict[str, Tensor]:
-    """The plain tensors that ``x`` is made of: itself, or ``name.qdata`` and ``name.scale``."""
-    if not isinstance(x, MinifloatTensor):
+    """The plain tensors that ``x`` is made of: itself, or ``name.qdata``, ``name.scale`` and so on."""
+    if not isinstance(x, TorchAOBaseTensor):
         return {name: x}
-    return {f"{name}.{part}": getattr(x, part) for part in MinifloatTensor.tensor_data_names}
+    parts = {part: getattr(x, part) for part in _compat.parts(type(x))}
+    return {f"{name}.{part}": value for part, value in parts.items() if isinstance(value, Tensor)}
 
 
 def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
@@ -245,11 +246,8 @@ def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
     stored = {name: _aligned(x) for name, x in stored.items()}
     for name, x in places.items():
         value = stored.get(name)
-        if isinstance(x, MinifloatTensor):
-            data: list[Any] = [stored[f"{name}.{part}"] for part in MinifloatTensor.tensor_data_names]
-            value = MinifloatTensor(
-                *data, *(getattr(x, attribute) for attribute in MinifloatTensor.tensor_attribute_names)
-            )
+        if isinstance(x, TorchAOBaseTensor):
+            value = type(x)(*(stored.get(f"{name}.{part}", getattr(x, part)) for part in _compat.parts(type(x))))
         assert value is not None
         put_tensor(graph, name, value)
 

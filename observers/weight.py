@@ -126,6 +126,10 @@ class WeightObserver(FloatObserver):
         _, self.fmt, self.scale = best
         self.resolved = True
 
+    def scale_node(self, model: GraphModule, weight: Tensor, scale: Tensor) -> Node:
+        """The node of the stored scale, at the current insertion point."""
+        return add_buffer(model, f"{self.name}_scale", scale)
+
     def convert(self, model: GraphModule, observer_node: Node) -> None:
         source = observer_node.args[0]
         assert isinstance(source, Node)
@@ -138,7 +142,7 @@ class WeightObserver(FloatObserver):
                 (
                     add_buffer(model, f"{self.name}_codes", codes),
                     self.block_size(weight),
-                    add_buffer(model, f"{self.name}_scale", scale),
+                    self.scale_node(model, weight, scale),
                     str(self.fmt),
                     weight.dtype,
                 ),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fp4dit_ao.passes.lower_blocks import block_input, block_weight, stored_scales
 from fp4dit_ao.tensor import MinifloatTensor
 
 _OPS = torch.ops.fp4dit_ao
@@ -14,6 +15,8 @@ _OPS = torch.ops.fp4dit_ao
 
 def lower(model: GraphModule) -> GraphModule:
     """Rewrite ``linear(dequantize(quantize(x)), dequantize(codes))`` to ``linear(x, MinifloatTensor)``.
+
+    Where both operands are in a block format of the hardware, to torchao's ``MXTensor`` or ``NVFP4Tensor``.
 
     The parameter takes the float weight's place and name (``blocks.0.fc.weight``), so the state dict has the original's
     keys. Token-wise input quantization moves into the tensor's ``linear``, that of q, k and v into ``fp4dit_ao.attention``;
@@ -45,8 +48,8 @@ def _is_stored_weight(node: Any) -> bool:
     """Whether a node dequantizes codes and scales that are buffers."""
     if not isinstance(node, Node) or node.target is not _OPS.dequantize.default:
         return False
-    codes, scale = node.args[0], node.args[2]
-    return isinstance(codes, Node) and codes.op == "get_attr" and isinstance(scale, Node) and scale.op == "get_attr"
+    codes = node.args[0]
+    return isinstance(codes, Node) and codes.op == "get_attr" and bool(stored_scales(node.args[2]))
 
 
 def _is_call(node: Any, target: Any) -> bool:
@@ -68,10 +71,16 @@ def _lower_linear(model: GraphModule, node: Node) -> None:
     dequantized = node.args[1]
     assert isinstance(dequantized, Node)
     codes_node, block_size, scale_node, fmt, dtype = dequantized.args
-    assert isinstance(codes_node, Node) and isinstance(scale_node, Node)
-    x, act_fmt = _token_wise_input(node.args[0])
-    codes, scale = _get(model, str(codes_node.target)), _get(model, str(scale_node.target))
-    weight = MinifloatTensor.from_codes(codes, scale, list(block_size), fmt, act_fmt, dtype)  # type: ignore[arg-type]
+    assert isinstance(codes_node, Node)
+    codes = _get(model, str(codes_node.target))
+    scales = [_get(model, str(scale.target)) for scale in stored_scales(scale_node)]
+    x: Any
+    if (found := block_input(node.args[0])) is not None:
+        x, weight = found[0], block_weight(codes, scales, str(fmt), dtype)  # type: ignore[arg-type]
+    else:
+        x, act_fmt = _token_wise_input(node.args[0])
+        (scale,) = scales
+        weight = MinifloatTensor.from_codes(codes, scale, list(block_size), str(fmt), act_fmt, dtype)  # type: ignore[arg-type]
     path = str(codes_node.target).removesuffix("_codes")
     parent, _, leaf = path.rpartition(".")
     owner = model.get_submodule(parent)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao.observers import FloatObserver, WeightObserver
-from fp4dit_ao.tensor import MinifloatTensor
 
 _BLOCK = re.compile(r"(.*\.)?\d+")
 GLUE, WHOLE = "(glue)", "(model)"
@@ -57,7 +57,9 @@ def weight_observers(graph: GraphModule) -> Iterator[tuple[Node, WeightObserver]
 
 def _low_bit_linears(model: GraphModule) -> Iterator[Node]:
     """Every linear of a lowered graph whose weight is quantized."""
-    weights = {name for name, parameter in model.named_parameters() if isinstance(parameter, MinifloatTensor)}
+    weights = {
+        name for name, parameter in model.named_parameters() if isinstance(parameter.detach(), TorchAOBaseTensor)
+    }
     for node in model.graph.nodes:
         if node.target is torch.ops.aten.linear.default and str(node.args[1].target) in weights:
             yield node

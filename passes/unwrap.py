@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch.fx import GraphModule, Node
+from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat, kernels
 from fp4dit_ao.tensor import MinifloatTensor
@@ -38,6 +39,8 @@ def _unwrap_linear(model: GraphModule, node: Node) -> None:
     path = str(parameter.target)
     parent, _, leaf = path.rpartition(".")
     weight = getattr(model.get_submodule(parent), leaf, None) if parameter.op == "get_attr" else None
+    if isinstance(weight, TorchAOBaseTensor) and not isinstance(weight, MinifloatTensor):
+        raise ValueError(f"{path} is a {type(weight).__name__}, which cannot be exported; use a w4a6 or w4a8 recipe")
     if not isinstance(weight, MinifloatTensor):
         return
     with model.graph.inserting_before(node):

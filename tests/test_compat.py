@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.fx import GraphModule
+from torchao.prototype.mx_formats.mx_tensor import MXTensor
+from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 
-from fp4dit_ao import _compat
+from fp4dit_ao import MinifloatTensor, _compat
 
 
 class Model(nn.Module):
@@ -253,3 +256,9 @@ def test_whole_numbers_that_may_vary_are_told_from_constants() -> None:
     assert _compat.varying_numbers(graph) == {"rows"}
     x = torch.randn(40)
     assert torch.equal(graph(x, 5, 3.0), x.reshape(5, 8) * 3)
+
+
+@pytest.mark.parametrize("cls", [MinifloatTensor, MXTensor, NVFP4Tensor])
+def test_a_torchao_tensor_is_made_of_its_parts(cls: Any) -> None:
+    arguments = list(inspect.signature(cls.__new__).parameters)[1:]
+    assert _compat.parts(cls) == arguments

@@ -29,6 +29,8 @@ def test_the_papers_recipes() -> None:
 def test_every_recipe_by_name_and_what_its_name_promises() -> None:
     for name in RECIPES:
         recipe = QuantConfig.from_name(name)
+        if recipe.activation_granularity == "block":
+            continue
         weight_bits, activation_bits = (int(digit) for digit in name.removeprefix("int_")[1:4].split("a"))
         weights = [recipe.weight, recipe.pre_gelu_weight, *recipe.weight_candidates]
         assert {parse(fmt).bits for fmt in weights if fmt} == {weight_bits}
@@ -36,6 +38,17 @@ def test_every_recipe_by_name_and_what_its_name_promises() -> None:
         if name.startswith("int_"):
             assert all(str(parse(fmt)).startswith("e0") for fmt in weights if fmt)
     assert QuantConfig.from_name("w4a6") == QuantConfig() == w4a6()
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt", "block", "scale"),
+    [("nvfp4", "e2m1", 16, "e4m3"), ("mxfp4", "e2m1", 32, "e8m0"), ("mxfp6_e2m3", "e2m3", 32, "e8m0"),
+     ("mxfp6_e3m2", "e3m2", 32, "e8m0")],
+)  # fmt: skip
+def test_block_formats_are_what_their_standard_says(name, fmt, block, scale) -> None:
+    recipe = QuantConfig.from_name(name)
+    assert (recipe.weight, recipe.activation, recipe.group_size, recipe.scale_dtype) == (fmt, fmt, block, scale)
+    assert (recipe.attention, recipe.pre_gelu_weight) == (None, None)
 
 
 def test_an_unknown_recipe_lists_the_known() -> None:

@@ -123,7 +123,7 @@ def test_a_static_range_is_the_graphs_alone() -> None:
     pipe = quantize_pipeline(
         tiny_pipeline(layers=1), "w4a6_static", prompts=["a cat"], samples=1, rounding="nearest", progress=False, **CALL
     )
-    with pytest.raises(ValueError, match="has a static input range, which only the graph form computes"):
+    with pytest.raises(ValueError, match="quantizes its input by tensor, which only the graph form computes"):
         pipe.transformer.to_modules()
 
 

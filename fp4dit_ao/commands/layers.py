@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import checkpoint, models, picture
 from fp4dit_ao.evaluate import markdown_table
@@ -35,12 +36,12 @@ def inspect(model: str, against: str | None, out: Path | None) -> None:
         print(f"levels that the weights use: {out}")
 
 
-def low_bit_weights(transformer: QuantizedTransformer) -> dict[str, MinifloatTensor]:
+def low_bit_weights(transformer: QuantizedTransformer) -> dict[str, Any]:
     """The quantized weight of every linear, by the linear's name."""
-    found: dict[str, MinifloatTensor] = {}
+    found: dict[str, Any] = {}
     for name, parameter in transformer.graph.named_parameters():
         weight: Any = parameter.detach()
-        if isinstance(weight, MinifloatTensor):
+        if isinstance(weight, TorchAOBaseTensor):
             found[name.removesuffix(".weight")] = weight
     return found
 
@@ -61,8 +62,8 @@ def layer_table(transformer: QuantizedTransformer, originals: dict[str, Tensor])
     for row in transformer.summary():
         if row.quantized:
             cells = [row.name, "×".join(map(str, row.shape or ())) or "q, k, v", row.weight or "", row.activation or ""]
-            cells += [_backend(row), f"{row.bytes:,}" if row.bytes else ""]
             weight = weights.get(row.name)
+            cells += [_backend(row, weight), f"{row.bytes:,}" if row.bytes else ""]
             original = originals.get(f"{row.name}.weight")
             if originals:
                 cells += ["", ""] if weight is None or original is None else _errors(weight, original)
@@ -93,20 +94,24 @@ def footprint(transformer: QuantizedTransformer) -> str:
 
 def size_of_rest(transformer: QuantizedTransformer) -> int:
     """Number of parameters that are not low-bit."""
-    return sum(p.numel() for p in transformer.graph.parameters() if not isinstance(p.detach(), MinifloatTensor))
+    return sum(p.numel() for p in transformer.graph.parameters() if not isinstance(p.detach(), TorchAOBaseTensor))
 
 
-def _backend(row: LayerSummary) -> str:
+def _backend(row: LayerSummary, weight: Any) -> str:
     if row.weight is None:
         return "float"
+    if weight is not None and not isinstance(weight, MinifloatTensor):
+        return "block-scaled"
     return pick(parse(row.weight), parse(row.activation) if row.activation else None)
 
 
-def _errors(weight: MinifloatTensor, original: Tensor) -> list[str]:
+def _errors(weight: Any, original: Tensor) -> list[str]:
     """Signal-to-quantization-noise ratio of the weight, and the part of its codes that are not the nearest ones."""
     original = original.float()
     error = weight.dequantize(torch.float32) - original
     sqnr = 10 * torch.log10(original.square().sum() / error.square().sum().clamp(min=1e-30))
+    if not isinstance(weight, MinifloatTensor):
+        return [f"{sqnr:.2f}", ""]
     nearest = quantize(original, weight.block_size, weight.scale, weight.fmt)
     return [f"{sqnr:.2f}", f"{float((nearest != weight.codes).float().mean()):.1%}"]
 

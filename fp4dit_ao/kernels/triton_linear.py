@@ -7,6 +7,9 @@ tokens, the larger operand, are copied to shared memory in the background and re
 A tile never crosses a group: integers are multiplied and summed exactly in int32, and each tile's sum is converted once.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+import functools
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,18 +77,18 @@ def _levels(packed, t0, t1, t2, t3, ASSEMBLY: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "t0", "t1", "t2", "t3"])
 def linear_kernel(
     tokens, token_scale, weight, scale, bias, out,
-    M, N, t0, t1, t2, t3,
-    K: tl.constexpr, GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    M, N, K, ROW, GROUPS, t0, t1, t2, t3,
+    GROUP: tl.constexpr, SCALE_ROWS: tl.constexpr,
     PACKED: tl.constexpr, BIAS: tl.constexpr, ASSEMBLY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of ``out[m, n] = token_scale[m] * sum_g scale[n, g] * (W_g X_g^T)[n, m] + bias[n]``.
 
-    ``tokens`` are int8 or float8_e4m3fn ``(M, K)``; ``weight`` holds packed codes ``(N, K / 2)``, or levels ``(N, K)`` of the
+    ``tokens`` are int8 or float8_e4m3fn ``(M, K)``; ``weight`` has rows of ``ROW`` bytes, packed codes or levels of the
     tokens' type. A band of blocks of tokens walks over the weights together, so that they are fetched once.
     """
     BYTES: tl.constexpr = BLOCK_K // 2 if PACKED else BLOCK_K
-    ROW: tl.constexpr = K // 2 if PACKED else K
+    GROUP_BYTES: tl.constexpr = GROUP // 2 if PACKED else GROUP
     WHOLE: tl.constexpr = GROUP % BLOCK_K == 0
     TILES: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K
     FLOAT: tl.constexpr = tokens.dtype.element_ty == tl.float8e4nv
@@ -105,23 +108,19 @@ def linear_kernel(
     # rows past the end are read from the start again, and not stored
     x_at = tokens + (m % M).to(tl.int64)[None, :] * K + k[:, None]
     w_at = weight + (n % N).to(tl.int64)[:, None] * ROW + byte[None, :]
-    s_at = scale + (n % N) * (K // GROUP) if SCALE_ROWS else scale + n * 0
+    s_at = scale + (n % N) * GROUPS if SCALE_ROWS else scale + n * 0
 
     total = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
-    for tile in range(K // GROUP * TILES):
+    for tile in range(GROUPS * TILES):
         group = tile // TILES
-        begin = group * GROUP + tile % TILES * BLOCK_K
+        inside = tile % TILES
+        x_begin = group * GROUP + inside * BLOCK_K
+        w_begin = group * GROUP_BYTES + inside * BYTES
         if WHOLE:
-            x = tl.load(x_at + begin)
-            w = tl.load(w_at + (begin // 2 if PACKED else begin))
+            x, w = tl.load(x_at + x_begin), tl.load(w_at + w_begin)
         else:
-            left = group * GROUP + GROUP - begin
-            x = tl.load(x_at + begin, mask=(k < left)[:, None], other=0)
-            w = tl.load(
-                w_at + (begin // 2 if PACKED else begin),
-                mask=(byte < (left // 2 if PACKED else left))[None, :],
-                other=0,
-            )
+            x = tl.load(x_at + x_begin, mask=(inside * BLOCK_K + k < GROUP)[:, None], other=0)
+            w = tl.load(w_at + w_begin, mask=(inside * BYTES + byte < GROUP_BYTES)[None, :], other=0)
         s = tl.load(s_at + group).to(tl.float32)
         if PACKED:
             w = _levels(w, t0, t1, t2, t3, ASSEMBLY)
@@ -174,7 +173,8 @@ def block_k(group: int) -> int:
     return whole[0] if whole else min(MAX_BLOCK_K, max(MIN_BLOCK_K, triton.next_power_of_2(group)))
 
 
-def table_words(table: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+@functools.cache
+def table_words(table: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
     """Sixteen levels as bytes of ``dtype`` (int8 or float8_e4m3fn), four to a word.
 
     Raises:
@@ -239,8 +239,9 @@ def run(
     out = torch.empty((rows, features), dtype=output_dtype, device=tokens.device)
     if not out.numel():
         return out
-    words = table_words(table, tokens.dtype) if table is not None else (0, 0, 0, 0)
+    words = table_words(tuple(table), tokens.dtype) if table is not None else (0, 0, 0, 0)
     added = out if bias is None else bias.contiguous()
+    scale = scale if scale.dtype in (torch.float32, torch.bfloat16, torch.float16) else scale.float()
     tensors = [
         tokens.contiguous(),
         token_scale.float().contiguous(),
@@ -253,9 +254,10 @@ def run(
     def launch(chosen: Config) -> None:
         blocks = triton.cdiv(rows, chosen.block_m) * triton.cdiv(features, chosen.block_n)
         linear_kernel[(blocks,)](
-            *tensors, rows, features, *words, K=depth, GROUP=group, SCALE_ROWS=scale.shape[0] > 1, PACKED=packed,
-            BIAS=bias is not None, ASSEMBLY=not INTERPRETED, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
-            BLOCK_K=block_k(group), num_warps=chosen.warps, num_stages=chosen.stages,
+            *tensors, rows, features, depth, weight.shape[1], groups, *words,
+            GROUP=group, SCALE_ROWS=scale.shape[0] > 1, PACKED=packed, BIAS=bias is not None, ASSEMBLY=not INTERPRETED,
+            BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, BLOCK_K=block_k(group),
+            num_warps=chosen.warps, num_stages=chosen.stages,
         )  # fmt: skip
 
     if config is not None or INTERPRETED:

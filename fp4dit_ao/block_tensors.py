@@ -1,0 +1,191 @@
+"""Weights in the hardware's block formats: torchao's ``MXTensor`` and ``NVFP4Tensor``, that also run on other hardware.
+
+On Blackwell, ``linear`` is torchao's own: native block-scaled instructions for E2M1. Elsewhere (and for MXFP6, for which
+torchao has no native product) operands become bfloat16 on GPUs and float32 on CPUs. Their values need at most six bits, so
+both types hold them exactly, and only the sum is rounded.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchao.prototype.mx_formats.config import ScaleCalculationMode
+from torchao.prototype.mx_formats.constants import DTYPE_FP6_E2M3, DTYPE_FP6_E3M2
+from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
+from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, QuantizeTensorToNVFP4Kwargs
+from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
+from torchao.utils import TorchAOBaseTensor
+
+from fp4dit_ao import __version__, _compat
+from fp4dit_ao.block_scales import BLOCKS, choose_block_scale, two_level_scale, unit
+from fp4dit_ao.formats import FloatFormat, pack, unpack
+from fp4dit_ao.ops import LIBRARY, dequantize, quantize
+
+_ATEN = torch.ops.aten
+ELEMENTS = {"e2m1": torch.float4_e2m1fn_x2, "e2m3": DTYPE_FP6_E2M3, "e3m2": DTYPE_FP6_E3M2}
+"""torchao's name of each MX element format."""
+NATIVE = (10, 0)
+"""Blackwell: the first with block-scaled instructions."""
+
+
+class MXWeight(MXTensor):  # type: ignore[misc]
+    """A linear weight in MXFP4 or MXFP6, whose input is quantized to the same format, online.
+
+    Tensor Attributes:
+        qdata: uint8 codes, E2M1 two to a byte, the first in the low nibble; MXFP6 one to a byte.
+        scale: float8_e8m0fnu, ``(out_features, in_features / 32)``.
+
+    Non-Tensor Attributes: those of torchao's ``MXTensor``.
+    """
+
+    @property
+    def fmt(self) -> str:
+        """Format of the elements."""
+        return next(name for name, element in ELEMENTS.items() if element == self.elem_dtype)
+
+    @property
+    def codes(self) -> Tensor:
+        """uint8 codes, unpacked, ``(out_features, in_features)``."""
+        return unpack(self.qdata, FloatFormat.parse(self.fmt).bits)
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, step: Tensor, fmt: str, dtype: torch.dtype) -> "MXWeight":
+        """From uint8 codes ``(out_features, in_features)`` and float32 steps, powers of two."""
+        lattice = FloatFormat.parse(fmt)
+        exponent = (step / unit(lattice)).view(torch.int32) >> 23
+        preference = KernelPreference.AUTO if fmt == "e2m1" else KernelPreference.EMULATED
+        inputs = QuantizeTensorToMXKwargs(ELEMENTS[fmt], BLOCKS["e8m0"], ScaleCalculationMode.RCEIL, preference)
+        scale = exponent.to(torch.uint8).view(torch.float8_e8m0fnu)
+        return cls(
+            pack(codes, lattice.bits), scale, ELEMENTS[fmt], BLOCKS["e8m0"], dtype, preference, inputs, False
+        )  # fmt: skip
+
+    def on_torchao(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``linear`` as torchao computes it, bfloat16 out."""
+        weight = MXTensor(*(getattr(self, name) for name in _compat.parts(MXTensor)))
+        return F.linear(x, weight, None if bias is None else bias.bfloat16())
+
+    def operands(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, None]:
+        """Values of the quantized input and of this weight, exact in ``dtype``."""
+        block = [1] * (x.ndim - 1) + [BLOCKS["e8m0"]]
+        step = choose_block_scale(x, block, self.fmt, "e8m0")
+        codes = quantize(x, block, step, self.fmt)
+        weight = torch.ops.fp4dit_ao.mx_dequantize(self.qdata, self.scale, self.fmt, dtype)
+        return dequantize(codes, block, step, self.fmt, dtype), weight, None
+
+
+class NVFP4Weight(NVFP4Tensor):  # type: ignore[misc]
+    """A linear weight in NVFP4, whose input is quantized to the same format, online.
+
+    Tensor Attributes:
+        qdata: uint8 codes, two to a byte, the first in the low nibble.
+        scale: float8_e4m3fn, ``(out_features, in_features / 16)``.
+        per_tensor_scale: float32 scalar.
+
+    Non-Tensor Attributes: those of torchao's ``NVFP4Tensor``.
+    """
+
+    fmt = "e2m1"
+
+    @property
+    def codes(self) -> Tensor:
+        """uint8 codes, unpacked, ``(out_features, in_features)``."""
+        return unpack(self.qdata, 4)
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scale: Tensor, tensor_scale: Tensor, dtype: torch.dtype) -> "NVFP4Weight":
+        """From uint8 codes ``(out_features, in_features)`` and the two scales of ``block_scales.two_level_scale``."""
+        inputs = QuantizeTensorToNVFP4Kwargs(use_dynamic_per_tensor_scale=True)
+        whole = tensor_scale / unit(FloatFormat.parse("e2m1"))
+        data = (pack(codes, 4), scale.to(torch.float8_e4m3fn), BLOCKS["e4m3"], dtype)
+        return cls(*data, per_tensor_scale=whole, act_quant_kwargs=inputs)
+
+    def on_torchao(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``linear`` as torchao computes it."""
+        weight = NVFP4Tensor(
+            self.qdata, self.scale, self.block_size, x.dtype, self.per_tensor_scale,
+            act_quant_kwargs=self.act_quant_kwargs,
+        )  # fmt: skip
+        return F.linear(x, weight, bias)
+
+    def operands(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Values of the quantized input and of this weight without their tensors' scales, exact in ``dtype``; and these."""
+        block = [1] * (x.ndim - 1) + [BLOCKS["e4m3"]]
+        scale, whole = two_level_scale(x, block, self.fmt)
+        codes = quantize(x, block, scale * whole, self.fmt)
+        weight = dequantize(self.codes, [1, BLOCKS["e4m3"]], self.scale, self.fmt, dtype)
+        return dequantize(codes, block, scale, self.fmt, dtype), weight, whole * self.per_tensor_scale * _UNIT
+
+    def __repr__(self) -> str:
+        return f"NVFP4Weight(shape={tuple(self.shape)}, {self._quantization_type()})"
+
+
+_UNIT = unit(FloatFormat.parse(NVFP4Weight.fmt))
+BlockWeight = MXWeight | NVFP4Weight
+
+
+def runs_natively(x: Tensor, weight: BlockWeight) -> bool:
+    """Whether the GPU that holds ``x`` has instructions for this weight's format."""
+    return x.is_cuda and weight.fmt == "e2m1" and torch.cuda.get_device_capability(x.device) >= NATIVE
+
+
+def linear(x: Tensor, weight: BlockWeight, bias: Tensor | None) -> Tensor:
+    """``x @ W^T + bias`` with ``x`` quantized blockwise, ``(..., out_features)`` in the type of ``x``."""
+    if runs_natively(x, weight):
+        taken = x if x.dtype in (torch.bfloat16, torch.float32) else x.bfloat16()
+        return weight.on_torchao(taken.contiguous(), bias).to(x.dtype)
+    half = x.is_cuda and x.dtype == torch.bfloat16
+    values, levels, scale = weight.operands(x, torch.bfloat16 if half else torch.float32)
+    y = F.linear(values, levels).float()
+    y = y if scale is None else y * scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    return linear(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"))
+
+
+def _to_copy(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """``.to(device)`` moves codes and scales; ``.to(dtype)`` changes only what the tensor presents itself as."""
+    self, device = args[0], kwargs.get("device")
+    moved = {name: getattr(self, name) for name in _compat.parts(type(self))}
+    for name, value in moved.items():
+        moved[name] = value.to(device) if isinstance(value, Tensor) and device is not None else value
+    moved["orig_dtype"] = kwargs.get("dtype") or self.orig_dtype
+    return type(self)(**moved)
+
+
+def _hash(self: BlockWeight) -> str:
+    """What torch's on-disk compile caches know this tensor by: everything that shapes the generated code."""
+    parts = {name: getattr(self, name) for name in _compat.parts(type(self))}
+    plain = {
+        k: (v.dtype, tuple(v.shape), v.stride(), v.device) if isinstance(v, Tensor) else v for k, v in parts.items()
+    }
+    return repr((__version__, type(self).__name__, plain))
+
+
+for _cls in (MXWeight, NVFP4Weight):
+    _cls.__torch_function__ = classmethod(TorchAOBaseTensor.__torch_function__.__func__)  # which torchao's two disable
+    _cls._stable_hash_for_caching = _hash
+    _cls.implements(_ATEN.linear.default)(_linear)
+    _cls.implements_torch_function([F.linear, _ATEN.linear.default])(_linear)
+    _cls.implements(_ATEN._to_copy.default)(_to_copy)
+
+
+def mx_dequantize(qdata: Tensor, scale: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
+    """An MX weight's values ``(out_features, in_features)``. An operator, since Inductor knows no E8M0 on CPUs."""
+    lattice = FloatFormat.parse(fmt)
+    return dequantize(unpack(qdata, lattice.bits), [1, BLOCKS["e8m0"]], scale.float() * unit(lattice), fmt, dtype)
+
+
+LIBRARY.define("mx_dequantize(Tensor qdata, Tensor scale, str fmt, ScalarType dtype) -> Tensor")
+LIBRARY.impl("mx_dequantize", mx_dequantize, "CompositeExplicitAutograd")
+LIBRARY.impl(
+    "mx_dequantize",
+    lambda qdata, scale, fmt, dtype: qdata.new_empty(
+        (qdata.shape[0], qdata.shape[1] * (2 if FloatFormat.parse(fmt).bits <= 4 else 1)), dtype=dtype
+    ),
+    "Meta",
+)
+torch.serialization.add_safe_globals([MXWeight, NVFP4Weight])
