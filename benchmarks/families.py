@@ -116,38 +116,46 @@ def relative(x: Tensor, reference: Tensor) -> float:
 def quantize(model: nn.Module, graph: GraphModule, recipe: str = "w4a6") -> QuantizedTransformer:
     """A captured graph through the rest of the flow, with nearest rounding."""
     quantizer = quantizer_for(model, recipe)
-    lowered = lower(convert_pt2e(prepare_pt2e(copy.deepcopy(graph), quantizer)))
+    prepared = prepare_pt2e(copy.deepcopy(graph), quantizer)
+    lowered = lower(convert_pt2e(prepared, fold_quantize=False))
     decisions = skeleton.resolve(quantizer.decisions.values(), lowered)
     return QuantizedTransformer(lowered, model, samples.describe(bind(model, example_inputs(model))), decisions)
+
+
+@torch.no_grad()
+def row_of(name: str, model: nn.Module, graph: GraphModule, quantized: QuantizedTransformer) -> dict[str, Any]:
+    """One row of the table, but for what takes time to find out."""
+    sample = example_inputs(model, other_size(name), seed=1)
+    expected = model(**sample, return_dict=False)[0]
+    return {
+        "layers": [vars(layer) for layer in quantized.summary()],
+        "share of weights": share_quantized(quantized, model),
+        "captured": float((graph(**sample)[0] - expected).abs().max()),
+        "error": relative(quantized(**sample).sample, expected),
+        "seconds": {},
+    }
 
 
 @torch.no_grad()
 def measure(name: str, recipe: str, compile: bool) -> dict[str, Any]:
     """One row of the table."""
     model = small_model(name)
-    sample = example_inputs(model, other_size(name), seed=1)
-    expected = model(**sample, return_dict=False)[0]
+    seconds = {}
     began = time.perf_counter()
     graph = capture(model, example_inputs(model))
-    seconds = {"capture": time.perf_counter() - began}
-    captured = graph(**sample)[0]
+    seconds["capture"] = time.perf_counter() - began
     began = time.perf_counter()
     quantized = quantize(model, graph, recipe)
     seconds["quantize"] = time.perf_counter() - began
-    found = quantized(**sample).sample
-    row = {
-        "layers": [vars(layer) for layer in quantized.summary()],
-        "share of weights": share_quantized(quantized, model),
-        "captured": float((captured - expected).abs().max()),
-        "error": relative(found, expected),
-        "seconds": seconds,
-    }
+    row = row_of(name, model, graph, quantized)
     if compile:
+        sample = example_inputs(model, other_size(name), seed=1)
+        expected = model(**sample, return_dict=False)[0]
         began = time.perf_counter()
         compiled = quantized.compile_graph()(**sample).sample
         seconds["compile"] = time.perf_counter() - began
         row["compiled"] = relative(compiled, expected)
-    return row
+    return row | {"seconds": seconds}
 
 
 def share_quantized(quantized: QuantizedTransformer, model: nn.Module) -> float:
@@ -181,10 +189,28 @@ def cells(name: str, row: dict[str, Any]) -> list[str]:
     ]
 
 
+_SHORT = {"convolutions are not quantized": "convolutions", "its products are no softmax attention": "linear attention"}
+
+
 def _why(reason: str) -> str:
-    return (
-        reason.replace("recipe keeps ", "").replace("'", "`").replace("convolutions are not quantized", "convolutions")
-    )
+    return _SHORT.get(reason) or reason.replace("recipe keeps ", "").replace("'", "`")
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    first = next(iter(rows.values()))
+    head = [
+        "family",
+        "linears",
+        "weights",
+        "attentions",
+        "of all parameters",
+        "left as they are",
+        "captured vs eager",
+        "error",
+    ]
+    head += ["compiled"] * ("compiled" in first) + [f"{stage}, s" for stage in first["seconds"]]
+    return markdown_table(head, [cells(name, row) for name, row in rows.items()])
 
 
 def main(
@@ -196,18 +222,7 @@ def main(
     """Measure and print."""
     chosen = [name.strip() for name in names.split(";")] if names else list(SMALL)
     rows = {name: measure(name, recipe, compile) for name in tqdm(chosen, desc="families")}
-    head = [
-        "family",
-        "linears",
-        "weights",
-        "attentions",
-        "of all parameters",
-        "left as they are",
-        "captured vs eager",
-        "error",
-    ]
-    head += ["compiled"] * compile + ["capture, s", "quantize, s"] + ["compile, s"] * compile
-    print(markdown_table(head, [cells(name, row) for name, row in rows.items()]))
+    print(table(rows))
     print(f"\nRecipe {recipe}, nearest rounding, random weights, another size than captured. {one_line()}")
     result = {"recipe": recipe, "environment": environment(), "families": rows}
     write_text(out / "families.json", json.dumps(result, indent=1) + "\n")

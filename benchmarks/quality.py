@@ -74,7 +74,8 @@ WHY: dict[str, Row] = {
     "only-e3m0-gelu": Row("weights E2M1, E3M0 before GELU, alone", replace(W4A6, activation=None, attention=None)),
     "only-e1m2": Row("weights E1M2 alone", replace(E2M1, weight="e1m2", activation=None, attention=None)),
     "only-int4": Row("weights INT4 alone", replace(INT, activation=None, attention=None)),
-    "auto-mse": Row("W4A6 auto, scales searched, nearest", replace(AUTO, weight_search="mse")),
+    "e2m1-mse": Row("W4A6 without E3M0, scales searched, nearest", replace(E2M1, weight_search="mse")),
+    "nf4-absmax": Row("W4A6 with NF4, nearest", replace(NF4, weight_search="absmax")),
     "e2m3": Row("INT4 weights, E2M3 activations", replace(INT, activation="e2m3", attention="e2m3")),
     "int6": Row("E2M1 weights, INT6 activations", replace(E2M1, activation="int6", attention="int6")),
 }

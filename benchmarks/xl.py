@@ -1,7 +1,7 @@
 """PixArt-XL/2 at its real size, random weights, from float to lowered graph: ``python -m benchmarks.xl``.
 
-Prints seconds and peak memory stage by stage, for nearest rounding, and writes ``xl.json``. Each stage's peak is that of the
-whole process so far.
+Prints seconds (and those that the processor was busy) and peak memory stage by stage, for nearest rounding, and writes
+``xl.json``. Each stage's peak is that of the whole process so far.
 """
 
 import json
@@ -15,8 +15,8 @@ import torch
 import typer
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from benchmarks.step import transformer
-from fp4dit_ao import capture, lower, quantizer_for
+from fp4dit_ao import MinifloatTensor, capture, lower, quantizer_for
+from fp4dit_ao.benchmark.transformers import PIXART_XL, random_model
 from fp4dit_ao.environment import environment, one_line
 from fp4dit_ao.evaluate import markdown_table, write_text
 from fp4dit_ao.families import example_inputs
@@ -32,17 +32,17 @@ def peak_gib() -> float:
 @torch.no_grad()
 def main(recipe: str = "w4a6", layers: int = 28, pixels: int = 1024, out: Path = Path("benchmarks/results")) -> None:
     """Measure and print."""
-    stages: list[tuple[str, float, float]] = []
-    began = time.perf_counter()
+    stages: list[tuple[str, float, float, float]] = []
+    began = time.perf_counter(), time.process_time()
 
     def done(stage: str) -> None:
         nonlocal began
-        stages.append((stage, time.perf_counter() - began, peak_gib()))
-        print(f"{stage}: {stages[-1][1]:.1f} s, {stages[-1][2]:.2f} GiB", file=sys.stderr, flush=True)
-        began = time.perf_counter()
+        stages.append((stage, time.perf_counter() - began[0], time.process_time() - began[1], peak_gib()))
+        print(f"{stage}: {stages[-1][1]:.1f} s, {stages[-1][3]:.2f} GiB", file=sys.stderr, flush=True)
+        began = time.perf_counter(), time.process_time()
 
     done("import")
-    model: Any = transformer(layers, pixels)
+    model: Any = random_model(PIXART_XL | {"num_layers": layers}, pixels, torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     done("random weights")
     graph: Any = capture(model, example_inputs(model, Size(height=pixels // 8, width=pixels // 8, text=300)))
@@ -51,19 +51,25 @@ def main(recipe: str = "w4a6", layers: int = 28, pixels: int = 1024, out: Path =
     del model
     graph = prepare_pt2e(graph, quantizer)
     done("prepare")
-    graph = convert_pt2e(graph)
+    graph = convert_pt2e(graph, fold_quantize=False)
     done("round to nearest, convert")
     graph = lower(graph)
     done("lower")
-    total = sum(seconds for stage, seconds, _ in stages if stage not in ("import", "random weights"))
-    rows = [[stage, f"{seconds:.1f}", f"{peak:.2f}"] for stage, seconds, peak in stages]
-    print(
-        markdown_table(
-            ["stage", "s", "peak memory, GiB"], [*rows, ["from capture on", f"{total:.1f}", f"{peak_gib():.2f}"]]
-        )
-    )
-    print(f"\n{parameters / 1e6:.0f} M parameters, recipe {recipe}, {pixels} px. {one_line()}")
-    result = {"recipe": recipe, "parameters": parameters, "environment": environment(), "stages": stages}
+    codes = sum(p.numel() for p in graph.parameters() if isinstance(p.detach(), MinifloatTensor))
+    rows = [[stage, f"{seconds:.1f}", f"{busy:.1f}", f"{peak:.2f}"] for stage, seconds, busy, peak in stages]
+    counted = [stage for stage in stages if stage[0] not in ("import", "random weights")]
+    wall, busy = (sum(stage[column] for stage in counted) for column in (1, 2))
+    rows.append(["from capture on", f"{wall:.1f}", f"{busy:.1f}", f"{peak_gib():.2f}"])
+    print(markdown_table(["stage", "s", "processor, s", "peak memory, GiB"], rows))
+    share = f"{codes / parameters:.0%} of them codes"
+    print(f"\n{parameters / 1e6:.0f} M parameters, {share}, recipe {recipe}, {pixels} px. {one_line()}")
+    result = {
+        "recipe": recipe,
+        "parameters": parameters,
+        "codes": codes,
+        "environment": environment(),
+        "stages": stages,
+    }
     write_text(out / "xl.json", json.dumps(result, indent=1) + "\n")
 
 

@@ -25,6 +25,7 @@ _HOME = {
     "AdaRoundConfig": "passes.reconstruct",
     "reconstruct": "passes.reconstruct",
     "lower": "passes.lower",
+    "compile_blocks": "compilation",
     "capture": "capture",
     "quantizer_for": "families",
     "example_inputs": "families",
@@ -46,6 +47,7 @@ __all__ = [*_HOME]
 if TYPE_CHECKING:
     from fp4dit_ao.calibration import calibrate, collect_samples
     from fp4dit_ao.capture import capture
+    from fp4dit_ao.compilation import compile_blocks
     from fp4dit_ao.config import QuantConfig, w4a6, w4a6_auto, w4a8
     from fp4dit_ao.diffusers_quantizer import FP4DiTConfig
     from fp4dit_ao.families import example_inputs, quantizer_for

@@ -23,6 +23,8 @@ from fp4dit_ao.observers import set_fake_quantize
 from fp4dit_ao.sample_cache import Sample
 from fp4dit_ao.samples import tensors
 
+_LABELS = "class_labels"
+"""The argument of class-conditional pipelines that stands where others have prompts."""
 MEMORY_LIMIT = 4 * 2**30
 """Default ceiling, in bytes, for all samples together."""
 
@@ -72,7 +74,8 @@ def collect_samples(
     Args:
         pipe: a diffusers pipeline with a float transformer.
         prompts: None if precomputed embeddings are given in ``call`` (``prompt_embeds``, ``prompt_attention_mask``, …; one
-            row a prompt, tensors with one row shared by all), so that the text encoder need not be in memory.
+            row a prompt, tensors with one row shared by all), so that the text encoder need not be in memory; or if
+            ``class_labels`` are, as for ``DiTPipeline``.
         steps: denoising steps; the pipeline's own default if None.
         samples: how many transformer calls to keep; None keeps all.
         batch_size: prompts in one call of the pipeline, and so in one sample.
@@ -125,9 +128,11 @@ def _batches(pipe: Any, prompts: Sequence[str] | None, arguments: dict[str, Any]
     if isinstance(prompts, str):
         prompts = [prompts]
     embeddings = {name: v for name, v in arguments.items() if "prompt" in name and isinstance(v, Tensor) and v.ndim}
-    if not prompts and "prompt_embeds" not in embeddings:
+    labels = arguments.get(_LABELS)
+    if not prompts and "prompt_embeds" not in embeddings and not labels:
         raise ValueError("calibration needs prompts; give a list of them, or prompt_embeds computed beforehand")
-    count = len(prompts) if prompts else len(embeddings["prompt_embeds"])
+    conditions: Any = prompts or embeddings.get("prompt_embeds", labels)
+    count = len(conditions)
     batches = []
     for start in range(0, count, size):
         stop = min(start + size, count)
@@ -140,6 +145,8 @@ def _batches(pipe: Any, prompts: Sequence[str] | None, arguments: dict[str, Any]
             batch[name] = value[start:stop] if len(value) == count else value.expand(stop - start, *value.shape[1:])
         if prompts:
             batch["prompt"] = list(prompts[start:stop])
+        elif labels:
+            batch[_LABELS] = labels[start:stop]
         if "negative_prompt_embeds" in embeddings:
             batch.setdefault("negative_prompt", None)
         batches.append(batch)

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,9 +62,10 @@ def capture(model: nn.Module, sample: Mapping[str, Any]) -> GraphModule:
     """
     model.eval()
     kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().contiguous(), bind(model, sample))
-    kwargs = _unspecialised(kwargs)
+    family = family_of(model)
+    kwargs = _unspecialised(kwargs, family.shared)
     shapes = pytree.tree_map(_dynamic, kwargs)
-    rewritten = methods_replaced(model, family_of(model).rewrites)
+    rewritten = methods_replaced(model, family.rewrites)
     with torch.no_grad(), rewritten, _positions_computed(model), _compat.distinct_sizes():
         exported = torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
     defaults = {name: value for name, value in _defaults(model).items() if name in kwargs}
@@ -115,12 +116,18 @@ def _positions_computed(model: nn.Module) -> Iterator[None]:
             setattr(module, size, value)
 
 
-def _unspecialised(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The sample with a batch of at least two: export takes one for a constant."""
+def _unspecialised(kwargs: dict[str, Any], shared: Sequence[str]) -> dict[str, Any]:
+    """The sample with a batch of at least two: export takes one for a constant. What a batch shares stays as it is."""
     tensors = [x for x in pytree.tree_leaves(kwargs) if isinstance(x, Tensor) and x.ndim]
-    if tensors and tensors[0].shape[0] == 1:
-        kwargs = pytree.tree_map_only(Tensor, lambda x: torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x, kwargs)
-    return kwargs
+    if not tensors or tensors[0].shape[0] != 1:
+        return kwargs
+    return {
+        name: value if name in shared else pytree.tree_map_only(Tensor, _twice, value) for name, value in kwargs.items()
+    }
+
+
+def _twice(x: Tensor) -> Tensor:
+    return torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x
 
 
 _ASSERTS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default)

@@ -179,24 +179,30 @@ def benchmark(
         "reference"
     ),
     part: Annotated[
-        list[str] | None, typer.Option(help="'linears', 'transformer' or 'generation'; repeatable. All if not given.")
+        list[str] | None,
+        typer.Option(help="'linears', 'attention', 'transformer' or 'generation'; repeatable. All if not given."),
     ] = None,
     recipe: Annotated[
         list[str], typer.Option(help="Ours, rounded to nearest; repeatable. Bars are judged on the first.")
-    ] = ["w4a6", "w4a8"],  # noqa: B006
+    ] = ["w4a6", "w4a8", "w4a8_int8"],  # noqa: B006
     peer: Annotated[
         list[str] | None,
         typer.Option(help="Who else takes part, such as 'SDNQ int8'; repeatable. All if not given; 'none'."),
     ] = None,
     linear: Annotated[
         list[str] | None,
-        typer.Option(help="Weights and tokens, such as flux:256,1024 or 4608x1152:16 (out x in); repeatable."),
+        typer.Option(help="Weights and tokens, such as flux:256,1024 or 4608x1152:16+peers (out x in); repeatable."),
     ] = None,
     transformer: Annotated[
         list[str] | None,
         typer.Option(help="Pixels and layers of PixArt-XL's width, such as 512x28, or 512x2+peers; repeatable."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few small sizes only.")] = False,
+    size: Annotated[
+        str,
+        typer.Option(
+            help="Of what is not chosen: 'quick' (minutes), 'standard' (15 minutes on two cores) or 'full' (45)."
+        ),
+    ] = "standard",
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated together.")] = 4,
     steps: Steps = None,
     prompts: Prompts = None,
@@ -216,7 +222,7 @@ def benchmark(
 
     run.benchmark(
         model, parts=part or [], recipes=recipe, peers=peer or [], linear=linear or [], transformer=transformer or [],
-        quick=quick, batch_size=batch_size, steps=steps, prompts=prompts, rounds=rounds, model_rounds=model_rounds,
+        size=size, batch_size=batch_size, steps=steps, prompts=prompts, rounds=rounds, model_rounds=model_rounds,
         at_once=at_once, device=device, out=out,
     )  # fmt: skip
 
@@ -249,6 +255,9 @@ def serve(
     max_side: Annotated[int, typer.Option(min=8, help="Pixels of an image's width and height.")] = 2048,
     max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a request.")] = 100,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request is answered with 504.")] = 120,
+    same_bits: Annotated[
+        bool, typer.Option("--same-bits", help="Fill batches up, so that equal requests give equal bits; slower.")
+    ] = False,
     compile: Compile = True,
     device: Device = None,
 ) -> None:
@@ -257,7 +266,8 @@ def serve(
 
     run.serve(
         model, host, port, name, {"max_batch": max_batch, "window": window / 1000, "max_queue": max_queue},
-        {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout}, compile, device,
+        {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout},
+        same_bits, compile, device,
     )  # fmt: skip
 
 

@@ -127,8 +127,9 @@ def w4a8() -> QuantConfig:
 
 
 def w4a6_auto() -> QuantConfig:
-    """As :func:`w4a6`, but each linear takes whichever 4-bit format errs least at its output on calibration data."""
-    return QuantConfig(weight_candidates=("e1m2", "e2m1", "e3m0", "nf4"), pre_gelu_weight=None)
+    """As :func:`w4a6`, but each linear takes whichever 4-bit format errs least at its output on calibration data, with scales
+    searched for the least squared error."""
+    return QuantConfig(weight_candidates=("e1m2", "e2m1", "e3m0", "nf4"), pre_gelu_weight=None, weight_search="mse")
 
 
 def int_w4a6() -> QuantConfig:

@@ -1,7 +1,8 @@
 """A quantized transformer as one file that runs without the model's Python class.
 
-Two kinds, both ``.pt2``: a *program* is ``torch.export``'s archive of the lowered graph, a *package* is what AOTInductor compiles it to.
-Batch, image size and text length stay dynamic. Weights are stored as plain tensors, packed codes and scales; nothing is pickled.
+Two kinds, both ``.pt2``: a *program* is ``torch.export``'s archive of the lowered graph, a *package* is what AOTInductor
+compiles it to. Batch, image size and text length stay dynamic. Weights are stored as plain tensors, packed codes and scales;
+nothing is pickled.
 """
 
 import json
@@ -16,9 +17,12 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fp4dit_ao import _compat, samples
+from fp4dit_ao import (
+    _compat,
+    kernels,  # noqa: F401, registers the operators that exported graphs call
+    samples,
+)
 from fp4dit_ao.folders import whole_file
-from fp4dit_ao.passes.unwrap import unwrap
 
 if TYPE_CHECKING:
     from fp4dit_ao.quantized_transformer import QuantizedTransformer
@@ -34,6 +38,8 @@ def export_program(model: "QuantizedTransformer") -> ExportedProgram:
     Its operators are aten's and ``torch.ops.fp4dit_ao``'s, and its weights plain tensors: codes ``….weight_qdata`` (uint8) and
     scales ``….weight_scale``. It takes the keyword arguments that were captured, and returns a tuple.
     """
+    from fp4dit_ao.passes.unwrap import unwrap  # needs torchao, which loading does not
+
     graph = unwrap(model.graph)
     kwargs = _example(model)
     shapes = pytree.tree_map(
@@ -138,8 +144,8 @@ def load(path: str | Path) -> ExportedTransformer:
         exported = torch.export.load(path, extra_files=extra)
         note = json.loads(extra[_NOTE])
         return ExportedTransformer("program", exported.module(), note)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} was not written by fp4dit-ao export") from error
+    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} was not written by fp4dit-ao export, or is damaged") from error
 
 
 def _checked(path: str | Path) -> Path:

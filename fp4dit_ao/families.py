@@ -33,14 +33,14 @@ class Family:
     """Globs over module names that stay in high precision."""
     paper: Mapping[str, Any] = field(default_factory=dict)
     """Fields of ``QuantConfig`` that the paper's recipes have here."""
-    always: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that every recipe has here."""
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By glob over module names: fields that every recipe has there."""
     when: Callable[[Any], bool] = lambda config: True
     """Tells families of one class apart, by the model's config."""
     sample: inputs.Inputs | None = None
     """Random keyword arguments of ``forward``."""
+    shared: tuple[str, ...] = ()
+    """Arguments of ``forward`` that all rows of a batch share, so that their first dimension is not the batch."""
     rewrites: Mapping[str, exportable.Method] = field(default_factory=dict)
     """By ``"Class.method"``: code that runs in the method's place while the model is captured."""
 
@@ -48,14 +48,14 @@ class Family:
 _E2M1_THROUGHOUT = {"pre_gelu_weight": None}
 """Where the paper says nothing: its E3M0 before GELU cost more than it gained wherever it was measured."""
 _MODULATION = {"activation": "int8"}
-"""Of one vector an image: 8 bits cost nothing there, and its errors would reach every token."""
-_ADALN_EMBEDDERS = ("time_text_embed*", "context_embedder", "norm_out*", "proj_out")
+"""Of one vector an image: 8 bits cost little there, and an error would reach every token."""
+_ADALN_EMBEDDERS = ("time_text_embed*", "context_embedder", "norm_out*", "proj_out*")
 
 FAMILIES: tuple[Family, ...] = (
     Family(
         "PixArt-Σ",
         "PixArtTransformer2DModel",
-        skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out"),
+        skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out*"),
         paper={"weight": "e1m2"},
         # as converted from the original: α's configs name neither
         when=lambda config: config.use_additional_conditions is False and config.interpolation_scale is not None,
@@ -64,20 +64,21 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "PixArt-α",
         "PixArtTransformer2DModel",
-        skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out"),
+        skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out*"),
         sample=inputs.pixart,
     ),
     Family(
         "Hunyuan-DiT",
         "HunyuanDiT2DModel",
-        skip=("pos_embed*", "time_extra_emb*", "text_embedder*", "norm_out*", "proj_out"),
+        skip=("pos_embed*", "time_extra_emb*", "text_embedder*", "norm_out*", "proj_out*"),
         layers={"*.skip_linear": {"split_inputs": True}},
         sample=inputs.hunyuan,
+        shared=("image_rotary_emb",),
     ),
     Family(
         "DiT",
         "DiTTransformer2DModel",
-        skip=("pos_embed*", "*.norm1.emb.*", "proj_out_*"),
+        skip=("pos_embed*", "*.norm1.emb.*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         layers={"*.norm1.linear": _MODULATION},
         sample=inputs.dit,
@@ -98,11 +99,12 @@ FAMILIES: tuple[Family, ...] = (
         paper=_E2M1_THROUGHOUT,
         layers={"*.norm*.linear": _MODULATION, "single_transformer_blocks.*.proj_out": {"split_inputs": True}},
         sample=inputs.flux,
+        shared=("img_ids", "txt_ids"),
     ),
     Family(
         "Sana",
         "SanaTransformer2DModel",
-        skip=("patch_embed*", "time_embed*", "caption_projection*", "proj_out"),
+        skip=("patch_embed*", "time_embed*", "caption_projection*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         sample=inputs.sana,
     ),
@@ -118,7 +120,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "AuraFlow",
         "AuraFlowTransformer2DModel",
-        skip=("pos_embed*", "time_step_*", "context_embedder", "norm_out*", "proj_out"),
+        skip=("pos_embed*", "time_step_*", "context_embedder", "norm_out*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         layers={"*.norm1*.linear": _MODULATION},
         sample=inputs.auraflow,
@@ -126,23 +128,24 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "CogVideoX",
         "CogVideoXTransformer3DModel",
-        skip=("patch_embed*", "time_embedding*", "ofs_embedding*", "norm_out*", "proj_out"),
+        skip=("patch_embed*", "time_embedding*", "ofs_embedding*", "norm_out*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         layers={"*.norm?.linear": _MODULATION},
         sample=inputs.cogvideox,
+        shared=("image_rotary_emb", "ofs"),
         rewrites={"CogVideoXPatchEmbed._get_positional_embeddings": exportable.cogvideox_positions},
     ),
     Family(
         "Wan",
         "WanTransformer3DModel",
-        skip=("patch_embedding", "condition_embedder*", "proj_out"),
+        skip=("patch_embedding", "condition_embedder*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         sample=inputs.wan,
     ),
     Family(
         "LTX-Video",
         "LTXVideoTransformer3DModel",
-        skip=("proj_in", "time_embed*", "caption_projection*", "proj_out"),
+        skip=("proj_in", "time_embed*", "caption_projection*", "proj_out*"),
         paper=_E2M1_THROUGHOUT,
         sample=inputs.ltx,
     ),
@@ -164,11 +167,6 @@ def family_of(model: nn.Module) -> Family:
     return Family(kind, kind, skip=HIGH_PRECISION + outside, paper=_E2M1_THROUGHOUT)
 
 
-def is_known(model: nn.Module) -> bool:
-    """Whether the table has a family for ``model``."""
-    return family_of(model) in FAMILIES
-
-
 def _in_block(name: str) -> bool:
     return re.search(r"(^|\.)\d+\.", name) is not None
 
@@ -183,7 +181,7 @@ def recipe_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> QuantCon
         return recipe
     family = family_of(model)
     config = QuantConfig.from_name(recipe)
-    fields = {"skip": family.skip, "indivisible": "divisor"} | dict(family.always)
+    fields: dict[str, Any] = {"skip": family.skip, "indivisible": "divisor"}
     if recipe in _PAPER:
         fields |= family.paper
     return dataclasses.replace(config, **fields)
@@ -208,6 +206,8 @@ def quantizer_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> FP4Di
     family = family_of(model)
     names = [name for name, _ in model.named_modules()]
     for glob, fields in family.layers.items():
+        if "activation" in fields and config.activation is None:
+            continue  # a recipe for weights alone
         if any(fnmatchcase(name, glob) for name in names):
             quantizer.set_module_name(glob, dataclasses.replace(config, **fields))
     if family not in FAMILIES:

@@ -16,7 +16,7 @@ from fp4dit_ao import _compat, samples, skeleton
 from fp4dit_ao.attention import quantize_attention, restore_attention
 from fp4dit_ao.capture import bind
 from fp4dit_ao.config import QuantConfig
-from fp4dit_ao.families import example_inputs, is_known, quantizer_for, recipe_for
+from fp4dit_ao.families import example_inputs, family_of, quantizer_for, recipe_for
 from fp4dit_ao.formats import parse
 from fp4dit_ao.ops import full_block
 from fp4dit_ao.passes.device import convert_tensors
@@ -80,7 +80,7 @@ def decide(
     for glob in skip:
         quantizer.set_module_name(glob, None)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if sample is None and is_known(model):
+    if sample is None and family_of(model).sample is not None:
         sample = example_inputs(model, dtype=dtype)
     description, parts = None, {}
     if sample is None:

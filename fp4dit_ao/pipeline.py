@@ -102,7 +102,7 @@ def quantize_pipeline(
             prepared, data, adaround or AdaRoundConfig(), checkpoint_dir=checkpoint_dir, progress=progress
         )
     with torch.no_grad():
-        graph = lower(convert_pt2e(prepared))
+        graph = lower(convert_pt2e(prepared, fold_quantize=False))
     source = getattr(pipe, "name_or_path", None) or None
     decisions = skeleton.resolve(quantizer.decisions.values(), graph)
     quantized = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)

@@ -4,6 +4,7 @@ This module imports diffusers; ``fp4dit_ao.QuantizedTransformer`` does so on fir
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,12 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             if len(args) > len(names):
                 raise ValueError(f"{self._class} takes {len(names)} arguments, found {len(args)}")
             varying = _compat.varying_numbers(self.graph)
-            samples.check(self.description, arguments, f"quantized {self._class}", varying)
+            defaults = {
+                name: parameter.default
+                for name, parameter in inspect.signature(self.graph.forward).parameters.items()
+                if parameter.default is not parameter.empty
+            }
+            samples.check(self.description, defaults | arguments, f"quantized {self._class}", varying)
             self._prepare(next(x.device for _, x in samples.tensors(arguments)))
         output = self._run(**arguments)
         return Transformer2DModelOutput(sample=output[0]) if return_dict else output

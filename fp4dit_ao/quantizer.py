@@ -32,6 +32,7 @@ _TRANSPARENT = (
     _ATEN.dropout.default, _ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN.clone.default, _ATEN.contiguous.default,
     _ATEN.view.default, _ATEN.reshape.default, _ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.slice.Tensor,
 )  # fmt: skip
+_PRODUCTS = (_ATEN.matmul.default, _ATEN.bmm.default)
 _ACTIVATION_OBSERVERS = {"token": TokenActivationObserver, "tensor": StaticActivationObserver}
 
 
@@ -100,6 +101,9 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
             elif node.target in _CONVOLUTIONS:
                 name = _linear_name(node)
                 self.decisions[name] = Decision(name, "convolution", None, "convolutions are not quantized")
+            elif _is_other_attention(node):
+                name = _module_name(node)
+                self.decisions[name] = Decision(name, "attention", None, "its products are no softmax attention")
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -137,10 +141,7 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
 
     def _refuse_unmatched(self, model: GraphModule) -> None:
         """A name rule that matches no module is a typing mistake; saying nothing would leave the user believing it."""
-        names = [
-            _module_name(n) if n.target is _ATEN.scaled_dot_product_attention.default else _linear_name(n)
-            for n in _named(model)
-        ]
+        names = [found for n in _named(model) for found in (_module_name(n), _linear_name(n))]
         names += [whole_name(name) for name in names]
         for kind, glob, _ in self._rules:
             if kind == "name" and not any(fnmatchcase(name, glob) for name in names):
@@ -265,9 +266,18 @@ def fit_group(name: str, features: int, config: QuantConfig, reason: str) -> tup
 
 def _named(model: GraphModule) -> Iterator[Node]:
     """The nodes that get a decision."""
+    kinds = (_ATEN.linear.default, _ATEN.scaled_dot_product_attention.default, *_CONVOLUTIONS)
     for node in model.graph.nodes:
-        if node.target in (_ATEN.linear.default, _ATEN.scaled_dot_product_attention.default, *_CONVOLUTIONS):
+        if node.target in kinds or _is_other_attention(node):
             yield node
+
+
+def _is_other_attention(node: Node) -> bool:
+    """Whether a node multiplies two computed tensors (batch, …, rows, columns), as linear attention does."""
+    if node.target not in _PRODUCTS:
+        return False
+    values = [source.meta["val"] for source in node.all_input_nodes if source.op == "call_function"]
+    return len(values) == 2 and all(x.ndim >= 3 and x.is_floating_point() for x in values)
 
 
 def _stack(node: Node) -> list[tuple[str, Any]]:

@@ -89,7 +89,7 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
         return repr(
             (
                 __version__,
-                native.library() is not None,
+                native.VERSION if native.library() is not None else None,
                 parts,
                 list(self.block_size),
                 self.fmt,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fp4dit_ao.formats import NumberFormat
-from fp4dit_ao.ops import choose_scale, dequantize, quantize, to_scale_dtype
+from fp4dit_ao.kernels import search
+from fp4dit_ao.ops import choose_scale, fake_quantize, to_scale_dtype
 
 CLIPS = torch.linspace(0.4, 1.2, 81).tolist()
 """Fractions of absmax that the search tries; more than 1 lets the second-largest levels carry more of the group."""
@@ -23,10 +24,13 @@ def mse(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale_dtyp
     Source: the clip search of arXiv 2408.06995 (LBFP), with its 0.1 to 1.2 grid narrowed to where minima occur.
     """
     base = choose_scale(weight, block_size, str(fmt), torch.float32)
-    best = to_scale_dtype(base, scale_dtype)
+    candidates = [to_scale_dtype(base * clip, scale_dtype) for clip in (1.0, *CLIPS)]
+    if search.supports(weight, block_size, fmt):
+        scales = torch.stack(candidates)
+        return scales.gather(0, search.best_candidate(weight, scales, fmt)[None]).squeeze(0)
+    best, *others = candidates
     least = squared_error(weight, block_size, fmt, best)
-    for clip in CLIPS:
-        scale = to_scale_dtype(base * clip, scale_dtype)
+    for scale in others:
         error = squared_error(weight, block_size, fmt, scale)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
@@ -35,7 +39,7 @@ def mse(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale_dtyp
 
 def squared_error(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale: Tensor) -> Tensor:
     """Of rounding to nearest, summed over each block: float32, shaped like ``scale``."""
-    rounded = dequantize(quantize(weight, block_size, scale, str(fmt)), block_size, scale, str(fmt), torch.float32)
+    rounded = fake_quantize(weight, block_size, scale, str(fmt), torch.float32)
     return _sum_blocks((rounded - weight.float()).square(), scale.shape)
 
 

@@ -144,6 +144,18 @@ class WeightObserver(FloatObserver):
                 ),
             )
         replace_observer(model, observer_node, new)
+        _release(model, source)
+
+
+def _release(model: GraphModule, source: Node) -> None:
+    """Let go of a float weight that nothing reads any more: with it, converting would take the model's size twice."""
+    if source.users:
+        return
+    path = str(source.target)
+    model.graph.erase_node(source)
+    if not any(node.op == "get_attr" and node.target == path for node in model.graph.nodes):
+        owner, _, leaf = path.rpartition(".")
+        delattr(model.get_submodule(owner), leaf)
 
 
 def weight_of(model: GraphModule, observer_node: Node) -> Tensor:

@@ -12,7 +12,7 @@ from fp4dit_ao.tensor import MinifloatTensor
 def unwrap(model: GraphModule) -> GraphModule:
     """Rewrite ``linear(x, MinifloatTensor)`` to the arithmetic of ``kernels.linear`` on its codes and scales.
 
-    These stand beside the weight as buffers, ``blocks.0.fc.weight_qdata`` and ``blocks.0.fc.weight_scale``. Values stay the same.
+    These stand beside the weight as buffers, ``blocks.0.fc.weight_qdata`` and ``blocks.0.fc.weight_scale``. Values stay.
 
     Args:
         model: the result of ``lower``; not changed, and tensors are shared with it.

@@ -52,7 +52,8 @@ def check(y: Tensor, expected: tuple[Tensor, Tensor], tolerance: float) -> None:
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 60), st.integers(1, 600), st.integers(1, 256),
-    st.sampled_from(["e2m3", "int8", "int6", "e3m0", "nf4"]), st.sampled_from([None, 0.05, 1.0]), st.integers(0, 99),
+    st.sampled_from(["e2m3", "int8", "int6", "e3m0", "nf4", "e3m4", "e3m3"]), st.sampled_from([None, 0.05, 1.0]),
+    st.integers(0, 99),
 )  # fmt: skip
 def test_any_shape(batch, heads, queries, keys, dim, fmt, scale, seed) -> None:
     q, k, v = inputs(batch, heads, queries, keys, dim, seed)
@@ -93,14 +94,15 @@ def test_a_query_without_keys_gets_zeros() -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("fmt", ["e2m3", "e3m4"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 1.2e-2)])
-def test_half_precision(dtype: torch.dtype, tolerance: float) -> None:
+def test_half_precision(dtype: torch.dtype, tolerance: float, fmt: str) -> None:
     q, k, v = (x.to(dtype) for x in inputs(2, 3, 50, 300, 72))
-    y = OP.attention(q, k, v, None, None, "e2m3")
+    y = OP.attention(q, k, v, None, None, fmt)
     assert y.dtype == dtype
-    check(y, exact(q, k, v, None, None, "e2m3"), tolerance)
-    pytorch = F.scaled_dot_product_attention(*(rounded(x, "e2m3").to(dtype) for x in (q, k, v)))
-    value, _ = exact(q, k, v, None, None, "e2m3")
+    check(y, exact(q, k, v, None, None, fmt), tolerance)
+    pytorch = F.scaled_dot_product_attention(*(rounded(x, fmt).to(dtype) for x in (q, k, v)))
+    value, _ = exact(q, k, v, None, None, fmt)
     assert (y.double() - value).norm() <= 1.05 * (pytorch.double() - value).norm(), "no worse than PyTorch's own"
 
 
@@ -123,8 +125,8 @@ def test_layouts() -> None:
     y = OP.attention(*views, None, None, "e2m3")
     assert torch.equal(y, OP.attention(q, k, v, None, None, "e2m3"))
     assert y.transpose(1, 2).is_contiguous()
-    meta = [torch.empty(shape, device="meta", dtype=torch.int8) for shape in [(2, 3, 17, 72), (2, 3, 70, 72)]]
-    scales = [torch.empty(x.shape[:3], device="meta") for x in meta]
+    meta = [torch.empty(shape, device="meta", dtype=torch.int8) for shape in [(1, 2, 3, 17, 72), (1, 2, 3, 70, 72)]]
+    scales = [torch.empty(x.shape[1:4], device="meta") for x in meta]
     fake = OP.int8_attention(meta[0], scales[0], meta[1], scales[1], meta[1], scales[1], None, 1.0, torch.float32)
     assert (fake.shape, fake.stride()) == (y.shape, y.stride())
 
@@ -141,6 +143,15 @@ def test_threads_do_not_change_a_bit() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@needs_kernel
+def test_levels_of_two_digits_up_to_the_largest_score() -> None:
+    """E3M4: every level is 1984, so that a score of 256 features is about 2^30."""
+    x = torch.ones(1, 1, 3, 256) * torch.tensor([1.0, -1.0, 2.0])[:, None]
+    y = OP.attention(x, x, x, None, 1e-2, "e3m4")
+    check(y, exact(x, x, x, None, 1e-2, "e3m4"), 1e-5)
+    assert not kernel._fits(*(x,) * 3, None, "e4m3fn"), "three digits"
 
 
 @pytest.mark.parametrize("fmt", ["e2m3", "e3m4"])
@@ -170,18 +181,19 @@ def test_compiles_without_a_break() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"k": torch.zeros(1, 2, 5, 32, dtype=torch.int8)},
-        {"v": torch.zeros(1, 2, 6, 16, dtype=torch.int8)},
-        {"q": torch.zeros(1, 2, 5, 16)},
+        {"k": torch.zeros(1, 1, 2, 5, 32, dtype=torch.int8)},
+        {"v": torch.zeros(1, 1, 2, 6, 16, dtype=torch.int8)},
+        {"v": torch.zeros(2, 1, 2, 5, 16, dtype=torch.int8)},
+        {"q": torch.zeros(1, 1, 2, 5, 16)},
         {"q_scale": torch.ones(1, 2, 4)},
         {"output_dtype": torch.float64},
     ],
-    ids=["dim", "keys", "type", "scale", "output"],
+    ids=["dim", "keys", "digits", "type", "scale", "output"],
 )
 def test_what_does_not_fit_is_refused(wrong: dict) -> None:
     arguments = {}
     for name in "qkv":
-        arguments |= {name: torch.zeros(1, 2, 5, 16, dtype=torch.int8), f"{name}_scale": torch.ones(1, 2, 5)}
+        arguments |= {name: torch.zeros(1, 1, 2, 5, 16, dtype=torch.int8), f"{name}_scale": torch.ones(1, 2, 5)}
     arguments |= {"bias": None, "scale": 1.0, "output_dtype": torch.float32}
-    with pytest.raises(ValueError, match=r"int8_attention: q \(1, 2, 5, 16\), k .* do not fit"):
+    with pytest.raises(ValueError, match=r"int8_attention: q \(1, 1, 2, 5, 16\), k .* do not fit"):
         kernel.run(**(arguments | wrong))

@@ -13,8 +13,20 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
 
-from fp4dit_ao import FP4DiTQuantizer, QuantizedTransformer, capture, w4a6
-from fp4dit_ao.benchmark import bars, ceilings, exact, linears, memory, peers, report, sections, transformers, turns
+from fp4dit_ao import capture, quantizer_for
+from fp4dit_ao.benchmark import (
+    attention,
+    bars,
+    ceilings,
+    exact,
+    linears,
+    memory,
+    peers,
+    report,
+    sections,
+    transformers,
+    turns,
+)
 from fp4dit_ao.benchmark.peers import PEERS, Peer, quantizable
 from fp4dit_ao.benchmark.sections import Settings, StepCase
 from fp4dit_ao.benchmark.turns import Measured, Ratio, Worker, WorkerFailed, measure
@@ -51,9 +63,12 @@ class InProcess:
             with torch.no_grad():
                 if self.instance is None:
                     module, _, name = self.workload.rpartition(":")
-                    found = {"linears": linears, "transformers": transformers, "ceilings": ceilings}[
-                        module.split(".")[-1]
-                    ]
+                    found = {
+                        "linears": linears,
+                        "attention": attention,
+                        "transformers": transformers,
+                        "ceilings": ceilings,
+                    }[module.split(".")[-1]]
                     self.instance = getattr(found, name)(**json.loads(json.dumps(self.options)))
                 result = turn(self.instance) if do == "turn" else getattr(self.instance, do)(**arguments)
                 return json.loads(json.dumps(result))
@@ -187,7 +202,9 @@ def test_ratio_is_median_and_range():
 
 @pytest.mark.parametrize("recipe", ["w4a6", "w4a8", "int_w4a6"])
 def test_a_linear_of_ours_is_exact_and_says_so(recipe):
-    facts = linears.Linear(recipe, "eager", "cpu", torch.get_num_threads()).prepare(96, 256, 5)
+    facts = linears.Linear(recipe, "eager", "cpu", torch.get_num_threads()).prepare(
+        out_features=96, in_features=256, tokens=5
+    )
     assert facts["bits"] == pytest.approx(4 + 32 / 128)  # a float32 scale for every group of 128
     assert facts["bytes"] == 96 * 256 * facts["bits"] / 8
     assert 0 < facts["deviation"] < 2e-6
@@ -196,11 +213,13 @@ def test_a_linear_of_ours_is_exact_and_says_so(recipe):
 
 def test_errors_are_relative_to_float32(in_process):
     weight, x = linears.numbers(64, 128, 3)
-    facts = linears.Linear("bfloat16", "eager", "cpu", 1).prepare(64, 128, 3)
+    facts = linears.Linear("bfloat16", "eager", "cpu", 1).prepare(out_features=64, in_features=128, tokens=3)
     wanted = F.linear(x.double(), weight.double()).numpy()
     got = F.linear(x.bfloat16(), weight.bfloat16()).double().numpy()
     assert facts["error"] == pytest.approx(np.linalg.norm(got - wanted) / np.linalg.norm(wanted), rel=1e-3)
-    assert linears.Linear("float32", "eager", "cpu", 1).prepare(64, 128, 3)["error"] == 0
+    assert (
+        linears.Linear("float32", "eager", "cpu", 1).prepare(out_features=64, in_features=128, tokens=3)["error"] == 0
+    )
     assert facts["bits"] == 16
 
 
@@ -208,7 +227,7 @@ def test_errors_are_relative_to_float32(in_process):
 def test_installed_peers_convert_or_say_why(name, in_process):
     linear = linears.Linear(name, "eager", "cpu", 1)
     try:
-        facts = linear.prepare(128, 256, 17)
+        facts = linear.prepare(out_features=128, in_features=256, tokens=17)
     except (AssertionError, RuntimeError, NotImplementedError, ImportError) as error:
         assert str(error)
         return
@@ -219,7 +238,7 @@ def test_installed_peers_convert_or_say_why(name, in_process):
 
 def test_peers_get_the_linears_that_recipes_quantize():
     model = tiny_pipeline(layers=1).transformer
-    quantizer = FP4DiTQuantizer().set_global(w4a6())
+    quantizer = quantizer_for(model, "w4a6")
     graph = capture(model, transformer_sample(model))
     quantizer.annotate(graph)
     ours = {name for name, d in quantizer.decisions.items() if d.kind == "linear" and d.config}
@@ -252,36 +271,6 @@ def test_peak_memory_begins_anew():
     assert memory.peak() - after < 20 << 20
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "w4a6", "torchao INT8"])
-def test_a_step_loads_what_was_written_and_compares_it_with_float32(kind, tmp_path_factory, in_process):
-    folder = tmp_path_factory.getbasetemp() / "step"
-    if not folder.exists():
-        written = transformers.StepFiles(str(folder), TINY, 64, ["w4a6"]).prepare()
-        assert written["parameters"] > 1e5
-    reference = folder / "float32.safetensors"
-
-    def step(method):
-        made = transformers.Step(
-            folder=str(folder),
-            config=TINY,
-            method=method,
-            mode="eager",
-            device="cpu",
-            threads=1,
-            reference=str(reference),
-        )
-        return made.prepare(pixels=64, layers=1) | made.finish()
-
-    step("float32")
-    facts = step(kind)
-    assert facts["first"] > 0 and facts["load bytes"] >= 0 and facts["run bytes"] >= 0
-    low, high, bits = {
-        "float32": (0, 1e-9, 32), "bfloat16": (1e-4, 0.05, 16), "w4a6": (1e-3, 0.3, 4.25), "torchao INT8": (1e-4, 0.1, 8.2),
-    }[kind]  # fmt: skip
-    assert low <= facts["error"] <= high
-    assert facts["bits"] == pytest.approx(bits, abs=0.1)
-
-
 # --- sections, report ------------------------------------------------------------------------------------------------
 
 
@@ -291,27 +280,41 @@ def test_everything_is_measured_and_reported(in_process, monkeypatch, tmp_path):
     monkeypatch.setattr(transformers, "PIXART_XL", TINY)
     tiny_pipeline(layers=1).save_pretrained(tmp_path / "float")
     (tmp_path / "float" / "generation.json").write_text(json.dumps(CALL))
-    settings = Settings(("w4a6",), ("absent", "broken"), "cpu", 1, rounds=2)
+    settings = Settings(("w4a6",), ("absent", "broken", "torchao INT8"), "cpu", 1, rounds=1)
     results = bars.Results({"recipes": ["w4a6"], "peers": ["absent", "broken"]}, ENVIRONMENT)
     said = []
     results.ceilings = sections.ceilings(settings)
-    results.linears += sections.measure_linears(settings, linears.cases("128x128:2,20"), said.append)
+    results.linears += sections.measure_call(settings, said.append)
+    results.linears += sections.measure_linears(settings, *linears.cases("128x128:2,20+peers"), said.append)
+    small = [{"heads": 2, "dim": 24, "queries": 65, "keys": 9}]
+    results.attention += sections.measure_attention(settings, small, said.append)
+    assert [0 <= m.facts["error"] < bound for m, bound in zip(results.attention, (0.01, 1e-6, 0.1), strict=True)] == [
+        True
+    ] * 3
     results.steps += sections.measure_step(settings, StepCase.parse("64x1+peers"), said.append)
     results.generations += sections.measure_generation(
-        settings, str(tmp_path / "float"), ["cat", "dog"], {}, said.append
+        settings, str(tmp_path / "float"), ["cat", "dog"], {}, True, said.append
     )
     labels = {m.variant.label for m in results.generations}
-    ours = {"w4a6, compiled"} | (
-        {"w4a6, compiled by block"} if hasattr(QuantizedTransformer, "compile_blocks") else set()
-    )
+    ours = {"w4a6, compiled", "w4a6, compiled by block"}
     floats = {"float32", "bfloat16", "float32, compiled", "bfloat16, compiled", "bfloat16, compiled by block"}
-    assert labels == ours | floats | {"broken, compiled"}
+    assert labels == ours | floats | {"broken, compiled", "torchao INT8, compiled"}
+    found = {m.variant.label: m for m in results.steps}
+    assert found["broken, compiled"].error == "RuntimeError: not today."
+    for label, low, high, bits in (
+        ("float32, compiled", 0, 1e-9, 32), ("bfloat16, compiled", 1e-4, 0.05, 16), ("w4a6, compiled", 1e-3, 0.3, 4.25),
+        ("w4a6, compiled by block", 1e-3, 0.3, 4.25), ("torchao INT8, compiled", 1e-4, 0.1, 8.2),
+    ):  # fmt: skip
+        facts = found[label].facts
+        assert low <= facts["error"] <= high
+        assert facts["bits"] == pytest.approx(bits, abs=0.1)
+        assert facts["first"] > 0 and facts["load bytes"] >= 0 and facts["run bytes"] >= 0
     caches = [w.environment["TORCHINDUCTOR_CACHE_DIR"] for w in InProcess.made if w.environment]
     assert len(caches) == len(set(caches))  # every first call is a cold one
     text = report.markdown(results)
     assert "| absent" in text and "no-such-package not installed" in text
     assert (
-        "- broken, compiled (4 cases, first out_features 128, in_features 128, tokens 2): RuntimeError: not today."
+        "- broken, compiled (4 cases, first out features 128, in features 128, tokens 20): RuntimeError: not today."
         in text
     )
     assert "| broken, compiled" in text and "failed" in text
@@ -371,7 +374,10 @@ def test_roofline_takes_the_narrowest_way():
     assert ceilings.bandwidth(found, 1e12) == 1e8
 
 
-@pytest.mark.parametrize("text", ["", "flux", "flux:", "flux:0", "12x:3", "12x8:a", "0x8:1", "nobody:1", "1x2x3:4"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "flux", "flux:", "flux:0", "12x:3", "12x8:a", "0x8:1", "flux:1+", "flux:1+friends", "nobody:1", "1x2x3:4"],
+)
 def test_unknown_linears_are_refused(text):
     with pytest.raises(ValueError, match="unknown linear"):
         linears.cases(text)
@@ -384,8 +390,10 @@ def test_unknown_steps_are_refused(text):
 
 
 def test_sizes_are_read():
-    assert linears.cases("128x64:1,2")[1] == {"out_features": 128, "in_features": 64, "tokens": 2}
-    assert len(linears.cases("flux:16")) == 3
+    cases, beside = linears.cases("128x64:1,2")
+    assert cases[0] == {"out_features": 128, "in_features": 64, "tokens": 2} and not beside
+    cases, beside = linears.cases("flux:16+peers")
+    assert len(cases) == 3 and beside
     assert StepCase.parse("512x2+peers") == StepCase(512, 2, True)
     with pytest.raises(ValueError, match="multiple of 16"):
         StepCase.parse("520x2")

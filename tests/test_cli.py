@@ -69,7 +69,7 @@ def test_help_is_there_at_once():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 10  # a loaded machine; what matters is that torch stays out:
     assert found.stdout.splitlines()[-1] == "False"
-    for command in ("demo", "quantize", "generate", "evaluate", "inspect", "benchmark"):
+    for command in ("demo", "quantize", "generate", "evaluate", "inspect", "benchmark", "export", "serve"):
         assert command in found.stdout
         assert run(command, "--help").exit_code == 0
 
@@ -161,6 +161,7 @@ def test_benchmark_times_in_turns(tmp_path, monkeypatch):
         (["--part", "linear"], ["unknown --part 'linear'", "linears"]),
         (["--peer", "nobody"], ["unknown --peer 'nobody'", "SDNQ int8"]),
         (["--linear", "big"], ["unknown linear 'big'", "4608x1152:16,256"]),
+        (["--size", "huge"], ["unknown --size 'huge'", "standard"]),
         (["--transformer", "big"], ["unknown step 'big'", "512x28"]),
         (["nowhere"], ["there is no folder nowhere"]),
     ],

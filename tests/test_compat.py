@@ -123,6 +123,26 @@ def test_samples_of_another_structure(graph: GraphModule) -> None:
         _compat.flat_inputs(graph, sample() | {"time": {"step": torch.zeros(2, 4)}})
 
 
+# --- exporting again -------------------------------------------------------------------------------------------------
+
+
+def test_captured_sizes(graph: GraphModule) -> None:
+    sizes = _compat.captured_sizes(graph)
+    assert sizes["x"] == [2, 4]
+    assert list(sizes.values()) == [[2, 4]] * 3
+
+
+def test_without_guards_the_examples_proportions_do_not_matter() -> None:
+    class Picture(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1) if x.shape[1] != x.shape[2] else x.flatten(1).clone()
+
+    shapes = ({0: Dim.AUTO, 1: Dim.AUTO, 2: Dim.AUTO},)
+    exported = torch.export.export(Picture(), (torch.zeros(2, 4, 6),), dynamic_shapes=shapes)
+    square = torch.rand(3, 5, 5)
+    assert torch.equal(_compat.without_guards(exported).module()(square), square.flatten(1))
+
+
 # --- the rest --------------------------------------------------------------------------------------------------------
 
 
@@ -220,3 +240,16 @@ def test_static_sizes_are_compiled_in() -> None:
         return len(compiled)
 
     assert [compilations(False), compilations(True)] == [1, 2]
+
+
+def test_whole_numbers_that_may_vary_are_told_from_constants() -> None:
+    class Rows(torch.nn.Module):
+        def forward(self, x: torch.Tensor, rows: int, scale: float = 2.0) -> torch.Tensor:
+            return x.reshape(rows, -1) * scale
+
+    from fp4dit_ao import capture
+
+    graph = capture(Rows(), {"x": torch.randn(24), "rows": 6, "scale": 3.0})
+    assert _compat.varying_numbers(graph) == {"rows"}
+    x = torch.randn(40)
+    assert torch.equal(graph(x, 5, 3.0), x.reshape(5, 8) * 3)

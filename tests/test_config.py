@@ -21,7 +21,9 @@ def test_the_papers_recipes() -> None:
     assert (recipe.group_size, recipe.weight_granularity, recipe.weight_search) == (128, "group", "absmax")
     assert recipe.activation_granularity == "token"
     assert w4a8() == replace(recipe, activation="e3m4", attention="e3m4")
-    assert w4a6_auto() == replace(recipe, weight_candidates=("e1m2", "e2m1", "e3m0", "nf4"), pre_gelu_weight=None)
+    assert w4a6_auto() == replace(
+        recipe, weight_candidates=("e1m2", "e2m1", "e3m0", "nf4"), pre_gelu_weight=None, weight_search="mse"
+    )
 
 
 def test_every_recipe_by_name_and_what_its_name_promises() -> None:

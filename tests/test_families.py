@@ -1,23 +1,30 @@
 """Every family of the table, in diffusers' own classes at small width: captured, quantized, saved, loaded, compiled."""
 
+import copy
+import functools
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from benchmarks.families import SMALL, main, other_size, quantize, relative, small_model
+from benchmarks.families import SMALL, main, other_size, quantize, relative, row_of, small_model, table
 from fp4dit_ao import (
     AdaRoundConfig,
     QuantConfig,
     QuantizedTransformer,
     capture,
     example_inputs,
+    load_pipeline,
     lower,
+    quantize_pipeline,
     quantizer_for,
     reconstruct,
+    skeleton,
 )
 from fp4dit_ao.config import RECIPES
 from fp4dit_ao.families import FAMILIES, family_of, recipe_for
@@ -25,13 +32,17 @@ from fp4dit_ao.inputs import Size
 from tests.graphs import TinyDiT, tiny_sample
 
 
-@pytest.fixture(scope="module", params=list(SMALL))
-def case(request):
-    """A small model of each family, captured, and quantized with nearest rounding."""
-    model = small_model(request.param)
+@functools.cache
+def family(name: str) -> SimpleNamespace:
+    """A small model, captured, and quantized with nearest rounding."""
+    model = small_model(name)
     graph = capture(model, example_inputs(model))
-    quantized = quantize(model, graph)
-    return SimpleNamespace(name=request.param, model=model, graph=graph, quantized=quantized)
+    return SimpleNamespace(name=name, model=model, graph=graph, quantized=quantize(model, graph))
+
+
+@pytest.fixture(params=list(SMALL))
+def case(request) -> SimpleNamespace:
+    return family(request.param)
 
 
 def sizes(name: str) -> Iterator[Size]:
@@ -47,6 +58,15 @@ def test_captured_at_one_size_and_exact_at_all(case) -> None:
         found = case.graph(**sample)[0]
         assert found.shape == expected.shape
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), size
+
+
+@pytest.mark.parametrize("name", ["CogVideoX, rotary", "FLUX.1"])
+@torch.no_grad()
+def test_captured_with_one_image_whatever_a_batch_shares(name) -> None:
+    model = family(name).model
+    graph = capture(model, example_inputs(model, Size(batch=1)))
+    sample = example_inputs(model, other_size(name))
+    assert torch.equal(graph(**sample)[0], model(**sample, return_dict=False)[0])
 
 
 @torch.no_grad()
@@ -74,6 +94,9 @@ def test_saved_and_loaded_it_draws_the_same(case, tmp_path) -> None:
     sample = example_inputs(case.model, other_size(case.name), seed=3)
     assert torch.equal(loaded(**sample).sample, case.quantized(**sample).sample)
     assert [asdict(row) for row in loaded.summary()] == [asdict(row) for row in case.quantized.summary()]
+    # a file's tensors start anywhere, and a product's last bit depends on where
+    parts = [part for name, x in skeleton.state_of(loaded.graph).items() for part in skeleton.flatten(name, x).values()]
+    assert all(part.data_ptr() % 64 == 0 for part in parts)
 
 
 # --- rounding, compilation -------------------------------------------------------------------------------------------
@@ -81,10 +104,10 @@ def test_saved_and_loaded_it_draws_the_same(case, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["Hunyuan-DiT", "LTX-Video"])
 def test_rounding_is_learned_in_any_family(name) -> None:
-    model = small_model(name)
-    data = [example_inputs(model, seed=seed) for seed in range(2)]
-    prepared = prepare_pt2e(capture(model, data[0]), quantizer_for(model, "w4a6"))
-    report = reconstruct(prepared, data, AdaRoundConfig(iters=12, batch_size=2), progress=False)
+    model = family(name).model
+    data = [example_inputs(model, Size(height=8, width=8, frames=2), seed=seed) for seed in range(2)]
+    prepared = prepare_pt2e(copy.deepcopy(family(name).graph), quantizer_for(model, "w4a6"))
+    report = reconstruct(prepared, data, AdaRoundConfig(iters=60, batch_size=2), progress=False)
     assert any(row.loss_after < row.loss_before for row in report.rows)
     with torch.no_grad():
         graph = lower(convert_pt2e(prepared))
@@ -96,8 +119,8 @@ def test_rounding_is_learned_in_any_family(name) -> None:
 @torch.no_grad()
 def test_compiled_at_other_sizes(name) -> None:
     """Inductor contracts products and sums, so that some activations round to the other side: close, not equal."""
-    model = small_model(name)
-    quantized = quantize(model, capture(model, example_inputs(model))).compile_graph()
+    model = family(name).model
+    quantized = quantize(model, family(name).graph).compile_graph()
     for size in (Size(batch=3), other_size(name)):
         sample = example_inputs(model, size, seed=1)
         assert relative(quantized(**sample).sample, model(**sample, return_dict=False)[0]) < 0.35
@@ -110,21 +133,18 @@ def test_compiled_at_other_sizes(name) -> None:
 @torch.no_grad()
 def test_a_row_whose_mask_is_empty(name) -> None:
     """Guidance with an empty prompt."""
-    model = small_model(name)
-    graph = capture(model, example_inputs(model))
+    model, graph = family(name).model, family(name).graph
     sample = example_inputs(model, Size(batch=3), seed=2)
     sample["encoder_attention_mask"][1] = 0
     expected = model(**sample, return_dict=False)[0]
     assert expected.isfinite().all()
     assert torch.allclose(graph(**sample)[0], expected, atol=1e-5)
-    quantized = quantize(model, graph)(**sample).sample
-    assert relative(quantized, expected) < 0.35
+    assert relative(family(name).quantized(**sample).sample, expected) < 0.35
 
 
 @torch.no_grad()
 def test_what_a_mask_hides_does_not_matter() -> None:
-    model = small_model("Lumina 2")
-    graph = capture(model, example_inputs(model))
+    model, graph = family("Lumina 2").model, family("Lumina 2").graph
     sample = example_inputs(model, Size(batch=2, text=9), seed=2)
     sample["encoder_attention_mask"][:] = torch.tensor([[1] * 4 + [0] * 5, [1] * 9])
     before = graph(**sample)[0]
@@ -137,9 +157,8 @@ def test_what_a_mask_hides_does_not_matter() -> None:
 
 def formats(name: str, recipe: str = "w4a6") -> dict[str, tuple[str | None, str | None]]:
     """(weight, activation) of every quantized linear."""
-    model = small_model(name)
-    quantizer = quantizer_for(model, recipe)
-    prepare_pt2e(capture(model, example_inputs(model)), quantizer)
+    quantizer = quantizer_for(family(name).model, recipe)
+    prepare_pt2e(copy.deepcopy(family(name).graph), quantizer)
     linears = (d for d in quantizer.decisions.values() if d.kind == "linear" and d.config)
     return {d.name: (d.config.weight, d.config.activation) for d in linears}
 
@@ -170,9 +189,7 @@ def test_one_vector_an_image_keeps_eight_bits() -> None:
 
 @torch.no_grad()
 def test_hunyuans_long_skips_have_scales_for_each_half() -> None:
-    model = small_model("Hunyuan-DiT")
-    graph = capture(model, example_inputs(model))
-    quantized = quantize(model, graph)
+    model, quantized = family("Hunyuan-DiT").model, family("Hunyuan-DiT").quantized
     parts = [row for row in quantized.summary() if ".skip_linear" in row.name]
     assert [row.name for row in parts] == ["blocks.3.skip_linear.part0", "blocks.3.skip_linear.part1"]
     assert all(row.quantized and row.shape == (128, 128) for row in parts)
@@ -181,18 +198,27 @@ def test_hunyuans_long_skips_have_scales_for_each_half() -> None:
     assert relative(joined, whole) < 0.2
 
 
+@torch.no_grad()
+def test_converting_frees_the_float_weights() -> None:
+    graph = copy.deepcopy(family("PixArt-Σ").graph)
+    floats = sum(p.numel() for p in graph.parameters())
+    quantizer = quantizer_for(family("PixArt-Σ").model)
+    converted = convert_pt2e(prepare_pt2e(graph, quantizer), fold_quantize=False)
+    left = sum(p.numel() for p in converted.parameters())
+    codes = sum(b.numel() for name, b in converted.named_buffers() if name.endswith("_codes"))
+    assert left == floats - codes
+
+
 def test_a_user_may_still_skip_a_linear_that_would_be_split() -> None:
-    model = small_model("Hunyuan-DiT")
-    quantizer = quantizer_for(model).set_module_name("*.skip_linear", None)
-    prepare_pt2e(capture(model, example_inputs(model)), quantizer)
+    quantizer = quantizer_for(family("Hunyuan-DiT").model).set_module_name("*.skip_linear", None)
+    prepare_pt2e(copy.deepcopy(family("Hunyuan-DiT").graph), quantizer)
     decision = quantizer.decisions["blocks.3.skip_linear"]
     assert decision.config is None
     assert "name matches" in decision.reason
 
 
 def test_groups_that_do_not_divide_are_as_large_as_they_can_be() -> None:
-    model = small_model("Sana")
-    rows = {row.name: row for row in quantize(model, capture(model, example_inputs(model))).summary()}
+    rows = {row.name: row for row in family("Sana").quantized.summary()}
     assert rows["transformer_blocks.0.attn1.to_q"].reason.endswith("groups of 112")
     convolutions = [row for row in rows.values() if row.kind == "convolution"]
     assert [row.name for row in convolutions] == [
@@ -200,6 +226,32 @@ def test_groups_that_do_not_divide_are_as_large_as_they_can_be() -> None:
         *(f"transformer_blocks.0.ff.conv_{part}" for part in ("inverted", "depth", "point")),
     ]
     assert not any(row.quantized for row in convolutions)
+    # linear attention: two products of tensors, and no softmax
+    assert not rows["transformer_blocks.0.attn1"].quantized
+    assert rows["transformer_blocks.0.attn2"].quantized
+
+
+def test_a_class_conditional_pipeline_calibrates_on_its_labels(tmp_path) -> None:
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+
+    autoencoder = AutoencoderKL(latent_channels=4, sample_size=16, norm_num_groups=8, block_out_channels=(8,))
+    pipe = DiTPipeline(family("DiT").model, autoencoder.eval(), DDIMScheduler())
+    quantized = quantize_pipeline(
+        pipe, "w4a6", class_labels=[1, 2, 3], steps=2, samples=4, batch_size=2, adaround=AdaRoundConfig(iters=2),
+        progress=False,
+    )  # fmt: skip
+    quantized.save_pretrained(tmp_path / "dit")
+    loaded = load_pipeline(tmp_path / "dit")
+
+    def draw(some: DiTPipeline) -> torch.Tensor:
+        some.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images = some(class_labels=[5, 7], num_inference_steps=2, output_type="np", generator=generator).images
+        return torch.from_numpy(images)
+
+    assert draw(loaded).shape == (2, 16, 16, 3)
+    assert torch.equal(draw(loaded), draw(quantized))
+    assert not torch.equal(draw(loaded), draw(pipe))
 
 
 # --- models that are not in the table --------------------------------------------------------------------------------
@@ -246,8 +298,7 @@ def test_an_unknown_model_of_diffusers_goes_through_the_whole_flow() -> None:
 
 @torch.no_grad()
 def test_a_number_that_was_captured_may_vary_and_a_constant_may_not() -> None:
-    model = small_model("LTX-Video")
-    quantized = quantize(model, capture(model, example_inputs(model)))
+    model, quantized = family("LTX-Video").model, family("LTX-Video").quantized
     sample = example_inputs(model, Size(height=8, width=24, frames=2))
     assert quantized(**sample).sample.shape == sample["hidden_states"].shape
     with pytest.raises(ValueError, match=r"height .* found 2\.5"):
@@ -274,9 +325,27 @@ def test_sigma_is_told_from_alpha_by_what_its_config_names() -> None:
         assert family(sample_size=size, interpolation_scale=scale, use_additional_conditions=False) == "PixArt-Σ"
 
 
+def test_the_table_has_a_row_for_each_family() -> None:
+    lines = table(
+        {name: row_of(name, f.model, f.graph, f.quantized) for name in SMALL for f in [family(name)]}
+    ).splitlines()
+    rows = {cells[0]: cells[1:] for line in lines[2:] for cells in [[cell.strip() for cell in line.split("|")[1:-1]]]}
+    assert list(rows) == list(SMALL)
+    assert "4 convolutions" in rows["Sana"][4] and "linear attention" in rows["Sana"][4]
+    assert rows["PixArt-Σ"][:3] == ["20 of 26", "e1m2 18, e3m0 2", "4 of 4"]
+
+
 def test_the_command_prints_the_table(tmp_path, capsys) -> None:
-    main(names="PixArt-Σ;Sana", out=tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["PixArt-Σ", "Sana"]
-    assert "4 convolutions" in lines[3]
+    main(names="DiT", out=tmp_path)
+    assert capsys.readouterr().out.splitlines()[2].startswith("| DiT ")
     assert (tmp_path / "families.json").is_file()
+
+
+@torch.no_grad()
+def test_the_example_of_the_docs() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {"transformer": family("PixArt-Σ").model}
+    exec(example, names)
+    expected = family("PixArt-Σ").quantized(**names["sample"]).sample
+    assert torch.equal(names["graph"](**names["sample"])[0], expected)

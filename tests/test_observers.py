@@ -14,13 +14,15 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 from fp4dit_ao.formats import parse
+from fp4dit_ao.kernels import native
+from fp4dit_ao.kernels import search as compiled_search
 from fp4dit_ao.observers import (
     StaticActivationObserver,
     TokenActivationObserver,
     WeightObserver,
     set_fake_quantize,
 )
-from fp4dit_ao.observers.range_search import SEARCHES
+from fp4dit_ao.observers.range_search import SEARCHES, squared_error
 from tests.graphs import show
 
 GRANULARITIES = [(PerTensor(), (1, 1)), (PerAxis(0), (8, 1)), (PerGroup(32), (8, 2))]
@@ -95,6 +97,27 @@ def test_mse_is_never_worse_than_absmax(
         assert observer.scale.dtype == scale_dtype and (observer.scale > 0).all() and observer.scale.isfinite().all()
         errors[search] = squared_errors(observer, weight)
     assert (errors["mse"] <= errors["absmax"] * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("group", [32, 12, 1000, -1])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_compiled_search_finds_what_the_operators_find(
+    name: str, group: int, scale_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt, weight = parse(name), normal(6, 3000 if group > 0 else 777)
+    weight = weight[:, : weight.shape[1] // max(1, group) * max(1, group)] * torch.logspace(-3, 3, 6)[:, None]
+    weight[0] = 0
+    block = [1, group]
+    found = SEARCHES["mse"](weight, block, fmt, scale_dtype)
+    assert compiled_search.supports(weight, block, fmt) or native.library() is None
+    monkeypatch.setattr(compiled_search, "supports", lambda *_: False)
+    expected = SEARCHES["mse"](weight, block, fmt, scale_dtype)
+    assert found.dtype == expected.dtype == scale_dtype and found.shape == expected.shape
+    errors = [squared_error(weight, block, fmt, scale) for scale in (found, expected)]
+    torch.testing.assert_close(*errors, rtol=2e-6, atol=0)  # sums in another order may prefer an equally good scale
+    assert (found == expected).float().mean() > 0.95
+    assert torch.equal(found[0], expected[0]), "of equals, absmax"
 
 
 def test_mse_finds_a_better_scale_where_there_is_one() -> None:

@@ -20,13 +20,14 @@ class Results:
         settings: how it was asked for; ``settings["recipes"][0]`` is judged.
         environment: hardware and versions.
         ceilings: see :class:`fp4dit_ao.benchmark.ceilings.Ceilings`; empty if not measured.
-        linears, steps, generations: one for every variant and case.
+        linears, attention, steps, generations: one for every variant and case.
     """
 
     settings: dict[str, Any]
     environment: dict[str, str]
     ceilings: dict[str, Any] = field(default_factory=dict)
     linears: list[Measured] = field(default_factory=list)
+    attention: list[Measured] = field(default_factory=list)
     steps: list[Measured] = field(default_factory=list)
     generations: list[Measured] = field(default_factory=list)
 
@@ -114,6 +115,10 @@ def _smaller(pixels: int) -> Callable[[Results], list[float]]:
     return figures
 
 
+def _attention(results: Results) -> list[float]:
+    return [1 / ratio.median for m in results.of(results.attention) if (ratio := m.ratio("bfloat16"))]
+
+
 def _facts(name: str) -> Callable[[Results], list[float]]:
     def figures(results: Results) -> list[float]:
         return [m.facts[name] for m in results.linears if m.variant.is_recipe and name in m.facts]
@@ -136,6 +141,8 @@ BARS = [
         _steps("bfloat16, compiled", 512), "avx512vnni"),
     Bar("CPU, PixArt-XL step, 512 px, compiled", "speed / compiled float32", 3.0,
         _steps("float32, compiled", 512), "avx512vnni"),
+    Bar(f"{_CPU}, attention with quantized q, k and v, PixArt-XL", "time / bfloat16 attention", 1.1, _attention,
+        "avx512vnni", at_most=True),
     Bar("H200, linear, FLUX, 4096 tokens and more", "speed / bfloat16", 1.4,
         _linears("bfloat16", FLUX, range(4096, 1 << 20)), "H200"),
     Bar("H200, PixArt-XL step, 1024 px, compiled", "speed / compiled bfloat16", 1.2,

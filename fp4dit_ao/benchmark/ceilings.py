@@ -17,12 +17,11 @@ _COPIES_MB = (0.5, 2, 8, 32, 128, 512)
 class Ceilings(Workload):
     """Measures all of it in ``prepare``."""
 
-    def __init__(self, device: str, threads: int):
+    def __init__(self, device: str, threads: int, repeats: int):
         torch.set_num_threads(threads)
-        self.device = device
+        self.device, self.repeats = device, repeats
 
-    def prepare(self, repeats: int, **case: Any) -> dict[str, Any]:
-        self.repeats = repeats
+    def prepare(self, **case: Any) -> dict[str, Any]:
         products = {name: self._products(dtype) for name, dtype in _TYPES.items()}
         copies = {str(megabytes): self._copy(int(megabytes * 1e6)) for megabytes in _COPIES_MB}
         return {"products": products, "bytes": copies}

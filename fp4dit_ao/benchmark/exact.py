@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.formats import parse
 from fp4dit_ao.ops import choose_scale
 
 
@@ -13,7 +13,7 @@ def token_wise(x: Tensor, fmt: str | None) -> Tensor:
     if fmt is None:
         return x.double()
     scale = choose_scale(x, [1] * (x.ndim - 1) + [-1], fmt, torch.float32)
-    return FloatFormat.parse(fmt).round(x.float() / scale).double() * scale.double()
+    return parse(fmt).round(x.float() / scale).double() * scale.double()
 
 
 def error(x_hat: Tensor, w_hat: Tensor, bias: Tensor | None, got: Tensor) -> float:

@@ -31,22 +31,29 @@ _WARM_UP = 3
 """Calls before the clock starts; some peers compile once more in their second."""
 
 
-def cases(text: str) -> list[dict[str, int]]:
-    """Of ``flux:256,1024`` or ``4608x1152:16``: a case for every shape and number of tokens.
+def cases(text: str) -> tuple[list[dict[str, int]], bool]:
+    """Of ``flux:256,1024`` or ``4608x1152:16+peers``: a case for every shape and number of tokens, the most first.
+
+    A graph that is compiled for one token first would keep to one thread for all that follow.
+
+    Returns:
+        The cases, and whether with peers.
 
     Raises:
         ValueError: it is neither.
     """
-    name, _, counts = text.partition(":")
+    sizes, plus, peers = text.partition("+")
+    name, _, counts = sizes.partition(":")
     size, tokens = name.split("x"), counts.split(",")
     shapes = SHAPES.get(name) or ([(int(size[0]), int(size[1]))] if len(size) == 2 and _whole(size) else [])
-    if not shapes or not _whole(tokens):
+    if not shapes or not _whole(tokens) or (plus and peers != "peers"):
         raise ValueError(
-            f"unknown linear {text!r}; give OUTxIN or one of {', '.join(SHAPES)}, then tokens: 4608x1152:16,256"
+            f"unknown linear {text!r}; give OUTxIN or one of {', '.join(SHAPES)}, then tokens: 4608x1152:16,256+peers"
         )
-    return [
-        {"out_features": out, "in_features": depth, "tokens": int(count)} for out, depth in shapes for count in tokens
-    ]
+    counted = sorted((int(token) for token in tokens), reverse=True)
+    return [{"out_features": out, "in_features": depth, "tokens": n} for out, depth in shapes for n in counted], bool(
+        peers
+    )
 
 
 def _whole(texts: Sequence[str]) -> bool:
@@ -77,8 +84,9 @@ class Linear(Workload):
         self._made: tuple[tuple[int, int], Callable[[Tensor], Tensor], dict[str, Any]] | None = None
 
     @torch.no_grad()
-    def prepare(self, out_features: int, in_features: int, tokens: int) -> dict[str, Any]:
-        weight, x = numbers(out_features, in_features, tokens)
+    def prepare(self, **case: Any) -> dict[str, Any]:
+        out_features, in_features = case["out_features"], case["in_features"]
+        weight, x = numbers(out_features, in_features, case["tokens"])
         if self.method == INT_MM.method:
             levels = (weight * 40).round().clamp(-127, 127).to(torch.int8).to(self.device).T
             rounded = (x * 40).round().clamp(-127, 127).to(torch.int8).to(self.device)
@@ -126,13 +134,13 @@ class Linear(Workload):
         return torch.compile(model, dynamic=True) if self.mode == "compiled" else model, facts
 
     def _product(self, weight: Tensor, x: Tensor) -> dict[str, Any]:
-        from fp4dit_ao import FloatFormat
+        from fp4dit_ao.formats import parse
         from fp4dit_ao.kernels import native
         from fp4dit_ao.kernels.tokens import quantize_tokens
 
         quantized = low_bit(weight.to(self.device), self.method.removesuffix(PRODUCT))
         rounded, scale = quantize_tokens(x.to(self.device, torch.bfloat16), quantized.act_fmt)
-        table = native.levels(FloatFormat.parse(quantized.fmt))
+        table = native.levels(parse(quantized.fmt))
         self.call = lambda: torch.ops.fp4dit_ao.int8_linear(
             rounded, scale, quantized.qdata, quantized.scale, table, None, torch.bfloat16
         )
@@ -142,7 +150,7 @@ class Linear(Workload):
 
 def low_bit(weight: Tensor, recipe: str) -> Any:
     """``weight`` as the recipe's first linear holds it."""
-    from fp4dit_ao import MinifloatTensor
+    from fp4dit_ao.tensor import MinifloatTensor
 
     config = QuantConfig.from_name(recipe)
     fmt = config.weight or config.weight_candidates[0]

@@ -14,8 +14,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fp4dit_ao.config import HIGH_PRECISION
-
 GROUP = 128
 """Weights that share a scale, where a peer lets one choose; the same as in our recipes."""
 
@@ -51,9 +49,12 @@ class Peer:
 
 
 def quantizable(model: nn.Module) -> list[str]:
-    """Names of the linears that our recipes quantize in ``model``: all but those that every recipe keeps."""
+    """Names of the linears that our recipes quantize in ``model``: all but those that its family keeps."""
+    from fp4dit_ao.families import family_of
+
     linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return [name for name in linears if not any(fnmatchcase(name, glob) for glob in HIGH_PRECISION)]
+    skip = family_of(model).skip
+    return [name for name in linears if not any(fnmatchcase(name, glob) for glob in skip)]
 
 
 # --- torchao ---------------------------------------------------------------------------------------------------------
@@ -99,7 +100,10 @@ def _int8_int4(device: str) -> Any:
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig
     from torchao.quantization.granularity import PerGroup
 
-    return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(GROUP))
+    return Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        weight_granularity=PerGroup(GROUP),
+    )
 
 
 def _fp8(device: str) -> Any:

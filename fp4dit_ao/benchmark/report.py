@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fp4dit_ao.benchmark import linears
+from fp4dit_ao.benchmark import linears, turns
 from fp4dit_ao.benchmark.bars import BARS, Results
 from fp4dit_ao.benchmark.ceilings import Roofline
 from fp4dit_ao.benchmark.peers import PEERS
@@ -22,7 +22,9 @@ def markdown(results: Results) -> str:
 
 def to_dict(results: Results) -> dict[str, Any]:
     """All of it for JSON, every time included."""
-    lists = {name: [m.to_dict() for m in getattr(results, name)] for name in ("linears", "steps", "generations")}
+    lists = {
+        name: [m.to_dict() for m in getattr(results, name)] for name in ("linears", "attention", "steps", "generations")
+    }
     bars = [dict(zip(("where", "bar", "measured", "met"), bar.row(results), strict=True)) for bar in BARS]
     return {
         "settings": results.settings, "environment": results.environment, "bars": bars, "ceilings": results.ceilings,
@@ -40,10 +42,17 @@ def _parts(results: Results) -> Iterator[str]:
     )
     yield "### Bars"
     yield markdown_table(["where", "bar", "measured", "met"], [bar.row(results) for bar in BARS])
+    if results.steps:
+        layers = max(m.case["layers"] for m in results.steps)
+        yield f"Steps are judged on the deepest model measured at their size, here of up to {layers} layers; PixArt-XL has 28."
     if any(m.case != CALL_SIZE for m in results.linears):
         yield "### Linears"
         yield "Speed against bfloat16, eager; median of the rounds."
         yield from _linear_tables(results)
+    if results.attention:
+        yield "### Attention"
+        yield "Speed against PyTorch's own in bfloat16, guidance batch 2; ours quantize q, k and v in the time that is taken."
+        yield _speeds(results.attention, lambda case: "{heads} heads of {dim}, {queries} x {keys}".format(**case))
     if results.ceilings:
         yield "### Ceilings"
         yield _ceilings(results.ceilings)
@@ -62,27 +71,28 @@ def _parts(results: Results) -> Iterator[str]:
 
 def _linear_tables(results: Results) -> Iterator[str]:
     by_shape: dict[tuple[int, int], list[Measured]] = {}
-    for m in results.linears:
+    for m in sorted(results.linears, key=lambda m: int(m.case["tokens"])):
         if m.case != CALL_SIZE:
             by_shape.setdefault((m.case["out_features"], m.case["in_features"]), []).append(m)
     for (out, depth), measured in by_shape.items():
-        counts = sorted({m.case["tokens"] for m in measured})
-        rows = []
-        for label in dict.fromkeys(m.variant.label for m in measured):
-            own = {m.case["tokens"]: m for m in measured if m.variant.label == label}
-            known = [m.facts for m in own.values() if m.error is None]
-            errors = [facts["error"] for facts in known if "error" in facts]
-            bits = next((facts["bits"] for facts in known if "bits" in facts), None)
-            rows.append(
-                [label, *(_cell(own.get(count)) for count in counts), f"{max(errors):.1e}" if errors else "",
-                 f"{bits:.2f}" if bits else ""]
-            )  # fmt: skip
         yield f"Weight {out} x {depth}:"
-        yield markdown_table(["", *(_count(count) for count in counts), "error", "bits / weight"], rows)
+        yield _speeds(measured, lambda case: "1 token" if case["tokens"] == 1 else f"{case['tokens']} tokens")
 
 
-def _count(tokens: int) -> str:
-    return "1 token" if tokens == 1 else f"{tokens} tokens"
+def _speeds(measured: Sequence[Measured], title: Callable[[dict[str, Any]], str]) -> str:
+    """A row for every variant, a column for every case."""
+    columns = list(dict.fromkeys(title(m.case) for m in measured))
+    rows = []
+    for label in dict.fromkeys(m.variant.label for m in measured):
+        own = {title(m.case): m for m in measured if m.variant.label == label}
+        facts = [m.facts for m in own.values() if m.error is None]
+        errors = [known["error"] for known in facts if "error" in known]
+        bits = [known["bits"] for known in facts if "bits" in known]
+        rows.append(
+            [label, *(_cell(own.get(column)) for column in columns), f"{max(errors):.1e}" if errors else "",
+             f"{bits[0]:.2f}" if bits else ""]
+        )  # fmt: skip
+    return markdown_table(["", *columns, "error", "bits / weight"], rows)
 
 
 def _cell(m: Measured | None) -> str:
@@ -109,9 +119,7 @@ def _rooflines(results: Results) -> str:
     call = next((m.median for m in results.of(results.linears, **CALL_SIZE)), 0.0)
     alone = {_size(m): m for m in results.linears if m.variant.method.endswith(linears.PRODUCT) and m.error is None}
     rows = []
-    for m in results.of(results.linears):
-        if m.case == CALL_SIZE:
-            continue
+    for m in {_size(m): m for m in results.of(results.linears) if m.case != CALL_SIZE}.values():
         roof = Roofline.of(m.case, m.facts["bytes"], results.ceilings, call)
         product = alone.get(_size(m))
         ratios = [m.ratio(base) for base in (linears.INT_MM.label, "bfloat16", "float32")]
@@ -169,11 +177,11 @@ def _model_row(m: Measured, columns: int) -> list[str]:
 
 def _peers(results: Results) -> Iterator[str]:
     """Versions, how each was run, and every failure, of whomever."""
-    everything = [*results.linears, *results.steps, *results.generations]
+    everything = [*results.linears, *results.attention, *results.steps, *results.generations]
     failures: dict[str, dict[str, list[str]]] = {}
     for m in everything:
         if m.error is not None:
-            where = ", ".join(f"{key} {value}" for key, value in m.case.items() if key != "parameters")
+            where = turns.describe({key: value for key, value in m.case.items() if key != "parameters"})
             failures.setdefault(m.variant.label, {}).setdefault(m.error, []).append(where)
     rows = []
     for name in results.settings.get("peers", []):

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,28 +66,61 @@ class StepCase:
 
 def ceilings(settings: Settings) -> dict[str, Any]:
     """See :class:`fp4dit_ao.benchmark.ceilings.Ceilings`."""
-    worker = Worker(f"{_PACKAGE}.ceilings:Ceilings", {"device": settings.device, "threads": settings.threads})
+    options = {"device": settings.device, "threads": settings.threads, "repeats": settings.rounds}
+    worker = Worker(f"{_PACKAGE}.ceilings:Ceilings", options)
     try:
-        found: dict[str, Any] = worker.ask("prepare", repeats=settings.rounds)
+        found: dict[str, Any] = worker.ask("prepare")
         return found
     finally:
         worker.close()
 
 
-def measure_linears(settings: Settings, cases: Sequence[dict[str, Any]], progress: Progress) -> Iterator[Measured]:
-    """Ours, floats, ``torch._int_mm`` and peers in every case, and ours alone at :data:`CALL_SIZE`."""
+def _linear(settings: Settings, variant: Variant) -> Worker:
+    options = variant.to_dict() | {"device": settings.device, "threads": settings.threads}
+    return Worker(f"{_PACKAGE}.linears:Linear", options)
+
+
+def measure_call(settings: Settings, progress: Progress) -> Iterator[Measured]:
+    """Ours at :data:`CALL_SIZE`."""
+    ours = [Variant(settings.recipes[0], "compiled")]
+    yield from measure(
+        ours,
+        [],
+        [CALL_SIZE],
+        partial(_linear, settings),
+        rounds=settings.rounds,
+        at_once=settings.at_once,
+        progress=progress,
+    )
+
+
+def measure_linears(
+    settings: Settings, cases: Sequence[dict[str, Any]], peers: bool, progress: Progress
+) -> Iterator[Measured]:
+    """Ours, eager floats and ``torch._int_mm`` in every case; with ``peers`` these, too, and compiled floats."""
     bases = [linears.INT_MM, Variant("float32"), Variant("bfloat16")]
-    first = settings.recipes[0]
-    ours = [Variant(recipe, "compiled") for recipe in settings.recipes]
-    variants = [*ours, Variant(first + linears.PRODUCT), *(Variant(name, "compiled") for name in FLOATS)]
+    variants = [Variant(recipe, "compiled") for recipe in settings.recipes]
+    variants.append(Variant(settings.recipes[0] + linears.PRODUCT))
+    if peers:
+        variants += [*(Variant(name, "compiled") for name in FLOATS), *settings.installed]
+    yield from measure(
+        variants, bases, cases, partial(_linear, settings), rounds=settings.rounds, at_once=settings.at_once, together=True,
+        progress=progress,
+    )  # fmt: skip
+
+
+def measure_attention(settings: Settings, cases: Sequence[dict[str, Any]], progress: Progress) -> Iterator[Measured]:
+    """PyTorch's attention in both float types, and ours with q, k and v quantized inside."""
 
     def start(variant: Variant) -> Worker:
         options = variant.to_dict() | {"device": settings.device, "threads": settings.threads}
-        return Worker(f"{_PACKAGE}.linears:Linear", options)
+        return Worker(f"{_PACKAGE}.attention:Attention", options)
 
-    options = {"rounds": settings.rounds, "at_once": settings.at_once, "together": True, "progress": progress}
-    yield from measure(ours[:1], [], [CALL_SIZE], start, **options)  # type: ignore[arg-type]
-    yield from measure([*variants, *settings.installed], bases, cases, start, **options)  # type: ignore[arg-type]
+    variants = [Variant("float32"), *(Variant(recipe, "compiled") for recipe in settings.recipes)]
+    yield from measure(
+        variants, [Variant("bfloat16")], cases, start, rounds=settings.rounds, at_once=settings.at_once, together=True,
+        progress=progress,
+    )  # fmt: skip
 
 
 def measure_step(settings: Settings, case: StepCase, progress: Progress) -> Iterator[Measured]:
@@ -100,21 +134,19 @@ def measure_step(settings: Settings, case: StepCase, progress: Progress) -> Iter
 
 
 def measure_generation(
-    settings: Settings, model: str, prompts: list[str], call: dict[str, Any], progress: Progress
+    settings: Settings, model: str, prompts: list[str], call: dict[str, Any], peers: bool, progress: Progress
 ) -> Iterator[Measured]:
     """One batch of images of a pipeline."""
     options = {"model": model, "prompts": prompts, "call": call}
     case = {"model": model, "images": len(prompts)}
     files = options | {"device": settings.device}
-    yield from _measure_models(settings, "Generation", "GenerationFiles", files, options, case, True, progress)
+    yield from _measure_models(settings, "Generation", "GenerationFiles", files, options, case, peers, progress)
 
 
 def _measure_models(
     settings: Settings, workload: str, files: str, files_options: dict[str, Any], options: dict[str, Any],
     case: dict[str, Any], peers: bool, progress: Progress,
 ) -> Iterator[Measured]:  # fmt: skip
-    from fp4dit_ao import QuantizedTransformer
-
     module = f"{_PACKAGE}.transformers"
     recipes = settings.recipes if peers else settings.recipes[:1]
     with tempfile.TemporaryDirectory(prefix="fp4dit-ao-") as folder:
@@ -136,8 +168,7 @@ def _measure_models(
             return Worker(f"{module}:{workload}", everything, {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
 
         ours = [Variant(recipe, "compiled") for recipe in recipes]
-        if hasattr(QuantizedTransformer, "compile_blocks"):
-            ours.append(Variant(recipes[0], "by block"))
+        ours.append(Variant(recipes[0], "by block"))
         bases = [Variant("float32", "compiled"), BASE]
         variants = [*bases, Variant("bfloat16", "by block"), *ours]
         if peers:

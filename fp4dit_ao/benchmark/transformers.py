@@ -17,7 +17,6 @@ from fp4dit_ao.benchmark import exact, memory
 from fp4dit_ao.benchmark.peers import PEERS, quantizable
 from fp4dit_ao.benchmark.variants import Variant
 from fp4dit_ao.benchmark.worker import Workload, timed
-from fp4dit_ao.config import QuantConfig
 
 TEXT_TOKENS = 300
 PIXART_XL: dict[str, Any] = {
@@ -42,29 +41,35 @@ def sample(pixels: int, dtype: torch.dtype, config: Mapping[str, Any] = PIXART_X
     }
 
 
+def random_model(config: dict[str, Any], pixels: int, dtype: torch.dtype) -> nn.Module:
+    """A PixArt transformer whose parameters are 0.02 times normal, as after initialisation."""
+    from diffusers import PixArtTransformer2DModel
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # else there would be a float32 copy of it first
+    try:
+        model = PixArtTransformer2DModel(sample_size=pixels // 8, **config)
+    finally:
+        torch.set_default_dtype(before)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    made: nn.Module = model.eval().requires_grad_(False)
+    return made
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 class StepFiles(Workload):
-    """Writes the model of :class:`Step`, float and quantized; its weights are 0.02 times normal, as after initialisation."""
+    """Writes the model of :class:`Step`, float and quantized."""
 
     def __init__(self, folder: str, config: dict[str, Any], pixels: int, recipes: list[str]):
         self.folder, self.config, self.pixels, self.recipes = Path(folder), config, pixels, recipes
 
     @torch.no_grad()
     def prepare(self, **case: Any) -> dict[str, Any]:
-        from diffusers import PixArtTransformer2DModel
-
-        torch.manual_seed(0)
-        dtype = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            model = PixArtTransformer2DModel(sample_size=self.pixels // 8, **self.config)
-        finally:
-            torch.set_default_dtype(dtype)
-        model.eval().requires_grad_(False)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.02)
+        model: Any = random_model(self.config, self.pixels, torch.bfloat16)
         model.save_pretrained(self.folder / FLOAT)
         given = sample(self.pixels, torch.bfloat16, self.config)
         for recipe in self.recipes:
@@ -76,11 +81,15 @@ def quantized(model: nn.Module, given: dict[str, Any], recipe: str) -> Any:
     """A ``QuantizedTransformer``, rounded to nearest: what a step costs does not depend on how weights were rounded."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    from fp4dit_ao import FP4DiTQuantizer, QuantizedTransformer, calibrate, capture, lower, samples, skeleton
-    from fp4dit_ao.capture import bind
+    from fp4dit_ao import samples, skeleton
+    from fp4dit_ao.calibration import calibrate
+    from fp4dit_ao.capture import bind, capture
+    from fp4dit_ao.families import quantizer_for, recipe_for
+    from fp4dit_ao.passes.lower import lower
+    from fp4dit_ao.quantized_transformer import QuantizedTransformer
 
-    config = QuantConfig.from_name(recipe)
-    quantizer = FP4DiTQuantizer().set_global(config)
+    config = recipe_for(model, recipe)
+    quantizer = quantizer_for(model, recipe)
     prepared = prepare_pt2e(capture(model, given), quantizer)
     if config.weight_candidates or config.activation_granularity == "tensor":
         calibrate(prepared, [given], progress=False)
@@ -99,7 +108,7 @@ class GenerationFiles(Workload):
         self.device, self.call = device, call
 
     def prepare(self, **case: Any) -> dict[str, Any]:
-        from fp4dit_ao import quantize_pipeline
+        from fp4dit_ao.pipeline import quantize_pipeline
 
         pipe = models.open_pipeline(self.model, self.device).to(torch.bfloat16)
         for recipe in self.recipes:
@@ -111,7 +120,7 @@ class GenerationFiles(Workload):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def ready(model: nn.Module, variant: Variant) -> tuple[nn.Module, dict[str, Any]]:
+def ready(model: Any, variant: Variant) -> tuple[Any, dict[str, Any]]:
     """``model``, on its device, quantized and compiled as the variant says; and its weights' bytes.
 
     Args:
@@ -120,14 +129,14 @@ def ready(model: nn.Module, variant: Variant) -> tuple[nn.Module, dict[str, Any]
     if variant.is_recipe:
         rows = [row for row in model.summary() if row.kind == "linear" and row.quantized]
         shapes = {row.name: row.shape for row in rows}
-        stored: nn.Module = model.graph  # type: ignore[assignment]
+        stored = model.graph
         if variant.mode == "compiled":
             model.compile_graph()
         elif variant.mode == "by block":
             model.compile_blocks()
     else:
         names = quantizable(model)
-        shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in names}  # type: ignore[arg-type]
+        shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in names}
         if variant.is_peer:
             model = PEERS[variant.method].convert(model, names)
         stored = model
@@ -137,14 +146,14 @@ def ready(model: nn.Module, variant: Variant) -> tuple[nn.Module, dict[str, Any]
     facts = {"bytes": memory.weight_bytes(stored), "bits": memory.bits_per_weight(stored, shapes)}
     if variant.mode == "compiled" and not variant.is_recipe:
         # after the facts: a compiled module's state_dict has other names
-        model = torch.compile(model)  # type: ignore[assignment]
+        model = torch.compile(model)
     return model, facts
 
 
 def repeated_blocks(model: nn.Module) -> Sequence[nn.Module]:
     """The longest list of modules of one class: what regional compilation compiles once."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(block) for block in m}) == 1]
-    return list(max(lists, key=len)) if lists else []
+    return max(([*blocks] for blocks in lists), key=len, default=[])
 
 
 class _Model(Workload):
@@ -197,17 +206,17 @@ class Step(_Model):
         super().__init__(**options)
         self.folder, self.config = Path(folder), config
 
-    def load(self, pixels: int, **case: Any) -> dict[str, Any]:
+    def load(self, **case: Any) -> dict[str, Any]:
         from diffusers import PixArtTransformer2DModel
 
-        from fp4dit_ao import QuantizedTransformer
+        from fp4dit_ao.quantized_transformer import QuantizedTransformer
 
         cls, name = (
             (QuantizedTransformer, self.variant.method) if self.variant.is_recipe else (PixArtTransformer2DModel, FLOAT)
         )
         model = cls.from_pretrained(self.folder / name, torch_dtype=self.dtype).to(self.device)
         self.model, facts = ready(model.eval().requires_grad_(False), self.variant)
-        given = sample(pixels, self.dtype, self.config)
+        given = sample(case["pixels"], self.dtype, self.config)
         self.given = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), given)
         return facts
 
@@ -224,8 +233,8 @@ class Generation(_Model):
         self.folder, self.name, self.prompts, self.call = Path(folder), model, prompts, call
 
     def load(self, **case: Any) -> dict[str, Any]:
-        from fp4dit_ao import load_pipeline
         from fp4dit_ao.generation import call_arguments
+        from fp4dit_ao.pipeline import load_pipeline
 
         if self.variant.is_recipe:
             pipe = load_pipeline(self.folder / self.variant.method, device=self.device)

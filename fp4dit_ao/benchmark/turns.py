@@ -226,15 +226,8 @@ def measure(
             members = [*bases, *group]
             workers |= {variant: start(variant) for variant in members if variant not in workers}
             for index, case in enumerate(cases):
-                at = f"{number * len(cases) + index + 1} of {len(groups) * len(cases)}: "
-                of_case = _one_case(
-                    {v: workers[v] for v in members},
-                    bases,
-                    case,
-                    rounds,
-                    together,
-                    lambda text, at=at: progress(at + text),
-                )
+                title = f"{number * len(cases) + index + 1} of {len(groups) * len(cases)}: {describe(case)}"
+                of_case = _one_case({v: workers[v] for v in members}, bases, case, rounds, together, title, progress)
                 yield from (m for m in of_case if number == 0 or m.variant not in bases)
             for variant in group:
                 workers.pop(variant).close()
@@ -243,11 +236,15 @@ def measure(
             worker.close()
 
 
+def describe(case: Mapping[str, Any]) -> str:
+    """``{"layers": 2, "pixels": 512}`` in words."""
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in case.items())
+
+
 def _one_case(
     workers: Mapping[Variant, Worker], bases: Sequence[Variant], case: dict[str, Any], rounds: int, together: bool,
-    progress: Progress,
+    title: str, progress: Progress,
 ) -> list[Measured]:  # fmt: skip
-    name = ", ".join(f"{key} {value}" for key, value in case.items())
     found = {variant: Measured(variant, case) for variant in workers}
 
     def attempt(variant: Variant, do: Callable[[], Any]) -> Any:
@@ -259,7 +256,7 @@ def _one_case(
         return None
 
     for variant, worker in workers.items():
-        progress(f"{name}: prepare {variant.label}")
+        progress(f"{title}: prepare {variant.label}")
         do = worker.tell if together else worker.ask
         found[variant].facts |= attempt(variant, lambda do=do: do("prepare", **case)) or {}  # type: ignore[misc]
     if together:
@@ -267,7 +264,7 @@ def _one_case(
             found[variant].facts |= attempt(variant, worker.answer) or {}
     for number in range(rounds):
         for variant, worker in workers.items():
-            progress(f"{name}: round {number + 1} of {rounds}, {variant.label}")
+            progress(f"{title}: round {number + 1} of {rounds}, {variant.label}")
             seconds = attempt(variant, lambda worker=worker: worker.ask("turn"))  # type: ignore[misc]
             if seconds is not None:
                 found[variant].seconds.append(seconds)

@@ -9,14 +9,19 @@ from fp4dit_ao.export import save_package, save_program
 
 def export(model: str, out: Path, aoti: bool, device: str | None) -> None:
     """Load the transformer of ``model``, on ``device``, and write it to ``out``."""
-    transformer = checkpoint.load(_transformer_folder(model)).to(device or models.default_device())
+    transformer = checkpoint.load(transformer_folder(model)).to(device or models.default_device())
     began = time.perf_counter()
     print("compiling; this takes minutes for a large model" if aoti else "exporting", flush=True)
     (save_package if aoti else save_program)(transformer, out)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - began:.0f} s")
 
 
-def _transformer_folder(model: str) -> Path:
+def transformer_folder(model: str) -> Path:
+    """The folder of the quantized transformer in a pipeline's folder, or ``model`` itself if it is one.
+
+    Raises:
+        ValueError: there is none.
+    """
     path = Path(model).expanduser()
     found = next((folder for folder in (path / "transformer", path) if checkpoint.is_quantized(folder)), None)
     if found is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fp4dit_ao import models
-from fp4dit_ao.benchmark import linears, report, sections
+from fp4dit_ao.benchmark import attention, linears, report, sections
 from fp4dit_ao.benchmark.bars import Results
 from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.sections import Settings, StepCase
@@ -19,42 +19,48 @@ from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.environment import environment
 from fp4dit_ao.evaluate import write_text
 
-PARTS = ("linears", "transformer", "generation")
-SIZES = {
-    "cpu": {
-        "linear": ["pixart-xl:1,16,256,1024,4096", "6144x1408:1024", "12288x3072:1024"],
-        "transformer": ["512x28", "512x2+peers", "1024x2"],
+PARTS = ("linears", "attention", "transformer", "generation")
+SIZES: dict[str, dict[str, list[str]]] = {
+    "quick": {"linear": ["4608x1152:16,256+peers"], "transformer": ["256x1"]},
+    "standard": {
+        "linear": ["pixart-xl:1,16,256,1024,4096", "4608x1152:16,1024+peers", "12288x3072:1024+peers"],
+        "transformer": ["512x4", "512x1+peers"],
+    },
+    "full": {
+        "linear": ["pixart-xl:1,16,256,1024,4096+peers", "hunyuan-dit:1024+peers", "flux:1024+peers"],
+        "transformer": ["512x28", "512x2+peers", "1024x4"],
     },
     "cuda": {
-        "linear": [f"{name}:16,256,1024,4096,16384" for name in linears.SHAPES],
+        "linear": [f"{name}:16,256,1024,4096,16384" for name in linears.SHAPES] + ["12288x3072:16,4096+peers"],
         "transformer": ["512x28", "1024x28+peers"],
     },
-    "quick": {"linear": ["4608x1152:16,256"], "transformer": ["256x1+peers"]},
 }
-"""What is measured if nothing else is asked for, by type of device."""
+"""What is measured if nothing else is asked for. "cuda" takes the place of "standard" and "full" on a GPU."""
 
 
 def benchmark(
     model: str, *, parts: Sequence[str], recipes: Sequence[str], peers: Sequence[str], linear: Sequence[str],
-    transformer: Sequence[str], quick: bool, batch_size: int, steps: int | None, prompts: Path | None, rounds: int,
+    transformer: Sequence[str], size: str, batch_size: int, steps: int | None, prompts: Path | None, rounds: int,
     model_rounds: int, at_once: int, device: str | None, out: Path,
 ) -> None:  # fmt: skip
     """Measure, print Markdown, and write it beside the JSON ``out``; see ``fp4dit-ao benchmark --help``."""
     for recipe in recipes:
         QuantConfig.from_name(recipe)
     parts = _known("part", parts, PARTS)
+    chosen = bool(peers)
     peers = [] if list(peers) == ["none"] else _known("peer", peers, list(PEERS))
     device = device or models.default_device()
-    sizes = SIZES["quick" if quick else torch.device(device).type]
+    _known("size", [size], ("quick", "standard", "full"))
+    sizes = SIZES[size if size == "quick" or torch.device(device).type == "cpu" else "cuda"]
     linear, transformer = linear or sizes["linear"], transformer or sizes["transformer"]
-    linear_cases = [case for text in linear for case in linears.cases(text)]
+    linear_cases = [linears.cases(text) for text in linear]
     step_cases = [StepCase.parse(text) for text in transformer]
     texts = _prompts(model, prompts, batch_size) if "generation" in parts else []
     call: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
     each = Settings(tuple(recipes), tuple(peers), device, torch.get_num_threads(), rounds, at_once)
     few = replace(each, rounds=model_rounds)
     asked = {
-        "parts": parts, "recipes": list(recipes), "peers": peers, "linear": linear, "transformer": transformer,
+        "size": size, "parts": parts, "recipes": list(recipes), "peers": peers, "linear": linear, "transformer": transformer,
         "model": model, "batch size": batch_size, "steps": steps, "rounds": rounds, "model rounds": model_rounds,
         "device": device,
     }  # fmt: skip
@@ -70,16 +76,24 @@ def benchmark(
             if "linears" in parts:
                 bar.set_description_str("ceilings")
                 results.ceilings = sections.ceilings(each)
-                collect(results.linears, sections.measure_linears(each, linear_cases, bar.set_description_str))
+                collect(results.linears, sections.measure_call(each, bar.set_description_str))
+                for some, beside in linear_cases:
+                    collect(results.linears, sections.measure_linears(each, some, beside, bar.set_description_str))
+            if "attention" in parts:
+                cases = attention.CASES[:1] if size == "quick" else attention.CASES
+                collect(results.attention, sections.measure_attention(each, cases, bar.set_description_str))
             if "transformer" in parts:
                 for case in step_cases:
                     collect(results.steps, sections.measure_step(few, case, bar.set_description_str))
             if "generation" in parts:
-                measured = sections.measure_generation(few, model, texts, call, bar.set_description_str)
+                beside = chosen or size == "full"
+                measured = sections.measure_generation(few, model, texts, call, beside, bar.set_description_str)
                 collect(results.generations, measured)
             bar.set_description_str("done")
     finally:
-        if results.linears or results.steps or results.generations:  # if interrupted: what there is
+        if (
+            results.linears or results.attention or results.steps or results.generations
+        ):  # if interrupted: what there is
             text = report.markdown(results)
             print(text)
             write_text(out, json.dumps(report.to_dict(results), indent=1) + "\n")

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import native
-from fp4dit_ao.kernels.tokens import quantize_tokens
+from fp4dit_ao.kernels.tokens import digits, quantize_tokens
 from fp4dit_ao.ops import LIBRARY, choose_scale, fake_quantize
 
 _LARGEST_HEAD = 256
+_DIGITS = 2
 
 
 @functools.cache
@@ -33,9 +34,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         fmt: format of q, k and v.
 
     Returns:
-        ``(batch, heads, queries, dim)`` in the type of ``q``. Scores of int8 formats are exact integers times scales, and
-        weights and sums float32; only where the result is bfloat16 are weights rounded to bfloat16, as PyTorch's own attention
-        does. A query whose keys are all masked gets zeros.
+        ``(batch, heads, queries, dim)`` in the type of ``q``. Scores are exact integers times scales, and weights and sums
+        float32; only where the result is bfloat16 (and levels are int8) are weights rounded to bfloat16, as PyTorch's own
+        attention does. A query whose keys are all masked gets zeros.
     """
     if not _fits(q, k, v, mask, fmt):
         block = [1] * (q.ndim - 1) + [-1]
@@ -46,7 +47,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
     output_dtype = q.dtype if q.dtype in native.OUTPUTS else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    levels = [part for x in (q, k, v) for part in _levels(x, fmt)]
+    levels = [part for x in (q, k, v) for part in _levels(x, fmt)]  # int8 digits and scales
     y: Tensor = torch.ops.fp4dit_ao.int8_attention(*levels, bias, scale, output_dtype)
     return y.to(q.dtype)
 
@@ -54,12 +55,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, fmt: str) -> bool:
     shaped = q.ndim == k.ndim == v.ndim == 4 and q.shape[1] == k.shape[1] == v.shape[1]
     shaped = shaped and q.shape[-1] == k.shape[-1] == v.shape[-1] <= _LARGEST_HEAD
-    return shaped and q.device.type == "cpu" and parse(fmt).fits_int8 and available()
+    number = parse(fmt)
+    exact = digits(number) <= _DIGITS and number.lattice_max**2 * q.shape[-1] < 2**31
+    return shaped and q.device.type == "cpu" and exact and available()
 
 
 def _levels(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     levels, scale = quantize_tokens(x, fmt)
-    return levels.reshape(x.shape), scale.reshape(x.shape[:-1])
+    count = digits(parse(fmt))
+    return levels.reshape(count, *x.shape), scale.reshape(count, *x.shape[:-1])[-1]
 
 
 def run(
@@ -69,7 +73,8 @@ def run(
     """``torch.ops.fp4dit_ao.int8_attention`` on CPUs.
 
     Args:
-        q: int8 levels ``(batch, heads, queries, dim)``, -127 to 127; ``k``, ``v`` likewise with ``keys``. dim is at most 256.
+        q: int8 ``(digits, batch, heads, queries, dim)``, -127 to 127; ``k``, ``v`` likewise with ``keys``. dim is at most
+            256. A level is one digit, or 128 times the first plus the second; no score may exceed an int32.
         q_scale: float32 ``(batch, heads, queries)``; ``k_scale``, ``v_scale`` likewise.
         bias: float32, broadcastable to ``(batch, heads, queries, keys)``, or None.
         scale: of the scores.
@@ -85,16 +90,21 @@ def run(
     opened = native.library()
     if opened is None:
         raise RuntimeError("fp4dit_ao was installed without its compiled kernel; install a C compiler and reinstall it")
-    batch, heads, queries, dim = q.shape
-    keys = k.shape[2]
-    fits = k.shape == v.shape == (batch, heads, keys, dim) and dim <= _LARGEST_HEAD and output_dtype in native.OUTPUTS
+    count, batch, heads, queries, dim = q.shape
+    keys = k.shape[3]
+    fits = (
+        k.shape == v.shape == (count, batch, heads, keys, dim)
+        and count <= _DIGITS
+        and dim <= _LARGEST_HEAD
+        and output_dtype in native.OUTPUTS
+    )
     fits = fits and {x.dtype for x in (q, k, v)} == {torch.int8}
-    fits = fits and q_scale.shape == q.shape[:3] and k_scale.shape == v_scale.shape == k.shape[:3]
+    fits = fits and q_scale.shape == q.shape[1:4] and k_scale.shape == v_scale.shape == k.shape[1:4]
     if not fits:
         raise ValueError(
             f"int8_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} with scales "
             f"{tuple(q_scale.shape)}, {tuple(k_scale.shape)}, {tuple(v_scale.shape)} to {output_dtype} do not fit; they "
-            f"must be int8 (batch, heads, tokens, dim) with dim up to {_LARGEST_HEAD}, and (batch, heads, tokens)"
+            f"must be int8 (1 or 2, batch, heads, tokens, dim) with dim up to {_LARGEST_HEAD}, and (batch, heads, tokens)"
         )
     arrays = [x.contiguous() for x in (q, k, v)] + [x.float().contiguous() for x in (q_scale, k_scale, v_scale)]
     strides, added = (0, 0, 0), None
@@ -104,7 +114,7 @@ def run(
     out = torch.empty((batch, queries, heads, dim), dtype=output_dtype)
     failed = opened.fp4dit_attention(
         *(array.data_ptr() for array in arrays), None if added is None else added.data_ptr(), out.data_ptr(),
-        batch, heads, queries, keys, dim, *strides, scale, native.OUTPUTS[output_dtype], output_dtype == torch.bfloat16,
+        count, batch, heads, queries, keys, dim, *strides, scale, native.OUTPUTS[output_dtype], output_dtype == torch.bfloat16,
         native.parallel(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
@@ -120,7 +130,7 @@ LIBRARY.impl("int8_attention", run, "CPU")
 LIBRARY.impl(
     "int8_attention",
     lambda q, q_scale, k, k_scale, v, v_scale, bias, scale, output_dtype: q.new_empty(
-        (q.shape[0], q.shape[2], q.shape[1], q.shape[3]), dtype=output_dtype
+        (q.shape[1], q.shape[3], q.shape[2], q.shape[4]), dtype=output_dtype
     ).transpose(1, 2),
     "Meta",
 )

@@ -19,13 +19,14 @@ from torch import Tensor
 from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.ops import LIBRARY
 
-VERSION = 2
+VERSION = 4
 """Of the library's interface; ``fp4dit_version`` in ``csrc/linear.c`` says the same."""
 OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _LINEAR = [_POINTER] * 7 + [_SIZE] * 5 + [_NUMBER] * 2 + [_POINTER, _NUMBER]
 _TOKENS = [_POINTER] * 3 + [_SIZE] * 2 + [_NUMBER] * 2 + [ctypes.c_float, _POINTER, _NUMBER]
-_ATTENTION = [_POINTER] * 8 + [_SIZE] * 8 + [ctypes.c_float, _NUMBER, _NUMBER, _POINTER, _NUMBER]
+_SEARCH = [_POINTER] * 4 + [_SIZE] * 2 + [_NUMBER] * 2 + [_POINTER, _NUMBER]
+_ATTENTION = [_POINTER] * 8 + [_SIZE] * 9 + [ctypes.c_float, _NUMBER, _NUMBER, _POINTER, _NUMBER]
 
 
 @functools.cache
@@ -43,6 +44,7 @@ def library() -> ctypes.CDLL | None:
             continue
         opened.fp4dit_linear.argtypes, opened.fp4dit_attention.argtypes = _LINEAR, _ATTENTION
         opened.fp4dit_tokens.argtypes, opened.fp4dit_tokens.restype = _TOKENS, None
+        opened.fp4dit_search.argtypes, opened.fp4dit_search.restype = _SEARCH, None
         opened.fp4dit_kernel.restype = ctypes.c_char_p
         return opened
     warnings.warn(

@@ -33,8 +33,8 @@ from fp4dit_ao.serving.schema import (
 
 log = logging.getLogger(__name__)
 GENERATIONS = "/v1/images/generations"
-_BODY_BYTES = 16
-"""Bytes of a request's body per character of the longest prompt: JSON may write one as ``\\ud83d\\ude00``; and 4096 for the rest."""
+_BODY_BYTES, _BODY_REST = 12, 4096
+"""Bytes of a request's body for every character of the longest prompt (JSON may write one in 12), and for all else."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Limits:
     timeout: float = 120.0
 
 
-def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, limits: Limits | None = None) -> FastAPI:
+def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, limits: Limits = Limits()) -> FastAPI:
     """The application. It starts ``engine`` when it starts, and closes it when it ends.
 
     Args:
@@ -65,10 +65,16 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
         default: size and steps of a request that asks for none.
         multiple: of which width and height must be multiples.
         limits: what a request may ask for.
+
+    Raises:
+        ValueError: the limits contradict the queue or the default.
     """
-    limits = limits or Limits()
     if limits.n > engine.batching.max_queue:
         raise ValueError(f"a queue of {engine.batching.max_queue} images cannot hold a request for {limits.n}")
+    if max(default.width, default.height) > limits.side or default.steps > limits.steps:
+        raise ValueError(
+            f"the model's own {default} is beyond the limits of {limits.side} pixels and {limits.steps} steps"
+        )
     created = int(time.time())
 
     @contextlib.asynccontextmanager
@@ -81,7 +87,7 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
         title="fp4dit_ao", summary="A 4-bit diffusion transformer behind the OpenAI images API.", lifespan=lifespan,
         docs_url=None, redoc_url=None,
     )  # fmt: skip
-    app.add_middleware(_BodyLimit, limit=4096 + _BODY_BYTES * limits.prompt)
+    app.add_middleware(_BodyLimit, limit=_BODY_REST + _BODY_BYTES * limits.prompt)
     app.add_middleware(_Counted, metrics=engine.metrics)
     _answer_errors(app)
     refusals: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ("4XX", "5XX")}
@@ -131,7 +137,8 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
             lambda: [encode(image, asked.output_format, asked.output_compression) for image in images]
         )
         return ImageResponse(
-            created=int(time.time()), size=f"{style.width}x{style.height}", steps=style.steps, output_format=asked.output_format,
+            created=int(time.time()), size=f"{style.width}x{style.height}", steps=style.steps,
+            output_format=asked.output_format,
             data=[ImageData(b64_json=text, seed=seed) for text, seed in zip(pictures, seeds, strict=True)],
         )  # fmt: skip
 
@@ -171,7 +178,8 @@ async def _drawn(
     together = asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
     gone = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({together, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        waited: set[asyncio.Future[Any]] = {together, gone}
+        await asyncio.wait(waited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if together.done():
             return await together
         if gone.done():
@@ -183,7 +191,9 @@ async def _drawn(
         raise ApiError(503, str(error), "not_ready", retry_after=1) from error
     finally:
         gone.cancel()
-        together.cancel()  # what still waits leaves the queue
+        for future in futures:
+            future.cancel()  # what still waits leaves the queue
+        together.cancel()
 
 
 async def _disconnected(request: Request) -> None:

@@ -16,9 +16,11 @@ class Painter:
     """Draws batches with a pipeline. Every image has a generator of its own, so its noise does not depend on its neighbours.
 
     Args:
-        pipe: a text-to-image pipeline; its ``generation.json`` is what is not said.
-        warm_sizes: batch sizes to draw while warming up: what is compiled for one of them serves others.
-        compiled: the transformer is compiled on first use, for batches of one and for larger ones.
+        pipe: a text-to-image pipeline; its ``generation.json`` says what a request does not.
+        max_batch: images of a batch, at most.
+        same_bits: draw every batch as one of ``max_batch``, filled up with copies of its last image. An image's bits then do
+            not depend on how many it was drawn with: matrix libraries choose other kernels, and other orders of summation,
+            for other numbers of rows. Fewer images then take as long as ``max_batch``.
 
     Attributes:
         default: the style of a request that asks for none.
@@ -28,9 +30,8 @@ class Painter:
         ValueError: not a text-to-image pipeline.
     """
 
-    def __init__(self, pipe: Any, max_batch: int = 1):
-        self._pipe = pipe
-        self._max_batch = max_batch
+    def __init__(self, pipe: Any, max_batch: int = 1, same_bits: bool = False):
+        self._pipe, self._max_batch, self._same_bits = pipe, max_batch, same_bits
         parameters = inspect.signature(type(pipe).__call__).parameters
         needed = {"prompt", "height", "width", "num_inference_steps", "generator", "output_type"}
         if missing := sorted(needed - set(parameters)):
@@ -46,9 +47,10 @@ class Painter:
         self.multiple = math.lcm(8, scale * (patch if isinstance(patch, int) else 2))
 
     def warm_up(self) -> None:
-        """Draw batches of one, two and as many as there may be, at the default size, with two steps."""
+        """Draw batches of one, two and as many as there may be, at the default size, with two steps: all that is compiled."""
         style = Style(self.default.width, self.default.height, min(2, self.default.steps))
-        for count in sorted({1, min(2, self._max_batch), self._max_batch}):
+        counts = {self._max_batch} if self._same_bits else {1, min(2, self._max_batch), self._max_batch}
+        for count in sorted(counts):
             self.draw(style, ["warm up"] * count, [0] * count)
 
     @torch.no_grad()
@@ -58,10 +60,14 @@ class Painter:
         Raises:
             RuntimeError: the model gave numbers that are no image.
         """
+        count = len(prompts)
+        if self._same_bits:
+            missing = self._max_batch - count
+            prompts, seeds = [*prompts, *[prompts[-1]] * missing], [*seeds, *[seeds[-1]] * missing]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         size = {"width": style.width, "height": style.height, "num_inference_steps": style.steps}
         output = self._pipe(list(prompts), generator=generators, **(self._arguments | size)).images
-        images = np.asarray(output, dtype=np.float32)
+        images = np.asarray(output, dtype=np.float32)[:count]
         if not np.isfinite(images).all():
             raise RuntimeError("the model's output holds NaN or infinity")
         return list((images * 255).round().clip(0, 255).astype(np.uint8))

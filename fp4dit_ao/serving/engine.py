@@ -124,9 +124,10 @@ class Engine:
     # --- life --------------------------------------------------------------------------------------------------------
 
     def start(self) -> "Engine":
-        """Start the thread, which warms up first; returns at once."""
-        self._state = "warming up"
-        self._thread.start()
+        """Start the thread, which warms up first, if that was not done before; returns at once."""
+        if self._state == "new":
+            self._state = "warming up"
+            self._thread.start()
         return self
 
     @property

@@ -20,20 +20,19 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        to = {"registry": self.registry}
-        self.requests = Counter("fp4dit_requests", "Requests for images, by status code", ["code"], **to)
+        self.registry = to = CollectorRegistry()
+        self.requests = Counter("fp4dit_requests", "Requests for images, by status code", ["code"], registry=to)
         self.request_seconds = Histogram(
-            "fp4dit_request_seconds", "Whole time of a request for images", ["code"], buckets=_SECONDS, **to
+            "fp4dit_request_seconds", "Whole time of a request for images", ["code"], buckets=_SECONDS, registry=to
         )
-        self.images = Counter("fp4dit_images", "Images drawn", **to)
+        self.images = Counter("fp4dit_images", "Images drawn", registry=to)
         self.batch_size = Histogram(
-            "fp4dit_batch_size", "Images drawn together", buckets=(1, 2, 4, 8, 16, 32, 64), **to
+            "fp4dit_batch_size", "Images drawn together", buckets=(1, 2, 4, 8, 16, 32, 64), registry=to
         )
-        self.batch_seconds = Histogram("fp4dit_batch_seconds", "Drawing one batch", buckets=_SECONDS, **to)
-        self.waited = Histogram("fp4dit_queue_seconds", "An image in the queue", buckets=_SECONDS, **to)
-        self.waiting = Gauge("fp4dit_queue_depth", "Images in the queue now", **to)
-        self.ready = Gauge("fp4dit_ready", "Whether the model is warmed up", **to)
+        self.batch_seconds = Histogram("fp4dit_batch_seconds", "Drawing one batch", buckets=_SECONDS, registry=to)
+        self.waited = Histogram("fp4dit_queue_seconds", "An image in the queue", buckets=_SECONDS, registry=to)
+        self.waiting = Gauge("fp4dit_queue_depth", "Images in the queue now", registry=to)
+        self.ready = Gauge("fp4dit_ready", "Whether the model is warmed up", registry=to)
 
     def text(self) -> bytes:
         """All of them in Prometheus's text format."""

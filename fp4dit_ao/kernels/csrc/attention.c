@@ -1,25 +1,25 @@
 /* softmax(q . k^T * scale + bias) . v of int8 levels with a scale per token: AVX-512 VNNI.
  *
- * Scores are exact int32 products, like a linear's. Keys go by in blocks, as in flash attention (arXiv 2205.14135): a block of
- * queries keeps its largest score, the sum of its exponentials and its output so far. A value's scale goes into the weight that
- * multiplies it. Weights times values are summed in float32; where the result is bfloat16 and the processor multiplies
- * bfloat16, weights are rounded to it first (levels are bfloat16 as they are).
+ * Scores are exact int32 products, like a linear's; levels of two int8 digits (128 * high + low) are multiplied as int16. Keys
+ * go by in blocks, as in flash attention (arXiv 2205.14135): a block of queries keeps its largest score, the sum of its
+ * exponentials and its output so far. A value's scale goes into the weight that multiplies it. Weights times values are summed
+ * in float32; where the result is bfloat16 and the processor multiplies bfloat16, weights are rounded to it first (levels of
+ * one digit are bfloat16 as they are).
  */
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
 #include "epilogue.h"
-
-typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
+#include "threads.h"
 
 typedef struct {
-    const int8_t *q, *k, *v;                     /* [batch][heads][tokens][dim] */
+    const int8_t *q, *k, *v;                     /* [digits][batch][heads][tokens][dim] */
     const float *q_scale, *k_scale, *v_scale;    /* [batch][heads][tokens] */
     const float *bias;                           /* or NULL */
     int64_t bias_batch, bias_head, bias_query;   /* strides; keys lie side by side */
     void *out;                                   /* [batch][queries][heads][dim] */
-    int64_t batch, heads, queries, keys, dim;
+    int64_t digits, batch, heads, queries, keys, dim;
     float scale;
     int32_t out_type;
     int half;                                    /* weights in bfloat16 */
@@ -43,16 +43,17 @@ enum {
 };
 
 typedef struct {
-    uint8_t *k;   /* [key / 64][dim / 4][64][4], plus 128 */
+    uint32_t *k;  /* [key / 64][word][64]: a word is four int8 plus 128, or two int16 */
     float *v;     /* [key][vectors * 16]; or pairs of bfloat16 [key / 2][vectors * 16][2] */
-    int8_t *q;    /* [QUERIES][quads * 4] */
-    int32_t *sum; /* of each query's levels */
+    uint32_t *q;  /* [QUERIES][word]: four int8, or two int16 */
+    int32_t *sum; /* of each query's int8 levels */
     float *score; /* [QUERIES][KEYS], then weights; bfloat16 weights in the front half of each row */
     float *out;   /* [QUERIES][vectors * 16] */
-    int quads, vectors;
+    int words, vectors;
 } scratch;
 
-#define DOT(sum, weights, tokens) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(tokens))
+#define DOT_BYTES(sum, keys, queries) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(keys), "v"(queries))
+#define DOT_WORDS(sum, keys, queries) __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(keys), "v"(queries))
 #define INLINE static inline __attribute__((always_inline))
 
 /* e^x for x <= 0, within 2 units in the last place; 0 far below; NaN stays NaN (of two operands, max returns the second). */
@@ -71,51 +72,73 @@ INLINE __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-static void pack_keys(const int8_t *k, int64_t keys, int64_t dim, scratch *s) {
-    int64_t padded = (keys + 63) / 64 * 64;
-    memset(s->k, 128, padded * s->quads * 4);
-    for (int64_t j = 0; j < keys; j++, k += dim) {
-        uint8_t *to = s->k + (j / 64 * s->quads * 64 + j % 64) * 4;
-        for (int64_t d = 0; d < dim; d += 4, to += 256) {
-            uint32_t four = 0;
-            memcpy(&four, k + d, dim - d < 4 ? dim - d : 4);
-            four ^= 0x80808080;
-            memcpy(to, &four, 4);
-        }
+/* Word `w` of a token: bytes, or int16 made of two digits, `other` bytes apart. */
+INLINE uint32_t word(const int8_t *token, int64_t w, int64_t dim, int64_t other, const int wide) {
+    uint32_t word = 0;
+    if (!wide) {
+        memcpy(&word, token + 4 * w, dim - 4 * w < 4 ? dim - 4 * w : 4);
+        return word;
+    }
+    for (int64_t i = 0; i < 2 && 2 * w + i < dim; i++) {
+        int level = token[2 * w + i] * 128 + token[2 * w + i + other];
+        word |= (uint32_t)(uint16_t)level << 16 * i;
+    }
+    return word;
+}
+
+static void pack_keys(const attention *p, int64_t head, scratch *s) {
+    const int8_t *k = p->k + head * p->keys * p->dim;
+    const int wide = p->digits == 2;
+    int64_t padded = (p->keys + 63) / 64 * 64, other = p->batch * p->heads * p->keys * p->dim;
+    memset(s->k, wide ? 0 : 128, padded * s->words * 4);
+    for (int64_t j = 0; j < p->keys; j++, k += p->dim) {
+        uint32_t *to = s->k + j / 64 * s->words * 64 + j % 64;
+        if (wide)
+            for (int64_t w = 0; w < s->words; w++) to[w * 64] = word(k, w, p->dim, other, 1);
+        else
+            for (int64_t w = 0; w < s->words; w++) to[w * 64] = word(k, w, p->dim, other, 0) ^ 0x80808080;
     }
 }
 
-static void pack_values(const int8_t *v, int64_t keys, int64_t dim, int half, scratch *s) {
-    int64_t width = s->vectors * LANES, padded = (keys + 63) / 64 * 64;
-    memset(s->v, 0, padded * width * (half ? 2 : 4));
-    for (int64_t j = 0; j < keys; j++, v += dim)
-        if (half) {
+static void pack_values(const attention *p, int64_t head, scratch *s) {
+    const int8_t *v = p->v + head * p->keys * p->dim;
+    int64_t width = s->vectors * LANES, padded = (p->keys + 63) / 64 * 64, other = p->batch * p->heads * p->keys * p->dim;
+    memset(s->v, 0, padded * width * (p->half ? 2 : 4));
+    for (int64_t j = 0; j < p->keys; j++, v += p->dim)
+        if (p->half) {
             uint16_t *to = (uint16_t *)s->v + j / 2 * width * 2 + j % 2;
-            for (int64_t d = 0; d < dim; d++) to[2 * d] = (uint16_t)(bits_of(v[d]) >> 16);
-        } else
-            for (int64_t d = 0; d < dim; d++) s->v[j * width + d] = v[d];
+            for (int64_t d = 0; d < p->dim; d++) to[2 * d] = (uint16_t)(bits_of(v[d]) >> 16);
+        } else if (p->digits == 2)
+            for (int64_t d = 0; d < p->dim; d++) s->v[j * width + d] = (float)(v[d] * 128 + v[d + other]);
+        else
+            for (int64_t d = 0; d < p->dim; d++) s->v[j * width + d] = v[d];
 }
 
 /* Scores of ROWS_QK queries, `rows` of them real, and 64 keys, from `count` keys on -inf; each query's largest into `most`. */
-INLINE void score_tile(const int8_t *q, const int32_t *sum, const uint8_t *k, int quads, const float *q_scale,
-                       const float *k_scale, int count, const float *bias, int64_t bias_query, int rows, float *score,
-                       float *most) {
+INLINE void score_tile(const int wide, const uint32_t *q, const int32_t *sum, const uint32_t *k, int words,
+                       const float *q_scale, const float *k_scale, int count, const float *bias, int64_t bias_query, int rows,
+                       float *score, float *most) {
     __m512i dot[ROWS_QK][4];
 #pragma GCC unroll 6
     for (int m = 0; m < ROWS_QK; m++)
-        dot[m][0] = dot[m][1] = dot[m][2] = dot[m][3] = _mm512_set1_epi32(-128 * sum[m]);
-    for (int d = 0; d < quads; d++, k += 256) {
-        __m512i k0 = _mm512_loadu_si512(k), k1 = _mm512_loadu_si512(k + 64);
-        __m512i k2 = _mm512_loadu_si512(k + 128), k3 = _mm512_loadu_si512(k + 192);
+        dot[m][0] = dot[m][1] = dot[m][2] = dot[m][3] = _mm512_set1_epi32(wide ? 0 : -128 * sum[m]);
+    for (int w = 0; w < words; w++, k += 64) {
+        __m512i k0 = _mm512_loadu_si512(k), k1 = _mm512_loadu_si512(k + 16);
+        __m512i k2 = _mm512_loadu_si512(k + 32), k3 = _mm512_loadu_si512(k + 48);
 #pragma GCC unroll 6
         for (int m = 0; m < ROWS_QK; m++) {
-            int32_t four;
-            memcpy(&four, q + (m * quads + d) * 4, 4);
-            __m512i a = _mm512_set1_epi32(four);
-            DOT(dot[m][0], k0, a);
-            DOT(dot[m][1], k1, a);
-            DOT(dot[m][2], k2, a);
-            DOT(dot[m][3], k3, a);
+            __m512i a = _mm512_set1_epi32((int32_t)q[m * words + w]);
+            if (wide) {
+                DOT_WORDS(dot[m][0], k0, a);
+                DOT_WORDS(dot[m][1], k1, a);
+                DOT_WORDS(dot[m][2], k2, a);
+                DOT_WORDS(dot[m][3], k3, a);
+            } else {
+                DOT_BYTES(dot[m][0], k0, a);
+                DOT_BYTES(dot[m][1], k1, a);
+                DOT_BYTES(dot[m][2], k2, a);
+                DOT_BYTES(dot[m][3], k3, a);
+            }
         }
     }
     const __m512 none = _mm512_set1_ps(-INFINITY);
@@ -248,12 +271,14 @@ static void attend(attention *p, int64_t batch, int64_t head, int64_t first, int
     int64_t at = batch * p->heads + head, width = s->vectors * LANES;
     float most[QUERIES], sums[QUERIES] = {0}, q_scale[QUERIES] = {0};
     memset(s->sum, 0, QUERIES * sizeof *s->sum);
-    memset(s->q, 0, QUERIES * s->quads * 4);
+    memset(s->q, 0, QUERIES * s->words * 4);
     memset(s->out, 0, QUERIES * width * sizeof *s->out);
     for (int m = 0; m < QUERIES; m++) most[m] = -INFINITY;
     for (int m = 0; m < count; m++) {
-        memcpy(s->q + m * s->quads * 4, p->q + (at * p->queries + first + m) * p->dim, p->dim);
-        s->sum[m] = sum_row(s->q + m * s->quads * 4, s->quads * 4);
+        const int8_t *query = p->q + (at * p->queries + first + m) * p->dim;
+        for (int64_t w = 0; w < s->words; w++)
+            s->q[m * s->words + w] = word(query, w, p->dim, p->batch * p->heads * p->queries * p->dim, p->digits == 2);
+        s->sum[m] = sum_row(query, (int)p->dim);
         q_scale[m] = p->q_scale[at * p->queries + first + m] * p->scale;
     }
     for (int64_t key = 0; key < p->keys; key += KEYS) {
@@ -264,9 +289,15 @@ static void attend(attention *p, int64_t batch, int64_t head, int64_t first, int
             for (int m = 0; m < count; m += ROWS_QK) {
                 const float *bias = p->bias ? p->bias + batch * p->bias_batch + head * p->bias_head +
                                                   (first + m) * p->bias_query + key + j : NULL;
-                score_tile(s->q + m * s->quads * 4, s->sum + m, s->k + (key + j) / 64 * s->quads * 256, s->quads,
-                           q_scale + m, p->k_scale + at * p->keys + key + j, keys - j, bias, p->bias_query, count - m,
-                           s->score + m * KEYS + j, most + m);
+                const uint32_t *q = s->q + m * s->words, *k = s->k + (key + j) * s->words;
+                const float *k_scale = p->k_scale + at * p->keys + key + j;
+                float *score = s->score + m * KEYS + j;
+                if (p->digits == 2)
+                    score_tile(1, q, s->sum + m, k, s->words, q_scale + m, k_scale, keys - j, bias, p->bias_query, count - m,
+                               score, most + m);
+                else
+                    score_tile(0, q, s->sum + m, k, s->words, q_scale + m, k_scale, keys - j, bias, p->bias_query, count - m,
+                               score, most + m);
             }
         for (int m = 0; m < count; m++) {
             float shrink = before[m] == -INFINITY ? 0 : expf(before[m] - most[m]);
@@ -291,9 +322,9 @@ static void attend(attention *p, int64_t batch, int64_t head, int64_t first, int
 
 static void worker(void *argument) {
     attention *p = argument;
-    scratch s = {.quads = (int)(p->dim + 3) / 4, .vectors = (int)(p->dim + LANES - 1) / LANES};
+    scratch s = {.words = (int)(p->digits == 2 ? (p->dim + 1) / 2 : (p->dim + 3) / 4), .vectors = (int)(p->dim + LANES - 1) / LANES};
     int64_t padded = (p->keys + 63) / 64 * 64, width = s.vectors * LANES, packed = -1;
-    s.v = malloc((padded * width + QUERIES * (KEYS + width + 1)) * sizeof *s.v + (padded + QUERIES) * s.quads * 4);
+    s.v = malloc((padded * width + QUERIES * (KEYS + width + 1)) * sizeof *s.v + (padded + QUERIES) * s.words * 4);
     if (!s.v) {
         atomic_store(&p->failed, 1);
         return;
@@ -301,15 +332,15 @@ static void worker(void *argument) {
     s.score = s.v + padded * width;
     s.out = s.score + QUERIES * KEYS;
     s.sum = (int32_t *)(s.out + QUERIES * width);
-    s.k = (uint8_t *)(s.sum + QUERIES);
-    s.q = (int8_t *)(s.k + padded * s.quads * 4);
+    s.k = (uint32_t *)(s.sum + QUERIES);
+    s.q = s.k + padded * s.words;
     memset(s.score, 0, QUERIES * KEYS * sizeof *s.score); /* rows that a short block leaves out are multiplied, too */
     for (;;) {
         int64_t task = atomic_fetch_add(&p->next, 1), at = task / p->chunks;
         if (at >= p->batch * p->heads) break;
         if (at != packed) {
-            pack_keys(p->k + at * p->keys * p->dim, p->keys, p->dim, &s);
-            pack_values(p->v + at * p->keys * p->dim, p->keys, p->dim, p->half, &s);
+            pack_keys(p, at, &s);
+            pack_values(p, at, &s);
             packed = at;
         }
         int64_t first = task % p->chunks * p->chunk, end = first + p->chunk < p->queries ? first + p->chunk : p->queries;
@@ -332,18 +363,19 @@ int fp4dit_attention_level(void) {
 #endif
 }
 
-/* All arrays but bias are contiguous, in the order that `attention` says; dim is at most 256. `half` allows bfloat16 weights.
+/* All arrays but bias are contiguous, in the order that `attention` says; dim is at most 256, and digits 1 or 2 (levels such that
+ * no score exceeds an int32). `half` allows bfloat16 weights.
  * Returns as fp4dit_linear does. */
 int fp4dit_attention(const int8_t *q, const int8_t *k, const int8_t *v, const float *q_scale, const float *k_scale,
-                     const float *v_scale, const float *bias, void *out, int64_t batch, int64_t heads, int64_t queries,
-                     int64_t keys, int64_t dim, int64_t bias_batch, int64_t bias_head, int64_t bias_query, float scale,
+                     const float *v_scale, const float *bias, void *out, int64_t digits, int64_t batch, int64_t heads,
+                     int64_t queries, int64_t keys, int64_t dim, int64_t bias_batch, int64_t bias_head, int64_t bias_query, float scale,
                      int32_t out_type, int32_t half, parallel_function parallel, int32_t threads) {
 #if defined(__x86_64__)
     if (!fp4dit_attention_level() || dim > LARGEST) return 2;
     attention p = {.q = q, .k = k, .v = v, .q_scale = q_scale, .k_scale = k_scale, .v_scale = v_scale, .bias = bias,
-                   .out = out, .batch = batch, .heads = heads, .queries = queries, .keys = keys, .dim = dim,
+                   .out = out, .digits = digits, .batch = batch, .heads = heads, .queries = queries, .keys = keys, .dim = dim,
                    .bias_batch = bias_batch, .bias_head = bias_head, .bias_query = bias_query, .scale = scale,
-                   .out_type = out_type, .half = half && fp4dit_attention_level() == 2};
+                   .out_type = out_type, .half = half && digits == 1 && fp4dit_attention_level() == 2};
     int64_t every = batch * heads;
     if (!every || !queries || !dim) return 0;
     /* enough tasks for all threads, but packing the keys must stay small beside multiplying them */
@@ -351,10 +383,7 @@ int fp4dit_attention(const int8_t *q, const int8_t *k, const int8_t *v, const fl
     p.chunks = wanted < most ? wanted : most;
     p.chunk = ((queries + p.chunks - 1) / p.chunks + QUERIES - 1) / QUERIES * QUERIES;
     p.chunks = (queries + p.chunk - 1) / p.chunk;
-    int64_t tasks = every * p.chunks;
-    if (threads > tasks) threads = (int)tasks;
-    if (parallel && threads > 1) parallel(worker, &p, (unsigned)threads, 0);
-    else worker(&p);
+    run_on_threads(worker, &p, parallel, threads, every * p.chunks);
     return atomic_load(&p.failed);
 #else
     return 2;

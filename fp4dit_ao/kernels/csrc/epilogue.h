@@ -6,7 +6,7 @@
 
 #include "tile.h"
 
-static int32_t sum_row(const int8_t *tokens, int depth) {
+static __attribute__((unused)) int32_t sum_row(const int8_t *tokens, int depth) {
     int32_t total = 0;
     for (int i = 0; i < depth; i++) total += tokens[i];
     return total;
@@ -56,7 +56,7 @@ static inline __attribute__((always_inline)) void write_row(const float *sums, f
     memcpy(out, half, features * sizeof *half);
 }
 
-static void write_rows(const float *sums, int rows, const float *token_scale, const float *bias, int features, void *out,
+static __attribute__((unused)) void write_rows(const float *sums, int rows, const float *token_scale, const float *bias, int features, void *out,
                        ptrdiff_t stride, int type) {
     float added[PANEL] = {0};
     if (bias) memcpy(added, bias, features * sizeof *bias);

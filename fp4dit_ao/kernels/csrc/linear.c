@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "threads.h"
 #include "tile.h"
 
 enum {
@@ -31,8 +32,6 @@ typedef struct {
     atomic_int failed;
 } problem;
 
-typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
-
 static const tile_kernel *const kernels[] = {
 #if defined(__x86_64__)
     &tile_avx512vnni, &tile_avxvnni, &tile_avx2,
@@ -53,7 +52,7 @@ static int supported(const tile_kernel *kernel) {
 }
 
 /* Of this interface; native.py asks for it. */
-int fp4dit_version(void) { return 2; }
+int fp4dit_version(void) { return 4; }
 
 /* The name of kernel `index`, best first; NULL past the last. What this processor lacks is an empty name. */
 const char *fp4dit_kernel(int index) {
@@ -125,9 +124,7 @@ static void multiply_worker(void *argument) {
 
 static void run(problem *p, void (*worker)(void *), parallel_function parallel, int threads, int64_t tasks) {
     atomic_store(&p->next, 0);
-    if (threads > tasks) threads = (int)tasks;
-    if (parallel && threads > 1) parallel(worker, p, (unsigned)threads, 0);
-    else worker(p);
+    run_on_threads(worker, p, parallel, threads, tasks);
 }
 
 /* All arrays are contiguous: tokens [rows][depth], token_scale [rows], codes [features][depth / 2], scale [features or 1][groups],

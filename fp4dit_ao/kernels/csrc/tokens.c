@@ -3,16 +3,9 @@
 #include <stdatomic.h>
 
 #include "epilogue.h"
-
-#if defined(__x86_64__) && defined(__linux__)
-#define EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EVERY_PROCESSOR
-#endif
+#include "threads.h"
 
 enum { STRIP = 512, ROWS_AT_ONCE = 8 };
-
-typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
 
 typedef struct {
     const void *x; /* [rows][features] of `type` */
@@ -99,8 +92,5 @@ void fp4dit_tokens(const void *x, int8_t *levels, float *scale, int64_t rows, in
                    int32_t mantissa_bits, float largest, parallel_function parallel, int32_t threads) {
     tokens p = {.x = x, .levels = levels, .scale = scale, .rows = rows, .features = features, .type = type,
                 .mantissa_bits = mantissa_bits, .largest = largest};
-    int64_t useful = rows * features / 32768 + 1;
-    if (threads > useful) threads = (int)useful;
-    if (parallel && threads > 1) parallel(worker, &p, (unsigned)threads, 0);
-    else worker(&p);
+    run_on_threads(worker, &p, parallel, threads, rows * features / 32768 + 1);
 }

@@ -1,0 +1,212 @@
+"""Exported transformers run without the model's class, give the same bits, and stay dynamic."""
+
+import io
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from typer.testing import CliRunner
+
+from fp4dit_ao import MinifloatTensor, checkpoint, export
+from fp4dit_ao.cli import app
+from fp4dit_ao.commands.export import transformer_folder
+from fp4dit_ao.passes.unwrap import unwrap
+
+SHAPES = {"captured": (2, 8, 16, 8), "one": (1, 8, 8, 1), "square": (3, 12, 12, 5), "large": (5, 10, 16, 3)}
+"""(batch, height, width, text length)."""
+
+
+def sample(batch: int, height: int, width: int, text: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(batch)
+    return {
+        "hidden_states": torch.randn(batch, 4, height, width, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, 128, generator=generator),
+        "timestep": torch.full((1,), 500).expand(batch),  # as pipelines pass it
+        "encoder_attention_mask": torch.ones(batch, text, dtype=torch.int64),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+@pytest.fixture(scope="module")
+def program(tiny_quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "model.pt2"
+    export.save_program(tiny_quantized.transformer, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def package(tiny_quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "package.pt2"
+    export.save_package(tiny_quantized.transformer, path)
+    return path
+
+
+def elsewhere(path: Path, inputs: dict[str, dict[str, Any]], tmp_path: Path) -> dict[str, Tensor]:
+    """What an exported file gives in a process that has neither the model's class nor diffusers."""
+    torch.save(inputs, tmp_path / "inputs.pt")
+    script = (
+        "import sys, torch; from fp4dit_ao import export\n"
+        "model = export.load(sys.argv[1]); inputs = torch.load(sys.argv[2])\n"
+        "torch.save({name: model(**x)[0] for name, x in inputs.items()}, sys.argv[3])\n"
+        "assert not {'diffusers', 'transformers', 'torchao', 'fp4dit_ao.tensor'} & set(sys.modules), 'too much imported'"
+    )
+    arguments = [str(path), str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt")]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    outputs: dict[str, Tensor] = torch.load(tmp_path / "outputs.pt")
+    return outputs
+
+
+# --- programs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_program_gives_the_graphs_bits_in_another_process(program: Path, tiny_quantized: Any, tmp_path: Path) -> None:
+    inputs = {name: sample(*shape) for name, shape in SHAPES.items()}
+    outputs = elsewhere(program, inputs, tmp_path)
+    for name, x in inputs.items():
+        assert torch.equal(outputs[name], tiny_quantized.transformer(**x, return_dict=False)[0]), name
+
+
+def test_plain_torch_reads_a_program(program: Path, tiny_quantized: Any) -> None:
+    exported = torch.export.load(program)
+    weights = exported.state_dict
+    assert weights["transformer_blocks.0.attn1.to_q.weight_qdata"].dtype == torch.uint8
+    assert not any(isinstance(x, MinifloatTensor) for x in weights.values())
+    x = sample(2, 8, 8, 8)
+    constants = {"cross_attention_kwargs": None, "attention_mask": None, "return_dict": False}
+    (output,) = exported.module()(**x, **constants)
+    assert torch.equal(output, tiny_quantized.transformer(**x).sample)
+
+
+def test_nothing_in_a_program_is_pickled(program: Path) -> None:
+    with zipfile.ZipFile(program) as archive:
+        for name in archive.namelist():
+            content = archive.read(name)
+            assert not zipfile.is_zipfile(io.BytesIO(content)), f"{name} is a torch.save file"
+            assert not (content[:1] == b"\x80" and content[-1:] == b"."), f"{name} is a pickle"
+
+
+def test_half_precision(tiny_quantized: Any, tmp_path: Path) -> None:
+    tiny_quantized.transformer.save_pretrained(tmp_path / "saved")
+    half = checkpoint.load(tmp_path / "saved").to(torch.bfloat16)
+    export.save_program(half, tmp_path / "half.pt2")
+    loaded = export.load(tmp_path / "half.pt2")
+    assert loaded.dtype == torch.bfloat16
+    x = pytree.tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, sample(3, 8, 12, 6))
+    (output,) = loaded(**x)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, half(**x).sample)
+
+
+# --- packages --------------------------------------------------------------------------------------------------------
+
+
+def test_a_package_gives_the_compiled_graphs_bits_in_another_process(
+    package: Path, tiny_quantized: Any, tmp_path: Path
+) -> None:
+    inputs = {name: sample(*shape) for name, shape in SHAPES.items()}
+    outputs = elsewhere(package, inputs, tmp_path)
+    transformer = tiny_quantized.transformer
+    transformer.compile_graph()
+    try:
+        for name in ("captured", "large"):  # one compilation serves both
+            assert torch.equal(outputs[name], transformer(**inputs[name]).sample), name
+    finally:
+        transformer.compile_graph(False)
+    for name, x in inputs.items():
+        expected = transformer(**x).sample
+        assert (outputs[name] - expected).norm() / expected.norm() < 0.05, name
+
+
+# --- calls and files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["program", "package"])
+def test_calls_that_the_graph_cannot_honour_are_refused(kind: str, request: pytest.FixtureRequest) -> None:
+    model = export.load(request.getfixturevalue(kind))
+    assert (model.kind, model.class_name, model.dtype) == (kind, "PixArtTransformer2DModel", torch.float32)
+    x = sample(2, 8, 16, 8)
+    with pytest.raises(ValueError, match="exported PixArtTransformer2DModel: no argument lora; it takes hidden_states"):
+        model(**x, lora=1)
+    with pytest.raises(ValueError, match="attention_mask is fixed to None"):
+        model(**x, attention_mask=torch.ones(2, 8))
+    del x["timestep"]
+    with pytest.raises(ValueError, match="timestep must be a tensor, found None"):
+        model(**x)
+
+
+def test_files_that_are_no_export_are_refused(program: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        export.load(tmp_path / "none.pt2")
+    cut = tmp_path / "cut.pt2"
+    cut.write_bytes(program.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cut.pt2 is no \.pt2 archive, or cut short"):
+        export.load(cut)
+    foreign = tmp_path / "foreign.pt2"
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),)), foreign)
+    with pytest.raises(ValueError, match="was not written by fp4dit-ao export"):
+        export.load(foreign)
+    other = tmp_path / "other.pt2"
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    with pytest.raises(ValueError, match=r"other.pt2 "):
+        export.load(other)
+
+
+def test_the_command(tiny_quantized: Any, tmp_path: Path) -> None:
+    tiny_quantized.save_pretrained(tmp_path / "pipe")
+    out = tmp_path / "model.pt2"
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "pipe"), str(out), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    x = sample(2, 8, 12, 3)
+    assert torch.equal(export.load(out)(**x)[0], tiny_quantized.transformer(**x).sample)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt2", "pipe"]
+    folder = tmp_path / "pipe" / "transformer"
+    assert transformer_folder(str(tmp_path / "pipe")) == transformer_folder(str(folder)) == folder
+
+
+@pytest.mark.parametrize(
+    ("model", "out", "message"),
+    [
+        ("float", "m.pt2", "holds no quantized transformer; make one with: fp4dit-ao quantize"),
+        ("saved", "m.onnx", "cannot export to m.onnx: the name must end in .pt2"),
+        ("saved", ".", "cannot write"),
+    ],
+)
+def test_wrong_arguments_are_refused(tiny_quantized: Any, tmp_path: Path, model: str, out: str, message: str) -> None:
+    (tmp_path / "float").mkdir()
+    tiny_quantized.transformer.save_pretrained(tmp_path / "saved")
+    result = CliRunner().invoke(app, ["export", str(tmp_path / model), str(tmp_path / out), "--device", "cpu"])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not list(tmp_path.glob("m.*"))
+
+
+# --- the rewrite -----------------------------------------------------------------------------------------------------
+
+
+def test_unwrap(tiny_quantized: Any) -> None:
+    graph = tiny_quantized.transformer.graph
+    before = {name for name, _ in graph.named_parameters()}
+    plain = unwrap(graph)
+    assert {name for name, _ in graph.named_parameters()} == before
+    node = next(n for n in plain.graph.nodes if n.op == "call_function" and n.target.__name__ == "linear")
+    assert_expected_inline(
+        "\n".join(str(n.format_node()) for n in [*node.args[1:3], node]),
+        """\
+%transformer_blocks_0_attn1_to_q_weight_qdata : [num_users=1] = get_attr[target=transformer_blocks.0.attn1.to_q.weight_qdata]
+%transformer_blocks_0_attn1_to_q_weight_scale : [num_users=1] = get_attr[target=transformer_blocks.0.attn1.to_q.weight_scale]
+%linear_16 : [num_users=1] = call_function[target=fp4dit_ao.kernels.linear](args = (%add_3, %transformer_blocks_0_attn1_to_q_weight_qdata, %transformer_blocks_0_attn1_to_q_weight_scale, [1, 128], e2m1, e2m3, %transformer_blocks_0_attn1_to_q_bias), kwargs = {})""",
+    )
+    assert plain.proj_out.weight is graph.proj_out.weight
+    x = sample(2, 8, 12, 3)
+    constants = {"cross_attention_kwargs": None, "attention_mask": None, "return_dict": False}
+    with torch.no_grad():
+        assert torch.equal(plain(**x, **constants)[0], graph(**x, **constants)[0])
