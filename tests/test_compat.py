@@ -253,3 +253,15 @@ def test_whole_numbers_that_may_vary_are_told_from_constants() -> None:
     assert _compat.varying_numbers(graph) == {"rows"}
     x = torch.randn(40)
     assert torch.equal(graph(x, 5, 3.0), x.reshape(5, 8) * 3)
+
+
+def test_buffers_enter_a_state_dict_and_leave_it_again() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Module())
+    model.register_buffer("root", torch.ones(1), persistent=False)
+    model[1].register_buffer("inner", torch.ones(1), persistent=False)
+    model[1].register_buffer("other", torch.ones(1), persistent=False)
+    before = set(model.state_dict())
+    changed = _compat.make_buffers_persistent(model, {"root", "1.inner"})
+    assert set(model.state_dict()) == before | {"root", "1.inner"}
+    _compat.make_buffers_transient(changed)
+    assert set(model.state_dict()) == before
