@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fp4dit_ao.kernels.attention import arguments_of
+
 _OPS = torch.ops.fp4dit_ao
 _INPUTS = ("query", "key", "value")
 
@@ -27,12 +29,14 @@ class QuantizedAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         call: Callable[..., Any] = func
-        if func is F.scaled_dot_product_attention:
-            named = dict(zip(_INPUTS, args, strict=False)) | {k: v for k, v in kwargs.items() if k in _INPUTS}
-            rounded = {name: _fake_quantize(x, self.fmt) for name, x in named.items()}
-            args, kwargs = args[len(_INPUTS) :], {k: v for k, v in kwargs.items() if k not in _INPUTS}
-            return call(*[rounded[name] for name in _INPUTS], *args, **kwargs)
-        return call(*args, **kwargs)
+        if func is not F.scaled_dot_product_attention:
+            return call(*args, **kwargs)
+        found = arguments_of(args, kwargs)
+        if found is not None:
+            return _OPS.attention(*found, self.fmt)
+        named = dict(zip(_INPUTS, args, strict=False)) | {k: v for k, v in kwargs.items() if k in _INPUTS}
+        rounded = [_fake_quantize(named[name], self.fmt) for name in _INPUTS]
+        return call(*rounded, *args[len(_INPUTS) :], **{k: v for k, v in kwargs.items() if k not in _INPUTS})
 
 
 def _fake_quantize(x: Tensor, fmt: str) -> Tensor:

@@ -57,7 +57,7 @@ def quantize_modules(
     split_modules(model, record.parts)
     for name, config in quantized_linears(record):
         quantize_linear(model, name, config)
-    quantizer = FP4DiTDiffusersQuantizer(FP4DiTConfig(recipe, skip=skip), record=record)
+    quantizer = FP4DiTDiffusersQuantizer(FP4DiTConfig(recipe, skip=skip), record, pre_quantized=False)
     return finish(model, quantizer)
 
 
@@ -200,7 +200,8 @@ def record_of(model: Any) -> Record:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     own = model_config(dict(model.config) | {"_class_name": type(model).__name__})
     record: Record = model.hf_quantizer.record
-    source = record.source or model.config.get("_name_or_path")
+    float_model = None if model.hf_quantizer.pre_quantized else model.config.get("_name_or_path")
+    source = record.source or (str(float_model) if float_model else None)
     return dataclasses.replace(record, dtype=dtype, model=own, source=source)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fp4dit_ao.kernels.attention import arguments_of
 from fp4dit_ao.passes.lower_blocks import block_input, block_weight, stored_scales
 from fp4dit_ao.tensor import MinifloatTensor
 
@@ -96,13 +97,15 @@ def _lower_linear(model: GraphModule, node: Node) -> None:
 
 def _lower_attention(model: GraphModule, node: Node) -> None:
     """``scaled_dot_product_attention`` of quantized q, k and v, unless it asks for what ours lacks (dropout, causal, GQA)."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    inputs = [_token_wise_input(given[name]) for name in names[:3]]
-    formats = {fmt for _, fmt in inputs}
-    if None in formats or len(formats) > 1 or any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
+    found = arguments_of(node.args, node.kwargs)
+    if found is None:
         return
-    arguments = (*(x for x, _ in inputs), given.get("attn_mask"), given.get("scale"), formats.pop())
+    *tensors, mask, scale = found
+    inputs = [_token_wise_input(x) for x in tensors]
+    formats = {fmt for _, fmt in inputs}
+    if None in formats or len(formats) > 1:
+        return
+    arguments = (*(x for x, _ in inputs), mask, scale, formats.pop())
     with model.graph.inserting_before(node):
         new = model.graph.call_function(_OPS.attention.default, arguments)
     new.meta.update(node.meta)

@@ -262,3 +262,15 @@ def test_whole_numbers_that_may_vary_are_told_from_constants() -> None:
 def test_a_torchao_tensor_is_made_of_its_parts(cls: Any) -> None:
     arguments = list(inspect.signature(cls.__new__).parameters)[1:]
     assert _compat.parts(cls) == arguments
+
+
+def test_buffers_enter_a_state_dict_and_leave_it_again() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Module())
+    model.register_buffer("root", torch.ones(1), persistent=False)
+    model[1].register_buffer("inner", torch.ones(1), persistent=False)
+    model[1].register_buffer("other", torch.ones(1), persistent=False)
+    before = set(model.state_dict())
+    changed = _compat.make_buffers_persistent(model, {"root", "1.inner"})
+    assert set(model.state_dict()) == before | {"root", "1.inner"}
+    _compat.make_buffers_transient(changed)
+    assert set(model.state_dict()) == before

@@ -114,7 +114,7 @@ def test_q_k_and_v_are_quantized_where_the_recipe_says_so(model: nn.Module) -> N
     assert kinds == ["QuantizedAttnProcessor2_0"] * 6
     assert [type(m.processor).__name__ for m in without.modules() if hasattr(m, "processor")] == [
         "AttnProcessor2_0"
-    ] * 4
+    ] * 6
 
 
 def test_a_static_range_is_the_graphs_alone() -> None:

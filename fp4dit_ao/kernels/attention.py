@@ -1,6 +1,8 @@
 """Attention on quantized q, k and v: int8 products for the scores where the processor has them, else PyTorch's attention."""
 
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     levels = [part for x in (q, k, v) for part in _levels(x, fmt)]  # int8 digits and scales
     y: Tensor = torch.ops.fp4dit_ao.int8_attention(*levels, bias, scale, output_dtype)
     return y.to(q.dtype)
+
+
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+def arguments_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any, Any, Any, Any] | None:
+    """Query, key, value, mask and scale of a call of ``scaled_dot_product_attention``.
+
+    None if it asks for what :func:`attention` lacks: dropout, a causal mask, or fewer heads of keys than of queries.
+    """
+    given = dict(zip(_ARGUMENTS, args, strict=False)) | dict(kwargs)
+    if any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
+        return None
+    return given["query"], given["key"], given["value"], given.get("attn_mask"), given.get("scale")
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, fmt: str) -> bool:
