@@ -50,8 +50,14 @@ def test_two_replicas_share_the_work_and_draw_the_same_bits(address: str) -> Non
         assert {answer.status_code for answer in answers} == {200}
         assert len({answer.json()["data"][0]["b64_json"] for answer in answers}) == 1
         assert client.post("/v1/images/generations", json={}).status_code == 400
-        drawn = set()
+        drawn = {}
         for _ in range(40):
-            drawn.add(re.search(r"^fp4dit_images_total (\S+)", client.get("/metrics").text, re.MULTILINE)[1])  # type: ignore[index]
+            text = client.get("/metrics").text
+            total, created = (
+                re.search(rf"^fp4dit_images_{name} (\S+)", text, re.MULTILINE) for name in ("total", "created")
+            )
+            assert total and created
+            drawn[created[1]] = float(total[1])
     assert len(drawn) == 2  # either replica answers with its own count
-    assert sum(map(float, drawn)) == 16
+    assert all(drawn.values())
+    assert sum(drawn.values()) == 16
