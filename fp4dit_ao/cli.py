@@ -230,11 +230,13 @@ def benchmark(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A quantized pipeline's folder, or its transformer's.")],
-    out: Annotated[Path, typer.Argument(help="File to write; must end in .pt2.")],
+    out: Annotated[
+        Path, typer.Argument(help="File to write: .pt2 runs, .safetensors holds codes and scales for other tools.")
+    ],
     aoti: Annotated[bool, typer.Option("--aoti", help="Compile it ahead of time (AOTInductor).")] = False,
     device: Device = None,
 ) -> None:
-    """Write MODEL's transformer as one file that runs without its Python class: a torch.export archive, or compiled."""
+    """Write MODEL's transformer as one file: a torch.export archive, compiled code, or codes and scales alone."""
     from fp4dit_ao.commands import export as run
 
     _writable_file(out)

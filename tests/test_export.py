@@ -161,6 +161,18 @@ def test_files_that_are_no_export_are_refused(program: Path, tmp_path: Path) -> 
         export.load(other)
 
 
+def test_the_command_writes_codes_and_scales_for_other_tools(tiny_quantized: Any, tmp_path: Path) -> None:
+    from fp4dit_ao import read_single_file
+
+    tiny_quantized.save_pretrained(tmp_path / "pipe")
+    out = tmp_path / "codes.safetensors"
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "pipe"), str(out)])
+    assert result.exit_code == 0, result.output
+    name = "transformer_blocks.0.attn1.to_q"
+    weight = tiny_quantized.transformer.graph.get_parameter(f"{name}.weight").dequantize(torch.float32)
+    assert torch.equal(torch.from_numpy(read_single_file(out).weight(name)), weight)
+
+
 def test_the_command(tiny_quantized: Any, tmp_path: Path) -> None:
     tiny_quantized.save_pretrained(tmp_path / "pipe")
     out = tmp_path / "model.pt2"

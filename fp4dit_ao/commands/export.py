@@ -5,10 +5,19 @@ from pathlib import Path
 
 from fp4dit_ao import checkpoint, models
 from fp4dit_ao.export import save_package, save_program
+from fp4dit_ao.single_file import export_single_file
 
 
 def export(model: str, out: Path, aoti: bool, device: str | None) -> None:
-    """Load the transformer of ``model``, on ``device``, and write it to ``out``."""
+    """Load the transformer of ``model``, on ``device``, and write it to ``out``, in the form that its name ends in.
+
+    Raises:
+        ValueError: no quantized transformer, or ``aoti`` of a file that is no ``.pt2``.
+    """
+    if out.suffix == ".safetensors" and not aoti:
+        export_single_file(transformer_folder(model), out)
+        print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+        return
     transformer = checkpoint.load(transformer_folder(model)).to(device or models.default_device())
     began = time.perf_counter()
     print("compiling; this takes minutes for a large model" if aoti else "exporting", flush=True)
