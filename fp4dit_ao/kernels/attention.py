@@ -123,7 +123,8 @@ def run(
             f"must be int8 (1 or 2, batch, heads, tokens, dim) with dim up to {_LARGEST_HEAD}, and (batch, heads, tokens)"
         )
     arrays = [x.contiguous() for x in (q, k, v)] + [x.float().contiguous() for x in (q_scale, k_scale, v_scale)]
-    strides, added = (0, 0, 0), None
+    strides: tuple[int, ...] = (0, 0, 0)
+    added = None
     if bias is not None:
         added = bias.float().expand(*bias.shape[:-1], keys).contiguous()
         strides = added.expand(batch, heads, queries, keys).stride()[:3]

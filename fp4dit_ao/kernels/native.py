@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ VERSION = 4
 """Of the library's interface; ``fp4dit_version`` in ``csrc/linear.c`` says the same."""
 OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-_LINEAR = [_POINTER] * 7 + [_SIZE] * 5 + [_NUMBER] * 2 + [_POINTER, _NUMBER]
-_TOKENS = [_POINTER] * 3 + [_SIZE] * 2 + [_NUMBER] * 2 + [ctypes.c_float, _POINTER, _NUMBER]
-_SEARCH = [_POINTER] * 4 + [_SIZE] * 2 + [_NUMBER] * 2 + [_POINTER, _NUMBER]
-_ATTENTION = [_POINTER] * 8 + [_SIZE] * 9 + [ctypes.c_float, _NUMBER, _NUMBER, _POINTER, _NUMBER]
+_LINEAR: list[Any] = [_POINTER] * 7 + [_SIZE] * 5 + [_NUMBER] * 2 + [_POINTER, _NUMBER]
+_TOKENS: list[Any] = [_POINTER] * 3 + [_SIZE] * 2 + [_NUMBER] * 2 + [ctypes.c_float, _POINTER, _NUMBER]
+_SEARCH: list[Any] = [_POINTER] * 4 + [_SIZE] * 2 + [_NUMBER] * 2 + [_POINTER, _NUMBER]
+_ATTENTION: list[Any] = [_POINTER] * 8 + [_SIZE] * 9 + [ctypes.c_float, _NUMBER, _NUMBER, _POINTER, _NUMBER]
 
 
 @functools.cache
