@@ -103,7 +103,7 @@ def quantize_pipeline(
         )
     with torch.no_grad():
         graph = lower(convert_pt2e(prepared, fold_quantize=False))
-    source = getattr(pipe, "name_or_path", None) or None
+    source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path, if it was loaded from one
     decisions = skeleton.resolve(quantizer.decisions.values(), graph)
     quantized = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
     quantized.report = report

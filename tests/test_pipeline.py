@@ -213,6 +213,17 @@ def test_one_compilation_serves_every_batch_and_size(
         quantized.transformer.compile_graph(False)
 
 
+def test_a_pipeline_that_came_from_a_path_can_be_saved(tmp_path: Path) -> None:
+    from diffusers import PixArtSigmaPipeline
+
+    tiny_pipeline(layers=1).save_pretrained(tmp_path / "float")
+    pipe = PixArtSigmaPipeline.from_pretrained(tmp_path / "float")
+    pipe.set_progress_bar_config(disable=True)
+    quantized = quantize_pipeline(pipe, "w4a6", prompts=["a cat"], rounding="nearest", progress=False, **CALL)
+    quantized.save_pretrained(tmp_path / "quantized")
+    assert load_pipeline(tmp_path / "quantized").transformer.source == str(tmp_path / "float")
+
+
 # --- saving and loading ----------------------------------------------------------------------------------------------
 
 
