@@ -95,6 +95,9 @@ class Worker:
                         stream.close()
             self._process = None
 
+    def __del__(self) -> None:
+        self._log.close()  # not in close(): what a process last said is read after its end
+
     def _start(self) -> None:
         paths = [path or os.getcwd() for path in sys.path]  # it imports what this process would
         self._log.seek(0)
