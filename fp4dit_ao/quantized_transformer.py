@@ -101,6 +101,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.report: Any = None
         self._mode: Callable[[GraphModule], Callable[..., Any]] | None = None
         self._ready: tuple[GraphModule, torch.device] | None = None
+        self._read: tuple[GraphModule, set[str], dict[str, Any]] | None = None
         self.eval()
 
     # --- calls -------------------------------------------------------------------------------------------------------
@@ -118,16 +119,19 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if not torch.compiler.is_compiling():
             if len(args) > len(names):
                 raise ValueError(f"{self._class} takes {len(names)} arguments, found {len(args)}")
-            varying = _compat.varying_numbers(self.graph)
-            defaults = {
-                name: parameter.default
-                for name, parameter in inspect.signature(self.graph.forward).parameters.items()
-                if parameter.default is not parameter.empty
-            }
+            varying, defaults = self._signature()
             samples.check(self.description, defaults | arguments, f"quantized {self._class}", varying)
             self._prepare(next(x.device for _, x in samples.tensors(arguments)))
         output = self._run(**arguments)
         return Transformer2DModelOutput(sample=output[0]) if return_dict else output
+
+    def _signature(self) -> tuple[set[str], dict[str, Any]]:
+        """Names of the whole numbers that may vary, and defaults: read off the graph once."""
+        if self._read is None or self._read[0] is not self.graph:
+            parameters = inspect.signature(self.graph.forward).parameters.values()
+            defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+            self._read = (self.graph, _compat.varying_numbers(self.graph), defaults)
+        return self._read[1:]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedTransformer":
         convert_tensors(self, fn)

@@ -243,22 +243,12 @@ def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"{part} is {tuple(found.shape)} of {found.dtype}, where the model has {tuple(y.shape)} of {y.dtype}"
             )
-    stored = {name: _aligned(x) for name, x in stored.items()}
     for name, x in places.items():
         value = stored.get(name)
         if isinstance(x, TorchAOBaseTensor):
             value = type(x)(*(stored.get(f"{name}.{part}", getattr(x, part)) for part in _compat.parts(type(x))))
         assert value is not None
         put_tensor(graph, name, value)
-
-
-_ALIGNMENT = 64
-"""Bytes; what torch's own allocations start at a multiple of."""
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """``x`` where torch would have put it: a product's last bit may depend on where in memory a factor starts."""
-    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

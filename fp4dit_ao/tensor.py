@@ -89,7 +89,7 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
         return repr(
             (
                 __version__,
-                native.VERSION if native.library() is not None else None,
+                native.VERSION if native.shared_object() is not None else None,
                 parts,
                 list(self.block_size),
                 self.fmt,

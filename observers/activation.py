@@ -47,6 +47,19 @@ class ActivationObserver(FloatObserver):
     def _fake_quantize(self, x: Tensor) -> Tensor:
         return self._quantize_dequantize(x)
 
+    def _quantize_online(self, model: GraphModule, observer_node: Node, choose: Any, kind: Any) -> None:
+        """Put ``choose(x, block_size, fmt, kind) -> quantize -> dequantize`` in the place of the observer's node."""
+        source = observer_node.args[0]
+        assert isinstance(source, Node)
+        value = source.meta["val"]
+        block_size, fmt = self.block_size(value), str(self.fmt)
+        with model.graph.inserting_before(observer_node):
+            call = model.graph.call_function
+            scale = call(choose, (source, block_size, fmt, kind))
+            codes = call(_OPS.quantize.default, (source, block_size, scale, fmt))
+            new = call(_OPS.dequantize.default, (codes, block_size, scale, fmt, value.dtype))
+        replace_observer(model, observer_node, new)
+
 
 class TokenActivationObserver(ActivationObserver):
     """Online quantization of every token by its own absmax (FP4DiT): nothing to calibrate, at any timestep.
@@ -58,16 +71,7 @@ class TokenActivationObserver(ActivationObserver):
         return [1] * (x.ndim - 1) + [-1]
 
     def convert(self, model: GraphModule, observer_node: Node) -> None:
-        source = observer_node.args[0]
-        assert isinstance(source, Node)
-        value = source.meta["val"]
-        block_size, fmt = self.block_size(value), str(self.fmt)
-        with model.graph.inserting_before(observer_node):
-            call = model.graph.call_function
-            scale = call(_OPS.choose_scale.default, (source, block_size, fmt, torch.float32))
-            codes = call(_OPS.quantize.default, (source, block_size, scale, fmt))
-            new = call(_OPS.dequantize.default, (codes, block_size, scale, fmt, value.dtype))
-        replace_observer(model, observer_node, new)
+        self._quantize_online(model, observer_node, _OPS.choose_scale.default, torch.float32)
 
 
 class StaticActivationObserver(ActivationObserver):

@@ -10,7 +10,7 @@ from torchao.quantization.granularity import PerGroup
 from fp4dit_ao.block_scales import BLOCKS, choose_block_scale, two_level_scale
 from fp4dit_ao.formats import FloatFormat
 from fp4dit_ao.observers.activation import ActivationObserver
-from fp4dit_ao.observers.base import add_buffer, replace_observer
+from fp4dit_ao.observers.base import add_buffer
 from fp4dit_ao.observers.weight import WeightObserver
 
 _OPS = torch.ops.fp4dit_ao
@@ -64,13 +64,4 @@ class BlockActivationObserver(ActivationObserver):
         return self._quantize_dequantize(x, choose_block_scale(x, self.block_size(x), str(self.fmt), self.kind))
 
     def convert(self, model: GraphModule, observer_node: Node) -> None:
-        source = observer_node.args[0]
-        assert isinstance(source, Node)
-        value = source.meta["val"]
-        block_size, fmt = self.block_size(value), str(self.fmt)
-        with model.graph.inserting_before(observer_node):
-            call = model.graph.call_function
-            scale = call(_OPS.choose_block_scale.default, (source, block_size, fmt, self.kind))
-            codes = call(_OPS.quantize.default, (source, block_size, scale, fmt))
-            new = call(_OPS.dequantize.default, (codes, block_size, scale, fmt, value.dtype))
-        replace_observer(model, observer_node, new)
+        self._quantize_online(model, observer_node, _OPS.choose_block_scale.default, self.kind)

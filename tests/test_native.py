@@ -52,7 +52,7 @@ def check(p: dict) -> None:
 
 
 def test_this_machine_has_the_portable_kernel_and_a_library() -> None:
-    assert native.library() is not None
+    assert native.shared_object() is not None
     assert instruction_sets()[-1] == "portable"
 
 
@@ -156,7 +156,7 @@ def test_a_linear_computes_the_same_without_the_library(fmt, dtype, monkeypatch)
     weight = MinifloatTensor.from_hp(torch.randn(70, 256, dtype=dtype), [1, 128], fmt, "e2m3")
     x, bias = torch.randn(2, 5, 256, dtype=dtype), torch.randn(70, dtype=dtype)
     fast = torch.nn.functional.linear(x, weight, bias)
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "shared_object", lambda: None)
     slow = torch.nn.functional.linear(x, weight, bias)
     assert fast.dtype == slow.dtype == dtype
     assert torch.allclose(
@@ -170,24 +170,24 @@ def test_a_linear_computes_the_same_without_the_library(fmt, dtype, monkeypatch)
 def test_a_missing_library_is_said_once(found, reason, monkeypatch, tmp_path) -> None:
     (tmp_path / "rubbish.so").write_bytes(b"rubbish")
     monkeypatch.setattr(native, "_candidates", lambda: [tmp_path / "rubbish.so"] if found == "rubbish" else [])
-    native.library.cache_clear()
+    native.shared_object.cache_clear()
     try:
         with pytest.warns(UserWarning, match=rf"no compiled kernel \(.*({reason}).* Install gcc"):
-            assert native.library() is None
+            assert native.shared_object() is None
         assert native.kernels() == {}
         assert not native.supports(torch.ones(1), 4, 128)
     finally:
-        native.library.cache_clear()
+        native.shared_object.cache_clear()
 
 
 def test_a_library_of_another_version_is_not_used(monkeypatch) -> None:
     monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
-    native.library.cache_clear()
+    native.shared_object.cache_clear()
     try:
         with pytest.warns(UserWarning, match="of another version"):
-            assert native.library() is None
+            assert native.shared_object() is None
     finally:
-        native.library.cache_clear()
+        native.shared_object.cache_clear()
 
 
 def test_compiled_with_dynamic_rows() -> None:

@@ -110,7 +110,7 @@ def test_the_compiled_search_finds_what_the_operators_find(
     weight[0] = 0
     block = [1, group]
     found = SEARCHES["mse"](weight, block, fmt, scale_dtype)
-    assert compiled_search.supports(weight, block, fmt) or native.library() is None
+    assert compiled_search.supports(weight, block, fmt) or native.shared_object() is None
     monkeypatch.setattr(compiled_search, "supports", lambda *_: False)
     expected = SEARCHES["mse"](weight, block, fmt, scale_dtype)
     assert found.dtype == expected.dtype == scale_dtype and found.shape == expected.shape

@@ -20,7 +20,7 @@ _DIGITS = 2
 @functools.cache
 def available() -> bool:
     """Whether the compiled library and this processor (AVX-512 VNNI) compute attention on int8 levels."""
-    opened = native.library()
+    opened = native.shared_object()
     return opened is not None and opened.fp4dit_attention_level() > 0
 
 
@@ -103,7 +103,7 @@ def run(
         ValueError: shapes or types do not fit.
         RuntimeError: no library, an instruction set that the processor lacks, or no memory.
     """
-    opened = native.library()
+    opened = native.shared_object()
     if opened is None:
         raise RuntimeError("fp4dit_ao was installed without its compiled kernel; install a C compiler and reinstall it")
     count, batch, heads, queries, dim = q.shape

@@ -2,7 +2,7 @@
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +24,11 @@ def _available(device: torch.device) -> bool:
     return installed and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
-def run(
-    tokens: Tensor,
-    token_scale: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    table: Sequence[int],
-    bias: Tensor | None,
-    output_dtype: torch.dtype,
-) -> Tensor:
+def run(*arguments: Any) -> Tensor:
     """See :func:`fp4dit_ao.kernels.triton_linear.run`."""
     from fp4dit_ao.kernels import triton_linear
 
-    return triton_linear.run(tokens, token_scale, qdata, scale, table, bias, output_dtype)
+    return triton_linear.run(*arguments)
 
 
 LIBRARY.impl("int8_linear", run, "CUDA")

@@ -13,7 +13,7 @@ from fp4dit_ao.kernels.tokens import digits, quantize_tokens
 _CUDA_ROWS = 32
 """cuBLAS's int8 product wants more than 16 rows."""
 _DIGITS = 3
-"""More of them cost more than a product of floats."""
+"""E4M3 takes as many; formats with more are multiplied as floats."""
 
 
 def supports(fmt: NumberFormat, act_fmt: NumberFormat | None) -> bool:

@@ -31,7 +31,7 @@ _ATTENTION: list[Any] = [_POINTER] * 8 + [_SIZE] * 9 + [ctypes.c_float, _NUMBER,
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def shared_object() -> ctypes.CDLL | None:
     """The compiled library; None if the package was installed without it, which is said once."""
     reason = "it was installed without one"
     for path in _candidates():
@@ -69,7 +69,7 @@ def _candidates() -> Iterator[Path]:
 def kernels() -> dict[str, int]:
     """Instruction sets that this processor has, best first, with the library's number for each."""
     names: list[str] = []
-    opened = library()
+    opened = shared_object()
     while opened is not None and (name := opened.fp4dit_kernel(len(names))) is not None:
         names.append(name.decode())
     return {name: number for number, name in enumerate(names) if name}
@@ -91,7 +91,7 @@ def parallel() -> int | None:
 
 def supports(x: Tensor, bits: int, group: int) -> bool:
     """Whether ``int8_linear`` can take ``x``: on the CPU, with weights of at most ``bits=4`` and groups of whole dwords."""
-    return x.device.type == "cpu" and bits <= 4 and group % 4 == 0 and library() is not None
+    return x.device.type == "cpu" and bits <= 4 and group % 4 == 0 and shared_object() is not None
 
 
 @functools.cache
@@ -131,7 +131,7 @@ def run(
         ValueError: shapes or the table do not fit; nothing is read out of bounds.
         RuntimeError: no library, an instruction set that the processor lacks, or no memory.
     """
-    opened = library()
+    opened = shared_object()
     if opened is None:
         raise RuntimeError("fp4dit_ao was installed without its compiled kernel; install a C compiler and reinstall it")
     rows, depth = tokens.shape

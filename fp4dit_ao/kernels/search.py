@@ -12,7 +12,7 @@ from fp4dit_ao.kernels import native
 def supports(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat) -> bool:
     """Whether :func:`best_candidate` can take it: on the CPU, at most sixteen levels, groups along the inputs."""
     grouped = weight.ndim == 2 and block_size[0] == 1
-    return grouped and weight.device.type == "cpu" and fmt.bits <= 4 and native.library() is not None
+    return grouped and weight.device.type == "cpu" and fmt.bits <= 4 and native.shared_object() is not None
 
 
 def best_candidate(weight: Tensor, scales: Tensor, fmt: NumberFormat) -> Tensor:
@@ -26,7 +26,7 @@ def best_candidate(weight: Tensor, scales: Tensor, fmt: NumberFormat) -> Tensor:
     Returns:
         int64 ``(out_features, groups)``.
     """
-    opened = native.library()
+    opened = native.shared_object()
     assert opened is not None
     weight, wide = weight.detach().float().contiguous(), scales.float().contiguous()
     levels, best = fmt.lattice.float(), torch.empty(scales.shape[1:], dtype=torch.int32)

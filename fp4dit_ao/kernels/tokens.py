@@ -61,7 +61,7 @@ def _runs_natively(x: Tensor, fmt: str) -> bool:
     number = parse(fmt)
     simple = isinstance(number, FloatFormat) and number.mantissa_bits > 0 and number.fits_int8
     plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype in native.OUTPUTS
-    return simple and plain and not torch.compiler.is_compiling() and native.library() is not None
+    return simple and plain and not torch.compiler.is_compiling() and native.shared_object() is not None
 
 
 def _run(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def _run(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     number, tokens = parse(fmt), x.detach().reshape(-1, x.shape[-1]).contiguous()
     assert isinstance(number, FloatFormat)
     levels, scale = torch.empty(tokens.shape, dtype=torch.int8), torch.empty((tokens.shape[0], 1))
-    opened = native.library()
+    opened = native.shared_object()
     assert opened is not None
     opened.fp4dit_tokens(
         tokens.data_ptr(), levels.data_ptr(), scale.data_ptr(), *tokens.shape, native.OUTPUTS[tokens.dtype],

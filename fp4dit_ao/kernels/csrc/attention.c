@@ -56,7 +56,7 @@ typedef struct {
 #define DOT_WORDS(sum, keys, queries) __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(keys), "v"(queries))
 #define INLINE static inline __attribute__((always_inline))
 
-/* e^x for x <= 0, within 2 units in the last place; 0 far below; NaN stays NaN (of two operands, max returns the second). */
+/* e^x for x <= 0; 0 far below; NaN stays NaN (of two operands, max returns the second). */
 INLINE __m512 exponential(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-120.0f), x);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
