@@ -49,8 +49,8 @@ def shared_object() -> ctypes.CDLL | None:
         opened.fp4dit_kernel.restype = ctypes.c_char_p
         return opened
     warnings.warn(
-        f"fp4dit_ao has no compiled kernel ({reason}): quantized linears on the CPU run on PyTorch operators, several "
-        "times slower. Install gcc or clang and reinstall: pip install --force-reinstall --no-deps fp4dit-ao",
+        f"fp4dit_ao has no compiled kernel ({reason}): quantized linears on the CPU run on PyTorch operators, "
+        "more slowly. Install gcc or clang and reinstall: pip install --force-reinstall --no-deps fp4dit-ao",
         stacklevel=2,
     )
     return None
