@@ -96,21 +96,51 @@ def test_the_worst_sums_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_outputs_round_to_nearest_even_everywhere(dtype) -> None:
+@pytest.mark.parametrize(
+    ("features", "lower"),
+    [
+        (1, [0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xF000, 0xFFFF]),
+        (64, [0x7FFF, 0x8000, 0x8001]),  # whole panels, too many for a cache
+    ],
+)
+def test_half_outputs_round_to_nearest_even_everywhere(dtype, features, lower) -> None:
     """Every upper half of a float32, with lower halves at and beside the ties; a token of one 1 makes the output its scale."""
     upper = torch.arange(2**16, dtype=torch.int64) << 16
-    lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xF000, 0xFFFF])
+    lower = torch.tensor(lower)
     value = (upper[:, None] + lower).to(torch.uint32).view(torch.float32).reshape(-1, 1)
     p = {
         "tokens": torch.tensor([[1, 0, 0, 0]], dtype=torch.int8).expand(len(value), 4),
-        "token_scale": value, "qdata": torch.tensor([[1, 0]], dtype=torch.uint8), "scale": torch.ones(1, 1),
-        "table": E3M0, "bias": None,
+        "token_scale": value, "qdata": torch.tensor([[1, 0]], dtype=torch.uint8).repeat(features, 1),
+        "scale": torch.ones(features, 1), "table": E3M0, "bias": None,
     }  # fmt: skip
-    expected = value.to(dtype)
+    expected = value.to(dtype).expand(-1, features)
     for kernel in instruction_sets():
         got = native.run(**p, output_dtype=dtype, kernel=kernel)
         assert torch.equal(got.isnan(), expected.isnan())
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0)), kernel
+
+
+@pytest.mark.parametrize("features", [1152, 1216, 1160])
+def test_outputs_too_large_for_a_cache(features) -> None:
+    p = problem(2050, features, 128, 128)
+    for kernel in instruction_sets():
+        wide = native.run(**p, kernel=kernel)
+        assert torch.equal(native.run(**(p | {"output_dtype": torch.bfloat16}), kernel=kernel), wide.bfloat16()), kernel
+
+
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_rows_are_shared_among_any_number_of_threads(threads) -> None:
+    """However rows are cut into blocks, every row is computed once, and to the same bits as alone."""
+    p = problem(1700, 130, 256, 128)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        whole = native.run(**p)
+    finally:
+        torch.set_num_threads(before)
+    for row in (0, 191, 192, 858, 1031, 1032, 1699):
+        one = p | {name: p[name][row : row + 1] for name in ("tokens", "token_scale")}
+        assert torch.equal(native.run(**one)[0], whole[row])
 
 
 def test_threads_and_strides_change_no_bit() -> None:

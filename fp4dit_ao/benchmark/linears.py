@@ -27,6 +27,9 @@ PRODUCT = ", product alone"
 """Suffix of a recipe whose tokens are quantized before the clock starts."""
 _JUDGED_TOKENS = 64
 """Outputs compared with float32; rows do not depend on each other."""
+FEW_TOKENS, FEW_TOKENS_LINEARS = 16, 8
+"""At most so many tokens are measured in a model of so many linears, each with a weight and tokens of its own: what entering
+a compiled function costs, half of a single linear's time, is paid once in a model."""
 _WARM_UP = 3
 """Calls before the clock starts; some peers compile once more in their second."""
 
@@ -60,11 +63,26 @@ def _whole(texts: Sequence[str]) -> bool:
     return all(text.isdecimal() and int(text) > 0 for text in texts)
 
 
-def numbers(out_features: int, in_features: int, tokens: int) -> tuple[Tensor, Tensor]:
+def numbers(out_features: int, in_features: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """float32 weight and input, the same in every process."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator) / in_features**0.5
     return weight, torch.randn(tokens, in_features, generator=generator)
+
+
+class Linears(nn.Module):
+    """Linears of one size, each with tokens of its own."""
+
+    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype, device: str):
+        super().__init__()
+        self.linears = nn.ModuleList()
+        for weight in weights:
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+            self.linears.append(linear)
+
+    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [linear(x) for linear, x in zip(self.linears, inputs, strict=True)]
 
 
 class Linear(Workload):
@@ -81,27 +99,27 @@ class Linear(Workload):
         torch.set_num_threads(threads)
         self.method, self.mode, self.device = method, mode, device
         self.call: Callable[[], Any] = lambda: None
-        self._made: tuple[tuple[int, int], Callable[[Tensor], Tensor], dict[str, Any]] | None = None
+        self._made: tuple[tuple[int, int, int], Callable[[list[Tensor]], list[Tensor]], dict[str, Any]] | None = None
 
     @torch.no_grad()
     def prepare(self, **case: Any) -> dict[str, Any]:
-        out_features, in_features = case["out_features"], case["in_features"]
-        weight, x = numbers(out_features, in_features, case["tokens"])
+        size = case["out_features"], case["in_features"]
+        self.per_run = FEW_TOKENS_LINEARS if case["tokens"] <= FEW_TOKENS else 1
+        pairs = [numbers(*size, case["tokens"], seed) for seed in range(self.per_run)]
         if self.method == INT_MM.method:
-            levels = (weight * 40).round().clamp(-127, 127).to(torch.int8).to(self.device).T
-            rounded = (x * 40).round().clamp(-127, 127).to(torch.int8).to(self.device)
-            self.call = functools.partial(torch._int_mm, rounded, levels)
+            products = [(_to_int8(x).to(self.device), _to_int8(weight).to(self.device).T) for weight, x in pairs]
+            self.call = lambda: [torch._int_mm(x, weight) for x, weight in products]
             self.call()
             return {"bits": 8.0}
         if self.method.endswith(PRODUCT):
-            return self._product(weight, x)
-        size = (out_features, in_features)
-        if self._made is None or self._made[0] != size:  # one conversion for all numbers of tokens
-            self._made = (size, *self._make(weight))
+            return self._product(pairs)
+        if self._made is None or self._made[0] != (*size, self.per_run):  # one conversion for all numbers of tokens
+            self._made = ((*size, self.per_run), *self._make([weight for weight, _ in pairs]))
         _, model, facts = self._made
-        self.call = functools.partial(model, x.to(self.device, self._dtype))
+        self.call = functools.partial(model, [x.to(self.device, self._dtype) for _, x in pairs])
         for _ in range(_WARM_UP):
-            first: Tensor = self.call()
+            first = self.call()[0]
+        weight, x = pairs[0]
         wanted = F.linear(x[:_JUDGED_TOKENS], weight)
         return facts | {"error": exact.relative_error(first[:_JUDGED_TOKENS].cpu(), wanted)}
 
@@ -114,38 +132,44 @@ class Linear(Workload):
         dtype: torch.dtype = getattr(torch, Variant(self.method).dtype)
         return dtype
 
-    def _make(self, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-        out_features, in_features = weight.shape
-        linear = nn.Linear(in_features, out_features, bias=False)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        model: nn.Module = nn.Sequential()
-        model.add_module("linear", linear.to(self.device, self._dtype))
+    def _make(self, weights: Sequence[Tensor]) -> tuple[Callable[[list[Tensor]], list[Tensor]], dict[str, Any]]:
+        torch.compiler.reset()  # else every call asks first whether it is for the sizes before
+        out_features, in_features = weights[0].shape
+        linears = Linears(weights, self._dtype, self.device)
+        model: nn.Module = linears
+        names = [f"linears.{index}" for index in range(len(weights))]
         facts: dict[str, Any] = {}
         if self.method in PEERS:
-            model = PEERS[self.method].convert(model, ["linear"])
+            model = PEERS[self.method].convert(model, names)
         elif self.method in RECIPES:
-            quantized = low_bit(weight.to(self.device), self.method)
-            linear.weight = nn.Parameter(quantized, requires_grad=False)
+            for linear, weight in zip(linears.linears, weights, strict=True):
+                linear.weight = nn.Parameter(low_bit(weight.to(self.device), self.method), requires_grad=False)
+            quantized: Any = linears.linears[0].weight
             x = numbers(out_features, in_features, _JUDGED_TOKENS)[1].to(self.device)
             x_hat, w_hat = exact.token_wise(x, quantized.act_fmt), quantized.dequantize(torch.float32).double()
             facts["deviation"] = exact.relative_error(F.linear(x, quantized), F.linear(x_hat, w_hat))
             facts["bytes"] = sum(memory.stored({"": quantized}).values())
-        facts["bits"] = memory.bits_per_weight(model, {"linear": (out_features, in_features)})
+        facts["bits"] = memory.bits_per_weight(model, dict.fromkeys(names, (out_features, in_features)))
         return torch.compile(model, dynamic=True) if self.mode == "compiled" else model, facts
 
-    def _product(self, weight: Tensor, x: Tensor) -> dict[str, Any]:
+    def _product(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
         from fp4dit_ao.formats import parse
         from fp4dit_ao.kernels import native
         from fp4dit_ao.kernels.tokens import quantize_tokens
 
-        quantized = low_bit(weight.to(self.device), self.method.removesuffix(PRODUCT))
-        rounded, scale = quantize_tokens(x.to(self.device, torch.bfloat16), quantized.act_fmt)
-        table = native.levels(parse(quantized.fmt))
-        self.call = lambda: torch.ops.fp4dit_ao.int8_linear(
-            rounded, scale, quantized.qdata, quantized.scale, table, None, torch.bfloat16
-        )
+        arguments = []
+        for weight, x in pairs:
+            quantized = low_bit(weight.to(self.device), self.method.removesuffix(PRODUCT))
+            tokens = quantize_tokens(x.to(self.device, torch.bfloat16), quantized.act_fmt)
+            table = native.levels(parse(quantized.fmt))
+            arguments.append((*tokens, quantized.qdata, quantized.scale, table, None, torch.bfloat16))
+        self.call = lambda: [torch.ops.fp4dit_ao.int8_linear(*each) for each in arguments]
         self.call()
         return {}
+
+
+def _to_int8(x: Tensor) -> Tensor:
+    return (x * 40).round().clamp(-127, 127).to(torch.int8)
 
 
 def low_bit(weight: Tensor, recipe: str) -> Any:

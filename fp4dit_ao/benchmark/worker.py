@@ -20,6 +20,9 @@ TURN_SECONDS = 0.02
 class Workload:
     """What a worker measures. Made once; :meth:`prepare` for every case, then :meth:`run` as often as it is timed."""
 
+    per_run: int = 1
+    """How many of what is measured a :meth:`run` does."""
+
     def prepare(self, **case: Any) -> dict[str, Any]:
         """Make ready, first calls included; returns facts for the table."""
         raise NotImplementedError
@@ -34,13 +37,13 @@ class Workload:
 
 
 def turn(workload: Workload) -> float:
-    """Seconds per call: the median over one turn. Of short calls the first is not counted: caches hold what others ran."""
+    """Seconds per call: the median over one turn. Of short runs the first is not counted: caches hold what others ran."""
     took = [timed(workload)]
     if took[0] < TURN_SECONDS:
         took = [timed(workload)]
         while sum(took) < TURN_SECONDS:
             took.append(timed(workload))
-    return statistics.median(took)
+    return statistics.median(took) / workload.per_run
 
 
 def timed(workload: Workload) -> float:

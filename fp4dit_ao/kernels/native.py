@@ -100,6 +100,13 @@ def levels(fmt: NumberFormat) -> list[int]:
     return [fmt.level(code) for code in range(2**fmt.bits)] + [0] * (16 - 2**fmt.bits)
 
 
+@functools.cache
+def _entries(table: tuple[int, ...]) -> Any:
+    """The table for the library; None if it is none."""
+    fits = len(table) == 16 and all(abs(level) <= 127 for level in table)
+    return (ctypes.c_int8 * 16)(*table) if fits else None
+
+
 def run(
     tokens: Tensor,
     token_scale: Tensor,
@@ -142,7 +149,8 @@ def run(
     )
     fits = fits and token_scale.numel() == rows and (bias is None or bias.shape == (features,))
     fits = fits and tokens.dtype == torch.int8 and qdata.dtype == torch.uint8 and output_dtype in OUTPUTS
-    if not fits or len(table) != 16 or any(abs(level) > 127 for level in table):
+    entries = _entries(tuple(table))
+    if not fits or entries is None:
         raise ValueError(
             f"int8_linear: tokens {tuple(tokens.shape)} {tokens.dtype}, codes {tuple(qdata.shape)} {qdata.dtype}, scales "
             f"{tuple(scale.shape)}, {len(table)} levels to {output_dtype} do not fit; in_features must be the groups' number "
@@ -153,7 +161,7 @@ def run(
     out = torch.empty((rows, features), dtype=output_dtype)
     number = _best() if kernel is None else kernels()[kernel]
     failed = opened.fp4dit_linear(
-        *(array.data_ptr() for array in arrays), (ctypes.c_int8 * 16)(*table), None if added is None else added.data_ptr(),
+        *(array.data_ptr() for array in arrays), entries, None if added is None else added.data_ptr(),
         out.data_ptr(), rows, features, depth, group, scale.shape[0], OUTPUTS[output_dtype], number, parallel(),
         torch.get_num_threads(),
     )  # fmt: skip

@@ -12,6 +12,11 @@ static __attribute__((unused)) int32_t sum_row(const int8_t *tokens, int depth) 
     return total;
 }
 
+static __attribute__((unused)) int32_t pack_in_order(const int8_t *tokens, int depth, int8_t *to) {
+    memcpy(to, tokens, depth);
+    return sum_row(tokens, depth);
+}
+
 static inline uint32_t bits_of(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -56,8 +61,9 @@ static inline __attribute__((always_inline)) void write_row(const float *sums, f
     memcpy(out, half, features * sizeof *half);
 }
 
-static __attribute__((unused)) void write_rows(const float *sums, int rows, const float *token_scale, const float *bias, int features, void *out,
-                       ptrdiff_t stride, int type) {
+static __attribute__((unused)) void write_rows(const float *sums, int rows, const float *token_scale, const float *bias,
+                                               int features, void *out, ptrdiff_t stride, int type, int past) {
+    (void)past;
     float added[PANEL] = {0};
     if (bias) memcpy(added, bias, features * sizeof *bias);
     for (int m = 0; m < rows; m++, out = (char *)out + stride, sums += PANEL) {

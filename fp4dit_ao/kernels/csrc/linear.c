@@ -1,6 +1,6 @@
 /* y = (tokens . weights^T) * token_scale + bias: int8 tokens, 4-bit weights with a float32 scale for every group.
  *
- * Output tiles (BLOCK tokens x PANEL features) are handed out to threads. In a tile, each group's weights are looked up once,
+ * Output tiles (a block of tokens x PANEL features) are handed out to threads. In a tile, each group's weights are looked up once,
  * multiplied by all of its tokens in int32, and added in float32 with the group's scale.
  */
 #include <stdatomic.h>
@@ -11,8 +11,11 @@
 #include "tile.h"
 
 enum {
-    PACK = 16,  /* tokens that a thread packs at once */
-    BLOCK = 480 /* most tokens of an output tile: its float sums stay in the second-level cache */
+    PACK = 16,        /* tokens that a thread packs at once */
+    MOST_ROWS = 1032, /* of an output tile: its float sums stay in the second-level cache */
+    LEAST_ROWS = 192, /* of a tile, when there are more threads than work: unpacking weights takes a tenth of it */
+    CACHED = 4 << 20, /* bytes of output that may stay in a cache until they are read */
+    TURNS = 3         /* tiles for every thread, so that all end together */
 };
 
 typedef struct {
@@ -26,7 +29,7 @@ typedef struct {
     uint8_t table[16];
     const tile_kernel *kernel;
     int8_t *packed;
-    int32_t *token_sums; /* [chunk][row] */
+    int32_t *start; /* [chunk][row] */
     int64_t chunks, panels, blocks, block; /* block: tokens of an output tile */
     atomic_llong next;
     atomic_int failed;
@@ -62,15 +65,20 @@ const char *fp4dit_kernel(int index) {
 
 static int chunks_in(int64_t group) { return (int)((group + CHUNK - 1) / CHUNK); }
 
-/* Tokens are copied chunk by chunk, so that a tile reads one stretch of memory: packed[chunk][row][CHUNK or less]. */
+/* Tokens are copied chunk by chunk, so that a tile reads one stretch of memory: packed[chunk][row][padded(CHUNK or less)].
+ * Where the chunk at input feature `at`, `k` into its group, begins: */
+static int64_t packed_at(const problem *p, int64_t at, int64_t k) {
+    return p->rows * ((at - k) / p->group * ((p->group + 7) / 8 * 8) + k); /* only a group's last chunk is padded */
+}
+
 static void pack_row(problem *p, int64_t row) {
     int64_t chunk = 0;
     for (int64_t g = 0; g < p->depth; g += p->group)
         for (int64_t k = 0; k < p->group; k += CHUNK, chunk++) {
             int depth = p->group - k < CHUNK ? (int)(p->group - k) : CHUNK;
             const int8_t *from = p->tokens + row * p->depth + g + k;
-            memcpy(p->packed + p->rows * (g + k) + row * depth, from, depth);
-            if (p->kernel->offset) p->token_sums[chunk * p->rows + row] = p->kernel->sum(from, depth);
+            int32_t sum = p->kernel->pack(from, depth, p->packed + packed_at(p, g + k, k) + row * padded(depth));
+            p->start[chunk * p->rows + row] = -p->kernel->offset * sum;
         }
 }
 
@@ -98,13 +106,14 @@ static void multiply_tile(problem *p, int64_t block, int64_t index, uint8_t *pan
             const uint8_t *codes = p->codes + (feature * p->depth + at) / 2;
             p->kernel->unpack(codes, p->depth / 2, features, depth, p->table, panel);
             for (int n = 0; n < features; n++) __builtin_prefetch(codes + n * p->depth / 2 + depth / 2);
-            p->kernel->multiply(p->packed + p->rows * at + row * depth, depth, rows, panel, depth,
-                                p->token_sums + chunk * p->rows + row, scale, sums);
+            p->kernel->multiply(p->packed + packed_at(p, at, k) + row * padded(depth), rows, panel, depth,
+                                p->start + chunk * p->rows + row, scale, sums);
         }
     }
     int size = p->out_type == FLOAT32 ? 4 : 2;
     p->kernel->write(sums, rows, p->token_scale + row, p->bias ? p->bias + feature : NULL, features,
-                     (char *)p->out + (row * p->features + feature) * size, p->features * size, p->out_type);
+                     (char *)p->out + (row * p->features + feature) * size, p->features * size, p->out_type,
+                     p->rows * p->features * size > CACHED);
 }
 
 static void multiply_worker(void *argument) {
@@ -142,12 +151,16 @@ int fp4dit_linear(const int8_t *tokens, const float *token_scale, const uint8_t 
     for (int i = 0; i < 16; i++) p.table[i] = (uint8_t)(levels[i] + p.kernel->offset);
     p.chunks = depth / group * chunks_in(group);
     p.panels = (features + PANEL - 1) / PANEL;
-    p.blocks = (rows + BLOCK - 1) / BLOCK;
+    int64_t least = (rows + MOST_ROWS - 1) / MOST_ROWS, most = rows / LEAST_ROWS;
+    int64_t fair = (TURNS * threads + p.panels - 1) / p.panels;
+    p.blocks = fair > most ? most : fair;
+    p.blocks = p.blocks < least ? least : p.blocks;
     p.block = rows ? ((rows + p.blocks - 1) / p.blocks + ROWS - 1) / ROWS * ROWS : ROWS;
     if (!rows || !features) return 0;
-    p.packed = malloc(rows * depth + rows * p.chunks * sizeof *p.token_sums);
+    int64_t packed = packed_at(&p, depth, 0); /* a multiple of 8 */
+    p.packed = malloc(packed + rows * p.chunks * sizeof *p.start);
     if (!p.packed) return 1;
-    p.token_sums = (int32_t *)(p.packed + rows * depth); /* depth is a multiple of 4 */
+    p.start = (int32_t *)(p.packed + packed);
     run(&p, pack_worker, parallel, threads, rows * depth / 65536 + 1);
     run(&p, multiply_worker, parallel, threads, p.panels * p.blocks);
     free(p.packed);

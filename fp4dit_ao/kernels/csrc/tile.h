@@ -1,7 +1,8 @@
 /* One tile of a product of small integers: what every instruction set implements, and all that differs between them.
  *
  * A panel is up to PANEL output features. Its weights, for CHUNK input features at most, are looked up in the table once and
- * laid out for dot products of four bytes: panel[k / 4][feature][k % 4]. Then every row tile of tokens runs over them.
+ * laid out for dot products of four bytes: panel[k / 4][feature][k % 4]. Then every row tile of tokens runs over them. In which
+ * order the input features of a chunk come is the instruction set's own affair: it packs the tokens, too.
  */
 #ifndef FP4DIT_TILE_H
 #define FP4DIT_TILE_H
@@ -20,18 +21,22 @@ typedef struct {
     int offset; /* added to every level in the table: 128 where the instruction wants weights unsigned */
     /* Look up `features` rows of packed codes (two to a byte, low first; `stride` bytes apart) for `depth` input features. */
     void (*unpack)(const uint8_t *codes, ptrdiff_t stride, int features, int depth, const uint8_t table[16], uint8_t *panel);
-    /* sums[row][PANEL] += scale[PANEL] * (tokens . weights), of all rows. `token_sums[row]` is what `offset` adds to each
-     * dot product, divided by `offset`. */
-    void (*multiply)(const int8_t *tokens, ptrdiff_t stride, int rows, const uint8_t *panel, int depth,
-                     const int32_t *token_sums, const float *scale, float *sums);
-    /* What `offset` needs: the sum of `depth` int8. NULL without an offset. */
-    int32_t (*sum)(const int8_t *tokens, int depth);
-    /* out[row][features] = sums * token_scale[row] + bias (or NULL), rounded to nearest even; `stride` bytes from row to row. */
+    /* Copy `depth` levels of one token to `to`, which has room for padded(depth); their sum. */
+    int32_t (*pack)(const int8_t *tokens, int depth, int8_t *to);
+    /* sums[row][PANEL] += scale[PANEL] * (tokens . weights), of all rows: packed, padded(depth) bytes apart. `start[row]` is
+     * where the dot products start: at what `offset` adds to them, taken off. */
+    void (*multiply)(const int8_t *tokens, int rows, const uint8_t *panel, int depth, const int32_t *start, const float *scale,
+                     float *sums);
+    /* out[row][features] = sums * token_scale[row] + bias (or NULL), rounded to nearest even; `stride` bytes from row to row.
+     * `past`: the whole output is too large to stay in a cache. */
     void (*write)(const float *sums, int rows, const float *token_scale, const float *bias, int features, void *out,
-                  ptrdiff_t stride, int type);
+                  ptrdiff_t stride, int type, int past);
 } tile_kernel;
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+/* Bytes that a packed token takes. */
+static inline int padded(int depth) { return (depth + 7) / 8 * 8; }
 
 extern const tile_kernel tile_portable;
 #if defined(__x86_64__)

@@ -24,14 +24,14 @@ static void unpack(const uint8_t *codes, ptrdiff_t stride, int features, int dep
     }
 }
 
-static inline __attribute__((always_inline)) void tile(const int rows, const int8_t *tokens, ptrdiff_t stride,
-                                                       const uint8_t *panel, int depth, const int32_t *token_sums,
-                                                       const float *scale, float *sums) {
+static inline __attribute__((always_inline)) void tile(const int rows, const int8_t *tokens, const uint8_t *panel, int depth,
+                                                       const int32_t *start, const float *scale, float *sums) {
+    const ptrdiff_t stride = padded(depth);
     for (int n = 0; n < PANEL; n += 16) {
         __m256i dot[3][2];
 #pragma GCC unroll 3
         for (int m = 0; m < rows; m++)
-            dot[m][0] = dot[m][1] = _mm256_set1_epi32(OFFSET ? -OFFSET * token_sums[m] : 0);
+            dot[m][0] = dot[m][1] = _mm256_set1_epi32(start[m]);
         for (int q = 0; q < depth / 4; q++) {
             const uint8_t *w = panel + (q * PANEL + n) * 4;
             __m256i w0 = _mm256_load_si256((const __m256i *)w), w1 = _mm256_load_si256((const __m256i *)(w + 32));
@@ -55,13 +55,13 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
     }
 }
 
-static void multiply(const int8_t *tokens, ptrdiff_t stride, int rows, const uint8_t *panel, int depth,
-                     const int32_t *token_sums, const float *scale, float *sums) {
-    for (; rows > 0; rows -= 3, tokens += 3 * stride, token_sums += 3, sums += 3 * PANEL) {
+static void multiply(const int8_t *tokens, int rows, const uint8_t *panel, int depth, const int32_t *start, const float *scale,
+                     float *sums) {
+    for (; rows > 0; rows -= 3, tokens += 3 * padded(depth), start += 3, sums += 3 * PANEL) {
         switch (rows) {
-        case 1: tile(1, tokens, stride, panel, depth, token_sums, scale, sums); break;
-        case 2: tile(2, tokens, stride, panel, depth, token_sums, scale, sums); break;
-        default: tile(3, tokens, stride, panel, depth, token_sums, scale, sums);
+        case 1: tile(1, tokens, panel, depth, start, scale, sums); break;
+        case 2: tile(2, tokens, panel, depth, start, scale, sums); break;
+        default: tile(3, tokens, panel, depth, start, scale, sums);
         }
     }
 }

@@ -29,19 +29,14 @@ static inline __attribute__((always_inline)) void transpose(const __m512i rows[8
     }
 }
 
-/* The levels of both codes in two of every word's four bytes, which `twice` names: each byte's low code, then its high one. */
-static inline __attribute__((always_inline)) __m512i look_up(__m512i words, __m512i twice, __m512i lut) {
-    __m512i low = _mm512_shuffle_epi8(words, twice), high = _mm512_srli_epi16(low, 4);
-    __m512i codes = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x00ff), low, high, 0xca);
+static inline __attribute__((always_inline)) __m512i look_up(__m512i codes, __m512i lut) {
     return _mm512_shuffle_epi8(lut, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
 }
 
 static void unpack(const uint8_t *codes, ptrdiff_t stride, int features, int depth, const uint8_t table[16], uint8_t *panel) {
     const __m512i lut = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
-    const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13));
-    const __m512i second = _mm512_add_epi8(first, _mm512_set1_epi8(2));
     for (int k = 0; k < depth; k += 64) {
-        int left = (depth - k) / 2, quads = depth - k >= 64 ? 16 : (depth - k) / 4;
+        int left = (depth - k) / 2, pairs = depth - k >= 64 ? 8 : padded(depth - k) / 8;
         __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
         for (int n = 0; n < PANEL; n += 16) {
             __m512i rows[8], words[8];
@@ -55,33 +50,43 @@ static void unpack(const uint8_t *codes, ptrdiff_t stride, int features, int dep
             }
             transpose(rows, words);
             uint8_t *to = panel + (k / 4 * PANEL + n) * 4;
-            if (quads == 16) {
 #pragma GCC unroll 8
-                for (int i = 0; i < 8; i++) {
-                    _mm512_store_si512(to + 2 * i * PANEL * 4, look_up(words[i], first, lut));
-                    _mm512_store_si512(to + (2 * i + 1) * PANEL * 4, look_up(words[i], second, lut));
-                }
-            } else
-                for (int q = 0; q < quads; q++)
-                    _mm512_store_si512(to + q * PANEL * 4, look_up(words[q / 2], q % 2 ? second : first, lut));
+            for (int i = 0; i < 8; i++) {
+                if (i == pairs) break;
+                _mm512_store_si512(to + 2 * i * PANEL * 4, look_up(words[i], lut));
+                _mm512_store_si512(to + (2 * i + 1) * PANEL * 4, look_up(_mm512_srli_epi16(words[i], 4), lut));
+            }
         }
     }
+}
+
+/* Of every eight levels the even ones, then the odd ones: as the low and the high halves of four bytes of codes are looked up.
+ * What is missing to the last eight is zero. */
+static int32_t pack(const int8_t *tokens, int depth, int8_t *to) {
+    const __m512i halves = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+    __m512i total = _mm512_setzero_si512();
+    for (int k = 0; k < depth; k += 64) {
+        int left = depth - k;
+        __m512i levels = left >= 64 ? _mm512_loadu_si512(tokens + k) : _mm512_maskz_loadu_epi8((1ull << left) - 1, tokens + k);
+        __m512i ordered = _mm512_shuffle_epi8(levels, halves);
+        if (left >= 64) _mm512_storeu_si512(to + k, ordered); /* a masked store is slow */
+        else _mm512_mask_storeu_epi8(to + k, ~0ull >> (64 - padded(left)), ordered);
+        total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), levels);
+    }
+    return _mm512_reduce_add_epi32(total);
 }
 
 /* sum += weights . tokens, four bytes a lane. In assembly, because GCC 12 spills the sums around the intrinsic. */
 #define DOT(sum, weights, tokens) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(tokens))
 
-static inline __attribute__((always_inline)) void tile(const int rows, const int8_t *tokens, ptrdiff_t stride,
-                                                       const uint8_t *panel, int depth, const int32_t *token_sums,
-                                                       const float *scale, float *sums) {
+static inline __attribute__((always_inline)) void tile(const int rows, const int8_t *tokens, const uint8_t *panel, int depth,
+                                                       const int32_t *start, const float *scale, float *sums) {
+    const ptrdiff_t stride = padded(depth);
     __m512i dot[ROWS][4];
 #pragma GCC unroll 6
-    for (int m = 0; m < rows; m++) {
-        __m512i start = _mm512_set1_epi32(-128 * token_sums[m]);
-        dot[m][0] = dot[m][1] = dot[m][2] = dot[m][3] = start;
-    }
+    for (int m = 0; m < rows; m++) dot[m][0] = dot[m][1] = dot[m][2] = dot[m][3] = _mm512_set1_epi32(start[m]);
 #pragma GCC unroll 4
-    for (int q = 0; q < depth / 4; q++) {
+    for (int q = 0; q < stride / 4; q++) {
         const uint8_t *w = panel + q * PANEL * 4;
         __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
         __m512i w2 = _mm512_load_si512(w + 128), w3 = _mm512_load_si512(w + 192);
@@ -106,18 +111,53 @@ static inline __attribute__((always_inline)) void tile(const int rows, const int
         }
 }
 
-static void multiply(const int8_t *tokens, ptrdiff_t stride, int rows, const uint8_t *panel, int depth,
-                     const int32_t *token_sums, const float *scale, float *sums) {
-    for (; rows >= ROWS; rows -= ROWS, tokens += ROWS * stride, token_sums += ROWS, sums += ROWS * PANEL)
-        tile(ROWS, tokens, stride, panel, depth, token_sums, scale, sums);
+static void multiply(const int8_t *tokens, int rows, const uint8_t *panel, int depth, const int32_t *start, const float *scale,
+                     float *sums) {
+    for (; rows >= ROWS; rows -= ROWS, tokens += ROWS * padded(depth), start += ROWS, sums += ROWS * PANEL)
+        tile(ROWS, tokens, panel, depth, start, scale, sums);
     switch (rows) {
-    case 1: tile(1, tokens, stride, panel, depth, token_sums, scale, sums); break;
-    case 2: tile(2, tokens, stride, panel, depth, token_sums, scale, sums); break;
-    case 3: tile(3, tokens, stride, panel, depth, token_sums, scale, sums); break;
-    case 4: tile(4, tokens, stride, panel, depth, token_sums, scale, sums); break;
-    case 5: tile(5, tokens, stride, panel, depth, token_sums, scale, sums);
+    case 1: tile(1, tokens, panel, depth, start, scale, sums); break;
+    case 2: tile(2, tokens, panel, depth, start, scale, sums); break;
+    case 3: tile(3, tokens, panel, depth, start, scale, sums); break;
+    case 4: tile(4, tokens, panel, depth, start, scale, sums); break;
+    case 5: tile(5, tokens, panel, depth, start, scale, sums);
     }
 }
 
-const tile_kernel tile_avx512vnni = {"avx512vnni", 128, unpack, multiply, sum_row, write_rows};
+/* Thirty-two sums as bfloat16, rounded to nearest even; NaN stays one. */
+static inline __attribute__((always_inline)) __m512i to_bfloat16(__m512 lower, __m512 upper) {
+    const __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1), nan = _mm512_set1_epi32(0x7fc00000);
+    __m512i halves[2] = {_mm512_castps_si512(lower), _mm512_castps_si512(upper)};
+    __mmask16 missing[2] = {_mm512_cmp_ps_mask(lower, lower, _CMP_UNORD_Q), _mm512_cmp_ps_mask(upper, upper, _CMP_UNORD_Q)};
+    __m256i words[2];
+    for (int i = 0; i < 2; i++) {
+        __m512i even = _mm512_and_si512(_mm512_srli_epi32(halves[i], 16), one);
+        __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(halves[i], half), even);
+        rounded = _mm512_mask_mov_epi32(rounded, missing[i], nan);
+        words[i] = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    }
+    return _mm512_inserti64x4(_mm512_castsi256_si512(words[0]), words[1], 1);
+}
+
+/* As write_rows; whole panels of bfloat16 past the caches, if `past` says that they are too small for the output. */
+static void write(const float *sums, int rows, const float *token_scale, const float *bias, int features, void *out,
+                  ptrdiff_t stride, int type, int past) {
+    if (!past || type != BFLOAT16 || features != PANEL || ((uintptr_t)out | (uintptr_t)stride) % 64) {
+        write_rows(sums, rows, token_scale, bias, features, out, stride, type, past);
+        return;
+    }
+    for (int m = 0; m < rows; m++, out = (char *)out + stride, sums += PANEL) {
+        __m512 y[4], scale = _mm512_set1_ps(token_scale[m]);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            __m512 added = bias ? _mm512_loadu_ps(bias + 16 * j) : _mm512_setzero_ps();
+            y[j] = _mm512_fmadd_ps(_mm512_load_ps(sums + 16 * j), scale, added); /* as compilers contract write_row */
+        }
+        _mm512_stream_si512((__m512i *)out, to_bfloat16(y[0], y[1]));
+        _mm512_stream_si512((__m512i *)out + 1, to_bfloat16(y[2], y[3]));
+    }
+    _mm_sfence();
+}
+
+const tile_kernel tile_avx512vnni = {"avx512vnni", 128, unpack, pack, multiply, write};
 #endif

@@ -7,5 +7,5 @@
 #define OFFSET 128
 #include "tile_avx2.h"
 
-const tile_kernel tile_avxvnni = {"avxvnni", 128, unpack, multiply, sum_row, write_rows};
+const tile_kernel tile_avxvnni = {"avxvnni", 128, unpack, pack_in_order, multiply, write_rows};
 #endif
