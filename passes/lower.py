@@ -33,6 +33,8 @@ def lower(model: GraphModule) -> GraphModule:
             _lower_linear(model, node)
         if node.target is torch.ops.aten.scaled_dot_product_attention.default:
             _lower_attention(model, node)
+        if node.target is torch.ops.aten.gelu.default and node.kwargs.get("approximate") == "tanh":
+            _replace(model, node, _OPS.tanh_gelu.default, (node.args[0],))
     model.graph.eliminate_dead_code()
     for node in list(model.graph.nodes):
         if node.target is _OPS.dequantize.default and _is_call(node.args[0], _OPS.quantize.default):
@@ -61,11 +63,16 @@ def _drop_codes(model: GraphModule, node: Node) -> None:
     """``dequantize(quantize(x))`` to ``fake_quantize(x)``: a float operator after it has no use for codes."""
     codes, block_size, scale, fmt, output_dtype = node.args
     assert isinstance(codes, Node)
+    _replace(model, node, _OPS.fake_quantize.default, (codes.args[0], block_size, scale, fmt, output_dtype))
+
+
+def _replace(model: GraphModule, node: Node, target: Any, arguments: tuple[Any, ...]) -> None:
+    """``node`` by a call of ``target``."""
     with model.graph.inserting_before(node):
-        arguments = (codes.args[0], block_size, scale, fmt, output_dtype)
-        new = model.graph.call_function(_OPS.fake_quantize.default, arguments)
+        new = model.graph.call_function(target, arguments)
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
+    model.graph.erase_node(node)
 
 
 def _lower_linear(model: GraphModule, node: Node) -> None:
@@ -105,12 +112,7 @@ def _lower_attention(model: GraphModule, node: Node) -> None:
     formats = {fmt for _, fmt in inputs}
     if None in formats or len(formats) > 1:
         return
-    arguments = (*(x for x, _ in inputs), mask, scale, formats.pop())
-    with model.graph.inserting_before(node):
-        new = model.graph.call_function(_OPS.attention.default, arguments)
-    new.meta.update(node.meta)
-    node.replace_all_uses_with(new)
-    model.graph.erase_node(node)
+    _replace(model, node, _OPS.attention.default, (*(x for x, _ in inputs), mask, scale, formats.pop()))
 
 
 def _token_wise_input(node: Any) -> tuple[Any, str | None]:

@@ -308,9 +308,9 @@ layer_norm_1 = layer_norm(add_1, [128], None, None, 1e-05, False)
 add_2 = add.Tensor(layer_norm_1, shift)
 blocks_0_ff_up_weight = self.blocks.0.ff.up.weight
 linear_5 = linear(add_2, blocks_0_ff_up_weight, blocks_0_ff_up_bias)
-gelu = gelu(linear_5, approximate=tanh)
+tanh_gelu_default = fp4dit_ao.tanh_gelu(linear_5)
 blocks_0_ff_down_weight = self.blocks.0.ff.down.weight
-linear_6 = linear(gelu, blocks_0_ff_down_weight, blocks_0_ff_down_bias)
+linear_6 = linear(tanh_gelu_default, blocks_0_ff_down_weight, blocks_0_ff_down_bias)
 add_3 = add.Tensor(add_1, linear_6)
 linear_7 = linear(add_3, proj_out_weight, proj_out_bias)
 return (linear_7,)""",
