@@ -44,7 +44,7 @@ def _unpatchify(x: Tensor, rows: int, columns: int, patch: int) -> Tensor:
 
 
 def patch_embed(self: Any, latent: Tensor) -> Tensor:
-    """``PatchEmbed.forward``, which swaps two sides of its grid: a graph of that depends on which is longer, and serves one shape."""
+    """``PatchEmbed.forward``, which swaps the sides of its grid of positions: a compiled graph then served one proportion."""
     from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid
 
     if self.pos_embed is None or self.pos_embed_max_size:
@@ -52,7 +52,9 @@ def patch_embed(self: Any, latent: Tensor) -> Tensor:
         return embedded
     tokens = self.proj(latent).flatten(2).transpose(1, 2)
     sides = [
-        torch.arange(size, device=latent.device, dtype=torch.float32) / (size / self.base_size) / self.interpolation_scale
+        torch.arange(size, device=latent.device, dtype=torch.float32)
+        / (size / self.base_size)
+        / self.interpolation_scale
         for size in (latent.shape[-2] // self.patch_size, latent.shape[-1] // self.patch_size)
     ]
     grid = torch.stack(torch.meshgrid(sides[1], sides[0], indexing="xy"))

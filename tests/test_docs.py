@@ -1,8 +1,8 @@
 """Every example of the documentation runs, as it stands there: a page is a script, executed block by block in an empty folder.
 
-Names that stand for a user's own things are things of that name here: folders ``MODEL``, ``DIR`` and that of a hub id, in a small
-pipeline's shape. What is changed so that it ends in time, and what runs elsewhere, is in two tables below; a change that no longer fits
-a page, and a command that nobody runs, is an error.
+Names that stand for a user's own things are things of that name here: ``MODEL``, ``DIR`` and a hub id are folders with a small
+pipeline. What is changed so that it ends in time, and what runs elsewhere, is in two tables below; a change that no longer
+fits its page is an error, and so is a command that nobody runs.
 """
 
 import argparse
@@ -56,21 +56,21 @@ CHANGES = {
         "--steps 20": ("--steps 2", "a minute"),
     },
 }  # fmt: skip
-"""By page: what its text says (in one place), what is executed instead, and what that saves or why it cannot be as it stands."""
+"""By page: what its text says in one place, what is executed instead, and what that saves, or why it must be."""
 
 ELSEWHERE = {
     "pip install -c constraints.txt . && fp4dit-ao demo": ".ci/run, in an environment of its own",
     "pip install -c constraints.txt '.[dev]' && pytest": ".ci/run, in an environment of its own",
-    "pip install -c constraints.txt '.[peers]'": "nothing here needs other packages; without them they are listed as missing",
+    "pip install -c constraints.txt '.[peers]'": "nothing here needs other packages; those missing are listed as such",
     "pip install 'fp4dit-ao[serve]'": "a part of dev, so installed by .ci/run",
-    "pip install 'fp4dit-ao[ray]'": "not installed: test_serving_ray.py runs where it is",
-    "serve run fp4dit_ao.serving.ray:build model=DIR replicas=4 gpus=1": "test_serving_ray.py builds it, where Ray is installed",
+    "pip install 'fp4dit-ao[ray]'": "CI has no Ray",
+    "serve run fp4dit_ao.serving.ray:build model=DIR replicas=4 gpus=1": "needs Ray; test_serving_ray.py, where there is one",
     "python benchmarks/quality.py": "hours; test_evaluate.py tests its parts",
-    "npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz": "a package index of another language",
-    "python -m fp4dit_ao.reference.train autoencoder --package package --work work": "an hour; test_reference.py trains two steps",
-    "python -m fp4dit_ao.reference.train transformer --package package --work work --steps 4600": "an hour; likewise",
-    "python -m fp4dit_ao.reference.train export --package package --work work": "needs what the two have trained; likewise",
     "fp4dit-ao benchmark --out benchmarks/results/cpu.json": "15 minutes; test_cli.py and test_benchmark.py run its parts",
+    "npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz": "needs npm",
+    "python -m fp4dit_ao.reference.train autoencoder --package package --work work": "hours, and what npm gets",
+    "python -m fp4dit_ao.reference.train transformer --package package --work work --steps 4600": "likewise",
+    "python -m fp4dit_ao.reference.train export --package package --work work": "likewise",
 }
 """Commands of the pages that are not executed here, and why."""
 
@@ -260,7 +260,8 @@ def test_a_command_that_is_not_executed_is_understood(command: str) -> None:
         understood = _command(app)
     while isinstance(understood, TyperGroup):
         understood = understood.commands[arguments.pop(0)]
-    understood.make_context(command, arguments)  # reads arguments and runs nothing
+    if arguments:  # else a sentence that only names it
+        understood.make_context(command, arguments)  # reads them, and runs nothing
 
 
 def _command(what: Any) -> Any:
@@ -276,9 +277,8 @@ def _command(what: Any) -> Any:
 
 def shown_in_docstrings() -> Iterator[tuple[str, str]]:
     """Blocks of Python after ``::``, with the module that they are in."""
-    for path in sorted(
-        p for folder in ("fp4dit_ao", "passes", "observers", "benchmarks") for p in (ROOT / folder).rglob("*.py")
-    ):
+    folders = ("fp4dit_ao", "passes", "observers", "benchmarks")
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 doc = ast.get_docstring(node) or ""

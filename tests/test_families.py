@@ -2,16 +2,17 @@
 
 import copy
 import functools
-import re
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from benchmarks import families
 from benchmarks.families import SMALL, main, other_size, quantize, relative, row_of, small_model, table
 from fp4dit_ao import (
     AdaRoundConfig,
@@ -30,6 +31,7 @@ from fp4dit_ao.compilation import compile_blocks, compile_graph
 from fp4dit_ao.config import RECIPES
 from fp4dit_ao.families import FAMILIES, family_of, recipe_for
 from fp4dit_ao.inputs import Size
+from tests.conftest import ROOT
 from tests.graphs import TinyDiT, tiny_sample
 
 
@@ -136,7 +138,9 @@ def test_compiled_once_and_close_at_all_sizes(case) -> None:
     by_block = case.name == "Hunyuan-DiT"
     compiled = compile_blocks(graph) if by_block else compile_graph(graph)
     other = other_size(case.name)
-    for seed, size in enumerate((Size(), other, replace(other, batch=4, height=other.width, width=other.height, text=33))):
+    for seed, size in enumerate(
+        (Size(), other, replace(other, batch=4, height=other.width, width=other.height, text=33))
+    ):
         sample = example_inputs(model, size, seed=seed)
         for mask in sample.keys() & MASKED.keys():  # guidance: a prompt that fills its text, and one that is padded
             sample[mask][0], sample[mask][-1] = 1, torch.arange(sample[mask].shape[1]) < 4
@@ -352,17 +356,65 @@ def test_sigma_is_told_from_alpha_by_what_its_config_names() -> None:
         assert family(sample_size=size, interpolation_scale=scale, use_additional_conditions=False) == "PixArt-Σ"
 
 
-def test_the_table_has_a_row_for_each_family() -> None:
-    lines = table(
-        {name: row_of(name, f.model, f.graph, f.quantized) for name in SMALL for f in [family(name)]}
-    ).splitlines()
-    rows = {cells[0]: cells[1:] for line in lines[2:] for cells in [[cell.strip() for cell in line.split("|")[1:-1]]]}
-    assert list(rows) == list(SMALL)
+def cells(markdown: str) -> dict[str, list[str]]:
+    """The rows of the first table in a text, by their first cell; the head is a row, too."""
+    lines = [line for line in markdown.splitlines() if line.startswith("| ")]
+    return {cell[0]: cell[1:] for line in lines for cell in [[cell.strip() for cell in line.split("|")[1:-1]]]}
+
+
+def test_the_docs_say_what_the_table_says() -> None:
+    """Of layers, formats and reasons, word by word; errors to their last digits, which differ from machine to machine."""
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    said = cells(page[page.index("| family ") :])
+    rows = cells(table({name: row_of(name, f.model, f.graph, f.quantized) for name in SMALL for f in [family(name)]}))
+    assert list(said) == list(rows) == ["family", *SMALL]
+    assert said["family"] == rows["family"]
+    assert {name: row[:5] for name, row in said.items()} == {name: row[:5] for name, row in rows.items()}
+    for name in SMALL:
+        assert float(rows[name][5]) <= 1e-5 and float(said[name][5]) <= 1e-5
+        assert float(rows[name][6]) == pytest.approx(float(said[name][6]), rel=0.25, abs=0.01)
     assert "4 convolutions" in rows["Sana"][4] and "linear attention" in rows["Sana"][4]
     assert rows["PixArt-Σ"][:3] == ["20 of 26", "e1m2 18, e3m0 2", "4 of 4"]
 
 
 def test_the_command_prints_the_table(tmp_path, capsys) -> None:
-    main(names="DiT", out=tmp_path)
-    assert capsys.readouterr().out.splitlines()[2].startswith("| DiT ")
-    assert (tmp_path / "families.json").is_file()
+    main(names="DiT", compile=True, out=tmp_path)
+    printed = cells(capsys.readouterr().out)
+    row = dict(zip(printed["family"], printed["DiT"], strict=True))
+    assert 0 < float(row["error"]) < 0.35
+    assert float(row["error, compiled"]) == pytest.approx(float(row["error"]), abs=0.02)
+    assert 0 <= float(row["compiled vs not"]) < 0.05
+    assert float(row["compile, s"]) > 0
+    stored = json.loads((tmp_path / "families.json").read_text())["families"]["DiT"]
+    assert stored["compiled"]["error"] < 0.35 and len(stored["layers"]) == 13
+
+
+def test_a_family_that_fails_has_a_row_and_the_others_theirs(tmp_path, capsys, monkeypatch) -> None:
+    def captured(model, sample):
+        if "Sana" in type(model).__name__:
+            raise RuntimeError("no graph\nof this")
+        return family("DiT").graph
+
+    def compile_graph(self):
+        raise NotImplementedError("no compiler")
+
+    monkeypatch.setattr(families, "capture", captured)
+    monkeypatch.setattr(QuantizedTransformer, "compile_graph", compile_graph)
+    with pytest.raises(typer.Exit) as ended:
+        main(names="Sana; DiT", compile=True, out=tmp_path)
+    assert ended.value.exit_code == 1
+    said = capsys.readouterr().out
+    rows = {name: dict(zip(cells(said)["family"], cells(said)[name], strict=True)) for name in ("Sana", "DiT")}
+    assert rows["Sana"]["linears"] == rows["Sana"]["capture, s"] == "failed"
+    assert "Sana failed: capture: RuntimeError: no graph\n" in said
+    assert rows["DiT"]["linears"] == "7 of 11" and rows["DiT"]["error, compiled"] == "failed"
+    assert "DiT failed: compile: NotImplementedError: no compiler\n" in said
+    assert set(json.loads((tmp_path / "families.json").read_text())["families"]) == {"Sana", "DiT"}
+
+
+def test_the_command_refuses_what_it_does_not_know(tmp_path) -> None:
+    with pytest.raises(typer.BadParameter, match="no family Dit; choose from PixArt-α; "):
+        main(names="DiT; Dit", out=tmp_path)
+    with pytest.raises(ValueError, match="unknown recipe 'w3a3'"):
+        main(names="DiT", recipe="w3a3", out=tmp_path)
+    assert not list(tmp_path.iterdir())
