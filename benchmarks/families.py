@@ -1,7 +1,8 @@
 """Every family at small width, through the whole flow: ``python -m benchmarks.families``.
 
 Prints one Markdown table and writes ``families.json``. Weights are random, so an error says that a family's graph is quantized
-rightly and how families compare at equal width; it says nothing about images. ``--compile`` adds ``torch.compile``.
+rightly and how families compare at equal width; it says nothing about images. ``--compile`` adds ``torch.compile``. A family
+that fails is listed as such, and the exit status is 1.
 """
 
 import copy
@@ -9,6 +10,7 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +21,7 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from fp4dit_ao import QuantizedTransformer, capture, lower, quantizer_for, samples, skeleton
+from fp4dit_ao import QuantConfig, QuantizedTransformer, capture, lower, quantizer_for, samples, skeleton
 from fp4dit_ao.capture import bind
 from fp4dit_ao.environment import environment, one_line
 from fp4dit_ao.evaluate import markdown_table, write_text
@@ -136,26 +138,52 @@ def row_of(name: str, model: nn.Module, graph: GraphModule, quantized: Quantized
     }
 
 
+def measure(name: str, recipe: str, compile: bool, say: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
+    """One row of the table. If a stage fails, what is known by then, and the stage and its error as ``"failed"``.
+
+    Args:
+        name: of a model in :data:`SMALL`.
+        recipe: as ``quantizer_for`` takes it.
+        compile: run it under ``torch.compile``, too.
+        say: told what is being done.
+    """
+    row: dict[str, Any] = {"seconds": {}}
+    stage = ""
+    try:
+        for stage in _stages(name, recipe, compile, row):
+            say(f"{name}: {stage}")
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        row["failed"] = f"{stage}: {type(error).__name__}: {reason}"
+    return row
+
+
 @torch.no_grad()
-def measure(name: str, recipe: str, compile: bool) -> dict[str, Any]:
-    """One row of the table."""
+def _stages(name: str, recipe: str, compile: bool, row: dict[str, Any]) -> Iterator[str]:
+    """Fills ``row``; yields what it is about to do."""
+    seconds: dict[str, float] = row["seconds"]
+    yield "capture"
     model = small_model(name)
-    seconds = {}
     began = time.perf_counter()
     graph = capture(model, example_inputs(model))
     seconds["capture"] = time.perf_counter() - began
+    yield "quantize"
     began = time.perf_counter()
     quantized = quantize(model, graph, recipe)
     seconds["quantize"] = time.perf_counter() - began
-    row = row_of(name, model, graph, quantized)
-    if compile:
-        sample = example_inputs(model, other_size(name), seed=1)
-        expected = model(**sample, return_dict=False)[0]
-        began = time.perf_counter()
-        compiled = quantized.compile_graph()(**sample).sample
-        seconds["compile"] = time.perf_counter() - began
-        row["compiled"] = relative(compiled, expected)
-    return row | {"seconds": seconds}
+    yield "compare"
+    row |= row_of(name, model, graph, quantized) | {"seconds": seconds}
+    if not compile:
+        return
+    yield "compile"
+    sample = example_inputs(model, other_size(name), seed=1)
+    expected, uncompiled = model(**sample, return_dict=False)[0], quantized(**sample).sample
+    torch._dynamo.reset()
+    quantized.compile_graph()
+    began = time.perf_counter()
+    compiled = quantized(**sample).sample
+    seconds["compile"] = time.perf_counter() - began
+    row["compiled"] = {"error": relative(compiled, expected), "difference": relative(compiled, uncompiled)}
 
 
 def share_quantized(quantized: QuantizedTransformer, model: nn.Module) -> float:
@@ -166,8 +194,12 @@ def share_quantized(quantized: QuantizedTransformer, model: nn.Module) -> float:
     return codes / sum(p.numel() for p in model.parameters())
 
 
-def cells(name: str, row: dict[str, Any]) -> list[str]:
+def cells(name: str, row: dict[str, Any], compile: bool) -> list[str]:
     """One row of the table as text."""
+    seconds = [_number(row["seconds"].get(stage), ".1f") for stage in stages(compile)]
+    if "layers" not in row:
+        return [name, "failed", *[""] * 6, *[""] * 2 * compile, *seconds]
+    compiled = row.get("compiled", {})
     layers = row["layers"]
     kinds = {
         kind: [layer for layer in layers if layer["kind"] == kind] for kind in ("linear", "attention", "convolution")
@@ -184,9 +216,18 @@ def cells(name: str, row: dict[str, Any]) -> list[str]:
         "; ".join(f"{number} {_why(reason)}" for reason, number in left.most_common()),
         f"{row['captured']:.0e}" if row["captured"] else "0",
         f"{row['error']:.2f}",
-        *([f"{row['compiled']:.2f}"] if "compiled" in row else []),
-        *(f"{seconds:.1f}" for seconds in row["seconds"].values()),
+        *([_number(compiled.get(of), fmt) for of, fmt in (("difference", ".0e"), ("error", ".2f"))] if compile else []),
+        *seconds,
     ]
+
+
+def _number(x: float | None, fmt: str) -> str:
+    return "failed" if x is None else format(x, fmt)
+
+
+def stages(compile: bool) -> list[str]:
+    """What is timed."""
+    return ["capture", "quantize", *["compile"] * compile]
 
 
 _SHORT = {"convolutions are not quantized": "convolutions", "its products are no softmax attention": "linear attention"}
@@ -196,9 +237,8 @@ def _why(reason: str) -> str:
     return _SHORT.get(reason) or reason.replace("recipe keeps ", "").replace("'", "`")
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
+def table(rows: dict[str, dict[str, Any]], compile: bool = False) -> str:
     """The rows as Markdown."""
-    first = next(iter(rows.values()))
     head = [
         "family",
         "linears",
@@ -208,24 +248,37 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "left as they are",
         "captured vs eager",
         "error",
+        *["compiled vs not", "error, compiled"] * compile,
+        *(f"{stage}, s" for stage in stages(compile)),
     ]
-    head += ["compiled"] * ("compiled" in first) + [f"{stage}, s" for stage in first["seconds"]]
-    return markdown_table(head, [cells(name, row) for name, row in rows.items()])
+    return markdown_table(head, [cells(name, row, compile) for name, row in rows.items()])
 
 
 def main(
     recipe: str = "w4a6",
-    compile: Annotated[bool, typer.Option(help="Also run each under torch.compile: minutes.")] = False,
+    compile: Annotated[bool, typer.Option(help="Also run each under torch.compile: a minute or two a family.")] = False,
     names: Annotated[str, typer.Option(help="Separated by semicolons; all if empty.")] = "",
     out: Path = Path("benchmarks/results"),
 ) -> None:
     """Measure and print."""
     chosen = [name.strip() for name in names.split(";")] if names else list(SMALL)
-    rows = {name: measure(name, recipe, compile) for name in tqdm(chosen, desc="families")}
-    print(table(rows))
+    unknown = [name for name in chosen if name not in SMALL]
+    if unknown:
+        raise typer.BadParameter(f"no family {'; '.join(unknown)}; choose from {'; '.join(SMALL)}")
+    QuantConfig.from_name(recipe)  # an unknown one is refused before any work
+    rows: dict[str, dict[str, Any]] = {}
+    with tqdm(chosen, desc="families") as bar:
+        for name in bar:
+            rows[name] = measure(name, recipe, compile, bar.set_postfix_str)
+            result = {"recipe": recipe, "environment": environment(), "families": rows}
+            write_text(out / "families.json", json.dumps(result, indent=1) + "\n")
+    print(table(rows, compile))
     print(f"\nRecipe {recipe}, nearest rounding, random weights, another size than captured. {one_line()}")
-    result = {"recipe": recipe, "environment": environment(), "families": rows}
-    write_text(out / "families.json", json.dumps(result, indent=1) + "\n")
+    failed = {name: row["failed"] for name, row in rows.items() if "failed" in row}
+    for name, reason in failed.items():
+        print(f"\n{name} failed: {reason}")
+    if failed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

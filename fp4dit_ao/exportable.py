@@ -43,6 +43,25 @@ def _unpatchify(x: Tensor, rows: int, columns: int, patch: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
+def patch_embed(self: Any, latent: Tensor) -> Tensor:
+    """``PatchEmbed.forward``, which swaps the sides of its grid of positions: a compiled graph then served one proportion."""
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid
+
+    if self.pos_embed is None or self.pos_embed_max_size:
+        embedded: Tensor = type(self).forward(self, latent)
+        return embedded
+    tokens = self.proj(latent).flatten(2).transpose(1, 2)
+    sides = [
+        torch.arange(size, device=latent.device, dtype=torch.float32)
+        / (size / self.base_size)
+        / self.interpolation_scale
+        for size in (latent.shape[-2] // self.patch_size, latent.shape[-1] // self.patch_size)
+    ]
+    grid = torch.stack(torch.meshgrid(sides[1], sides[0], indexing="xy"))
+    positions = get_2d_sincos_pos_embed_from_grid(self.pos_embed.shape[-1], grid, output_type="pt")
+    return (tokens + positions.float()).to(tokens.dtype)
+
+
 def dit(
     self: Any,
     hidden_states: Tensor,

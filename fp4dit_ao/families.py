@@ -49,6 +49,7 @@ _E2M1_THROUGHOUT = {"pre_gelu_weight": None}
 """Where the paper says nothing: its E3M0 before GELU cost more than it gained wherever it was measured."""
 _MODULATION = {"activation": "int8"}
 """Of one vector an image: 8 bits cost little there, and an error would reach every token."""
+_POSITIONS = {"PatchEmbed.forward": exportable.patch_embed}
 _ADALN_EMBEDDERS = ("time_text_embed*", "context_embedder", "norm_out*", "proj_out*")
 
 FAMILIES: tuple[Family, ...] = (
@@ -60,12 +61,14 @@ FAMILIES: tuple[Family, ...] = (
         # as converted from the original: α's configs name neither
         when=lambda config: config.use_additional_conditions is False and config.interpolation_scale is not None,
         sample=inputs.pixart,
+        rewrites=_POSITIONS,
     ),
     Family(
         "PixArt-α",
         "PixArtTransformer2DModel",
         skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out*"),
         sample=inputs.pixart,
+        rewrites=_POSITIONS,
     ),
     Family(
         "Hunyuan-DiT",
@@ -82,7 +85,7 @@ FAMILIES: tuple[Family, ...] = (
         paper=_E2M1_THROUGHOUT,
         layers={"*.norm1.linear": _MODULATION},
         sample=inputs.dit,
-        rewrites={"DiTTransformer2DModel.forward": exportable.dit},
+        rewrites={"DiTTransformer2DModel.forward": exportable.dit, **_POSITIONS},
     ),
     Family(
         "SD3",
