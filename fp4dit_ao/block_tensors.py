@@ -54,12 +54,15 @@ class MXWeight(MXTensor):  # type: ignore[misc]
         """From uint8 codes ``(out_features, in_features)`` and float32 steps, powers of two."""
         lattice = FloatFormat.parse(fmt)
         exponent = (step / unit(lattice)).view(torch.int32) >> 23
+        scale = exponent.to(torch.uint8).view(torch.float8_e8m0fnu)
+        return cls.from_parts(pack(codes, lattice.bits), scale, fmt, dtype)
+
+    @classmethod
+    def from_parts(cls, qdata: Tensor, scale: Tensor, fmt: str, dtype: torch.dtype) -> "MXWeight":
+        """From packed codes and E8M0 scales."""
         preference = KernelPreference.AUTO if fmt == "e2m1" else KernelPreference.EMULATED
         inputs = QuantizeTensorToMXKwargs(ELEMENTS[fmt], BLOCKS["e8m0"], ScaleCalculationMode.RCEIL, preference)
-        scale = exponent.to(torch.uint8).view(torch.float8_e8m0fnu)
-        return cls(
-            pack(codes, lattice.bits), scale, ELEMENTS[fmt], BLOCKS["e8m0"], dtype, preference, inputs, False
-        )  # fmt: skip
+        return cls(qdata, scale, ELEMENTS[fmt], BLOCKS["e8m0"], dtype, preference, inputs, False)
 
     def on_torchao(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``linear`` as torchao computes it, bfloat16 out."""
@@ -96,10 +99,14 @@ class NVFP4Weight(NVFP4Tensor):  # type: ignore[misc]
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, tensor_scale: Tensor, dtype: torch.dtype) -> "NVFP4Weight":
         """From uint8 codes ``(out_features, in_features)`` and the two scales of ``block_scales.two_level_scale``."""
-        inputs = QuantizeTensorToNVFP4Kwargs(use_dynamic_per_tensor_scale=True)
         whole = tensor_scale / unit(FloatFormat.parse("e2m1"))
-        data = (pack(codes, 4), scale.to(torch.float8_e4m3fn), BLOCKS["e4m3"], dtype)
-        return cls(*data, per_tensor_scale=whole, act_quant_kwargs=inputs)
+        return cls.from_parts(pack(codes, 4), scale.to(torch.float8_e4m3fn), whole, dtype)
+
+    @classmethod
+    def from_parts(cls, qdata: Tensor, scale: Tensor, per_tensor_scale: Tensor, dtype: torch.dtype) -> "NVFP4Weight":
+        """From packed codes, E4M3 scales and the tensor's own."""
+        inputs = QuantizeTensorToNVFP4Kwargs(use_dynamic_per_tensor_scale=True)
+        return cls(qdata, scale, BLOCKS["e4m3"], dtype, per_tensor_scale=per_tensor_scale, act_quant_kwargs=inputs)
 
     def on_torchao(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``linear`` as torchao computes it."""

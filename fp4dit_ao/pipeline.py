@@ -151,8 +151,8 @@ def load_pipeline(
         compile: run the quantized transformer under ``torch.compile``.
         form: ``"graph"``: a ``QuantizedTransformer``. ``"module"``: the diffusers model that it was, with quantized weights,
             for LoRA and offloading; see :mod:`fp4dit_ao.modules`.
-        weights: memory or speed: ``"packed"`` codes as they are stored, or ``"int8"`` or ``"fp8"``, a byte for each 4-bit weight; see
-            :func:`fp4dit_ao.unpack_weights`. The pipeline cannot be saved from bytes, and images differ in last bits.
+        weights: memory or speed: ``"packed"``, the codes as they are stored; or ``"int8"`` or ``"fp8"``, a byte for each 4-bit
+            weight (:func:`fp4dit_ao.unpack_weights`), which gives up the very last bits, and cannot be saved.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing from it.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchao.prototype.mx_formats.mx_tensor import MXTensor, ScaleCalculationMode
@@ -19,12 +20,16 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from fp4dit_ao import (
     AdaRoundConfig,
     FloatFormat,
+    FP4DiTConfig,
     FP4DiTQuantizer,
     QuantConfig,
     calibrate,
     capture,
+    checkpoint,
+    example_inputs,
     load_pipeline,
     lower,
+    quantize_modules,
     quantize_pipeline,
     reconstruct,
 )
@@ -32,6 +37,7 @@ from fp4dit_ao.block_scales import BLOCKS, choose_block_scale, power_of_two_abov
 from fp4dit_ao.block_tensors import ELEMENTS, MXWeight, NVFP4Weight, linear
 from fp4dit_ao.formats import pack
 from fp4dit_ao.ops import dequantize, quantize
+from fp4dit_ao.skeleton import empty_model
 from tests.graphs import TinyDiT, tiny_sample
 from tests.test_lower import LINEAR, EveryLinear
 from tests.tiny import CALL, tiny_pipeline
@@ -260,6 +266,57 @@ def test_a_pipeline_comes_back_from_disk(recipe, tmp_path: Path) -> None:
     stored = [p for p in again.transformer.graph.parameters() if isinstance(p.detach(), MXWeight | NVFP4Weight)]
     assert len(stored) == 10
     assert again.transformer.nbytes() == pipe.transformer.nbytes()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_module_form_has_the_graphs_bits(recipe, tmp_path: Path) -> None:
+    graph = quantize_pipeline(
+        tiny_pipeline(layers=1), recipe, prompts=["a red cat"], rounding="nearest", progress=False, **CALL
+    ).transformer
+    sample = example_inputs(empty_model(dict(graph.config)))
+    with torch.no_grad():
+        expected = graph(**sample).sample
+    model = quantize_modules(tiny_pipeline(layers=1).transformer, recipe)
+    model.save_pretrained(tmp_path / "saved")
+    tiny_pipeline(layers=1).transformer.save_pretrained(tmp_path / "float")
+    again = type(model).from_pretrained(tmp_path / "saved")
+    while_read = type(model).from_pretrained(tmp_path / "float", quantization_config=FP4DiTConfig(recipe))
+    for each in (model, graph.to_modules(), again, while_read, checkpoint.load(tmp_path / "saved")):
+        assert sum(isinstance(p.detach(), MXWeight | NVFP4Weight) for p in each.parameters()) == 10
+        with torch.no_grad():
+            assert torch.equal(each(**sample).sample, expected)
+    half = type(model).from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    low = {name: p.dequantize(torch.float32) for name, p in again.named_parameters() if hasattr(p, "qdata")}
+    assert all(torch.equal(half.get_parameter(name).dequantize(torch.float32), x) for name, x in low.items())
+    again.dequantize()
+    assert all(torch.equal(again.get_parameter(name), x) for name, x in low.items())
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "mxfp6_e2m3"])
+def test_the_module_form_offloads_and_compiles(recipe) -> None:
+    model = quantize_modules(tiny_pipeline(layers=1).transformer, recipe)
+    sample = example_inputs(model)
+    with torch.no_grad():
+        expected = model(**sample).sample
+        compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(**sample).sample, expected, rtol=1e-4, atol=1e-4)
+        cpu = torch.device("cpu")
+        model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+        for _ in range(2):
+            assert torch.equal(model(**sample).sample, expected)
+
+
+def test_families_whose_modulation_is_finer_take_block_formats() -> None:
+    """They are one for all layers."""
+    model = FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=64, joint_attention_dim=64,
+        pooled_projection_dim=64, in_channels=16, axes_dims_rope=(16, 24, 24),
+    ).eval()  # fmt: skip
+    quantize_modules(model, "nvfp4")
+    assert isinstance(model.transformer_blocks[0].norm1.linear.weight.detach(), NVFP4Weight)
+    with torch.no_grad():
+        assert torch.isfinite(model(**example_inputs(model), return_dict=False)[0]).all()
 
 
 @pytest.mark.parametrize(
