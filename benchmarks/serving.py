@@ -3,7 +3,8 @@
     python -m benchmarks.serving
 
 Every server is a process of its own, started by the command that users type. A round sends requests to one server at a fixed
-number of clients at once, each asking again as soon as it is answered; then it is the other server's turn.
+number of clients at once, each asking again as soon as it is answered; then it is the other server's turn. Who goes first
+alternates.
 """
 
 import base64
@@ -16,7 +17,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,13 +32,16 @@ from fp4dit_ao import models, quantize_pipeline, reference
 from fp4dit_ao.environment import environment, one_line
 from fp4dit_ao.evaluate import markdown_table, write_text
 
-READY_SECONDS = 600
+READY_SECONDS = 3600
+"""Compiling takes a minute on two idle cores, and many on busy ones."""
 PERCENTILES = (50, 95, 99)
+Results = dict[str, dict[int, list[dict[str, Any]]]]
+"""By server, then by number of clients: what each round measured."""
 
 
 @contextmanager
 def server(model: str, *options: str) -> Iterator[httpx2.Client]:
-    """``fp4dit-ao serve model``, warmed up; it is told to end, and must do so well."""
+    """``fp4dit-ao serve model``, which may still warm up; it is told to end, and must do so well."""
     command = [sys.executable, "-c", "from fp4dit_ao.cli import main; main()", "serve", model, "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
@@ -52,11 +57,6 @@ def server(model: str, *options: str) -> Iterator[httpx2.Client]:
             raise RuntimeError(f"the server of {model} did not start:\n{''.join(said)}")
         threading.Thread(target=said.extend, args=(process.stdout,), daemon=True).start()
         with httpx2.Client(base_url=address, timeout=READY_SECONDS) as client:
-            end = time.monotonic() + READY_SECONDS
-            while client.get("/health/ready").status_code != 200:
-                if time.monotonic() > end or process.poll() is not None:
-                    raise RuntimeError(f"the server of {model} did not become ready:\n{''.join(said)}")
-                time.sleep(0.2)
             yield client
         process.terminate()
         if process.wait(READY_SECONDS) != 0:
@@ -66,7 +66,21 @@ def server(model: str, *options: str) -> Iterator[httpx2.Client]:
         process.wait()
 
 
-def load(client: httpx2.Client, prompts: list[str], clients: int, steps: int, first: int) -> dict[str, Any]:
+def wait_until_ready(client: httpx2.Client) -> None:
+    """Return when the server behind ``client`` has warmed up.
+
+    Raises:
+        RuntimeError: it failed to, or took longer than :data:`READY_SECONDS`.
+    """
+    end = time.monotonic() + READY_SECONDS
+    while client.get("/health/ready").status_code != 200:
+        live = client.get("/health/live")
+        if live.status_code != 200 or time.monotonic() > end:
+            raise RuntimeError(f"a server did not become ready: {live.text[:300]}")
+        time.sleep(0.2)
+
+
+def load(client: httpx2.Client, prompts: Sequence[str], clients: int, steps: int, first: int) -> dict[str, Any]:
     """Every prompt once, from ``clients`` at once: seconds in all and of each request, and what was drawn.
 
     Raises:
@@ -83,35 +97,74 @@ def load(client: httpx2.Client, prompts: list[str], clients: int, steps: int, fi
         image = base64.b64decode(answer.json()["data"][0]["b64_json"])
         return took, hashlib.sha256(image).hexdigest()
 
-    before = images_and_batches(client)
+    before = batches(client)
     began = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(ask, range(len(prompts))))
     seconds = time.perf_counter() - began
-    images, batches = (after - was for after, was in zip(images_and_batches(client), before, strict=True))
     return {
         "seconds": seconds, "latencies": [took for took, _ in answers], "images": [digest for _, digest in answers],
-        "batch": images / batches,
+        "batches": {size: count - before.get(size, 0) for size, count in batches(client).items()},
     }  # fmt: skip
 
 
-def images_and_batches(client: httpx2.Client) -> tuple[float, float]:
-    """Images that were drawn so far, and batches, as the server's metrics say."""
+def batches(client: httpx2.Client) -> dict[str, int]:
+    """How many batches a server has drawn, as its metrics say: by size, where "4" are those of three or four images."""
     text = client.get("/metrics").text
-    found = [re.search(rf"^fp4dit_batch_size_{name} (\S+)", text, re.MULTILINE) for name in ("sum", "count")]
-    images, batches = (float(match[1]) if match else 0.0 for match in found)
-    return images, batches
+    found = re.findall(r'^fp4dit_batch_size_bucket\{le="(\d+)\.0"\} (\S+)', text, re.MULTILINE)
+    counts, below = {}, 0
+    for size, total in found:
+        counts[size], below = int(float(total)) - below, int(float(total))
+    return counts
 
 
 def percentile(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
+def measure(
+    servers: Mapping[str, str], options: Sequence[str], clients: Sequence[int], requests: int, rounds: int, steps: int,
+    prompts: Sequence[str], seconds: float,
+) -> Results:  # fmt: skip
+    """Start every server, and give each its turns; after ``seconds`` of them no further round begins.
+
+    Args:
+        servers: models by name, the one to compare with first.
+        options: of ``fp4dit-ao serve``.
+        clients: numbers of clients at once.
+        requests: of one turn.
+        rounds: at most, and at least one.
+        steps: of every image.
+        prompts: to take in turns.
+        seconds: see above.
+
+    Raises:
+        RuntimeError: a server or a request failed.
+    """
+    results: Results = {name: {number: [] for number in clients} for name in servers}
+    with ExitStack() as stack:
+        asked = {name: stack.enter_context(server(model, *options)) for name, model in servers.items()}
+        for name, client in asked.items():
+            print(f"warming up {name}", flush=True)
+            wait_until_ready(client)
+        began = time.monotonic()
+        for turn in tqdm(range(rounds), desc="rounds"):
+            if turn and time.monotonic() - began > seconds:
+                print(f"stopped after {turn} of {rounds} rounds: {seconds:g} s are over", flush=True)
+                break
+            chosen = [prompts[(turn * requests + i) % len(prompts)] for i in range(requests)]
+            for number in clients:
+                for name in list(asked)[:: -1 if turn % 2 else 1]:
+                    results[name][number].append(load(asked[name], chosen, number, steps, turn * requests))
+    return results
+
+
 def main(
     recipe: str = "w4a6_e2m1",
     clients: Annotated[str, typer.Option(help="Requests in flight at once, separated by commas.")] = "1,8",
-    requests: Annotated[int, typer.Option(min=2, max=1000, help="Of one round.")] = 24,
-    rounds: Annotated[int, typer.Option(min=1, max=20, help="Turns of each server.")] = 3,
+    requests: Annotated[int, typer.Option(min=2, max=1000, help="Of one turn.")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, max=20, help="Turns of each server, at most.")] = 4,
+    seconds: Annotated[float, typer.Option(min=0, help="After these no further round begins.")] = 120,
     steps: Annotated[int, typer.Option(min=1, max=100)] = 10,
     max_batch: int = 8,
     compile: bool = True,
@@ -122,24 +175,17 @@ def main(
     known = reference.prompts()
     pipe = models.open_pipeline(models.REFERENCE, "cpu")
     quantized = quantize_pipeline(pipe, recipe, prompts=known[:4], rounding="nearest", progress=False)
-    results: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    options = ["--device", "cpu", "--max-batch", str(max_batch), "--compile" if compile else "--no-compile"]
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    options = ["--device", "cpu", "--max-batch", str(max_batch), "--timeout", str(READY_SECONDS)]
+    options.append("--compile" if compile else "--no-compile")
+    with tempfile.TemporaryDirectory() as folder:
         quantized.save_pretrained(f"{folder}/quantized")
-        servers = {}
-        for name, model in {"unquantized": models.REFERENCE, recipe: f"{folder}/quantized"}.items():
-            print(f"starting {name}", flush=True)
-            servers[name] = stack.enter_context(server(model, *options))
-            results[name] = {number: [] for number in numbers}
-        turns = [(turn, number, name) for turn in range(rounds) for number in numbers for name in servers]
-        for turn, number, name in tqdm(turns, desc="rounds"):
-            prompts = [known[(turn * requests + i) % len(known)] for i in range(requests)]
-            results[name][number].append(load(servers[name], prompts, number, steps, turn * requests))
+        servers = {"unquantized": models.REFERENCE, recipe: f"{folder}/quantized"}
+        results = measure(servers, options, numbers, requests, rounds, steps, known, seconds)
     print(table(results))
     settings = {
         "recipe": recipe,
         "requests": requests,
-        "rounds": rounds,
+        "rounds": len(results[recipe][numbers[0]]),
         "steps": steps,
         "max_batch": max_batch,
         "compile": compile,
@@ -151,26 +197,35 @@ def main(
     write_text(out / "serving.json", json.dumps(result, indent=1) + "\n")
 
 
-def table(results: dict[str, dict[int, list[dict[str, Any]]]]) -> str:
-    """One row per server and number of clients; throughput also as a ratio of the first server's, turn by turn."""
+def table(results: Results) -> str:
+    """One row per number of clients and server; throughput also as a ratio of the first server's, round by round."""
     rows = []
     base = next(iter(results.values()))
-    for name, by_number in results.items():
-        for number, turns in by_number.items():
+    for number in base:
+        for name, by_number in results.items():
+            turns = by_number[number]
             latencies = [took for turn in turns for took in turn["latencies"]]
             rates = [len(turn["latencies"]) / turn["seconds"] for turn in turns]
             ratios = [b["seconds"] / own["seconds"] for b, own in zip(base[number], turns, strict=True)]
             rows.append(
-                [name, str(number), f"{statistics.mean(turn['batch'] for turn in turns):.1f}",
-                 f"{statistics.median(rates):.2f}",
+                [str(number), name, batch_sizes(turns), f"{statistics.median(rates):.2f}",
                  f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
                  *(f"{percentile(latencies, percent) * 1000:.0f}" for percent in PERCENTILES)]
             )  # fmt: skip
-    head = ["", "clients", "images / batch", "images / s", "of the unquantized", *(f"p{p}, ms" for p in PERCENTILES)]
-    return markdown_table(head, rows) + "\n\n" + same_bits(results)
+    head = ["clients", "server", "images / batch", "images / s", "of the unquantized"]
+    return markdown_table([*head, *(f"p{p}, ms" for p in PERCENTILES)], rows) + "\n\n" + same_bits(results)
 
 
-def same_bits(results: dict[str, dict[int, list[dict[str, Any]]]]) -> str:
+def batch_sizes(turns: Sequence[Mapping[str, Any]]) -> str:
+    """The mean, and the largest as far as buckets tell."""
+    counts: Counter[int] = Counter()
+    for turn in turns:
+        counts.update({int(size): count for size, count in turn["batches"].items() if count})
+    images = sum(len(turn["latencies"]) for turn in turns)
+    return f"{images / counts.total():.1f} (at most {max(counts)})"
+
+
+def same_bits(results: Results) -> str:
     """How many images had the same bits with another number of clients, that is in other batches."""
     parts = []
     for name, by_number in results.items():

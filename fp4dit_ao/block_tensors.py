@@ -1,8 +1,7 @@
 """Weights in the hardware's block formats: torchao's ``MXTensor`` and ``NVFP4Tensor``, that also run on other hardware.
 
 On Blackwell, ``linear`` is torchao's own: native block-scaled instructions for E2M1. Elsewhere (and for MXFP6, for which
-torchao has no native product) operands become bfloat16 on GPUs and float32 on CPUs. Their values need at most six bits, so
-both types hold them exactly, and only the sum is rounded.
+torchao has no native product) it is :mod:`fp4dit_ao.block_linear`'s.
 """
 
 from typing import Any
@@ -17,10 +16,9 @@ from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, QuantizeTenso
 from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 from torchao.utils import TorchAOBaseTensor
 
-from fp4dit_ao import __version__, _compat
-from fp4dit_ao.block_scales import BLOCKS, choose_block_scale, two_level_scale, unit
+from fp4dit_ao import __version__, _compat, block_linear
+from fp4dit_ao.block_scales import BLOCKS, unit
 from fp4dit_ao.formats import FloatFormat, pack, unpack
-from fp4dit_ao.ops import LIBRARY, dequantize, quantize
 
 _ATEN = torch.ops.aten
 ELEMENTS = {"e2m1": torch.float4_e2m1fn_x2, "e2m3": DTYPE_FP6_E2M3, "e3m2": DTYPE_FP6_E3M2}
@@ -54,25 +52,24 @@ class MXWeight(MXTensor):  # type: ignore[misc]
         """From uint8 codes ``(out_features, in_features)`` and float32 steps, powers of two."""
         lattice = FloatFormat.parse(fmt)
         exponent = (step / unit(lattice)).view(torch.int32) >> 23
+        scale = exponent.to(torch.uint8).view(torch.float8_e8m0fnu)
+        return cls.from_parts(pack(codes, lattice.bits), scale, fmt, dtype)
+
+    @classmethod
+    def from_parts(cls, qdata: Tensor, scale: Tensor, fmt: str, dtype: torch.dtype) -> "MXWeight":
+        """From packed codes and E8M0 scales."""
         preference = KernelPreference.AUTO if fmt == "e2m1" else KernelPreference.EMULATED
         inputs = QuantizeTensorToMXKwargs(ELEMENTS[fmt], BLOCKS["e8m0"], ScaleCalculationMode.RCEIL, preference)
-        scale = exponent.to(torch.uint8).view(torch.float8_e8m0fnu)
-        return cls(
-            pack(codes, lattice.bits), scale, ELEMENTS[fmt], BLOCKS["e8m0"], dtype, preference, inputs, False
-        )  # fmt: skip
+        return cls(qdata, scale, ELEMENTS[fmt], BLOCKS["e8m0"], dtype, preference, inputs, False)
 
     def on_torchao(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``linear`` as torchao computes it, bfloat16 out."""
         weight = MXTensor(*(getattr(self, name) for name in _compat.parts(MXTensor)))
         return F.linear(x, weight, None if bias is None else bias.bfloat16())
 
-    def operands(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, None]:
-        """Values of the quantized input and of this weight, exact in ``dtype``."""
-        block = [1] * (x.ndim - 1) + [BLOCKS["e8m0"]]
-        step = choose_block_scale(x, block, self.fmt, "e8m0")
-        codes = quantize(x, block, step, self.fmt)
-        weight = torch.ops.fp4dit_ao.mx_dequantize(self.qdata, self.scale, self.fmt, dtype)
-        return dequantize(codes, block, step, self.fmt, dtype), weight, None
+    def emulated(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``linear`` in exact operands of a wider type."""
+        return block_linear.mx_linear(x, self.qdata, self.scale, self.fmt, bias)
 
 
 class NVFP4Weight(NVFP4Tensor):  # type: ignore[misc]
@@ -96,10 +93,14 @@ class NVFP4Weight(NVFP4Tensor):  # type: ignore[misc]
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, tensor_scale: Tensor, dtype: torch.dtype) -> "NVFP4Weight":
         """From uint8 codes ``(out_features, in_features)`` and the two scales of ``block_scales.two_level_scale``."""
-        inputs = QuantizeTensorToNVFP4Kwargs(use_dynamic_per_tensor_scale=True)
         whole = tensor_scale / unit(FloatFormat.parse("e2m1"))
-        data = (pack(codes, 4), scale.to(torch.float8_e4m3fn), BLOCKS["e4m3"], dtype)
-        return cls(*data, per_tensor_scale=whole, act_quant_kwargs=inputs)
+        return cls.from_parts(pack(codes, 4), scale.to(torch.float8_e4m3fn), whole, dtype)
+
+    @classmethod
+    def from_parts(cls, qdata: Tensor, scale: Tensor, per_tensor_scale: Tensor, dtype: torch.dtype) -> "NVFP4Weight":
+        """From packed codes, E4M3 scales and the tensor's own."""
+        inputs = QuantizeTensorToNVFP4Kwargs(use_dynamic_per_tensor_scale=True)
+        return cls(qdata, scale, BLOCKS["e4m3"], dtype, per_tensor_scale=per_tensor_scale, act_quant_kwargs=inputs)
 
     def on_torchao(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``linear`` as torchao computes it."""
@@ -109,19 +110,14 @@ class NVFP4Weight(NVFP4Tensor):  # type: ignore[misc]
         )  # fmt: skip
         return F.linear(x, weight, bias)
 
-    def operands(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Values of the quantized input and of this weight without their tensors' scales, exact in ``dtype``; and these."""
-        block = [1] * (x.ndim - 1) + [BLOCKS["e4m3"]]
-        scale, whole = two_level_scale(x, block, self.fmt)
-        codes = quantize(x, block, scale * whole, self.fmt)
-        weight = dequantize(self.codes, [1, BLOCKS["e4m3"]], self.scale, self.fmt, dtype)
-        return dequantize(codes, block, scale, self.fmt, dtype), weight, whole * self.per_tensor_scale * _UNIT
+    def emulated(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``linear`` in exact operands of a wider type."""
+        return block_linear.nvfp4_linear(x, self.qdata, self.scale, self.per_tensor_scale, bias)
 
     def __repr__(self) -> str:
         return f"NVFP4Weight(shape={tuple(self.shape)}, {self._quantization_type()})"
 
 
-_UNIT = unit(FloatFormat.parse(NVFP4Weight.fmt))
 BlockWeight = MXWeight | NVFP4Weight
 
 
@@ -135,11 +131,7 @@ def linear(x: Tensor, weight: BlockWeight, bias: Tensor | None) -> Tensor:
     if runs_natively(x, weight):
         taken = x if x.dtype in (torch.bfloat16, torch.float32) else x.bfloat16()
         return weight.on_torchao(taken.contiguous(), bias).to(x.dtype)
-    half = x.is_cuda and x.dtype == torch.bfloat16
-    values, levels, scale = weight.operands(x, torch.bfloat16 if half else torch.float32)
-    y = F.linear(values, levels).float()
-    y = y if scale is None else y * scale
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    return weight.emulated(x, bias)
 
 
 def _linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
@@ -173,19 +165,4 @@ for _cls in (MXWeight, NVFP4Weight):
     _cls.implements(_ATEN._to_copy.default)(_to_copy)
 
 
-def mx_dequantize(qdata: Tensor, scale: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
-    """An MX weight's values ``(out_features, in_features)``. An operator, since Inductor knows no E8M0 on CPUs."""
-    lattice = FloatFormat.parse(fmt)
-    return dequantize(unpack(qdata, lattice.bits), [1, BLOCKS["e8m0"]], scale.float() * unit(lattice), fmt, dtype)
-
-
-LIBRARY.define("mx_dequantize(Tensor qdata, Tensor scale, str fmt, ScalarType dtype) -> Tensor")
-LIBRARY.impl("mx_dequantize", mx_dequantize, "CompositeExplicitAutograd")
-LIBRARY.impl(
-    "mx_dequantize",
-    lambda qdata, scale, fmt, dtype: qdata.new_empty(
-        (qdata.shape[0], qdata.shape[1] * (2 if FloatFormat.parse(fmt).bits <= 4 else 1)), dtype=dtype
-    ),
-    "Meta",
-)
 torch.serialization.add_safe_globals([MXWeight, NVFP4Weight])

@@ -72,16 +72,19 @@ def save_pretrained(
     variant: str | None = None,
     max_shard_size: int | str = SHARD_SIZE,
     push_to_hub: bool = False,
+    use_flashpack: bool = False,
     **hub: Any,
 ) -> None:
     """:func:`save`, called as diffusers' ``save_pretrained``.
 
     Raises:
-        ValueError: pickles or a variant are asked for.
+        ValueError: pickles, FlashPack or a variant are asked for.
         OSError: the folder cannot be written.
     """
-    if not safe_serialization:
-        raise ValueError("a quantized transformer is saved as safetensors only; leave safe_serialization=True")
+    if not safe_serialization or use_flashpack:
+        raise ValueError(
+            "a quantized transformer is saved as safetensors only; leave safe_serialization=True and use_flashpack=False"
+        )
     if variant is not None:
         raise ValueError(f"a quantized transformer has no variant {variant!r}; leave variant=None")
     if is_main_process:

@@ -157,7 +157,15 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     @property
     def is_serializable(self) -> bool:
-        return True
+        """Asked by diffusers' own ``save_pretrained`` alone, which could only find that codes have no storage.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "diffusers' own save_pretrained cannot write low-bit weights; call the instance's, model.save_pretrained(folder), "
+            "or fp4dit_ao.checkpoint.save(model, folder)"
+        )
 
     @property
     def is_trainable(self) -> bool:

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from fp4dit_ao import (
     _compat,
-    kernels,  # noqa: F401, registers the operators that exported graphs call
+    block_linear,  # noqa: F401, these two register the operators that exported graphs call
+    kernels,  # noqa: F401
     samples,
 )
 from fp4dit_ao.folders import whole_file

@@ -209,8 +209,8 @@ def quantizer_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> FP4Di
     family = family_of(model)
     names = [name for name, _ in model.named_modules()]
     for glob, fields in family.layers.items():
-        if "activation" in fields and config.activation is None:
-            continue  # a recipe for weights alone
+        if "activation" in fields and (config.activation is None or config.activation_granularity == "block"):
+            continue  # a recipe for weights alone, or of a block format, which is one for all layers
         if any(fnmatchcase(name, glob) for name in names):
             quantizer.set_module_name(glob, dataclasses.replace(config, **fields))
     if family not in FAMILIES:

@@ -11,19 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchao.utils import TorchAOBaseTensor
 
-from fp4dit_ao import _compat, samples, skeleton
+from fp4dit_ao import _compat, lora, samples, skeleton
 from fp4dit_ao.attention import quantize_attention, restore_attention
 from fp4dit_ao.capture import bind
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.families import example_inputs, family_of, quantizer_for, recipe_for
-from fp4dit_ao.formats import parse
-from fp4dit_ao.ops import full_block
+from fp4dit_ao.low_bit import empty_parts, from_parts, low_bit_weight
 from fp4dit_ao.passes.device import convert_tensors
-from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer, fit_group, weight_observer
+from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer, fit_group
 from fp4dit_ao.record import Record, model_config
 from fp4dit_ao.split import part_sizes, split_modules
-from fp4dit_ao.tensor import MinifloatTensor
 from fp4dit_ao.weights import Entry
 
 
@@ -71,10 +70,15 @@ def decide(
 ) -> Record:
     """What :func:`quantize_modules` would do with ``model``, whose tensors may be on the meta device; nothing is changed."""
     config = recipe_for(model, recipe)
-    if config.weight_candidates or config.activation_granularity == "tensor":
+    asked = recipe if isinstance(recipe, str) else config
+    if config.activation_granularity == "tensor":
         raise ValueError(
-            f"recipe {recipe if isinstance(recipe, str) else config} needs calibration data; use quantize_pipeline, "
-            "then load_pipeline(…, form='module')"
+            f"recipe {asked} needs calibration data for static input ranges, which only the graph form computes; "
+            "use quantize_pipeline, or a recipe that quantizes inputs online"
+        )
+    if config.weight_candidates:
+        raise ValueError(
+            f"recipe {asked} needs calibration data; use quantize_pipeline, then load_pipeline(…, form='module')"
         )
     quantizer = quantizer_for(model, recipe)
     for glob in skip:
@@ -97,21 +101,14 @@ def decide(
     return record
 
 
-@torch.no_grad()
 def quantize_linear(model: Any, name: str, config: QuantConfig) -> None:
-    """Round the weight of a linear to nearest, in place, as a weight observer without a learned rounding does it.
+    """Round the weight of a linear to nearest, in place.
 
     Raises:
         ValueError: NaN or Inf in it, or a group size that does not divide it.
     """
     linear = model.get_submodule(name)
-    weight: Tensor = linear.weight
-    observer = weight_observer(f"{name}.weight", config)()
-    codes, scale = observer.quantized(weight.detach())
-    block_size, fmt = observer.block_size(weight), str(observer.fmt)
-    activation = None if config.activation is None else str(parse(config.activation))
-    quantized = MinifloatTensor.from_codes(codes, scale, block_size, fmt, activation, weight.dtype)
-    linear.weight = nn.Parameter(quantized, requires_grad=False)
+    linear.weight = nn.Parameter(low_bit_weight(name, linear.weight, config), requires_grad=False)
 
 
 def quantized_linears(record: Record) -> Iterable[tuple[str, QuantConfig]]:
@@ -122,10 +119,10 @@ def quantized_linears(record: Record) -> Iterable[tuple[str, QuantConfig]]:
     """
     for decision in record.decisions:
         config = decision.config
-        if config is not None and config.activation_granularity != "token":
+        if config is not None and config.activation_granularity == "tensor":
             raise ValueError(
-                f"{decision.name} quantizes its input by {config.activation_granularity}, which only the graph form "
-                "computes; use form='graph'"
+                f"{decision.name} quantizes its input in a static range, which only the graph form "
+                "computes; use form='graph', or a recipe that quantizes inputs online"
             )
         if config is not None and decision.kind == "linear":
             yield decision.name, config
@@ -152,6 +149,8 @@ def finish(model: Any, quantizer: Any) -> Any:
         blocks = (block for module in model.children() if isinstance(module, nn.ModuleList) for block in module)
         model._repeated_blocks = sorted({type(block).__name__ for block in blocks})
     model.save_pretrained = functools.partial(save_pretrained, model)
+    model.fuse_lora = functools.partial(lora.fuse_lora, model, dict(quantized_linears(quantizer.record)))
+    model.unfuse_lora = functools.partial(lora.unfuse_lora, model)
     model._apply = functools.partial(_apply, model)
     return model.eval()
 
@@ -212,14 +211,20 @@ def tensors_to_save(model: Any) -> dict[str, Tensor]:
 
 
 def dequantize_modules(model: Any) -> Any:
-    """The float model again, in place, with weights as they were rounded."""
+    """The float model again, in place, with weights as they were rounded.
+
+    Raises:
+        ValueError: a LoRA is fused, which could not be undone any more.
+    """
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise ValueError("the transformer carries a fused LoRA; call unfuse_lora() or unload_lora() first")
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, MinifloatTensor):
+        if isinstance(weight, TorchAOBaseTensor):
             module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
     restore_attention(model.modules())
     model._internal_dict = type(model.config)({k: v for k, v in model.config.items() if k != "quantization_config"})
-    del model.save_pretrained, model.quantization_method, model._apply
+    del model.save_pretrained, model.fuse_lora, model.unfuse_lora, model.quantization_method, model._apply
     return model
 
 
@@ -288,15 +293,9 @@ class Slots:
             linear = None
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{type(self.model).__name__} has no linear {name}, which was quantized")
-        rows, columns = linear.weight.shape
-        block = full_block((rows, columns), block_size_of(config))
-        packed = columns // 2 if parse(str(config.weight)).bits <= 4 else columns
         parts = nn.Module()
-        parts.register_buffer("qdata", torch.empty(rows, packed, dtype=torch.uint8, device="meta"))
-        scale = torch.empty(
-            rows // block[0], columns // block[1], dtype=getattr(torch, config.scale_dtype), device="meta"
-        )
-        parts.register_buffer("scale", scale)
+        for part, x in empty_parts(tuple(linear.weight.shape), config).items():
+            parts.register_buffer(part, x)
         del linear.weight
         linear.add_module("weight", parts)
 
@@ -323,21 +322,12 @@ class Slots:
             )
         for name, config in self._linears.items():
             linear = self.model.get_submodule(name)
-            parts: Any = linear.weight
-            activation = None if config.activation is None else str(parse(config.activation))
+            parts = dict(linear.weight.named_buffers())  # type: ignore[union-attr,operator]
             del linear.weight
-            fmt = str(parse(str(config.weight)))
-            weight = MinifloatTensor(
-                parts.qdata, parts.scale, block_size_of(config), fmt, activation, dtype or self.record.dtype
-            )
+            weight = from_parts(parts, config, dtype or self.record.dtype)
             linear.weight = nn.Parameter(weight, requires_grad=False)
         _compat.make_buffers_transient(self._transient)
         for name in self._constants:
             self.record.constants[name] = skeleton.tensor_at(self.model, name)
             delattr(self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
         return self.model
-
-
-def block_size_of(config: QuantConfig) -> list[int]:
-    """How many rows and columns of a weight share a scale; -1 for all."""
-    return {"group": [1, config.group_size], "channel": [1, -1], "tensor": [-1, -1]}[config.weight_granularity]

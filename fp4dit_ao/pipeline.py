@@ -20,6 +20,7 @@ from fp4dit_ao.families import quantizer_for, recipe_for
 from fp4dit_ao.folders import whole_folder
 from fp4dit_ao.generation import generation_defaults
 from fp4dit_ao.passes.lower import lower
+from fp4dit_ao.passes.unpack import unpack_weights
 
 if TYPE_CHECKING:
     from fp4dit_ao.passes.reconstruct import AdaRoundConfig
@@ -29,6 +30,7 @@ __all__ = ["generation_defaults", "load_pipeline", "quantize_pipeline", "save_pi
 INDEX = "model_index.json"
 ROUNDINGS = ("adaround", "nearest")
 FORMS = ("graph", "module")
+WEIGHTS = ("packed", "int8", "fp8")
 _HUB = ("push_to_hub", "repo_id", "commit_message", "private", "create_pr", "token")
 
 
@@ -138,6 +140,7 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     compile: bool = False,
     form: Literal["graph", "module"] = "graph",
+    weights: Literal["packed", "int8", "fp8"] = "packed",
 ) -> Any:
     """The quantized pipeline in ``folder``, which draws what the saved one drew, bit for bit.
 
@@ -148,10 +151,12 @@ def load_pipeline(
         compile: run the quantized transformer under ``torch.compile``.
         form: ``"graph"``: a ``QuantizedTransformer``. ``"module"``: the diffusers model that it was, with quantized weights,
             for LoRA and offloading; see :mod:`fp4dit_ao.modules`.
+        weights: memory or speed: ``"packed"``, the codes as they are stored; or ``"int8"`` or ``"fp8"``, a byte for each 4-bit
+            weight (:func:`fp4dit_ao.unpack_weights`), which gives up the very last bits, and cannot be saved.
 
     Raises:
         FileNotFoundError: no such folder, or a file is missing from it.
-        ValueError: not a quantized pipeline, or damaged; one sentence says how.
+        ValueError: not a quantized pipeline, or damaged, or its weights do not fit the type; one sentence says how.
     """
     from diffusers import DiffusionPipeline
 
@@ -164,9 +169,13 @@ def load_pipeline(
         )
     if form not in FORMS:
         raise ValueError(f"form={form!r}; choose one of {', '.join(FORMS)}")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r}; choose one of {', '.join(WEIGHTS)}")
     transformer: Any = (checkpoint.load if form == "graph" else checkpoint.load_modules)(folder / "transformer")
     if dtype is not None:
         transformer.to(dtype)
+    if weights != "packed":
+        unpack_weights(transformer, weights)
     dtypes = _dtypes(folder) if dtype is None else dtype
     try:
         with warnings.catch_warnings():

@@ -41,7 +41,7 @@ def export_single_file(folder: str | Path, out: str | Path) -> None:
 
     from fp4dit_ao import checkpoint, weights
     from fp4dit_ao.formats import parse
-    from fp4dit_ao.modules import block_size_of
+    from fp4dit_ao.low_bit import block_size_of
 
     folder, out = Path(folder), Path(out)
     record = checkpoint.read_record(folder)

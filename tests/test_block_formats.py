@@ -1,6 +1,9 @@
 """NVFP4, MXFP4 and MXFP6: against torchao's own quantization, the OCP definitions, and float64."""
 
 import copy
+import io
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,21 +13,28 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.export import Dim
 from torchao.prototype.mx_formats.mx_tensor import MXTensor, ScaleCalculationMode
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import (
     AdaRoundConfig,
     FloatFormat,
+    FP4DiTConfig,
     FP4DiTQuantizer,
     QuantConfig,
     calibrate,
     capture,
+    checkpoint,
+    example_inputs,
     load_pipeline,
     lower,
+    quantize_modules,
     quantize_pipeline,
     reconstruct,
 )
@@ -32,8 +42,10 @@ from fp4dit_ao.block_scales import BLOCKS, choose_block_scale, power_of_two_abov
 from fp4dit_ao.block_tensors import ELEMENTS, MXWeight, NVFP4Weight, linear
 from fp4dit_ao.formats import pack
 from fp4dit_ao.ops import dequantize, quantize
+from fp4dit_ao.passes.unwrap import unwrap
+from fp4dit_ao.skeleton import empty_model
 from tests.graphs import TinyDiT, tiny_sample
-from tests.test_lower import LINEAR, EveryLinear
+from tests.test_lower import LINEAR, EveryLinear, converted
 from tests.tiny import CALL, tiny_pipeline
 
 RECIPES = ["nvfp4", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2"]
@@ -198,14 +210,14 @@ def test_linear_by_linear(recipe, dtype) -> None:
     graph = capture(TinyDiT(layers=2).to(dtype), sample)
     prepared = prepare_pt2e(graph, FP4DiTQuantizer().set_global(QuantConfig.from_name(recipe)))
     prepared(**sample)
-    converted = convert_pt2e(prepared)
-    lowered = lower(converted)
-    kept = copy.deepcopy(converted.state_dict())
-    expected_out, out = converted(**sample)[0], lowered(**sample)[0]
+    graph = convert_pt2e(prepared)
+    lowered = lower(graph)
+    kept = copy.deepcopy(graph.state_dict())
+    expected_out, out = graph(**sample)[0], lowered(**sample)[0]
     assert torch.isfinite(out).all()
     if dtype == torch.float32:
         assert (out - expected_out).norm() <= 1e-5 * expected_out.norm()
-    reference = EveryLinear(converted)
+    reference = EveryLinear(graph)
     reference.run(*sample.values(), False)
     nodes = [n for n in lowered.graph.nodes if n.target is LINEAR]
     low_bit = 0
@@ -219,7 +231,37 @@ def test_linear_by_linear(recipe, dtype) -> None:
             assert (got - expected).abs().max() <= tolerance * 4 * expected.abs().max()
     assert low_bit == 12
     assert set(lowered.state_dict()) == set(TinyDiT(layers=2).state_dict())
-    assert all(torch.equal(v, kept[k]) for k, v in converted.state_dict().items())
+    assert all(torch.equal(v, kept[k]) for k, v in graph.state_dict().items())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_unwrapped_for_export(recipe, dtype) -> None:
+    graph, sample = converted(QuantConfig.from_name(recipe), dtype)
+    lowered = lower(graph)
+    plain = unwrap(lowered)
+    assert not any(isinstance(x.detach(), TorchAOBaseTensor) for x in (*plain.parameters(), *plain.buffers()))
+    assert torch.equal(plain(**sample)[0], lowered(**sample)[0])
+
+
+@torch.no_grad()
+def test_mx_weights_are_exported_with_the_same_bits() -> None:
+    graph, sample = converted(QuantConfig.from_name("mxfp4"))
+    lowered = lower(graph)
+    dynamic = {name: dict.fromkeys(range(x.ndim), Dim.AUTO) for name, x in sample.items()} | {"return_dict": None}
+    constants = {"return_dict": False}
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(unwrap(lowered), (), sample | constants, dynamic_shapes=dynamic), file)
+    file.seek(0)
+    again = torch.export.load(file).module()
+    for inputs in (sample, tiny_sample(batch=2, tokens=9)):
+        assert torch.equal(again(**inputs, **constants)[0], lowered(**inputs)[0])
+
+
+def test_what_exported_files_call_is_there_without_torchao() -> None:
+    code = "import sys, fp4dit_ao.export, torch; torch.ops.fp4dit_ao.mx_dequantize; sys.exit('torchao' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "mxfp4"])
@@ -262,6 +304,57 @@ def test_a_pipeline_comes_back_from_disk(recipe, tmp_path: Path) -> None:
     assert again.transformer.nbytes() == pipe.transformer.nbytes()
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_module_form_has_the_graphs_bits(recipe, tmp_path: Path) -> None:
+    graph = quantize_pipeline(
+        tiny_pipeline(layers=1), recipe, prompts=["a red cat"], rounding="nearest", progress=False, **CALL
+    ).transformer
+    sample = example_inputs(empty_model(dict(graph.config)))
+    with torch.no_grad():
+        expected = graph(**sample).sample
+    model = quantize_modules(tiny_pipeline(layers=1).transformer, recipe)
+    model.save_pretrained(tmp_path / "saved")
+    tiny_pipeline(layers=1).transformer.save_pretrained(tmp_path / "float")
+    again = type(model).from_pretrained(tmp_path / "saved")
+    while_read = type(model).from_pretrained(tmp_path / "float", quantization_config=FP4DiTConfig(recipe))
+    for each in (model, graph.to_modules(), again, while_read, checkpoint.load(tmp_path / "saved")):
+        assert sum(isinstance(p.detach(), MXWeight | NVFP4Weight) for p in each.parameters()) == 10
+        with torch.no_grad():
+            assert torch.equal(each(**sample).sample, expected)
+    half = type(model).from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    low = {name: p.dequantize(torch.float32) for name, p in again.named_parameters() if hasattr(p, "qdata")}
+    assert all(torch.equal(half.get_parameter(name).dequantize(torch.float32), x) for name, x in low.items())
+    again.dequantize()
+    assert all(torch.equal(again.get_parameter(name), x) for name, x in low.items())
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "mxfp6_e2m3"])
+def test_the_module_form_offloads_and_compiles(recipe) -> None:
+    model = quantize_modules(tiny_pipeline(layers=1).transformer, recipe)
+    sample = example_inputs(model)
+    with torch.no_grad():
+        expected = model(**sample).sample
+        compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(**sample).sample, expected, rtol=1e-4, atol=1e-4)
+        cpu = torch.device("cpu")
+        model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+        for _ in range(2):
+            assert torch.equal(model(**sample).sample, expected)
+
+
+def test_families_whose_modulation_is_finer_take_block_formats() -> None:
+    """They are one for all layers."""
+    model = FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=64, joint_attention_dim=64,
+        pooled_projection_dim=64, in_channels=16, axes_dims_rope=(16, 24, 24),
+    ).eval()  # fmt: skip
+    quantize_modules(model, "nvfp4")
+    assert isinstance(model.transformer_blocks[0].norm1.linear.weight.detach(), NVFP4Weight)
+    with torch.no_grad():
+        assert torch.isfinite(model(**example_inputs(model), return_dict=False)[0]).all()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -300,10 +393,10 @@ def test_learned_rounding_reaches_the_lowered_weights(recipe) -> None:
     calibrate(prepared, samples)
     report = reconstruct(prepared, samples, AdaRoundConfig(iters=60, batch_size=8, relative_lr=0.2), progress=False)
     assert any(row.changed > 0 for row in report.rows)
-    converted = convert_pt2e(prepared)
-    lowered = lower(converted)
+    graph = convert_pt2e(prepared)
+    lowered = lower(graph)
     with torch.no_grad():
-        expected, got = converted(**samples[0])[0], lowered(**samples[0])[0]
+        expected, got = graph(**samples[0])[0], lowered(**samples[0])[0]
     assert (got - expected).norm() <= 1e-5 * expected.norm()
     name = "blocks.0.ff.up.weight"
-    assert torch.equal(lowered.get_parameter(name).codes, converted.get_buffer(f"{name}_codes"))
+    assert torch.equal(lowered.get_parameter(name).codes, graph.get_buffer(f"{name}_codes"))

@@ -236,6 +236,28 @@ def test_pickles_and_variants_are_refused(graph: Any, tmp_path: Path) -> None:
             model.save_pretrained(tmp_path / "t", safe_serialization=False)
         with pytest.raises(ValueError, match="has no variant 'fp16'"):
             model.save_pretrained(tmp_path / "t", variant="fp16")
+        with pytest.raises(ValueError, match="saved as safetensors only"):
+            model.save_pretrained(tmp_path / "t", use_flashpack=True)
+
+
+def test_every_way_to_save_writes_codes_or_says_what_does(folders: dict[str, Path], tmp_path: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(folders["module"])
+    model = PixArtTransformer2DModel.from_pretrained(folders["module"], subfolder="transformer")
+    expected = json.loads((folders["module"] / "transformer" / "config.json").read_text())["quantization_config"]
+    ways = {
+        "model": lambda to: model.save_pretrained(to / "transformer"),
+        "compiled": lambda to: torch.compile(model).save_pretrained(to / "transformer"),
+        "checkpoint": lambda to: checkpoint.save(model, to / "transformer"),
+        "pipeline": lambda to: PixArtSigmaPipeline(**(pipe.components | {"transformer": model})).save_pretrained(to),
+        "class of the pipeline": lambda to: type(pipe).save_pretrained(pipe, to),
+    }
+    for name, save in ways.items():
+        save(tmp_path / name)
+        found = json.loads((tmp_path / name / "transformer" / "config.json").read_text())["quantization_config"]
+        assert found["tensors"] == expected["tensors"], name
+    with pytest.raises(ValueError, match=r"cannot write low-bit weights; call the instance's, model.save_pretrained"):
+        type(model).save_pretrained(model, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 # --- registration ----------------------------------------------------------------------------------------------------

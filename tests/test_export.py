@@ -12,12 +12,14 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torchao.utils import TorchAOBaseTensor
 from typer.testing import CliRunner
 
-from fp4dit_ao import MinifloatTensor, checkpoint, export
+from fp4dit_ao import MinifloatTensor, checkpoint, export, quantize_pipeline, unpack_weights
 from fp4dit_ao.cli import app
 from fp4dit_ao.commands.export import transformer_folder
 from fp4dit_ao.passes.unwrap import unwrap
+from tests.tiny import CALL, tiny_pipeline
 
 SHAPES = {"captured": (2, 8, 16, 8), "one": (1, 8, 8, 1), "square": (3, 12, 12, 5), "large": (5, 10, 16, 3)}
 """(batch, height, width, text length)."""
@@ -103,6 +105,30 @@ def test_half_precision(tiny_quantized: Any, tmp_path: Path) -> None:
     (output,) = loaded(**x)
     assert output.dtype == torch.bfloat16
     assert torch.equal(output, half(**x).sample)
+
+
+def test_block_formats_export_too(tmp_path: Path) -> None:
+    how = {"prompts": ["a cat"], "rounding": "nearest", "progress": False}
+    transformer = quantize_pipeline(tiny_pipeline(layers=1), "nvfp4", **how, **CALL).transformer
+    export.save_program(transformer, tmp_path / "model.pt2")
+    weights = torch.export.load(tmp_path / "model.pt2").state_dict
+    assert not any(isinstance(x, TorchAOBaseTensor) for x in weights.values())
+    name = "transformer_blocks.0.attn1.to_q.weight"
+    stored = transformer.graph.get_parameter(name)
+    assert torch.equal(weights[f"{name}_qdata"], stored.qdata)
+    assert torch.equal(weights[f"{name}_scale"].view(torch.uint8), stored.scale.view(torch.uint8))
+    inputs = {name: sample(*SHAPES[name]) for name in ("captured", "square")}
+    outputs = elsewhere(tmp_path / "model.pt2", inputs, tmp_path)
+    for name, x in inputs.items():
+        assert torch.equal(outputs[name], transformer(**x, return_dict=False)[0]), name
+
+
+def test_unpacked_weights_are_exported_before(tiny_quantized: Any, tmp_path: Path) -> None:
+    tiny_quantized.transformer.save_pretrained(tmp_path / "saved")
+    model = unpack_weights(checkpoint.load(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="exporting needs packed weights"):
+        export.save_program(model, tmp_path / "model.pt2")
+    assert not (tmp_path / "model.pt2").exists()
 
 
 # --- packages --------------------------------------------------------------------------------------------------------

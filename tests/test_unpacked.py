@@ -121,6 +121,32 @@ def test_unpacked_weights_are_neither_saved_nor_recaptured(tmp_path) -> None:
         pipe.transformer.to(torch.bfloat16)
 
 
+@pytest.mark.parametrize("form", ["graph", "module"])
+def test_memory_or_speed_is_chosen_when_a_pipeline_is_loaded(tiny_quantized, tmp_path, form) -> None:
+    from fp4dit_ao import example_inputs, load_pipeline
+    from fp4dit_ao.skeleton import empty_model, flatten
+
+    tiny_quantized.save_pretrained(tmp_path / "pipe")
+    model = load_pipeline(tmp_path / "pipe", form=form).transformer
+    sample = example_inputs(empty_model(dict(tiny_quantized.transformer.config)))
+    with torch.no_grad():
+        expected = model(**sample).sample
+    packed = {name.removeprefix("graph."): p.detach() for name, p in model.named_parameters()}
+    for weights, dtype in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        fast = load_pipeline(tmp_path / "pipe", form=form, weights=weights).transformer
+        found = {name.removeprefix("graph."): p.detach() for name, p in fast.named_parameters()}
+        bytes_each = {name: p for name, p in found.items() if isinstance(p, LevelTensor)}
+        assert bytes_each.keys() == {name for name, p in packed.items() if isinstance(p, MinifloatTensor)}
+        for name, p in bytes_each.items():
+            assert p.qdata.dtype == dtype
+            assert torch.equal(p.dequantize(), packed[name].dequantize())
+            assert flatten("", p)[".qdata"].nbytes == 2 * packed[name].qdata.nbytes
+        with torch.no_grad():
+            assert (fast(**sample).sample - expected).norm() < 0.02 * expected.norm()
+    with pytest.raises(ValueError, match="weights='int4'; choose one of packed, int8, fp8"):
+        load_pipeline(tmp_path / "pipe", form=form, weights="int4")
+
+
 def test_the_operator_matches_its_fake() -> None:
     unpacked = LevelTensor.from_packed(MinifloatTensor.from_hp(torch.randn(8, 64), [1, 32], "e2m1", "e2m3"), "int8")
     tokens = torch.randint(-60, 61, (5, 64), dtype=torch.int8)
