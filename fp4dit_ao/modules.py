@@ -294,7 +294,7 @@ class Slots:
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{type(self.model).__name__} has no linear {name}, which was quantized")
         parts = nn.Module()
-        for part, x in empty_parts(tuple(linear.weight.shape), config).items():
+        for part, x in empty_parts(linear.weight.shape, config).items():
             parts.register_buffer(part, x)
         del linear.weight
         linear.add_module("weight", parts)
