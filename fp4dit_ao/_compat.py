@@ -176,3 +176,12 @@ def parts(cls: type[Any]) -> list[str]:
     """What a torchao tensor is made of, tensors and attributes, in the order of its constructor's arguments."""
     kinds = ("tensor_data", "tensor_attribute", "optional_tensor_data", "optional_tensor_attribute")
     return [name for kind in kinds for name in getattr(cls, f"{kind}_names", ())]
+
+
+def int4_cpu_config(group_size: int) -> Any:
+    """torchao's config of INT4 weights for CPUs, which 0.18 renamed."""
+    from torchao.prototype.quantization.int4 import inference_workflow
+
+    names = ("PrototypeInt4WeightOnlyConfig", "Int4WeightOnlyOpaqueTensorConfig")
+    found = [config for name in names if (config := getattr(inference_workflow, name, None)) is not None]
+    return found[0](group_size=group_size)

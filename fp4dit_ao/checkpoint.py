@@ -131,6 +131,7 @@ def load_modules(folder: str | Path) -> Any:
     """
     folder = Path(folder)
     record = read_record(folder)
+    modules.check_online(record)
     stored = dict(weights.read(folder, record.tensors))
     model = _empty(folder, record)
     made = [x for name, x in model.named_buffers() if name not in record.tensors]

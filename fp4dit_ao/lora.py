@@ -4,7 +4,6 @@ PEFT's own merging knows only torchao's configs, and undoes itself by subtractin
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,12 +19,12 @@ def fuse_lora(
     configs: dict[str, QuantConfig],
     lora_scale: float = 1.0,
     safe_fusing: bool = False,
-    adapter_names: Sequence[str] | None = None,
+    adapter_names: list[str] | None = None,
 ) -> None:
     """diffusers' ``fuse_lora`` of a model in the module form. Weights are rounded to nearest, in their own format and groups.
 
-    What is fused costs the time of an unfused model, and the error of one more rounding. After ``unload_lora`` it stays, and
-    is saved with the model.
+    What is fused costs no time, and the error of one more rounding. The former codes are kept for :func:`unfuse_lora`. After
+    ``unload_lora`` what was fused stays, and is saved with the model.
 
     Args:
         model: with one or more LoRAs loaded.
@@ -35,19 +34,21 @@ def fuse_lora(
         adapter_names: which; those that are set if None.
 
     Raises:
-        ValueError: weights were unpacked, or a LoRA is a DoRA or another kind that does more than add a product.
+        ValueError: weights were unpacked, or a LoRA is of a kind that does more than add a product (aLoRA, …).
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     refuse_unpacked((x for _, x in model.named_parameters()), "fusing a LoRA")
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    layers: list[tuple[str, Any]] = [
+        (n, layer) for n, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)
+    ]
     for name, layer in layers:
         if name in configs:
             variants = getattr(layer, "lora_variant", {})
             if not isinstance(layer, LoraLayer) or variants:
                 kind = next((type(variant).__name__ for variant in variants.values()), type(layer).__name__)
-                raise ValueError(f"{name} has a {kind}, which cannot be fused into low-bit weights; leave it unfused")
+                raise ValueError(f"{name} carries {kind}, which cannot be fused into low-bit weights; leave it unfused")
     for name, layer in layers:
         if name in configs:
             layer.merge = functools.partial(_merge, layer, name, configs[name])

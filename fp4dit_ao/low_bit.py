@@ -1,6 +1,6 @@
 """A linear's weight in low bits, as the module form has it: from a float weight, or from the tensors that are stored of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def low_bit_weight(name: str, weight: Tensor, config: QuantConfig) -> Tensor:
     return MinifloatTensor.from_codes(codes, scale, block_size, fmt, _activation(config), weight.dtype)
 
 
-def empty_parts(shape: tuple[int, int], config: QuantConfig) -> dict[str, Tensor]:
+def empty_parts(shape: Sequence[int], config: QuantConfig) -> dict[str, Tensor]:
     """What is stored of a weight of that shape, on the meta device, by the names of its tensors."""
     rows, columns = shape
     bits = parse(str(config.weight)).bits

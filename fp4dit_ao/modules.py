@@ -111,21 +111,26 @@ def quantize_linear(model: Any, name: str, config: QuantConfig) -> None:
     linear.weight = nn.Parameter(low_bit_weight(name, linear.weight, config), requires_grad=False)
 
 
+def check_online(record: Record) -> None:
+    """Raise ``ValueError`` if something was quantized in a way that only a graph can execute."""
+    for decision in record.decisions:
+        if decision.config is not None and decision.config.activation_granularity == "tensor":
+            raise ValueError(
+                f"{decision.name} quantizes its input in a static range, which only the graph form computes; use "
+                "form='graph', or a recipe that quantizes inputs online"
+            )
+
+
 def quantized_linears(record: Record) -> Iterable[tuple[str, QuantConfig]]:
     """(name, config) of every linear with a low-bit weight.
 
     Raises:
         ValueError: a config that only a graph can execute.
     """
+    check_online(record)
     for decision in record.decisions:
-        config = decision.config
-        if config is not None and config.activation_granularity == "tensor":
-            raise ValueError(
-                f"{decision.name} quantizes its input in a static range, which only the graph form "
-                "computes; use form='graph', or a recipe that quantizes inputs online"
-            )
-        if config is not None and decision.kind == "linear":
-            yield decision.name, config
+        if decision.config is not None and decision.kind == "linear":
+            yield decision.name, decision.config
 
 
 def finish(model: Any, quantizer: Any) -> Any:
@@ -294,7 +299,7 @@ class Slots:
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{type(self.model).__name__} has no linear {name}, which was quantized")
         parts = nn.Module()
-        for part, x in empty_parts(tuple(linear.weight.shape), config).items():
+        for part, x in empty_parts(linear.weight.shape, config).items():
             parts.register_buffer(part, x)
         del linear.weight
         linear.add_module("weight", parts)

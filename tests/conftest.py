@@ -1,6 +1,8 @@
 """What all tests share: what several of them need and is slow to make, and caches of compiled code."""
 
 import hashlib
+import platform
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch.compiler.config
 from tests.tiny import CALL, tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "torchao", "diffusers", "transformers", "triton", "numpy")
 
 
 def _sources() -> str:
@@ -22,6 +25,13 @@ def _sources() -> str:
 
 
 torch.compiler.config.cache_key_tag = _sources()  # what a run compiled serves the next one only if nothing changed
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the tests ran on, above the line that counts them: a row of docs/versions.md."""
+    installed = {found.name: found.version for found in metadata.distributions() if found.name in PACKAGES}
+    versions = ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)
+    terminalreporter.write_line(f"Python {platform.python_version()}, {versions}")
 
 
 @pytest.fixture(scope="session")

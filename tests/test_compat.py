@@ -1,6 +1,7 @@
 """The adapter to private torch and torchao API does what the package relies on, whichever versions are installed."""
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+from torchao.quantization import quantize_
 
 from fp4dit_ao import MinifloatTensor, _compat
 
@@ -274,3 +276,15 @@ def test_buffers_enter_a_state_dict_and_leave_it_again() -> None:
     assert set(model.state_dict()) == before | {"root", "1.inner"}
     _compat.make_buffers_transient(changed)
     assert set(model.state_dict()) == before
+
+
+def test_torchao_quantizes_to_int4_on_cpus() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 64)).bfloat16()
+    x = torch.randn(8, 256, dtype=torch.bfloat16)
+    expected = model(x).float()
+    config = _compat.int4_cpu_config(group_size=128)
+    assert config.group_size == 128
+    quantize_(model, dataclasses.replace(config, set_inductor_config=False))
+    error = (model(x).float() - expected).norm() / expected.norm()
+    assert 0.01 < error < 0.2

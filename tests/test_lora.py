@@ -154,7 +154,7 @@ def test_a_fused_lora_does_what_it_did_unfused_but_for_rounding() -> None:
 
 
 def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((x - exact).norm() / exact.norm())
+    return float(((x - exact).norm() / exact.norm()).detach())
 
 
 def test_two_loras_are_rounded_together() -> None:
@@ -225,6 +225,10 @@ def test_what_cannot_be_fused_is_refused_before_anything_changes() -> None:
     unpacked = unpack_weights(copy.deepcopy(broken))
     with pytest.raises(ValueError, match="fusing a LoRA needs packed weights"):
         unpacked.fuse_lora()
+    other = copy.deepcopy(model)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["to_q"], alora_invocation_tokens=[1]), other)
+    with pytest.raises(ValueError, match=r"attn1.to_q carries ALora.*, which cannot be fused"):
+        other.fuse_lora()
     before = codes(broken)
     for name, p in broken.named_parameters():
         if "attn2" in name and "lora_A" in name:

@@ -117,7 +117,9 @@ def test_q_k_and_v_are_quantized_where_the_recipe_says_so(model: nn.Module) -> N
     ] * 6
 
 
-def test_a_static_range_is_the_graphs_alone() -> None:
+def test_a_static_range_is_the_graphs_alone(tmp_path: Path) -> None:
+    from diffusers import PixArtTransformer2DModel
+
     with pytest.raises(
         ValueError, match="static input ranges, which only the graph form computes; use quantize_pipeline,"
     ):
@@ -127,6 +129,11 @@ def test_a_static_range_is_the_graphs_alone() -> None:
     )
     with pytest.raises(ValueError, match="quantizes its input in a static range, which only the graph form computes"):
         pipe.transformer.to_modules()
+    pipe.save_pretrained(tmp_path / "static")
+    with pytest.raises(ValueError, match=r"^\S+ quantizes its input in a static range.*; use form='graph'"):
+        load_pipeline(tmp_path / "static", form="module")
+    with pytest.raises(ValueError, match=r"^\S+ quantizes its input in a static range.*; use form='graph'"):
+        PixArtTransformer2DModel.from_pretrained(tmp_path / "static" / "transformer")
 
 
 def test_split_linears_split_in_both_forms() -> None:

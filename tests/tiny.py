@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
 CALL = {
@@ -13,6 +14,15 @@ CALL = {
 """How :func:`tiny_pipeline` is meant to be called."""
 
 WORDS = ("a", "red", "blue", "green", "cat", "dog", "tree", "house", "with", "star")
+
+
+def unigram(pieces: list[tuple[str, float]]) -> Tokenizer:
+    """T5's tokenizer of these pieces and their scores; the first three are padding, end and unknown."""
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
 
 
 def tiny_pipeline(seed: int = 0, width: int = 128, layers: int = 2) -> Any:
@@ -29,7 +39,7 @@ def tiny_pipeline(seed: int = 0, width: int = 128, layers: int = 2) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -5.0)] + [("▁" + word, -2.0) for word in WORDS]
-        tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=8)
+        tokenizer = T5TokenizerFast(tokenizer_object=unigram(pieces), extra_ids=0, model_max_length=8)
         encoder = T5EncoderModel(
             T5Config(
                 vocab_size=len(pieces), d_model=width, d_kv=32, d_ff=width, num_layers=1, num_heads=2, pad_token_id=0

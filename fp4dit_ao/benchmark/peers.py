@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from fp4dit_ao import _compat
+
 GROUP = 128
 """Weights that share a scale, where a peer lets one choose; the same as in our recipes."""
 
@@ -81,9 +83,7 @@ def _int8(device: str) -> Any:
 
 def _int4(device: str) -> Any:
     if device == "cpu":  # the released configs need a GPU
-        from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
-
-        return PrototypeInt4WeightOnlyConfig(group_size=GROUP)
+        return _compat.int4_cpu_config(GROUP)
     from torchao.quantization import Int4WeightOnlyConfig
 
     return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
