@@ -27,9 +27,9 @@ PRODUCT = ", product alone"
 """Suffix of a recipe whose tokens are quantized before the clock starts."""
 _JUDGED_TOKENS = 64
 """Outputs compared with float32; rows do not depend on each other."""
-FEW_TOKENS, FEW_TOKENS_LINEARS = 16, 8
-"""At most so many tokens are measured in a model of so many linears, each with a weight and tokens of its own: what entering
-a compiled function costs, half of a single linear's time, is paid once in a model."""
+FEW_TOKENS, FEW_TOKENS_LINEARS = 256, 8
+"""At most so many tokens are measured in a model of so many linears, each with a weight and tokens of its own: entering a
+compiled function, which takes as long as one token's work, happens once in a model."""
 _WARM_UP = 3
 """Calls before the clock starts; some peers compile once more in their second."""
 
