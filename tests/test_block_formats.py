@@ -304,7 +304,7 @@ def test_a_pipeline_comes_back_from_disk(recipe, tmp_path: Path) -> None:
     assert again.transformer.nbytes() == pipe.transformer.nbytes()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["nvfp4", "mxfp4", "mxfp6_e3m2"])
 def test_the_module_form_has_the_graphs_bits(recipe, tmp_path: Path) -> None:
     graph = quantize_pipeline(
         tiny_pipeline(layers=1), recipe, prompts=["a red cat"], rounding="nearest", progress=False, **CALL
