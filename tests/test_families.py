@@ -109,8 +109,7 @@ def test_rounding_is_learned_in_any_family(case) -> None:
     model = case.model
     data = [example_inputs(model, Size(height=8, width=8, frames=2), seed=seed) for seed in range(2)]
     prepared = prepare_pt2e(copy.deepcopy(case.graph), quantizer_for(model, "w4a6"))
-    iterations = 60 if case.name in ("Hunyuan-DiT", "LTX-Video") else 15
-    report = reconstruct(prepared, data, AdaRoundConfig(iters=iterations, batch_size=2), progress=False)
+    report = reconstruct(prepared, data, AdaRoundConfig(iters=60, batch_size=2), progress=False)
     assert any(row.loss_after < row.loss_before for row in report.rows)
     with torch.no_grad():
         graph = lower(convert_pt2e(prepared))
