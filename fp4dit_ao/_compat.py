@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental import _config as symbolic_config
 from torch.fx.graph import _PyTreeCodeGen
+from torch.overrides import TorchFunctionMode
 
 
 class SignatureCodeGen(_PyTreeCodeGen):
@@ -143,6 +144,32 @@ def distinct_sizes() -> contextlib.AbstractContextManager[None]:
     config: Any = symbolic_config
     patch: contextlib.AbstractContextManager[None] = config.patch(use_duck_shape=False)
     return patch
+
+
+def sizes_of_repeats() -> contextlib.AbstractContextManager[Any]:
+    """While exporting, ``repeat_interleave`` keeps sizes symbolic; torch 2.11's takes the one it repeats for a constant."""
+    return contextlib.nullcontext() if torch.__version__ >= (2, 12) else _ExpandedRepeats()
+
+
+class _ExpandedRepeats(TorchFunctionMode):
+    """``repeat_interleave`` by a whole number is recorded as the operators that it stands for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.repeat_interleave, Tensor.repeat_interleave):
+            found = self._arguments(*args, **(kwargs or {}))
+            if isinstance(found["repeats"], int):
+                return self._expanded(**found)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _arguments(input: Tensor, repeats: Any, dim: int | None = None, *, output_size: Any = None) -> dict[str, Any]:
+        return {"x": input, "repeats": repeats, "dim": dim}
+
+    @staticmethod
+    def _expanded(x: Tensor, repeats: int, dim: int | None) -> Tensor:
+        x, dim = (x.flatten(), 0) if dim is None else (x, dim % x.ndim)
+        shape = [*x.shape[: dim + 1], repeats, *x.shape[dim + 1 :]]
+        return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
 
 
 def mark_static(x: Tensor) -> None:

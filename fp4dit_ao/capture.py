@@ -66,7 +66,13 @@ def capture(model: nn.Module, sample: Mapping[str, Any]) -> GraphModule:
     kwargs = _unspecialised(kwargs, family.shared)
     shapes = pytree.tree_map(_dynamic, kwargs)
     rewritten = methods_replaced(model, family.rewrites)
-    with torch.no_grad(), rewritten, _positions_computed(model), _compat.distinct_sizes():
+    with (
+        torch.no_grad(),
+        rewritten,
+        _positions_computed(model),
+        _compat.distinct_sizes(),
+        _compat.sizes_of_repeats(),
+    ):
         exported = torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
     defaults = {name: value for name, value in _defaults(model).items() if name in kwargs}
     graph = _compat.exported_graph(exported, defaults)

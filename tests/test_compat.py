@@ -209,6 +209,27 @@ def test_equal_sizes_are_not_taken_to_be_one(context: Callable, expected: int) -
     assert len(compilations) == expected
 
 
+@pytest.mark.parametrize("dim", [0, 1, -1, None])
+@pytest.mark.parametrize("mode", [_compat.sizes_of_repeats, _compat._ExpandedRepeats])
+def test_repeated_sizes_stay_symbolic(mode: Callable, dim: int | None) -> None:
+    class Repeats(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            counts = torch.tensor([1, 2])
+            size = x.numel() * 3 if dim is None else x.shape[dim] * 3
+            method = x.repeat_interleave(3, dim=dim, output_size=size)
+            function = torch.repeat_interleave(x, repeats=3, dim=dim)
+            return method, function, torch.repeat_interleave(torch.ones(2), counts, output_size=3)
+
+    with mode():
+        exported = torch.export.export(
+            Repeats(), (torch.zeros(2, 3, 4),), dynamic_shapes=(dict.fromkeys(range(3), Dim.AUTO),)
+        )
+    for shape in [(2, 3, 4), (5, 6, 7), (3, 2, 2)]:
+        x = torch.randn(shape)
+        for ours, expected in zip(exported.module()(x), Repeats()(x), strict=True):
+            assert torch.equal(ours, expected)
+
+
 def test_a_value_is_traced_only_inside_of_compilation() -> None:
     seen = []
 
