@@ -102,6 +102,12 @@ class NVFP4Weight(NVFP4Tensor):  # type: ignore[misc]
         inputs = QuantizeTensorToNVFP4Kwargs(use_dynamic_per_tensor_scale=True)
         return cls(qdata, scale, BLOCKS["e4m3"], dtype, per_tensor_scale=per_tensor_scale, act_quant_kwargs=inputs)
 
+    def get_hp_scales(self) -> Tensor:
+        """float32 scales, both levels as one; torchao 0.17 would round them to the weight's type."""
+        exact = {name: getattr(self, name) for name in _compat.parts(NVFP4Tensor)} | {"orig_dtype": torch.float32}
+        scales: Tensor = NVFP4Tensor(**exact).get_hp_scales()
+        return scales
+
     def on_torchao(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``linear`` as torchao computes it."""
         weight = NVFP4Tensor(

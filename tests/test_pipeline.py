@@ -266,7 +266,10 @@ def test_other_dtypes(loaded: Any, folder: Path, quantized: Any) -> None:
     half = load_pipeline(folder, dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
-    assert np.abs(draw(half) - draw(quantized)).mean() < 0.1
+    noise = torch.randn(
+        1, 4, 8, 8, generator=torch.Generator().manual_seed(0)
+    )  # torch 2.11 draws other noise in bfloat16
+    assert np.abs(draw(half, latents=noise.bfloat16()) - draw(quantized, latents=noise)).mean() < 0.05
     before = {k: v for k, v in loaded.transformer.graph.named_parameters() if isinstance(v, MinifloatTensor)}
     after = {k: v for k, v in half.transformer.graph.named_parameters() if isinstance(v, MinifloatTensor)}
     for name, weight in before.items():
