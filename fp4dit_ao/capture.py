@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from fp4dit_ao import _compat
 from fp4dit_ao.exportable import methods_replaced
 from fp4dit_ao.families import family_of
+from fp4dit_ao.passes.functional import make_functional
 
 _CONSTANTS = (type(None), bool, int, float, str)
 
@@ -77,6 +78,7 @@ def capture(model: nn.Module, sample: Mapping[str, Any]) -> GraphModule:
     defaults = {name: value for name, value in _defaults(model).items() if name in kwargs}
     graph = _compat.exported_graph(exported, defaults)
     _drop_asserts(graph)
+    make_functional(graph)
     return graph
 
 

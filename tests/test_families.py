@@ -106,11 +106,16 @@ def test_saved_and_loaded_it_draws_the_same(case, tmp_path) -> None:
 
 
 def test_rounding_is_learned_in_any_family(case) -> None:
+    """Weights alone, where it must gain; with inputs quantized, too, these may be all that is left of a small block's error."""
     model = case.model
-    data = [example_inputs(model, Size(height=8, width=8, frames=2), seed=seed) for seed in range(2)]
-    prepared = prepare_pt2e(copy.deepcopy(case.graph), quantizer_for(model, "w4a6"))
-    report = reconstruct(prepared, data, AdaRoundConfig(iters=60, batch_size=2), progress=False)
-    assert any(row.loss_after < row.loss_before for row in report.rows)
+    data = [example_inputs(model, Size(height=8, width=8, frames=2), seed=seed) for seed in range(6)]
+    everything = recipe_for(model, "w4a6")
+    alone = replace(everything, activation=None, attention=None)
+    for recipe, iters in ((alone, 120), (everything, 8)):
+        prepared = prepare_pt2e(copy.deepcopy(case.graph), quantizer_for(model, recipe))
+        report = reconstruct(prepared, data, AdaRoundConfig(iters=iters, batch_size=4), progress=False)
+        assert all(row.loss_after <= row.loss_before for row in report.rows)
+        assert recipe is everything or any(row.loss_after < row.loss_before for row in report.rows)
     with torch.no_grad():
         graph = lower(convert_pt2e(prepared))
         sample = example_inputs(model, other_size(case.name), seed=7)
