@@ -148,7 +148,7 @@ def distinct_sizes() -> contextlib.AbstractContextManager[None]:
 
 def sizes_of_repeats() -> contextlib.AbstractContextManager[Any]:
     """While exporting, ``repeat_interleave`` keeps sizes symbolic; torch 2.11's takes the one it repeats for a constant."""
-    return contextlib.nullcontext() if torch.__version__ >= (2, 12) else _ExpandedRepeats()
+    return contextlib.nullcontext() if torch.__version__ >= "2.12" else _ExpandedRepeats()
 
 
 class _ExpandedRepeats(TorchFunctionMode):
