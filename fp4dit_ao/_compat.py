@@ -128,6 +128,12 @@ def is_traced(x: Tensor) -> bool:
     return isinstance(x, FunctionalTensor)
 
 
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """What a size is while a graph is made: of a dynamic one, that of the example; None if it has none."""
+    hint = size.node.hint if isinstance(size, torch.SymInt) else size
+    return hint if isinstance(hint, int) else None
+
+
 def fake_like(x: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Tensor:
     """A tensor of ``x``'s shape that claims to be on the CPU and holds nothing."""
     return FakeTensor(mode, torch.empty_like(x, device="meta", dtype=dtype), torch.device("cpu"))

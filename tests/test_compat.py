@@ -248,6 +248,23 @@ def test_a_value_is_traced_only_inside_of_compilation() -> None:
     assert True in seen
 
 
+def test_dynamic_sizes_have_their_examples_as_hints() -> None:
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.extend((type(size), _compat.size_hint(size)) for size in (*x.shape, x.numel()))
+        return x + 1
+
+    library = torch.library.Library("fp4dit_test", "FRAGMENT")
+    library.define("sizes(Tensor x) -> Tensor")
+    library.impl("sizes", look, "CompositeImplicitAutograd")
+    torch._dynamo.reset()
+    run = torch.compile(torch.ops.fp4dit_test.sizes, backend="aot_eager", dynamic=True, fullgraph=True)
+    run(torch.ones(3, 5))
+    assert {(torch.SymInt, 3), (torch.SymInt, 5), (torch.SymInt, 15)} <= set(seen)
+    assert _compat.size_hint(7) == 7
+
+
 def test_static_sizes_are_compiled_in() -> None:
     def compilations(static: bool) -> int:
         compiled = []

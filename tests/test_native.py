@@ -72,6 +72,10 @@ def test_every_number_of_rows(rows) -> None:
         (5, 12, 4),
         (64, 1536, 1536),
         (64, 1200, 600),
+        (64, 1152, 128),  # nine groups, three at a time
+        (66, 704, 64),  # eleven: six, then five
+        (40, 640, 16),  # forty: fourteen, fourteen, twelve
+        (70, 60, 20),  # groups that are padded
     ],
 )
 @pytest.mark.parametrize("shared_scale", [False, True])
@@ -309,10 +313,39 @@ def test_compiled_tokens_are_the_operators_tokens(fmt: str, dtype: torch.dtype) 
         _both(x.to(dtype), fmt)
 
 
+@pytest.mark.parametrize("fmt", ["e2m3", "int8", "int6", "e1m2"])
+@pytest.mark.parametrize(("dtype", "mantissa"), [(torch.bfloat16, 7), (torch.float16, 10)], ids=str)
+def test_multiplying_by_the_inverse_divides_exactly(fmt: str, dtype: torch.dtype, mantissa: int) -> None:
+    """Every absmax of a binade, with every number from there down to what rounds to 0: the quotients' all significands."""
+    absmax = 2.0 - torch.arange(2**mantissa) / 2**mantissa
+    below = torch.cat([absmax * 2.0**-binade for binade in range(10)])
+    for rows in absmax.split(128):
+        _both(torch.cat([rows[:, None], torch.minimum(below, rows[:, None])], 1).to(dtype), fmt)
+
+
 @settings(deadline=None, derandomize=True)
 @given(st.lists(st.floats(width=32), min_size=1, max_size=40), st.sampled_from(["e2m3", "int8", "e1m2"]))
 def test_compiled_tokens_of_wild_floats(values: list[float], fmt: str) -> None:
     _both(torch.tensor([values]), fmt)
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_compiled_graphs_quantize_large_tensors_in_the_loop(rows: int) -> None:
+    torch.compiler.reset()
+    x = torch.randn(300, 512)
+    expected = tokens._run(x[:rows] + 1, "e2m3")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        got = torch.compile(lambda x: tokens.quantize_tokens(x + 1, "e2m3"))(x[:rows])
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert ("fp4dit_ao::int8_tokens" in {event.key for event in trace.key_averages()}) == (rows == 300)
+
+
+def test_the_loops_operator_needs_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, 300)
+    expected = torch.ops.fp4dit_ao.int8_tokens(x, "e2m3")
+    monkeypatch.setattr(native, "shared_object", lambda: None)
+    for got, value in zip(torch.ops.fp4dit_ao.int8_tokens(x, "e2m3"), expected, strict=True):
+        assert torch.equal(got, value)
 
 
 def test_compiled_tokens_take_any_layout() -> None:

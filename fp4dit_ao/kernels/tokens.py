@@ -1,11 +1,16 @@
-"""Token-wise quantization to int8 levels: plain operators, which Inductor fuses into what precedes them; one compiled loop
-where nothing is traced.
+"""Token-wise quantization to int8 levels: plain operators, which Inductor fuses into what precedes them; on CPUs, one compiled
+loop for what is large, and where nothing is traced.
+
+Inductor makes two passes over the tensor, and divides; the loop has a row in the first-level cache while it goes over it twice,
+and multiplies. So it is several times quicker (``python -m benchmarks.tokens``), which is more than fusion saves.
 
 Levels too large for an int8 are written with several int8 digits, the way 1984 is 15 * 128 + 64: a product with the levels
 is then the sum of the products with each digit, as exact as one. E3M4 takes two digits, E4M3 three.
 
 Linears that read the same value (q, k and v; every block's text) share one quantization when they are compiled together.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -18,6 +23,10 @@ from fp4dit_ao.ops import LIBRARY, choose_scale
 
 _BASE = 128
 """Of the digits: -127 to 127, with the sign of the level."""
+
+_LONG_ROW, _MANY = 256, 2**16
+"""Features, and numbers in all, from which the compiled loop beats Inductor's: shorter rows (attention heads) are quicker in
+one kernel with what permutes them, and fewer numbers than it takes to enter an operator."""
 
 _TRACED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """For every value in a graph being traced, by format: (its version, the result). Gone when the value is."""
@@ -48,11 +57,12 @@ def digits(fmt: NumberFormat) -> int:
 
 def _shared(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     if not _compat.is_traced(x):  # a tensor with memory of its own can change without a trace
-        return _run(x, fmt) if _runs_natively(x, fmt) else _quantize(x, fmt)
+        return _run(x, fmt) if _runs_natively(x, fmt) and not torch.compiler.is_compiling() else _quantize(x, fmt)
     known = _TRACED.setdefault(x, {})
     version, result = known.get(fmt, (None, None))
     if result is None or version != x._version:
-        result = _quantize(x, fmt)
+        worthwhile = _runs_natively(x, fmt) and _is_large(x)
+        result = torch.ops.fp4dit_ao.int8_tokens(_rows(x).contiguous(), fmt) if worthwhile else _quantize(x, fmt)
         known[fmt] = (x._version, result)
     return result
 
@@ -60,22 +70,40 @@ def _shared(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
 def _runs_natively(x: Tensor, fmt: str) -> bool:
     number = parse(fmt)
     simple = isinstance(number, FloatFormat) and number.mantissa_bits > 0 and number.fits_int8
-    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype in native.OUTPUTS
-    return simple and plain and not torch.compiler.is_compiling() and native.shared_object() is not None
+    plain = _compat.is_traced(x) or type(x) in (Tensor, torch.nn.Parameter)
+    return (
+        simple and plain and x.device.type == "cpu" and x.dtype in native.OUTPUTS and native.shared_object() is not None
+    )
+
+
+def _is_large(x: Tensor) -> bool:
+    """Whether the loop is quicker than what Inductor makes, as far as the sizes are known while a graph is made."""
+    features, elements = _compat.size_hint(x.shape[-1]), _compat.size_hint(x.numel())
+    return (features is None or features >= _LONG_ROW) and (elements is None or elements >= _MANY)
 
 
 def _run(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     """What :func:`_quantize` gives, to the bit."""
-    number, tokens = parse(fmt), x.detach().reshape(-1, x.shape[-1]).contiguous()
-    assert isinstance(number, FloatFormat)
-    levels, scale = torch.empty(tokens.shape, dtype=torch.int8), torch.empty((tokens.shape[0], 1))
     opened = native.shared_object()
-    assert opened is not None
+    if opened is None:
+        return _quantize(x, fmt)
+    tokens = _rows(x.detach()).contiguous()
+    rows, features = tokens.shape
+    levels = torch.empty((rows, features), dtype=torch.int8)
+    scale = torch.empty((rows, 1), dtype=torch.float32)
     opened.fp4dit_tokens(
-        tokens.data_ptr(), levels.data_ptr(), scale.data_ptr(), *tokens.shape, native.OUTPUTS[tokens.dtype],
-        number.mantissa_bits, float(number.lattice_max), native.parallel(), torch.get_num_threads(),
+        tokens.data_ptr(), levels.data_ptr(), scale.data_ptr(), rows, features, native.OUTPUTS[tokens.dtype],
+        *_levels(fmt), native.parallel(), torch.get_num_threads(),
     )  # fmt: skip
     return levels, scale
+
+
+@functools.cache
+def _levels(fmt: str) -> tuple[int, float]:
+    """Mantissa bits and the largest level."""
+    number = parse(fmt)
+    assert isinstance(number, FloatFormat)
+    return number.mantissa_bits, float(number.lattice_max)
 
 
 def _quantize(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
@@ -102,3 +130,11 @@ def _rows(x: Tensor) -> Tensor:
 
 LIBRARY.define("quantize_tokens(Tensor x, str fmt) -> (Tensor, Tensor)")
 LIBRARY.impl("quantize_tokens", _shared, "CompositeImplicitAutograd")
+LIBRARY.define("int8_tokens(Tensor x, str fmt) -> (Tensor, Tensor)")
+LIBRARY.impl("int8_tokens", _run, "CPU")
+LIBRARY.impl("int8_tokens", _quantize, "CUDA")
+LIBRARY.impl(
+    "int8_tokens",
+    lambda x, fmt: (x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0], 1), dtype=torch.float32)),
+    "Meta",
+)

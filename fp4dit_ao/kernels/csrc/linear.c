@@ -1,11 +1,10 @@
 /* y = (tokens . weights^T) * token_scale + bias: int8 tokens, 4-bit weights with a float32 scale for every group.
  *
- * Output tiles (a block of tokens x PANEL features) are handed out to threads. In a tile, each group's weights are looked up once,
- * multiplied by all of its tokens in int32, and added in float32 with the group's scale.
+ * Output tiles (a block of tokens x PANEL features) are handed out to threads. In a tile, weights are looked up once, a chunk of
+ * some groups at a time; all of its tokens are multiplied by each group in int32, and added in float32 with the group's scale.
  */
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "threads.h"
 #include "tile.h"
@@ -15,6 +14,7 @@ enum {
     MOST_ROWS = 1032, /* of an output tile: its float sums stay in the second-level cache */
     LEAST_ROWS = 192, /* of a tile, when there are more threads than work: unpacking weights takes a tenth of it */
     CACHED = 4 << 20, /* bytes of output that may stay in a cache until they are read */
+    MOST_GROUPS = 16, /* in a chunk */
     TURNS = 3         /* tiles for every thread, so that all end together */
 };
 
@@ -29,8 +29,9 @@ typedef struct {
     uint8_t table[16];
     const tile_kernel *kernel;
     int8_t *packed;
-    int32_t *start; /* [chunk][row] */
-    int64_t chunks, panels, blocks, block; /* block: tokens of an output tile */
+    int32_t *start; /* [int32 sum: of a group, or of a part of one][row] */
+    int together;   /* groups in a chunk */
+    int64_t panels, blocks, block; /* block: tokens of an output tile */
     atomic_llong next;
     atomic_int failed;
 } problem;
@@ -63,23 +64,41 @@ const char *fp4dit_kernel(int index) {
     return supported(kernels[index]) ? kernels[index]->name : "";
 }
 
-static int chunks_in(int64_t group) { return (int)((group + CHUNK - 1) / CHUNK); }
+/* int32 sums that make a group's. */
+static int64_t sums_in(int64_t group) { return (group + CHUNK - 1) / CHUNK; }
 
-/* Tokens are copied chunk by chunk, so that a tile reads one stretch of memory: packed[chunk][row][padded(CHUNK or less)].
- * Where the chunk at input feature `at`, `k` into its group, begins: */
-static int64_t packed_at(const problem *p, int64_t at, int64_t k) {
-    return p->rows * ((at - k) / p->group * ((p->group + 7) / 8 * 8) + k); /* only a group's last chunk is padded */
+/* Groups in a chunk: as even as their number allows. */
+static int groups_together(int64_t group, int64_t groups) {
+    int64_t most = group % 8 || group > CHUNK ? 1 : CHUNK / group < MOST_GROUPS ? CHUNK / group : MOST_GROUPS;
+    int64_t chunks = (groups + most - 1) / most;
+    return (int)((groups + chunks - 1) / chunks);
+}
+
+/* The input features that are looked up at once: some groups, or a part of one. */
+typedef struct {
+    int depth, groups;     /* of each group */
+    int64_t first, packed; /* the first int32 sum's number; where its tokens begin: [row][groups][padded(depth)] */
+} chunk;
+
+/* The one that begins at input feature `at`. */
+static chunk chunk_at(const problem *p, int64_t at) {
+    int64_t group = at / p->group, k = at % p->group, left = p->depth / p->group - group;
+    chunk c = {.depth = p->group - k < CHUNK ? (int)(p->group - k) : CHUNK,
+               .groups = left < p->together ? (int)left : p->together,
+               .first = group * sums_in(p->group) + k / CHUNK,
+               .packed = p->rows * (group * ((p->group + 7) / 8 * 8) + k)}; /* only a group's last part is padded */
+    return c;
 }
 
 static void pack_row(problem *p, int64_t row) {
-    int64_t chunk = 0;
-    for (int64_t g = 0; g < p->depth; g += p->group)
-        for (int64_t k = 0; k < p->group; k += CHUNK, chunk++) {
-            int depth = p->group - k < CHUNK ? (int)(p->group - k) : CHUNK;
-            const int8_t *from = p->tokens + row * p->depth + g + k;
-            int32_t sum = p->kernel->pack(from, depth, p->packed + packed_at(p, g + k, k) + row * padded(depth));
-            p->start[chunk * p->rows + row] = -p->kernel->offset * sum;
+    for (int64_t at = 0; at < p->depth;) {
+        chunk c = chunk_at(p, at);
+        int8_t *to = p->packed + c.packed + row * c.groups * padded(c.depth);
+        for (int g = 0; g < c.groups; g++, at += c.depth, to += padded(c.depth)) {
+            int32_t sum = p->kernel->pack(p->tokens + row * p->depth + at, c.depth, to);
+            p->start[(c.first + g) * p->rows + row] = -p->kernel->offset * sum;
         }
+    }
 }
 
 static void pack_worker(void *argument) {
@@ -95,20 +114,20 @@ static void multiply_tile(problem *p, int64_t block, int64_t index, uint8_t *pan
     int64_t feature = index * PANEL, row = block * p->block, groups = p->depth / p->group;
     int features = p->features - feature < PANEL ? (int)(p->features - feature) : PANEL;
     int rows = (int)(p->rows - row < p->block ? p->rows - row : p->block);
-    int64_t chunk = 0;
-    memset(sums, 0, rows * PANEL * sizeof *sums);
-    for (int64_t g = 0; g < groups; g++) {
-        float scale[PANEL] = {0};
-        for (int n = 0; n < features; n++) scale[n] = p->scale[(p->scale_rows == 1 ? 0 : feature + n) * groups + g];
-        for (int64_t k = 0; k < p->group; k += CHUNK, chunk++) {
-            int64_t at = g * p->group + k;
-            int depth = p->group - k < CHUNK ? (int)(p->group - k) : CHUNK;
-            const uint8_t *codes = p->codes + (feature * p->depth + at) / 2;
-            p->kernel->unpack(codes, p->depth / 2, features, depth, p->table, panel);
-            for (int n = 0; n < features; n++) __builtin_prefetch(codes + n * p->depth / 2 + depth / 2);
-            p->kernel->multiply(p->packed + packed_at(p, at, k) + row * padded(depth), rows, panel, depth,
-                                p->start + chunk * p->rows + row, scale, sums);
-        }
+    float scale[MOST_GROUPS * PANEL] = {0};
+    for (int64_t at = 0; at < p->depth;) {
+        chunk c = chunk_at(p, at);
+        const uint8_t *codes = p->codes + (feature * p->depth + at) / 2;
+        const float *from = p->scale + (p->scale_rows == 1 ? 0 : feature * groups) + at / p->group;
+        for (int n = 0; n < features; n++, from += p->scale_rows == 1 ? 0 : groups)
+            for (int g = 0; g < c.groups; g++) scale[g * PANEL + n] = from[g];
+        p->kernel->unpack(codes, p->depth / 2, features, c.depth * c.groups, p->table, panel);
+        for (int n = 0; n < features; n++) __builtin_prefetch(codes + (n * p->depth + c.depth * c.groups) / 2);
+        product part = {.tokens = p->packed + c.packed + row * c.groups * padded(c.depth), .panel = panel,
+                        .start = p->start + c.first * p->rows + row, .stride = p->rows, .scale = scale, .sums = sums,
+                        .rows = rows, .groups = c.groups, .depth = c.depth, .first = !at};
+        at += c.depth * c.groups;
+        p->kernel->multiply(&part);
     }
     int size = p->out_type == FLOAT32 ? 4 : 2;
     p->kernel->write(sums, rows, p->token_scale + row, p->bias ? p->bias + feature : NULL, features,
@@ -149,7 +168,7 @@ int fp4dit_linear(const int8_t *tokens, const float *token_scale, const uint8_t 
                  .rows = rows, .features = features, .depth = depth, .group = group, .scale_rows = scale_rows,
                  .out_type = out_type, .kernel = kernels[kernel]};
     for (int i = 0; i < 16; i++) p.table[i] = (uint8_t)(levels[i] + p.kernel->offset);
-    p.chunks = depth / group * chunks_in(group);
+    p.together = groups_together(group, depth / group);
     p.panels = (features + PANEL - 1) / PANEL;
     int64_t least = (rows + MOST_ROWS - 1) / MOST_ROWS, most = rows / LEAST_ROWS;
     int64_t fair = (TURNS * threads + p.panels - 1) / p.panels;
@@ -157,8 +176,8 @@ int fp4dit_linear(const int8_t *tokens, const float *token_scale, const uint8_t 
     p.blocks = p.blocks < least ? least : p.blocks;
     p.block = rows ? ((rows + p.blocks - 1) / p.blocks + ROWS - 1) / ROWS * ROWS : ROWS;
     if (!rows || !features) return 0;
-    int64_t packed = packed_at(&p, depth, 0); /* a multiple of 8 */
-    p.packed = malloc(packed + rows * p.chunks * sizeof *p.start);
+    int64_t packed = chunk_at(&p, depth).packed; /* a multiple of 8 */
+    p.packed = malloc(packed + rows * (depth / group) * sums_in(group) * sizeof *p.start);
     if (!p.packed) return 1;
     p.start = (int32_t *)(p.packed + packed);
     run(&p, pack_worker, parallel, threads, rows * depth / 65536 + 1);

@@ -18,8 +18,14 @@ static inline void run_on_threads(void (*worker)(void *), void *argument, parall
 /* Plain loops, vectorised for what the processor has, chosen when the library is loaded. */
 #if defined(__x86_64__) && defined(__linux__)
 #define EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define FMA_IS_FAST __builtin_cpu_supports("fma")
 #else
 #define EVERY_PROCESSOR
+#ifdef __FP_FAST_FMAF
+#define FMA_IS_FAST 1
+#else
+#define FMA_IS_FAST 0
+#endif
 #endif
 
 #endif

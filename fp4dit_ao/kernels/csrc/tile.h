@@ -1,8 +1,8 @@
 /* One tile of a product of small integers: what every instruction set implements, and all that differs between them.
  *
  * A panel is up to PANEL output features. Its weights, for CHUNK input features at most, are looked up in the table once and
- * laid out for dot products of four bytes: panel[k / 4][feature][k % 4]. Then every row tile of tokens runs over them. In which
- * order the input features of a chunk come is the instruction set's own affair: it packs the tokens, too.
+ * laid out for dot products of four bytes. Then every row tile of tokens runs over them. In which order the input features of
+ * a chunk come, and where a panel has them, is the instruction set's own affair: it packs the tokens, too.
  */
 #ifndef FP4DIT_TILE_H
 #define FP4DIT_TILE_H
@@ -12,9 +12,21 @@
 
 enum {
     PANEL = 64,  /* output features */
-    CHUNK = 512, /* input features: below it int32 sums of int8 products convert to float32 without loss */
-    ROWS = 6     /* tokens in a register tile: 6 x 64 int32 sums fill 24 of the 32 AVX-512 registers */
+    CHUNK = 512, /* input features: up to them int32 sums of int8 products convert to float32 without loss */
+    ROWS = 6     /* tokens in a register tile */
 };
+
+/* A panel's product with tokens, over the input features of a chunk: whole groups, or a part of one. */
+typedef struct {
+    const int8_t *tokens; /* [rows][groups][padded(depth)], packed; of several groups, none is padded */
+    const uint8_t *panel; /* what `unpack` made of groups * depth input features */
+    const int32_t *start; /* [groups][stride], the first `rows` of each: what a dot product starts at, to undo `offset` */
+    ptrdiff_t stride;
+    const float *scale; /* [groups][PANEL] */
+    float *sums;        /* [rows][PANEL] */
+    int rows, groups, depth;
+    int first; /* nothing is in `sums` yet */
+} product;
 
 typedef struct {
     const char *name;
@@ -23,10 +35,8 @@ typedef struct {
     void (*unpack)(const uint8_t *codes, ptrdiff_t stride, int features, int depth, const uint8_t table[16], uint8_t *panel);
     /* Copy `depth` levels of one token to `to`, which has room for padded(depth); their sum. */
     int32_t (*pack)(const int8_t *tokens, int depth, int8_t *to);
-    /* sums[row][PANEL] += scale[PANEL] * (tokens . weights), of all rows: packed, padded(depth) bytes apart. `start[row]` is
-     * where the dot products start: at what `offset` adds to them, taken off. */
-    void (*multiply)(const int8_t *tokens, int rows, const uint8_t *panel, int depth, const int32_t *start, const float *scale,
-                     float *sums);
+    /* sums[row][PANEL] += scale[group][PANEL] * (tokens . weights), group by group. */
+    void (*multiply)(const product *p);
     /* out[row][features] = sums * token_scale[row] + bias (or NULL), rounded to nearest even; `stride` bytes from row to row.
      * `past`: the whole output is too large to stay in a cache. */
     void (*write)(const float *sums, int rows, const float *token_scale, const float *bias, int features, void *out,

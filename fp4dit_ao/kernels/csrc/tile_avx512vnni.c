@@ -1,10 +1,13 @@
-/* AVX-512 VNNI: 64 products an instruction; 24 sums in registers. */
+/* AVX-512 VNNI: 64 products an instruction; 12 sums of a group and their 12 float sums in registers. */
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 #include <immintrin.h>
 #include <string.h>
 
 #include "epilogue.h"
+
+/* A panel is two slices, [2][k / 4][SLICE][k % 4]: one at a time is in the first-level cache. */
+enum { SLICE = 32 };
 
 /* Of sixteen rows, rows[i] holding row (i % 4 + i / 4 * 8) in its lower half and the fourth after it in its upper half: make
  * out[j] the sixteen j-th 32-bit words. */
@@ -35,6 +38,7 @@ static inline __attribute__((always_inline)) __m512i look_up(__m512i codes, __m5
 
 static void unpack(const uint8_t *codes, ptrdiff_t stride, int features, int depth, const uint8_t table[16], uint8_t *panel) {
     const __m512i lut = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+    const ptrdiff_t slice = padded(depth) * SLICE;
     for (int k = 0; k < depth; k += 64) {
         int left = (depth - k) / 2, pairs = depth - k >= 64 ? 8 : padded(depth - k) / 8;
         __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
@@ -49,12 +53,12 @@ static void unpack(const uint8_t *codes, ptrdiff_t stride, int features, int dep
                 rows[i] = _mm512_inserti64x4(_mm512_castsi256_si512(lower), upper, 1);
             }
             transpose(rows, words);
-            uint8_t *to = panel + (k / 4 * PANEL + n) * 4;
+            uint8_t *to = panel + n / SLICE * slice + (k * SLICE + n % SLICE * 4);
 #pragma GCC unroll 8
             for (int i = 0; i < 8; i++) {
                 if (i == pairs) break;
-                _mm512_store_si512(to + 2 * i * PANEL * 4, look_up(words[i], lut));
-                _mm512_store_si512(to + (2 * i + 1) * PANEL * 4, look_up(_mm512_srli_epi16(words[i], 4), lut));
+                _mm512_store_si512(to + 2 * i * SLICE * 4, look_up(words[i], lut));
+                _mm512_store_si512(to + (2 * i + 1) * SLICE * 4, look_up(_mm512_srli_epi16(words[i], 4), lut));
             }
         }
     }
@@ -79,49 +83,66 @@ static int32_t pack(const int8_t *tokens, int depth, int8_t *to) {
 /* sum += weights . tokens, four bytes a lane. In assembly, because GCC 12 spills the sums around the intrinsic. */
 #define DOT(sum, weights, tokens) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(tokens))
 
-static inline __attribute__((always_inline)) void tile(const int rows, const int8_t *tokens, const uint8_t *panel, int depth,
-                                                       const int32_t *start, const float *scale, float *sums) {
-    const ptrdiff_t stride = padded(depth);
-    __m512i dot[ROWS][4];
+/* Some rows and vectors of sixteen features, over all groups: float sums stay in registers. */
+static inline __attribute__((always_inline)) void tile(const product *p, const int rows, const int vectors, int m0, int n) {
+    const ptrdiff_t stride = padded(p->depth), row = p->groups * stride;
+    const uint8_t *w = p->panel + n * row;
+    const int8_t *next = p->tokens + (m0 + rows) * row; /* the next tile's tokens, as many as these */
+    float *sums = p->sums + m0 * PANEL + n;
+    __m512 y[ROWS][4];
 #pragma GCC unroll 6
-    for (int m = 0; m < rows; m++) dot[m][0] = dot[m][1] = dot[m][2] = dot[m][3] = _mm512_set1_epi32(start[m]);
+    for (int m = 0; m < rows; m++)
 #pragma GCC unroll 4
-    for (int q = 0; q < stride / 4; q++) {
-        const uint8_t *w = panel + q * PANEL * 4;
-        __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
-        __m512i w2 = _mm512_load_si512(w + 128), w3 = _mm512_load_si512(w + 192);
+        for (int j = 0; j < vectors; j++) y[m][j] = p->first ? _mm512_setzero_ps() : _mm512_load_ps(sums + m * PANEL + 16 * j);
+    for (int g = 0; g < p->groups; g++) {
+        const int8_t *tokens = p->tokens + m0 * row + g * stride, *end = tokens + stride;
+        __m512i dot[ROWS][4];
 #pragma GCC unroll 6
-        for (int m = 0; m < rows; m++) {
-            int32_t four;
-            memcpy(&four, tokens + m * stride + 4 * q, 4);
-            __m512i a = _mm512_set1_epi32(four);
-            DOT(dot[m][0], w0, a);
-            DOT(dot[m][1], w1, a);
-            DOT(dot[m][2], w2, a);
-            DOT(dot[m][3], w3, a);
+        for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+            for (int j = 0; j < vectors; j++) dot[m][j] = _mm512_set1_epi32(p->start[g * p->stride + m0 + m]);
+#pragma GCC unroll 4
+        for (; tokens < end; tokens += 4, w += SLICE * 4) {
+            __m512i v[4];
+            __builtin_prefetch(next);
+            next += rows * 4;
+#pragma GCC unroll 4
+            for (int j = 0; j < vectors; j++) v[j] = _mm512_load_si512(w + j / 2 * row * SLICE + j % 2 * 64);
+#pragma GCC unroll 6
+            for (int m = 0; m < rows; m++) {
+                int32_t four;
+                memcpy(&four, tokens + m * row, 4);
+                __m512i a = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+                for (int j = 0; j < vectors; j++) DOT(dot[m][j], v[j], a);
+            }
         }
+#pragma GCC unroll 6
+        for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+            for (int j = 0; j < vectors; j++)
+                y[m][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m][j]), _mm512_loadu_ps(p->scale + g * PANEL + n + 16 * j),
+                                          y[m][j]);
     }
 #pragma GCC unroll 6
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            __m512 product = _mm512_cvtepi32_ps(dot[m][j]), s = _mm512_loadu_ps(scale + 16 * j);
-            float *to = sums + m * PANEL + 16 * j;
-            _mm512_store_ps(to, _mm512_fmadd_ps(product, s, _mm512_load_ps(to)));
-        }
+        for (int j = 0; j < vectors; j++) _mm512_store_ps(sums + m * PANEL + 16 * j, y[m][j]);
 }
 
-static void multiply(const int8_t *tokens, int rows, const uint8_t *panel, int depth, const int32_t *start, const float *scale,
-                     float *sums) {
-    for (; rows >= ROWS; rows -= ROWS, tokens += ROWS * padded(depth), start += ROWS, sums += ROWS * PANEL)
-        tile(ROWS, tokens, panel, depth, start, scale, sums);
-    switch (rows) {
-    case 1: tile(1, tokens, panel, depth, start, scale, sums); break;
-    case 2: tile(2, tokens, panel, depth, start, scale, sums); break;
-    case 3: tile(3, tokens, panel, depth, start, scale, sums); break;
-    case 4: tile(4, tokens, panel, depth, start, scale, sums); break;
-    case 5: tile(5, tokens, panel, depth, start, scale, sums);
-    }
+static void multiply(const product *p) {
+    if (p->rows == 1) tile(p, 1, 4, 0, 0); /* of one slice there are too few sums to hide how long a dot product takes */
+    else if (p->rows == 2) tile(p, 2, 4, 0, 0);
+    else
+        for (int n = 0; n < PANEL; n += SLICE)
+            for (int m = 0; m < p->rows; m += ROWS) switch (p->rows - m) {
+                case 1: tile(p, 1, 2, m, n); break;
+                case 2: tile(p, 2, 2, m, n); break;
+                case 3: tile(p, 3, 2, m, n); break;
+                case 4: tile(p, 4, 2, m, n); break;
+                case 5: tile(p, 5, 2, m, n); break;
+                default: tile(p, ROWS, 2, m, n);
+                }
 }
 
 /* Thirty-two sums as bfloat16, rounded to nearest even; NaN stays one. */

@@ -9,20 +9,21 @@ static void unpack(const uint8_t *codes, ptrdiff_t stride, int features, int dep
         }
 }
 
-static void multiply(const int8_t *tokens, int rows, const uint8_t *panel, int depth, const int32_t *start, const float *scale,
-                     float *sums) {
-    (void)start;
-    for (int m = 0; m < rows; m++) {
-        int32_t dot[PANEL] = {0};
-        for (int q = 0; q < depth / 4; q++) {
-            const int8_t *a = tokens + m * padded(depth) + 4 * q;
-            const int8_t *w = (const int8_t *)panel + q * PANEL * 4;
+static void multiply(const product *p) {
+    for (int m = 0; m < p->rows; m++)
+        for (int g = 0; g < p->groups; g++) {
+            int32_t dot[PANEL] = {0};
+            for (int q = 0; q < p->depth / 4; q++) {
+                const int8_t *a = p->tokens + (m * p->groups + g) * padded(p->depth) + 4 * q;
+                const int8_t *w = (const int8_t *)p->panel + (g * p->depth / 4 + q) * PANEL * 4;
+                for (int n = 0; n < PANEL; n++)
+                    dot[n] += a[0] * w[4 * n] + a[1] * w[4 * n + 1] + a[2] * w[4 * n + 2] + a[3] * w[4 * n + 3];
+            }
+            float *sums = p->sums + m * PANEL;
+            const float *scale = p->scale + g * PANEL;
             for (int n = 0; n < PANEL; n++)
-                dot[n] += a[0] * w[4 * n] + a[1] * w[4 * n + 1] + a[2] * w[4 * n + 2] + a[3] * w[4 * n + 3];
+                sums[n] = (p->first && !g ? 0 : sums[n]) + scale[n] * (float)dot[n];
         }
-        for (int n = 0; n < PANEL; n++)
-            sums[m * PANEL + n] += scale[n] * (float)dot[n];
-    }
 }
 
 const tile_kernel tile_portable = {"portable", 0, unpack, pack_in_order, multiply, write_rows};
