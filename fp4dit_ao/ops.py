@@ -11,7 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fp4dit_ao import __version__
 from fp4dit_ao.formats import parse
+
+torch.compiler.config.cache_key_tag = f"{torch.compiler.config.cache_key_tag} fp4dit_ao {__version__}".strip()
+"""Compiled graphs hold what the composites were when they were traced, and are kept on disk under the operators' names."""
 
 LIBRARY = torch.library.Library("fp4dit_ao", "DEF")
 LIBRARY.define("choose_scale(Tensor x, SymInt[] block_size, str fmt, ScalarType scale_dtype) -> Tensor")

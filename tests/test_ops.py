@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torchao.quantization.granularity import PerAxis, PerGroup, PerRow, PerTensor, PerToken
 from torchao.quantization.utils import get_block_size
 
+import fp4dit_ao
 from fp4dit_ao.formats import FloatFormat
 from fp4dit_ao.ops import expand_scale
 
@@ -390,3 +394,11 @@ def test_fake_quantize_is_both_steps(fmt: str, dtype: torch.dtype, block_size: l
     assert torch.equal(OPS.fake_quantize(x, block_size, scale, fmt, dtype), both)
     compiled = torch.compile(lambda x, scale: OPS.fake_quantize(x, block_size, scale, fmt, dtype), backend="aot_eager")
     assert torch.equal(compiled(x, scale), both)
+
+
+@pytest.mark.parametrize("tag", ["", "mine"])
+def test_compiled_graphs_of_another_version_are_not_taken_from_a_cache(tag: str) -> None:
+    show = "import torch, fp4dit_ao.ops; print(repr(torch.compiler.config.cache_key_tag))"
+    environment = os.environ | {"TORCH_COMPILE_CACHE_KEY_TAG": tag}
+    printed = subprocess.run([sys.executable, "-c", show], env=environment, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == repr(f"{tag} fp4dit_ao {fp4dit_ao.__version__}".strip())

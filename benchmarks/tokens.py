@@ -1,0 +1,76 @@
+"""Quantizing tokens behind what precedes it, on a CPU: ``python -m benchmarks.tokens``.
+
+One kernel that Inductor makes of both, against Inductor's kernel and then the compiled loop, in turns: medians over the rounds.
+What the operation alone takes stands beside them; both give the same levels, which is checked.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from fp4dit_ao.environment import one_line
+from fp4dit_ao.evaluate import markdown_table
+from fp4dit_ao.kernels import gelu, native, tokens  # noqa: F401, gelu registers its operator
+
+FORMAT = "e2m3"
+
+
+def modulated(x: Tensor) -> Tensor:
+    """LayerNorm, and a scale and shift of the features."""
+    return F.layer_norm(x, x.shape[-1:]) * (1 + x[:1]) + x[1:2]
+
+
+BEFORE: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "nothing": (1152, lambda x: x),
+    "LayerNorm and modulation": (1152, modulated),
+    "GELU": (4608, torch.ops.fp4dit_ao.tanh_gelu),
+}
+"""By name: features at PixArt-XL's width, and the operation."""
+
+
+def main(
+    count: Annotated[int, typer.Option("--tokens", help="Rows.")] = 2048,
+    rounds: Annotated[int, typer.Option(min=1)] = 15,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Print the table."""
+    torch.set_num_threads(threads)
+    if native.shared_object() is None:  # it has said why, and what to do
+        raise typer.Exit(1)
+    rows = []
+    for name, (features, before) in BEFORE.items():
+        x = torch.randn(count, features, generator=torch.Generator().manual_seed(0)).bfloat16()
+        ways = {
+            "alone": torch.compile(before, dynamic=True),
+            "fused": torch.compile(lambda x, before=before: tokens._quantize(before(x), FORMAT), dynamic=True),
+            "loop": torch.compile(
+                lambda x, before=before: torch.ops.fp4dit_ao.int8_tokens(before(x), FORMAT), dynamic=True
+            ),
+        }
+        assert all(torch.equal(a, b) for a, b in zip(ways["fused"](x), ways["loop"](x), strict=True)), name
+        seconds = _medians(ways, x, rounds)
+        cells = [f"{seconds[way] * 1e3:.2f}" for way in ways]
+        rows.append([name, str(features), *cells, f"{seconds['fused'] / seconds['loop']:.2f}"])
+    print(markdown_table(["before", "features", "alone, ms", "fused, ms", "with the loop, ms", "fused / loop"], rows))
+    print(f"\n{count} tokens in bfloat16 to {FORMAT.upper()}; {one_line()}")
+
+
+def _medians(ways: dict[str, Callable[[Tensor], object]], x: Tensor, rounds: int) -> dict[str, float]:
+    """Seconds of each way, called in turns; the first round warms up."""
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds + 1):
+        for way, call in ways.items():
+            start = time.perf_counter()
+            call(x)
+            taken[way].append(time.perf_counter() - start)
+    return {way: statistics.median(times[1:]) for way, times in taken.items()}
+
+
+if __name__ == "__main__":
+    typer.run(main)
