@@ -27,9 +27,9 @@ PRODUCT = ", product alone"
 """Suffix of a recipe whose tokens are quantized before the clock starts."""
 _JUDGED_TOKENS = 64
 """Outputs compared with float32; rows do not depend on each other."""
-FEW_TOKENS, FEW_TOKENS_LINEARS = 256, 8
-"""At most so many tokens are measured in a model of so many linears, each with a weight and tokens of its own: entering a
-compiled function, which takes as long as one token's work, happens once in a model."""
+MOST_LINEARS, MOST_TOKENS = 8, 8192
+"""Several linears are measured at once, each with a weight and tokens of its own, at most so many with so many tokens in all:
+entering a compiled function, which takes as long as one token's work, happens once in a model."""
 _WARM_UP = 3
 """Calls before the clock starts; some peers compile once more in their second."""
 
@@ -104,7 +104,7 @@ class Linear(Workload):
     @torch.no_grad()
     def prepare(self, **case: Any) -> dict[str, Any]:
         size = case["out_features"], case["in_features"]
-        self.per_run = FEW_TOKENS_LINEARS if case["tokens"] <= FEW_TOKENS else 1
+        self.per_run = max(1, min(MOST_LINEARS, MOST_TOKENS // case["tokens"]))
         pairs = [numbers(*size, case["tokens"], seed) for seed in range(self.per_run)]
         if self.method == INT_MM.method:
             products = [(_to_int8(x).to(self.device), _to_int8(weight).to(self.device).T) for weight, x in pairs]

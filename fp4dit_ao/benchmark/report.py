@@ -49,8 +49,8 @@ def _parts(results: Results) -> Iterator[str]:
         yield "### Linears"
         yield (
             "Speed against bfloat16, eager; median of the rounds. Ours quantize their tokens in the time that is taken. Times "
-            f"are of one linear; up to {linears.FEW_TOKENS} tokens, {linears.FEW_TOKENS_LINEARS} of them are called together, "
-            "as in a model, each with a weight and tokens of its own."
+            f"are of one linear; up to {linears.MOST_LINEARS} of them, with up to {linears.MOST_TOKENS} tokens, are called "
+            "together, as in a model, each with a weight and tokens of its own."
         )
         yield from _linear_tables(results)
     if results.attention:
