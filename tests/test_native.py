@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 
+from benchmarks import tokens as benchmark
 from fp4dit_ao import FloatFormat, MinifloatTensor
 from fp4dit_ao.kernels import int8, native, tokens
 from fp4dit_ao.ops import choose_scale
@@ -338,6 +339,11 @@ def test_compiled_graphs_quantize_large_tensors_in_the_loop(rows: int) -> None:
         got = torch.compile(lambda x: tokens.quantize_tokens(x + 1, "e2m3"))(x[:rows])
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert ("fp4dit_ao::int8_tokens" in {event.key for event in trace.key_averages()}) == (rows == 300)
+
+
+def test_the_benchmark_of_tokens_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main(count=2, rounds=1, threads=torch.get_num_threads())  # it compares levels, too
+    assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:5]] == list(benchmark.BEFORE)
 
 
 def test_the_loops_operator_needs_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
