@@ -67,6 +67,10 @@ Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; the GPU
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the pipeline's own number if not given.")]
 Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt a line; may be left out for 'reference'.")]
 Compile = Annotated[bool, typer.Option(help="Run the quantized model under torch.compile.")]
+Weights = Annotated[
+    str,
+    typer.Option(help="Of a quantized MODEL: 'packed'; or 'int8' or 'fp8', twice the memory and nothing to look up."),
+]
 Iterations = Annotated[int | None, typer.Option(min=1, help="Iterations of learned rounding per block.")]
 
 
@@ -127,12 +131,13 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated together.")] = 4,
     compile: Compile = False,
     device: Device = None,
+    weights: Weights = "packed",
 ) -> None:
     """Draw prompts, with --compare beside another model's images of the same seeds, into one picture."""
     _writable_file(out)
     from fp4dit_ao.commands import generate as run
 
-    run.generate(model, prompt, out, compare, seed, steps, batch_size, compile, device)
+    run.generate(model, prompt, out, compare, seed, steps, batch_size, compile, device, weights)
 
 
 @app.command()
@@ -262,6 +267,7 @@ def serve(
     ] = False,
     compile: Compile = True,
     device: Device = None,
+    weights: Weights = "packed",
 ) -> None:
     """Serve MODEL over HTTP, as the OpenAI images API does: POST /v1/images/generations."""
     from fp4dit_ao.commands import serve as run
@@ -269,7 +275,7 @@ def serve(
     run.serve(
         model, host, port, name, {"max_batch": max_batch, "window": window / 1000, "max_queue": max_queue},
         {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout},
-        same_bits, compile, device,
+        same_bits, compile, device, weights,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from fp4dit_ao import (
@@ -61,7 +62,7 @@ def save_program(model: "QuantizedTransformer", path: str | Path) -> None:
     with whole_file(_checked(path)) as partial:
         exported = export_program(model)
         exported.example_inputs = None  # the only part of an archive that would be pickled
-        torch.export.save(exported, partial, extra_files={_NOTE: json.dumps(_note(model))})
+        torch.export.save(exported, partial, extra_files={_NOTE: json.dumps(_note(model, exported))})
 
 
 def save_package(model: "QuantizedTransformer", path: str | Path) -> None:
@@ -81,7 +82,7 @@ def save_package(model: "QuantizedTransformer", path: str | Path) -> None:
         )
     with whole_file(_checked(path)) as partial:
         exported = export_program(model)
-        options = {"aot_inductor.metadata": {_NOTE: json.dumps(_note(model))}}
+        options = {"aot_inductor.metadata": {_NOTE: json.dumps(_note(model, exported))}}
         with torch.no_grad(), _compat.distinct_sizes():
             torch._inductor.aoti_compile_and_package(exported, package_path=str(partial), inductor_configs=options)
 
@@ -92,17 +93,18 @@ class ExportedTransformer:
     Attributes:
         kind: ``"program"`` or ``"package"``.
         class_name: of the diffusers model that was quantized.
-        description: of the arguments (``samples.describe``).
+        description: of the arguments, as ``samples.describe`` has it; sizes that may vary have names.
         dtype: of its floating-point inputs and outputs.
     """
 
     def __init__(self, kind: str, run: Callable[..., Any], note: Mapping[str, Any]):
         self.kind = kind
         self.class_name = str(note["class_name"])
-        self.description = note["sample"]
+        self.description = note["inputs"]
         self.dtype: torch.dtype = getattr(torch, note["dtype"])
         self._run = run
-        whole = samples.empty_like(self.description)
+        self._specs = dict(samples.specs(self.description))
+        whole = samples.decode(self.description, lambda spec: torch.empty(0))
         self._constants = {name: value for name, value in whole.items() if not any(samples.tensors(value))}
         self._tuple = {"return_dict": False} if "return_dict" in whole else {}
 
@@ -113,10 +115,13 @@ class ExportedTransformer:
         Constants that were captured (``None``, flags) may be left out.
 
         Raises:
-            ValueError: an argument that the graph cannot honour.
+            ValueError: an argument that the graph cannot honour: unknown, of another type or rank, on another kind of
+                device, or of a size that was not captured.
         """
         arguments = self._constants | arguments | self._tuple
-        samples.check(self.description, arguments, f"exported {self.class_name}")
+        who = f"exported {self.class_name}"
+        samples.check(self.description, arguments, who)
+        samples.check_tensors(self._specs, arguments, who)
         # a view's strides, such as those of one timestep expanded over the batch, are not what was compiled
         output: tuple[Tensor, ...] = self._run(**pytree.tree_map_only(Tensor, Tensor.contiguous, arguments))
         return output
@@ -151,7 +156,9 @@ def load(path: str | Path) -> ExportedTransformer:
         note = json.loads(extra[_NOTE])
         return ExportedTransformer("program", exported.module(), note)
     except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} was not written by fp4dit-ao export, or is damaged") from error
+        raise ValueError(
+            f"{path} was not written by this version's fp4dit-ao export, or is damaged; export it again"
+        ) from error
 
 
 def _checked(path: str | Path) -> Path:
@@ -161,13 +168,26 @@ def _checked(path: str | Path) -> Path:
     return path
 
 
-def _note(model: "QuantizedTransformer") -> dict[str, Any]:
+def _note(model: "QuantizedTransformer", exported: ExportedProgram) -> dict[str, Any]:
     return {
         "class_name": model.config["_class_name"],
-        "sample": model.description,
+        "inputs": _inputs(exported),
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {name: metadata.version(name) for name in ("fp4dit-ao", "torch")},
     }
+
+
+def _inputs(exported: ExportedProgram) -> Any:
+    """The keyword arguments of ``exported``, described as its graph has them; see ``samples.check_tensors``."""
+    values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
+    inputs = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+    _, arguments = pytree.tree_unflatten([values[name] for name in inputs], exported.call_spec.in_spec)
+
+    def described(x: Tensor) -> dict[str, Any]:
+        shape = [int(size) if size.isdigit() else size for size in map(str, x.shape)]
+        return {"shape": shape, "dtype": str(x.dtype).removeprefix("torch."), "device": x.device.type}
+
+    return samples.encode(arguments, described)
 
 
 def _example(model: "QuantizedTransformer") -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from fp4dit_ao import reference
+
+if TYPE_CHECKING:
+    from fp4dit_ao.pipeline import Weights
 
 REFERENCE = "reference"
 """Stands for the pipeline that ships with the package."""
@@ -44,6 +47,22 @@ def is_quantized(name: str) -> bool:
     return checkpoint.is_quantized(Path(folder_of(name)) / "transformer")
 
 
+def weights_of(name: str, weights: str) -> "Weights":
+    """``weights`` as ``load_pipeline`` takes it, for the model ``name``.
+
+    Raises:
+        FileNotFoundError: there is no such model; see :func:`folder_of`.
+        ValueError: there are no such weights, or the model has no packed ones to make them from.
+    """
+    from fp4dit_ao.pipeline import Weights
+
+    if weights not in get_args(Weights):
+        raise ValueError(f"unknown weights {weights!r}; choose one of {', '.join(get_args(Weights))}")
+    if not is_quantized(name) and weights != "packed":
+        raise ValueError(f"{name} is no folder that fp4dit-ao quantized, with packed weights to turn into {weights}")
+    return cast("Weights", weights)
+
+
 def default_device() -> str:
     """``"cuda"`` where there is one."""
     import torch
@@ -51,29 +70,30 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def open_pipeline(name: str, device: str | None = None, *, compile: bool = False) -> Any:
+def open_pipeline(name: str, device: str | None = None, *, compile: bool = False, weights: str = "packed") -> Any:
     """The pipeline ``name``; float ones in float32 on the CPU and in bfloat16 elsewhere.
 
     Args:
         name: see :func:`folder_of`.
         device: :func:`default_device` if None.
         compile: run a quantized transformer under ``torch.compile``.
+        weights: of a quantized transformer; see :func:`fp4dit_ao.load_pipeline`.
 
     Raises:
         OSError: it cannot be found or read.
-        ValueError: it is no pipeline.
+        ValueError: it is no pipeline, or its weights cannot be had like that.
     """
     import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     folder = folder_of(name)
-    device = device or default_device()
+    form, device = weights_of(name, weights), device or default_device()
     logging.disable_progress_bar()  # of the files that are opened: over before it is read
     if is_quantized(name):
         from fp4dit_ao.pipeline import load_pipeline
 
-        return load_pipeline(folder, device=device, compile=compile)
+        return load_pipeline(folder, device=device, compile=compile, weights=form)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
         return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,7 @@ __all__ = ["generation_defaults", "load_pipeline", "quantize_pipeline", "save_pi
 INDEX = "model_index.json"
 ROUNDINGS = ("adaround", "nearest")
 FORMS = ("graph", "module")
-WEIGHTS = ("packed", "int8", "fp8")
+Weights = Literal["packed", "int8", "fp8"]
 _HUB = ("push_to_hub", "repo_id", "commit_message", "private", "create_pr", "token")
 
 
@@ -140,7 +140,7 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     compile: bool = False,
     form: Literal["graph", "module"] = "graph",
-    weights: Literal["packed", "int8", "fp8"] = "packed",
+    weights: Weights = "packed",
 ) -> Any:
     """The quantized pipeline in ``folder``, which draws what the saved one drew, bit for bit.
 
@@ -169,8 +169,8 @@ def load_pipeline(
         )
     if form not in FORMS:
         raise ValueError(f"form={form!r}; choose one of {', '.join(FORMS)}")
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights!r}; choose one of {', '.join(WEIGHTS)}")
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights={weights!r}; choose one of {', '.join(get_args(Weights))}")
     transformer: Any = (checkpoint.load if form == "graph" else checkpoint.load_modules)(folder / "transformer")
     if dtype is not None:
         transformer.to(dtype)

@@ -37,7 +37,10 @@ def unpack_weights(model: Module, to: str = "int8") -> Module:
                 except ValueError as error:
                     raise ValueError(f"{path}.{name}: {error}") from None
     if not found:
-        raise ValueError("no packed weight to unpack; lower(converted) first, with a recipe that quantizes inputs")
+        raise ValueError(
+            "no packed weight to unpack: weights of block formats (nvfp4, mxfp4, …) stay as they are, and those of a graph are "
+            "packed by lower(converted), with a recipe that quantizes inputs"
+        )
     for (owner, name), weight in found.items():
         owner._parameters[name] = nn.Parameter(weight, requires_grad=False)
     return model

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from fp4dit_ao import evaluate, quantize_pipeline
 from fp4dit_ao.cli import app
 from tests.tiny import CALL, tiny_pipeline
 
@@ -44,6 +45,11 @@ def quantized(folders):
 
 def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def spy(function, first):
+    """``function``, which appends its first argument to ``first``."""
+    return lambda *arguments, **options: first.append(arguments[0]) or function(*arguments, **options)
 
 
 def refused(result, *words):
@@ -110,6 +116,48 @@ def test_generate_compares(quantized, folders, tmp_path):
     assert Image.open(tmp_path / "x.png").width > 2 * 128
     alone = run("generate", quantized, "--prompt", "cat", "--out", tmp_path / "y.png", "--steps", 1)
     assert alone.exit_code == 0, alone.output
+
+
+def test_generate_compares_packed_weights_with_bytes(quantized, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("fp4dit_ao.evaluate.generate", spy(evaluate.generate, loaded))
+    result = run(
+        "generate", quantized, "--weights", "fp8", "--compare", quantized, "--prompt", "cat", "--device", "cpu",
+        "--out", tmp_path / "x.png",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    packed, fast = (pipe.transformer.nbytes() for pipe in loaded)
+    assert packed < fast
+    psnr = float(re.search(r"\| cat +\| ([0-9.]+) ", result.stdout)[1])
+    assert psnr > 20  # all that differs is the order of sums, in a model of random weights
+    assert Image.open(tmp_path / "x.png").width > 2 * 128
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "words"),
+    [
+        ("q", "int4", ["unknown weights 'int4'", "packed, int8, fp8"]),
+        ("float", "int8", ["float is no folder that fp4dit-ao quantized", "to turn into int8"]),
+    ],
+)
+def test_weights_that_a_model_has_not_are_refused_before_anything_is_drawn(
+    quantized, folders, tmp_path, model, weights, words
+):
+    result = run(
+        "generate", folders / model, "--weights", weights, "--compare", quantized, "--prompt", "cat",
+        "--out", tmp_path / "x.png",
+    )  # fmt: skip
+    refused(result, *words)
+    assert not entries(tmp_path)
+
+
+def test_block_formats_have_no_weights_to_unpack(tmp_path):
+    pipe = quantize_pipeline(
+        tiny_pipeline(layers=1), "mxfp4", prompts=["a cat"], rounding="nearest", progress=False, **CALL
+    )
+    pipe.save_pretrained(tmp_path / "q")
+    result = run("generate", tmp_path / "q", "--weights", "int8", "--prompt", "cat", "--out", tmp_path / "x.png")
+    refused(result, "no packed weight to unpack", "mxfp4")
 
 
 def test_evaluate_prints_a_table_and_writes_json(quantized, folders, tmp_path):

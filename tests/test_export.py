@@ -1,6 +1,8 @@
 """Exported transformers run without the model's class, give the same bits, and stay dynamic."""
 
 import io
+import itertools
+import re
 import subprocess
 import sys
 import zipfile
@@ -15,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torchao.utils import TorchAOBaseTensor
 from typer.testing import CliRunner
 
-from fp4dit_ao import MinifloatTensor, checkpoint, export, quantize_pipeline, unpack_weights
+from fp4dit_ao import MinifloatTensor, checkpoint, export, quantize_pipeline, samples, unpack_weights
 from fp4dit_ao.cli import app
 from fp4dit_ao.commands.export import transformer_folder
 from fp4dit_ao.kernels import tokens
@@ -109,6 +111,8 @@ def test_half_precision(tiny_quantized: Any, tmp_path: Path) -> None:
     (output,) = loaded(**x)
     assert output.dtype == torch.bfloat16
     assert torch.equal(output, half(**x).sample)
+    with pytest.raises(ValueError, match=r"hidden_states is torch.float32, it was captured as torch.bfloat16"):
+        loaded(**sample(3, 8, 12, 6))
 
 
 def test_block_formats_export_too(tmp_path: Path) -> None:
@@ -175,6 +179,76 @@ def test_calls_that_the_graph_cannot_honour_are_refused(kind: str, request: pyte
         model(**x)
 
 
+TENSORS = ("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask")
+
+
+@pytest.mark.parametrize("kind", ["program", "package"])
+def test_tensors_of_another_type_are_refused_with_the_remedy(kind: str, request: pytest.FixtureRequest) -> None:
+    model = export.load(request.getfixturevalue(kind))
+    x = sample(2, 8, 16, 8)
+    for name, dtype in itertools.product(
+        TENSORS, [torch.bool, torch.int32, torch.int64, torch.float32, torch.bfloat16]
+    ):
+        captured = x[name].dtype
+        if dtype != captured:
+            message = f"{name} is {dtype}, it was captured as {captured}; pass {name}.to({captured})"
+            with pytest.raises(ValueError, match=re.escape(message)):
+                model(**x | {name: x[name].to(dtype)})
+    mask = x["encoder_attention_mask"].to(torch.bool)
+    (output,) = model(**x | {"encoder_attention_mask": mask.to(torch.int64)})  # as the sentence says
+    assert torch.equal(output, model(**x)[0])
+
+
+@pytest.mark.parametrize("kind", ["program", "package"])
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        (
+            "hidden_states",
+            (2, 5, 8, 16),
+            r"shape \(2, 5, 8, 16\), it was captured with 4 in dimension 1, which is fixed",
+        ),
+        ("encoder_hidden_states", (2, 8, 64), "captured with 128 in dimension 2, which is fixed"),
+        ("encoder_hidden_states", (3, 8, 128), "in dimension 0 it must have 2, as hidden_states has"),
+        ("encoder_attention_mask", (2, 9), "in dimension 1 it must have 8, as encoder_hidden_states has"),
+        ("timestep", (1,), r"has shape \(1,\), in dimension 0 it must have 2, as hidden_states has"),
+        ("timestep", (), r"must have 1 dimensions, found shape \(\)"),
+    ],
+)
+def test_tensors_of_other_shapes_are_refused(
+    kind: str, name: str, shape: tuple[int, ...], message: str, request: pytest.FixtureRequest
+) -> None:
+    model = export.load(request.getfixturevalue(kind))
+    x = sample(2, 8, 16, 8)
+    with pytest.raises(ValueError, match=f"exported PixArtTransformer2DModel: {name} .*{message}"):
+        model(**x | {name: torch.ones(shape, dtype=x[name].dtype)})
+    with pytest.raises(ValueError, match=rf"{name} is on meta, it was captured on cpu; pass {name}.to\('cpu'\)"):
+        model(**x | {name: x[name].to("meta")})
+
+
+def test_tensors_are_found_wherever_they_are() -> None:
+    def tensor(shape: list[Any], dtype: str) -> dict[str, Any]:
+        return {"tensor": {"shape": shape, "dtype": dtype, "device": "cpu"}}
+
+    description = {
+        "dict": {
+            "maps": {"list": [tensor(["n", 3], "float32"), {"dict": {"of": tensor(["n"], "bool")}}]},
+            "skip": {"constant": 1},
+        }
+    }
+    wanted = dict(samples.specs(description))
+    assert list(wanted) == ["maps[0]", "maps[1].of"]
+    samples.check_tensors(
+        wanted, {"skip": 1, "maps": [torch.ones(4, 3), {"of": torch.ones(4, dtype=torch.bool)}]}, "it"
+    )
+    with pytest.raises(
+        ValueError, match=r"it: maps\[1\].of has shape \(5,\), in dimension 0 it must have 4, as maps\[0\] has"
+    ):
+        samples.check_tensors(
+            wanted, {"skip": 1, "maps": [torch.ones(4, 3), {"of": torch.ones(5, dtype=torch.bool)}]}, "it"
+        )
+
+
 def test_files_that_are_no_export_are_refused(program: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         export.load(tmp_path / "none.pt2")
@@ -184,7 +258,7 @@ def test_files_that_are_no_export_are_refused(program: Path, tmp_path: Path) -> 
         export.load(cut)
     foreign = tmp_path / "foreign.pt2"
     torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),)), foreign)
-    with pytest.raises(ValueError, match="was not written by fp4dit-ao export"):
+    with pytest.raises(ValueError, match="was not written by this version's fp4dit-ao export"):
         export.load(foreign)
     other = tmp_path / "other.pt2"
     with zipfile.ZipFile(other, "w") as archive:

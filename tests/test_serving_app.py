@@ -21,13 +21,18 @@ import httpx2
 import numpy as np
 import pytest
 import schemathesis
+import torch
+import uvicorn
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
+from typer.testing import CliRunner
 
+from fp4dit_ao.cli import app as command
+from fp4dit_ao.serving import launch
 from fp4dit_ao.serving.app import GENERATIONS, Limits, create_app
 from fp4dit_ao.serving.drawing import Painter
 from fp4dit_ao.serving.engine import Batching, Engine, Style
@@ -410,6 +415,43 @@ def test_the_command_serves_the_models_images_and_ends_clean(folder: Path, tiny_
     for prompt, answer in zip(prompts, answers, strict=True):
         (expected,) = painter.draw(painter.default, [prompt], [3])
         np.testing.assert_array_equal(pixels(answer["data"][0]), expected)
+
+
+@pytest.mark.parametrize(("weights", "dtype"), [("packed", torch.uint8), ("int8", torch.int8)])
+def test_memory_or_speed_is_chosen_on_the_command_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, weights: str, dtype: torch.dtype
+) -> None:
+    painters = []
+    monkeypatch.setattr(launch, "Painter", lambda *arguments: painters.append(Painter(*arguments)) or painters[-1])
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # interrupted at once
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        options = ["--port", "0", "--no-compile", "--device", "cpu", "--weights", weights]
+        result = CliRunner().invoke(command, ["serve", str(folder), *options])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert result.exit_code == 0, result.output
+    (painter,) = painters
+    stored = [p.detach() for p in painter._pipe.transformer.graph.parameters()]
+    assert {p.qdata.dtype for p in stored if hasattr(p, "qdata")} == {dtype}
+    assert painter.draw(DEFAULT, ["a red cat"], [3])[0].shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "message"),
+    [
+        ("reference", "int8", "reference is no folder that fp4dit-ao quantized, with packed weights to turn into int8"),
+        ("folder", "int4", "unknown weights 'int4'; choose one of packed, int8, fp8"),
+        ("nowhere", "fp8", "there is no folder nowhere"),
+    ],
+)
+def test_weights_that_a_model_has_not_are_refused_before_it_is_loaded(
+    folder: Path, model: str, weights: str, message: str
+) -> None:
+    result = CliRunner().invoke(command, ["serve", str(folder) if model == "folder" else model, "--weights", weights])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "loading" not in result.output
 
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
+from pydantic import ValidationError
 
 pytestmark = pytest.mark.timeout(400)  # 40 s on two idle cores
 
@@ -89,3 +90,30 @@ def test_two_replicas_share_the_work_and_draw_the_same_bits(address: str) -> Non
     assert len(drawn) == 2
     assert all(drawn.values())
     assert sum(drawn.values()) == 16
+
+
+def test_replicas_load_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fp4dit_ao.serving import ray as deployed
+
+    class Loaded(Exception):
+        pass
+
+    def application(model: str, options: Any) -> Any:
+        raise Loaded(model, options)
+
+    replicas: list[Any] = []
+
+    def ingress(replica: Any) -> Any:
+        replicas.append(replica)
+        return lambda: type("Replica", (), {})
+
+    monkeypatch.setattr(deployed, "application", application)
+    monkeypatch.setattr(deployed.serve, "ingress", ingress)
+    deployed.build(deployed.Arguments(model="DIR", name="tiny", weights="int8", window=5, max_batch=2, compile=False))
+    with pytest.raises(Loaded) as seen:
+        replicas[0]()
+    model, options = seen.value.args
+    assert (model, options.name, options.weights, options.compile) == ("DIR", "tiny", "int8", False)
+    assert (options.batching.max_batch, options.batching.window) == (2, 0.005)
+    with pytest.raises(ValidationError, match="'packed', 'int8' or 'fp8'"):
+        deployed.Arguments(model="DIR", weights="int4")

@@ -11,12 +11,13 @@ from fp4dit_ao import models
 
 def serve(
     model: str, host: str, port: int, name: str | None, batching: dict[str, Any], limits: dict[str, Any], same_bits: bool,
-    compile: bool, device: str | None,
+    compile: bool, device: str | None, weights: str,
 ) -> None:  # fmt: skip
     """Load ``model``, listen, warm up, and answer until interrupted; what was accepted by then is finished.
 
     Raises:
         OSError: no such model, or the port is taken.
+        ValueError: see ``models.weights_of``.
         RuntimeError: FastAPI or uvicorn is not installed, or the model failed to warm up.
     """
     try:
@@ -29,8 +30,8 @@ def serve(
         raise RuntimeError(f"serving needs {error.name}; install it with: pip install 'fp4dit-ao[serve]'") from error
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    models.folder_of(model)
-    options = Options(name, Batching(**batching), Limits(**limits), same_bits, compile, device)
+    models.weights_of(model, weights)
+    options = Options(name, Batching(**batching), Limits(**limits), same_bits, compile, device, weights)
     listening = _reserve(host, port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     print(f"loading {model}", flush=True)

@@ -22,6 +22,7 @@ class Options:
         same_bits: see :class:`Painter`.
         compile: run the transformer under ``torch.compile``.
         device: where; the GPU if there is one if None.
+        weights: memory or speed; see :func:`fp4dit_ao.load_pipeline`.
     """
 
     name: str | None = None
@@ -30,6 +31,7 @@ class Options:
     same_bits: bool = False
     compile: bool = True
     device: str | None = None
+    weights: str = "packed"
 
 
 def application(model: str, options: Options | None = None) -> tuple[FastAPI, Engine]:
@@ -40,7 +42,7 @@ def application(model: str, options: Options | None = None) -> tuple[FastAPI, En
         ValueError: it is no text-to-image pipeline, or the options contradict each other.
     """
     options = options or Options()
-    pipe = models.open_pipeline(model, options.device, compile=options.compile)
+    pipe = models.open_pipeline(model, options.device, compile=options.compile, weights=options.weights)
     if options.compile and not models.is_quantized(model):
         pipe.transformer.compile(dynamic=True)
     pipe.set_progress_bar_config(disable=True)

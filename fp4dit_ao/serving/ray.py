@@ -4,6 +4,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
+from fp4dit_ao.pipeline import Weights
 from fp4dit_ao.serving.engine import Batching
 from fp4dit_ao.serving.launch import Options, application
 
@@ -34,12 +35,15 @@ class Arguments(BaseModel):
     same_bits: bool = False
     compile: bool = True
     device: str | None = None
+    weights: Weights = "packed"
 
 
 def build(args: Arguments) -> serve.Application:
     """The Ray Serve application: a replica takes requests once it is warmed up, and Ray spreads them."""
     batching = Batching(args.max_batch, args.window / 1000, args.max_queue)
-    options = Options(args.name, batching, same_bits=args.same_bits, compile=args.compile, device=args.device)
+    options = Options(
+        args.name, batching, same_bits=args.same_bits, compile=args.compile, device=args.device, weights=args.weights
+    )
     model = args.model
 
     def replica() -> FastAPI:
