@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -175,6 +175,25 @@ class _ExpandedRepeats(TorchFunctionMode):
         x, dim = (x.flatten(), 0) if dim is None else (x, dim % x.ndim)
         shape = [*x.shape[: dim + 1], repeats, *x.shape[dim + 1 :]]
         return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
+
+
+_CPP_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+"""C++'s numbers of the types that our operators take as arguments (``c10::ScalarType``)."""
+
+
+@contextlib.contextmanager
+def types_in_packages() -> Iterator[None]:
+    """While compiling a package: torch 2.11 writes type arguments in the numbers of export, and reads them as C++'s."""
+    from torch._export.serde import serialize
+
+    numbers: dict[torch.dtype, Any] = serialize._TORCH_TO_SERIALIZE_DTYPE
+    own = {dtype: numbers[dtype] for dtype in _CPP_TYPES}
+    if torch.__version__ < "2.12":
+        numbers.update(_CPP_TYPES)
+    try:
+        yield
+    finally:
+        numbers.update(own)
 
 
 def mark_static(x: Tensor) -> None:

@@ -82,7 +82,7 @@ def save_package(model: "QuantizedTransformer", path: str | Path) -> None:
     with whole_file(_checked(path)) as partial:
         exported = export_program(model)
         options = {"aot_inductor.metadata": {_NOTE: json.dumps(_note(model))}}
-        with torch.no_grad(), _compat.distinct_sizes():
+        with torch.no_grad(), _compat.distinct_sizes(), _compat.types_in_packages():
             torch._inductor.aoti_compile_and_package(exported, package_path=str(partial), inductor_configs=options)
 
 
