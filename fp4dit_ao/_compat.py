@@ -146,11 +146,6 @@ def distinct_sizes() -> contextlib.AbstractContextManager[None]:
     return patch
 
 
-def packages_run() -> bool:
-    """Whether AOTInductor's packages hand an operator the ``ScalarType`` that it was called with; torch 2.11's say another."""
-    return torch.__version__ >= "2.13"
-
-
 def sizes_of_repeats() -> contextlib.AbstractContextManager[Any]:
     """While exporting, ``repeat_interleave`` keeps sizes symbolic; torch 2.11's takes the one it repeats for a constant."""
     return contextlib.nullcontext() if torch.__version__ >= "2.12" else _ExpandedRepeats()

@@ -72,13 +72,8 @@ def save_package(model: "QuantizedTransformer", path: str | Path) -> None:
     Raises:
         ValueError: ``path`` does not end in ``.pt2``.
         OSError: it cannot be written.
-        RuntimeError: there is no C++ compiler, or torch is older than 2.13.
+        RuntimeError: there is no C++ compiler.
     """
-    if not _compat.packages_run():
-        raise RuntimeError(
-            f"packages of torch {torch.__version__} hand operators the wrong number types; install torch 2.13 or newer, or "
-            "export a program (without --aoti)"
-        )
     with whole_file(_checked(path)) as partial:
         exported = export_program(model)
         options = {"aot_inductor.metadata": {_NOTE: json.dumps(_note(model))}}
