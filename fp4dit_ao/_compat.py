@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -152,11 +152,6 @@ def distinct_sizes() -> contextlib.AbstractContextManager[None]:
     return patch
 
 
-def packages_run() -> bool:
-    """Whether AOTInductor's packages hand an operator the ``ScalarType`` that it was called with; torch 2.11's say another."""
-    return torch.__version__ >= "2.13"
-
-
 def sizes_of_repeats() -> contextlib.AbstractContextManager[Any]:
     """While exporting, ``repeat_interleave`` keeps sizes symbolic; torch 2.11's takes the one it repeats for a constant."""
     return contextlib.nullcontext() if torch.__version__ >= "2.12" else _ExpandedRepeats()
@@ -181,6 +176,25 @@ class _ExpandedRepeats(TorchFunctionMode):
         x, dim = (x.flatten(), 0) if dim is None else (x, dim % x.ndim)
         shape = [*x.shape[: dim + 1], repeats, *x.shape[dim + 1 :]]
         return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
+
+
+_CPP_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+"""C++'s numbers of the types that our operators take as arguments (``c10::ScalarType``)."""
+
+
+@contextlib.contextmanager
+def types_in_packages() -> Iterator[None]:
+    """While compiling a package: torch 2.11 writes type arguments in the numbers of export, and reads them as C++'s."""
+    from torch._export.serde import serialize
+
+    numbers: dict[torch.dtype, Any] = serialize._TORCH_TO_SERIALIZE_DTYPE
+    own = {dtype: numbers[dtype] for dtype in _CPP_TYPES}
+    if torch.__version__ < "2.12":
+        numbers.update(_CPP_TYPES)
+    try:
+        yield
+    finally:
+        numbers.update(own)
 
 
 def mark_static(x: Tensor) -> None:

@@ -73,17 +73,12 @@ def save_package(model: "QuantizedTransformer", path: str | Path) -> None:
     Raises:
         ValueError: ``path`` does not end in ``.pt2``.
         OSError: it cannot be written.
-        RuntimeError: there is no C++ compiler, or torch is older than 2.13.
+        RuntimeError: there is no C++ compiler.
     """
-    if not _compat.packages_run():
-        raise RuntimeError(
-            f"packages of torch {torch.__version__} hand operators the wrong number types; install torch 2.13 or newer, or "
-            "export a program (without --aoti)"
-        )
     with whole_file(_checked(path)) as partial:
         exported = export_program(model)
         options = {"aot_inductor.metadata": {_NOTE: json.dumps(_note(model, exported))}}
-        with torch.no_grad(), _compat.distinct_sizes():
+        with torch.no_grad(), _compat.distinct_sizes(), _compat.types_in_packages():
             torch._inductor.aoti_compile_and_package(exported, package_path=str(partial), inductor_configs=options)
 
 

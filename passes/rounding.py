@@ -116,8 +116,8 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, alpha: Tensor, slope: Tensor | None) -> Tensor:
-        gate = torch.sigmoid(alpha if slope is None else alpha * slope)
-        gate.mul_(STRETCH).sub_(SHIFT).clamp_(0, 1)
+        gate = alpha.sigmoid() if slope is None else (alpha * slope).sigmoid_()
+        gate = gate.mul_(STRETCH).sub_(SHIFT).clamp(0, 1)  # not in place: torch.compile of 2.11 would lose the gradient
         ctx.save_for_backward(gate, slope)
         return gate
 

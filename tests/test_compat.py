@@ -230,6 +230,20 @@ def test_repeated_sizes_stay_symbolic(mode: Callable, dim: int | None) -> None:
             assert torch.equal(ours, expected)
 
 
+def test_types_in_packages_are_numbered_as_they_will_be_read() -> None:
+    """What comes of it, a package that runs our operators, is tested in test_export.py."""
+    from torch._export.serde import serialize
+
+    before = dict(serialize._TORCH_TO_SERIALIZE_DTYPE)
+    assert set(before) >= set(_compat._CPP_TYPES)
+    with contextlib.suppress(KeyboardInterrupt), _compat.types_in_packages():
+        inside = dict(serialize._TORCH_TO_SERIALIZE_DTYPE)
+        raise KeyboardInterrupt
+    assert before == serialize._TORCH_TO_SERIALIZE_DTYPE
+    changed = {dtype for dtype in inside if inside[dtype] != before[dtype]}
+    assert changed == (set(_compat._CPP_TYPES) if torch.__version__ < "2.12" else set())
+
+
 def test_a_value_is_traced_only_inside_of_compilation() -> None:
     seen = []
 

@@ -168,6 +168,18 @@ def test_gate_and_regularizer_differentiate_as_autograd_would(kind) -> None:
     ].any()
 
 
+@pytest.mark.parametrize("kind", RULES.values())
+def test_compiled_gates_have_the_same_gradient(kind) -> None:
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    rounding = rule(weight, "e2m1", kind, group=16)
+    outer = torch.randn(4, 32)
+    (expected,) = torch.autograd.grad(rounding(weight), rounding.alpha, outer)
+    compiled = torch.compile(rounding, backend="aot_eager", fullgraph=True)
+    (got,) = torch.autograd.grad(compiled(weight), rounding.alpha, outer)
+    assert expected.any()
+    assert torch.equal(got, expected)
+
+
 def test_learning_alpha_is_learning_logits_at_a_rate_per_weight() -> None:
     """Adam does not see a gradient's size: alpha at lr is v at lr / (S s)."""
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
