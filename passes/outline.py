@@ -13,9 +13,10 @@ from fp4dit_ao.passes.partition import Segment, partition
 def outline(model: GraphModule) -> GraphModule:
     """Rewrite a lowered graph so that its blocks call shared submodules ``block_0``, ``block_1``, …
 
-    There is one for each kind of block: most models have one kind, Hunyuan-DiT two (with and without a long skip), and a
-    recipe that chooses formats layer by layer makes more. Parameters keep their names, and are the same tensors; the result
-    computes what ``model`` does, bit for bit. A graph that is not made of blocks becomes one.
+    There is one for each kind of block: most models have one kind, Hunyuan-DiT four (the first, those that a long skip
+    leaves, the middle one, those that a long skip enters), and a recipe that chooses formats layer by layer makes more.
+    Parameters keep their names, and are the same tensors; the result computes what ``model`` does, bit for bit. A graph that
+    is not made of blocks becomes one.
 
     Args:
         model: the result of ``lower``; not changed.

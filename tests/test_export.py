@@ -1,5 +1,6 @@
 """Exported transformers run without the model's class, give the same bits, and stay dynamic."""
 
+import functools
 import io
 import itertools
 import re
@@ -115,9 +116,15 @@ def test_half_precision(tiny_quantized: Any, tmp_path: Path) -> None:
         loaded(**sample(3, 8, 12, 6))
 
 
-def test_block_formats_export_too(tmp_path: Path) -> None:
+@functools.cache
+def in_blocks(recipe: str) -> Any:
+    """The transformer of the tiny pipeline in a block format."""
     how = {"prompts": ["a cat"], "rounding": "nearest", "progress": False}
-    transformer = quantize_pipeline(tiny_pipeline(layers=1), "nvfp4", **how, **CALL).transformer
+    return quantize_pipeline(tiny_pipeline(layers=1), recipe, **how, **CALL).transformer
+
+
+def test_block_formats_export_too(tmp_path: Path) -> None:
+    transformer = in_blocks("nvfp4")
     export.save_program(transformer, tmp_path / "model.pt2")
     weights = torch.export.load(tmp_path / "model.pt2").state_dict
     assert not any(isinstance(x, TorchAOBaseTensor) for x in weights.values())
@@ -142,14 +149,20 @@ def test_unpacked_weights_are_exported_before(tiny_quantized: Any, tmp_path: Pat
 # --- packages --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("recipe", ["w4a6", "nvfp4"])
 def test_a_package_gives_the_compiled_graphs_bits_in_another_process(
-    package: Path, tiny_quantized: Any, tmp_path: Path
+    recipe: str, request: pytest.FixtureRequest, tiny_quantized: Any, tmp_path: Path
 ) -> None:
+    if recipe == "w4a6":
+        path, transformer = request.getfixturevalue("package"), tiny_quantized.transformer
+    else:
+        path, transformer = tmp_path / "package.pt2", in_blocks(recipe)
+        export.save_package(transformer, path)
     inputs = {name: sample(*shape) for name, shape in SHAPES.items()}
-    outputs = elsewhere(package, inputs, tmp_path)
-    with zipfile.ZipFile(package) as archive:
-        assert any(b"fp4dit_ao::int8_tokens" in archive.read(name) for name in archive.namelist())
-    transformer = tiny_quantized.transformer
+    outputs = elsewhere(path, inputs, tmp_path)
+    if recipe == "w4a6":
+        with zipfile.ZipFile(path) as archive:
+            assert any(b"fp4dit_ao::int8_tokens" in archive.read(name) for name in archive.namelist())
     transformer.compile_graph()
     try:
         with torch.no_grad():  # else a backward graph is compiled, too

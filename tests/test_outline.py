@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import HunyuanDiT2DModel
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from fp4dit_ao import FP4DiTQuantizer, capture, lower, w4a6
+from benchmarks.families import quantize, small_model
+from fp4dit_ao import FP4DiTQuantizer, capture, example_inputs, lower, w4a6
 from fp4dit_ao.compilation import compile_blocks
 from fp4dit_ao.passes.outline import kinds_of_blocks, outline
 from tests.graphs import TinyDiT, tiny_sample
@@ -71,6 +73,14 @@ def test_a_model_without_blocks_is_one() -> None:
     outlined = outline(graph)
     assert list(kinds_of_blocks(outlined)) == ["block_0"]
     assert torch.equal(outlined(**example), graph(**example))
+
+
+def test_hunyuans_long_skips_make_four_kinds() -> None:
+    config = dict(small_model("Hunyuan-DiT").config) | {"num_layers": 6}
+    model = HunyuanDiT2DModel.from_config(config).eval()
+    outlined = outline(quantize(model, capture(model, example_inputs(model))).graph)
+    calls = [node.target for node in outlined.graph.nodes if node.op == "call_module"]
+    assert calls == ["block_0", "block_1", "block_1", "block_2", "block_3", "block_3"]
 
 
 @torch.no_grad()
