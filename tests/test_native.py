@@ -188,15 +188,16 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize("fmt", ["e2m1", "e3m0", "e1m2", "e1m1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_linear_computes_the_same_without_the_library(fmt, dtype, monkeypatch) -> None:
+    torch.manual_seed(0)
     weight = MinifloatTensor.from_hp(torch.randn(70, 256, dtype=dtype), [1, 128], fmt, "e2m3")
     x, bias = torch.randn(2, 5, 256, dtype=dtype), torch.randn(70, dtype=dtype)
     fast = torch.nn.functional.linear(x, weight, bias)
     monkeypatch.setattr(native, "shared_object", lambda: None)
     slow = torch.nn.functional.linear(x, weight, bias)
     assert fast.dtype == slow.dtype == dtype
-    assert torch.allclose(
-        fast.float(), slow.float(), rtol=0, atol=torch.finfo(dtype).eps * 8 if dtype.itemsize < 4 else 1e-5
-    )
+    # float32 sums in another order, which may round to the half beside
+    rtol, atol = (torch.finfo(dtype).eps, 1e-4) if dtype.itemsize < 4 else (0, 1e-5)
+    assert torch.allclose(fast.float(), slow.float(), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(
