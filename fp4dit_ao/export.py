@@ -98,7 +98,7 @@ class ExportedTransformer:
         self.description = note["inputs"]
         self.dtype: torch.dtype = getattr(torch, note["dtype"])
         self._run = run
-        self._specs = dict(samples.specs(self.description))
+        self._specs = samples.specs(self.description)
         whole = samples.decode(self.description, lambda spec: torch.empty(0))
         self._constants = {name: value for name, value in whole.items() if not any(samples.tensors(value))}
         self._tuple = {"return_dict": False} if "return_dict" in whole else {}

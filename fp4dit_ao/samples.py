@@ -143,17 +143,16 @@ def check(description: Any, arguments: Mapping[str, Any], who: str, varying: Col
             raise ValueError(f"{who}: {wrong}; quantize again with a call like this one to change it")
 
 
-def specs(description: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def specs(description: Any) -> dict[str, dict[str, Any]]:
     """What is said of every tensor in a description, by the name that :func:`tensors` gives it."""
-    ((kind, spec),) = description.items()
-    if kind == "tensor":
-        yield where, spec
-    elif kind == "dict":
-        for key, item in spec.items():
-            yield from specs(item, f"{where}.{key}" if where else key)
-    elif kind != "constant":
-        for i, item in enumerate(spec):
-            yield from specs(item, f"{where}[{i}]")
+    found: list[dict[str, Any]] = []
+
+    def tensor(spec: dict[str, Any]) -> Tensor:
+        found.append(spec)
+        return torch.empty(0)
+
+    names = [name for name, _ in tensors(decode(description, tensor))]
+    return dict(zip(names, found, strict=True))
 
 
 def check_tensors(wanted: Mapping[str, Mapping[str, Any]], arguments: Mapping[str, Any], who: str) -> None:

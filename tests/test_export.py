@@ -249,7 +249,7 @@ def test_tensors_are_found_wherever_they_are() -> None:
             "skip": {"constant": 1},
         }
     }
-    wanted = dict(samples.specs(description))
+    wanted = samples.specs(description)
     assert list(wanted) == ["maps[0]", "maps[1].of"]
     samples.check_tensors(
         wanted, {"skip": 1, "maps": [torch.ones(4, 3), {"of": torch.ones(4, dtype=torch.bool)}]}, "it"
