@@ -6,6 +6,7 @@ import re
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import SymInt, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -15,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental import _config as symbolic_config
 from torch.fx.graph import _PyTreeCodeGen
 from torch.overrides import TorchFunctionMode
+from torch.utils._sympy.printers import PythonPrinter
 
 
 class SignatureCodeGen(_PyTreeCodeGen):
@@ -116,6 +118,23 @@ def without_guards(exported: ExportedProgram) -> ExportedProgram:
     """``exported`` without run-time checks of the example's proportions (an image that was not square, …)."""
     exported._guards_code = []
     return exported
+
+
+def size_relations(exported: ExportedProgram) -> list[str]:
+    """Equalities between the sizes of ``exported``'s inputs that its graph relies on, in the names that the sizes have there.
+
+    Such as that of a mask's batch and the batch, which a view hides; see :mod:`fp4dit_ao.sizes`. Inequalities are left out:
+    most are accidents of the example (an image that was not square, …).
+    """
+    inputs = (node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder")
+    sizes = (size for x in inputs if isinstance(x, Tensor) for size in x.shape if isinstance(size, SymInt))
+    first = next(sizes, None)
+    if first is None:
+        return []
+    environment = first.node.shape_env
+    simplified = (environment.simplify(guard.expr) for guard in environment.guards)
+    printed = (PythonPrinter().doprint(relation) for relation in simplified if isinstance(relation, sympy.Eq))
+    return list(dict.fromkeys(printed))
 
 
 def fake_mode() -> FakeTensorMode:

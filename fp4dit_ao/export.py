@@ -8,6 +8,7 @@ nothing is pickled.
 import json
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from fp4dit_ao import (
@@ -25,6 +25,8 @@ from fp4dit_ao import (
     samples,
 )
 from fp4dit_ao.folders import whole_file
+from fp4dit_ao.passes.lengths import numbers_to_lengths
+from fp4dit_ao.signature import Signature, as_length, signature_of
 
 if TYPE_CHECKING:
     from fp4dit_ao.quantized_transformer import QuantizedTransformer
@@ -44,6 +46,9 @@ def export_program(model: "QuantizedTransformer") -> ExportedProgram:
 
     graph = unwrap(model.graph)
     kwargs = _example(model)
+    for name in _numbers(model):
+        kwargs[name] = as_length(kwargs[name])
+    numbers_to_lengths(graph, _numbers(model))
     shapes = pytree.tree_map(
         lambda x: dict.fromkeys(range(x.ndim), Dim.AUTO) if isinstance(x, Tensor) else None, kwargs
     )
@@ -88,20 +93,16 @@ class ExportedTransformer:
     Attributes:
         kind: ``"program"`` or ``"package"``.
         class_name: of the diffusers model that was quantized.
-        description: of the arguments, as ``samples.describe`` has it; sizes that may vary have names.
+        signature: what it may be called with.
         dtype: of its floating-point inputs and outputs.
     """
 
     def __init__(self, kind: str, run: Callable[..., Any], note: Mapping[str, Any]):
         self.kind = kind
         self.class_name = str(note["class_name"])
-        self.description = note["inputs"]
+        self.signature = Signature(**note["signature"])
         self.dtype: torch.dtype = getattr(torch, note["dtype"])
         self._run = run
-        self._specs = samples.specs(self.description)
-        whole = samples.decode(self.description, lambda spec: torch.empty(0))
-        self._constants = {name: value for name, value in whole.items() if not any(samples.tensors(value))}
-        self._tuple = {"return_dict": False} if "return_dict" in whole else {}
 
     @torch.no_grad()
     def __call__(self, **arguments: Any) -> tuple[Tensor, ...]:
@@ -110,15 +111,9 @@ class ExportedTransformer:
         Constants that were captured (``None``, flags) may be left out.
 
         Raises:
-            ValueError: an argument that the graph cannot honour: unknown, of another type or rank, on another kind of
-                device, or of a size that was not captured.
+            ValueError: arguments that the graph cannot honour; see ``Signature.bind``.
         """
-        arguments = self._constants | arguments | self._tuple
-        who = f"exported {self.class_name}"
-        samples.check(self.description, arguments, who)
-        samples.check_tensors(self._specs, arguments, who)
-        # a view's strides, such as those of one timestep expanded over the batch, are not what was compiled
-        output: tuple[Tensor, ...] = self._run(**pytree.tree_map_only(Tensor, Tensor.contiguous, arguments))
+        output: tuple[Tensor, ...] = self._run(**self.signature.bind(arguments, f"exported {self.class_name}"))
         return output
 
 
@@ -166,23 +161,15 @@ def _checked(path: str | Path) -> Path:
 def _note(model: "QuantizedTransformer", exported: ExportedProgram) -> dict[str, Any]:
     return {
         "class_name": model.config["_class_name"],
-        "inputs": _inputs(exported),
+        "signature": asdict(signature_of(exported, _numbers(model))),
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {name: metadata.version(name) for name in ("fp4dit-ao", "torch")},
     }
 
 
-def _inputs(exported: ExportedProgram) -> Any:
-    """The keyword arguments of ``exported``, described as its graph has them; see ``samples.check_tensors``."""
-    values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
-    inputs = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
-    _, arguments = pytree.tree_unflatten([values[name] for name in inputs], exported.call_spec.in_spec)
-
-    def described(x: Tensor) -> dict[str, Any]:
-        shape = [int(size) if size.isdigit() else size for size in map(str, x.shape)]
-        return {"shape": shape, "dtype": str(x.dtype).removeprefix("torch."), "device": x.device.type}
-
-    return samples.encode(arguments, described)
+def _numbers(model: "QuantizedTransformer") -> list[str]:
+    """The arguments that are whole numbers and need not be those that were captured."""
+    return sorted(_compat.varying_numbers(model.graph) & set(_compat.input_names(model.graph)))
 
 
 def _example(model: "QuantizedTransformer") -> dict[str, Any]:

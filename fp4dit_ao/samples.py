@@ -155,44 +155,6 @@ def specs(description: Any) -> dict[str, dict[str, Any]]:
     return dict(zip(names, found, strict=True))
 
 
-def check_tensors(wanted: Mapping[str, Mapping[str, Any]], arguments: Mapping[str, Any], who: str) -> None:
-    """Refuse tensors that compiled code would misread.
-
-    Args:
-        wanted: by name, the ``dtype``, ``device`` and ``shape`` of a tensor. A size that may vary is a name in place of a
-            number, and stands for the same number wherever it occurs.
-        arguments: of the call; :func:`check` has accepted them.
-        who: the beginning of the message.
-
-    Raises:
-        ValueError: a tensor of another type, on another kind of device, of another fixed size, or one that disagrees with
-            a tensor before it.
-    """
-    found: dict[str, tuple[str, int]] = {}
-    for where, x in tensors(arguments):
-        spec = wanted[where]
-        dtype, device = getattr(torch, spec["dtype"]), spec["device"]
-        if x.dtype != dtype:
-            raise ValueError(f"{who}: {where} is {x.dtype}, it was captured as {dtype}; pass {where}.to({dtype})")
-        if x.device.type != device:
-            raise ValueError(
-                f"{who}: {where} is on {x.device}, it was captured on {device}; pass {where}.to({device!r})"
-            )
-        for i, (size, expected) in enumerate(zip(x.shape, spec["shape"], strict=True)):
-            if isinstance(expected, int):
-                if size != expected:
-                    raise ValueError(
-                        f"{who}: {where} has shape {tuple(x.shape)}, it was captured with {expected} in dimension {i}, "
-                        "which is fixed; pass what the model that was exported takes"
-                    )
-            elif found.setdefault(expected, (where, size))[1] != size:
-                other, first = found[expected]
-                raise ValueError(
-                    f"{who}: {where} has shape {tuple(x.shape)}, in dimension {i} it must have {first}, as {other} has; "
-                    "pass tensors that belong together"
-                )
-
-
 def _brief(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"

@@ -162,6 +162,16 @@ def test_where_the_kernel_does_not_fit_it_is_pytorchs(fmt: str, mask: Tensor | N
     check(OP.attention(q, k, v, mask, None, fmt), exact(q, k, v, mask, None, fmt), 1e-5)
 
 
+@pytest.mark.parametrize("shared", [(1, 3), (2, 1), (1, 1)], ids=["batch", "heads", "both"])
+def test_keys_may_be_shared_as_pytorch_shares_them(shared: tuple[int, int]) -> None:
+    """Such as one text for all images of a batch."""
+    q, k, v = normal(2, 3, 17, 72, seed=0), normal(*shared, 70, 72, seed=1), normal(*shared, 70, 72, seed=2)
+    each = [x.expand(2, 3, -1, -1) for x in (k, v)]
+    y = OP.attention(q, k, v, None, None, "e2m3")
+    assert y.shape == q.shape
+    check(y, exact(q, *each, None, None, "e2m3"), 1e-5)
+
+
 @pytest.mark.parametrize("shape", [(3, 9, 64), (2, 2, 9, 300), (1, 2, 2, 9, 64)], ids=["3-D", "wide heads", "5-D"])
 def test_what_the_kernel_does_not_take_runs_all_the_same(shape: tuple[int, ...]) -> None:
     q, k, v = (normal(*shape, seed=i) for i in range(3))

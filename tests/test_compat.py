@@ -18,6 +18,7 @@ from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 from torchao.quantization import quantize_
 
 from fp4dit_ao import MinifloatTensor, _compat
+from fp4dit_ao.sizes import evaluate
 
 
 class Model(nn.Module):
@@ -150,6 +151,30 @@ def test_without_guards_the_examples_proportions_do_not_matter() -> None:
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_relations_are_what_a_view_hides_and_no_accident_of_the_example() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor, text: Tensor) -> Tensor:
+            bias = mask.repeat_interleave(2, dim=0).view(x.shape[0], 2, -1, mask.shape[1])
+            text = text * 2 if x.shape[1] > x.shape[2] else text  # true of the example
+            return x.unsqueeze(1) * bias + text.view(x.shape[0], 1, -1, 1)
+
+    example = (torch.randn(3, 8, 4), torch.randn(3, 4), torch.randn(6, 4))
+    shapes = tuple(dict.fromkeys(range(x.ndim), torch.export.Dim.AUTO) for x in example)
+    with _compat.distinct_sizes():
+        exported = torch.export.export(Masked(), example, dynamic_shapes=shapes)
+    relations = _compat.size_relations(_compat.without_guards(exported))
+    inputs = [n.meta["val"] for n in exported.graph.nodes if n.name in exported.graph_signature.user_inputs]
+    hints = {str(size): size.node.hint for x in inputs for size in x.shape}
+    (batch, rows, _), (masks, _), (texts, width) = ([str(size) for size in x.shape] for x in inputs)
+    other = hints | {batch: 5, rows: 3, masks: 5, texts: 5, width: 3}
+    assert relations
+    assert all(evaluate(relation, sizes) for relation in relations for sizes in (hints, other))
+    for wrong in ({masks: 1}, {masks: 6}, {masks: 10}, {texts: 4}, {width: 4}):
+        assert not all(evaluate(relation, other | wrong) for relation in relations), wrong
+    static = torch.export.export(nn.Linear(2, 2), (torch.zeros(3, 2),))
+    assert _compat.size_relations(static) == []
 
 
 def test_buffers_stand_beside_the_weight_under_unique_names() -> None:

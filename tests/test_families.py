@@ -20,6 +20,7 @@ from fp4dit_ao import (
     QuantizedTransformer,
     capture,
     example_inputs,
+    export,
     load_pipeline,
     lower,
     quantize_pipeline,
@@ -79,6 +80,31 @@ def test_quantized_at_one_size_and_close_at_all(case) -> None:
         expected = case.model(**sample, return_dict=False)[0]
         found = case.quantized(**sample).sample
         assert 0 < relative(found, expected) < 0.35, size
+
+
+@torch.no_grad()
+def test_exported_at_one_size_and_the_same_at_all(case, tmp_path) -> None:
+    export.save_program(case.quantized, tmp_path / "model.pt2")
+    program = export.load(tmp_path / "model.pt2")
+    for seed, size in enumerate(sizes(case.name)):
+        sample = example_inputs(case.model, size, seed=seed)
+        assert torch.equal(program(**sample)[0], case.quantized(**sample).sample), size
+
+
+@torch.no_grad()
+def test_whole_numbers_of_a_package_vary(tmp_path) -> None:
+    """The frames, height and width of LTX-Video."""
+    ltx = family("LTX-Video")
+    export.save_package(ltx.quantized, tmp_path / "model.pt2")
+    package = export.load(tmp_path / "model.pt2")
+    compiled = copy.copy(ltx.quantized).compile_graph()
+    for seed, size in enumerate((Size(), other_size(ltx.name))):
+        sample = example_inputs(ltx.model, size, seed=seed)
+        assert torch.equal(package(**sample)[0], compiled(**sample).sample), size
+    with pytest.raises(ValueError, match=r"height 11 .* do not fit: hidden_states.shape\[1\] == .*\bheight\b"):
+        package(**sample | {"height": 11})
+    with pytest.raises(ValueError, match="num_frames must be a whole number, found None"):
+        package(**{name: x for name, x in sample.items() if name != "num_frames"})
 
 
 def test_every_linear_in_the_blocks_is_quantized_and_none_outside(case) -> None:

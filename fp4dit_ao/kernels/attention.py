@@ -69,7 +69,7 @@ def arguments_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, A
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, fmt: str) -> bool:
-    shaped = q.ndim == k.ndim == v.ndim == 4 and q.shape[1] == k.shape[1] == v.shape[1]
+    shaped = q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
     shaped = shaped and q.shape[-1] == k.shape[-1] == v.shape[-1] <= _LARGEST_HEAD
     number = parse(fmt)
     exact = digits(number) <= _DIGITS and number.lattice_max**2 * q.shape[-1] < 2**31

@@ -1,0 +1,60 @@
+"""How the sizes of a graph's inputs depend on each other: arithmetic in text, such as ``(6*s1) // s0 == 6``; no ``eval``."""
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Mapping
+
+_OPERATORS: dict[type[ast.AST], Callable[..., int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.USub: operator.neg,
+    ast.Eq: operator.eq,
+}
+_FUNCTIONS: dict[str, Callable[..., int]] = {"min": min, "max": max}
+_WORD = re.compile(r"[A-Za-z_]\w*")
+
+
+def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
+    """The value of ``expression``, a bool if it is an equality.
+
+    Args:
+        expression: whole numbers and names with ``+ - * // % == min max`` and brackets, in Python's syntax.
+        sizes: what the names stand for.
+
+    Raises:
+        ValueError: it holds anything else, or a name that stands for nothing.
+        ZeroDivisionError: it divides by zero.
+    """
+    try:
+        return _value(ast.parse(expression, mode="eval").body, sizes)
+    except (SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(f"cannot evaluate {expression!r} of sizes {dict(sizes)}") from error
+
+
+def _value(node: ast.AST, sizes: Mapping[str, int]) -> int:
+    match node:
+        case ast.Constant(value=int(number)) if not isinstance(number, bool):
+            return number
+        case ast.Name(id=name):
+            return sizes[name]
+        case ast.UnaryOp(op=op, operand=x):
+            return _OPERATORS[type(op)](_value(x, sizes))
+        case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]):
+            return _OPERATORS[type(op)](_value(left, sizes), _value(right, sizes))
+        case ast.Call(func=ast.Name(id=name), args=[*items], keywords=[]):
+            return _FUNCTIONS[name](*(_value(item, sizes) for item in items))
+    raise KeyError(type(node).__name__)
+
+
+def names(expression: str) -> list[str]:
+    """The names in ``expression``, each once, in order."""
+    return [name for name in dict.fromkeys(_WORD.findall(expression)) if name not in _FUNCTIONS]
+
+
+def rename(expression: str, new: Mapping[str, str]) -> str:
+    """``expression`` with other names."""
+    return _WORD.sub(lambda found: new.get(found[0], found[0]), expression)

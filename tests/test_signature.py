@@ -1,0 +1,118 @@
+"""What exported graphs refuse, and the arithmetic of sizes."""
+
+import random
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp4dit_ao import samples, sizes
+from fp4dit_ao.signature import Signature
+
+
+def tensor(shape: list[Any], dtype: str = "float32") -> dict[str, Any]:
+    return {"tensor": {"shape": shape, "dtype": dtype, "device": "cpu"}}
+
+
+SIGNATURE = Signature(
+    inputs={
+        "dict": {
+            "maps": {"list": [tensor(["n", 3]), {"dict": {"of": tensor(["n"], "bool")}}]},
+            "mask": tensor(["m", "k"]),
+            "video": tensor(["n", "d"]),
+            "skip": {"constant": 1},
+            "return_dict": {"constant": False},
+        }
+    },
+    numbers={"frames": "f", "rate": 8},
+    relations=["((2*m) // n) == 2", "((2*m) % n) == 0", "d == f*max(1, k)"],
+)
+
+
+def call(n: int = 4, m: int = 4, k: int = 2, d: int = 10, frames: Any = 5, rate: Any = 8) -> dict[str, Any]:
+    maps = [torch.ones(n, 3), {"of": torch.ones(n, dtype=torch.bool)}]
+    return {"maps": maps, "mask": torch.ones(m, k), "video": torch.ones(n, d), "frames": frames, "rate": rate}
+
+
+@pytest.mark.parametrize("sizes", [{}, {"n": 1, "m": 1}, {"k": 1, "d": 5}, {"frames": 0, "d": 0}])
+def test_what_fits_is_accepted(sizes: dict[str, int]) -> None:
+    arguments = call(**sizes)
+    bound = SIGNATURE.bind(arguments, "it")
+    assert list(samples.specs(SIGNATURE.inputs)) == ["maps[0]", "maps[1].of", "mask", "video"]
+    assert bound["skip"] == 1 and bound["return_dict"] is False
+    assert bound["frames"].shape == (arguments["frames"], 0)
+    assert bound["maps"][1]["of"] is arguments["maps"][1]["of"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"m": 1}, "mask (1, 2) and maps[0] (4, 3) do not fit: ((2*mask.shape[0]) // maps[0].shape[0]) == 2 must hold"),
+        ({"m": 5}, "((2*mask.shape[0]) % maps[0].shape[0]) == 0 must hold"),
+        ({"frames": 4}, "do not fit: video.shape[1] == frames*max(1, mask.shape[1]) must hold"),
+        ({"frames": 4}, "video (4, 10) and frames 4 and mask (4, 2) do not fit"),
+        ({"frames": None}, "frames must be a whole number, found None"),
+        ({"frames": True}, "frames must be a whole number, found True"),
+        ({"frames": -1}, "frames must be a whole number, found -1"),
+        ({"rate": 9}, "rate is 9, it was captured as 8, which is fixed"),
+        ({"n": 0}, "do not fit"),
+    ],
+)
+def test_what_does_not_is_refused_by_name(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^it: .*" + re.escape(message)):
+        SIGNATURE.bind(call(**sizes), "it")
+
+
+def test_equal_sizes_must_be_equal_wherever_they_are() -> None:
+    arguments = call()
+    arguments["maps"][1]["of"] = torch.ones(5, dtype=torch.bool)
+    with pytest.raises(
+        ValueError, match=r"it: maps\[1\]\.of\.shape\[0\] is 5, it must be 4, as maps\[0\]\.shape\[0\] is"
+    ):
+        SIGNATURE.bind(arguments, "it")
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+NAMES = st.sampled_from(["s0", "s1", "s27"])
+EXPRESSIONS = st.recursive(
+    st.integers(0, 999).map(str) | NAMES,
+    lambda inner: (
+        st.tuples(inner, st.sampled_from(["+", "-", "*", "//", "%"]), inner).map("({0[0]} {0[1]} {0[2]})".format)
+        | inner.map("-{}".format)
+        | st.tuples(st.sampled_from(["min", "max"]), inner, inner).map("{0[0]}({0[1]}, {0[2]})".format)
+    ),
+    max_leaves=12,
+)
+
+
+@given(EXPRESSIONS, EXPRESSIONS, st.integers(0, 2**32))
+def test_expressions_have_pythons_values(left: str, right: str, seed: int) -> None:
+    draw = random.Random(seed)
+    values = {name: draw.randrange(1, 100) for name in ("s0", "s1", "s27")}
+    for expression in (left, f"{left} == {right}"):
+        try:
+            expected = eval(expression, {"__builtins__": {}, "min": min, "max": max}, values)
+        except ZeroDivisionError:
+            with pytest.raises(ZeroDivisionError):
+                sizes.evaluate(expression, values)
+        else:
+            assert sizes.evaluate(expression, values) == expected
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["s9", "s0.real", "__import__('os')", "s0(1)", "(lambda: 1)()", "[1]", "s0 ==", "1.5", "'a'", "s0 < 1", "1 == 1 == 1",
+     "2 ** 9", "True", "max(*[1])", "min(s0, key=s0)", "min()", "(" * 500 + "1" + ")" * 500, "-" * 100_000 + "1"],
+)  # fmt: skip
+def test_nothing_else_is_evaluated(expression: str) -> None:
+    with pytest.raises(ValueError, match="cannot evaluate"):
+        sizes.evaluate(expression, {"s0": 1})
+
+
+def test_names() -> None:
+    assert sizes.names("(6*s78) // max(s41, s7) == s78") == ["s78", "s41", "s7"]
+    assert sizes.rename("s7*s78 == min(s7, 1)", {"s7": "x.shape[0]"}) == "x.shape[0]*s78 == min(x.shape[0], 1)"
