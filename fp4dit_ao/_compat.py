@@ -6,7 +6,6 @@ import re
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
-import sympy
 import torch
 from torch import SymInt, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -127,14 +126,26 @@ def size_relations(exported: ExportedProgram) -> list[str]:
     most are accidents of the example (an image that was not square, …).
     """
     inputs = (node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder")
-    sizes = (size for x in inputs if isinstance(x, Tensor) for size in x.shape if isinstance(size, SymInt))
-    first = next(sizes, None)
-    if first is None:
+    sizes: Iterator[Any] = (size for x in inputs if isinstance(x, Tensor) for size in x.shape)
+    environment = next((size.node.shape_env for size in sizes if isinstance(size, SymInt)), None)
+    if environment is None:
         return []
-    environment = first.node.shape_env
     simplified = (environment.simplify(guard.expr) for guard in environment.guards)
-    printed = (PythonPrinter().doprint(relation) for relation in simplified if isinstance(relation, sympy.Eq))
-    return list(dict.fromkeys(printed))
+    return list(
+        dict.fromkeys(map(_python, (relation for relation in simplified if getattr(relation, "rel_op", "") == "==")))
+    )
+
+
+def size_text(size: int | SymInt) -> str:
+    """A size as arithmetic in names, in Python's syntax."""
+    return _python(size.node.expr) if isinstance(size, SymInt) else str(size)
+
+
+def _python(expression: Any) -> str:
+    try:
+        return str(PythonPrinter().doprint(expression))
+    except (AssertionError, NotImplementedError):  # true division, say
+        return str(expression)
 
 
 def fake_mode() -> FakeTensorMode:

@@ -47,7 +47,7 @@ class Signature:
         constants = {name: value for name, value in whole.items() if not any(samples.tensors(value))}
         fixed = {"return_dict": False} if "return_dict" in whole else {}
         bound = constants | {name: value for name, value in arguments.items() if name not in self.numbers} | fixed
-        numbers = {name: arguments.get(name) for name in self.numbers}
+        numbers: dict[str, Any] = {name: arguments.get(name) for name in self.numbers}
         for name, value in numbers.items():
             if type(value) is not int or value < 0:
                 raise ValueError(f"{who}: {name} must be a whole number, found {value!r}")
@@ -124,16 +124,18 @@ def signature_of(exported: ExportedProgram, numbers: Sequence[str]) -> Signature
     _, arguments = pytree.tree_unflatten([values[name] for name in inputs], exported.call_spec.in_spec)
     relations = _compat.size_relations(exported)
 
-    def named(size: str) -> int | str:
-        if size.isdigit() or size.isidentifier():
-            return int(size) if size.isdigit() else size
+    def named(size: int | torch.SymInt) -> int | str:
+        text = _compat.size_text(size)
+        if text.isdigit() or text.isidentifier():
+            return int(text) if text.isdigit() else text
         name = f"derived{len(relations)}"
-        relations.append(f"{name} == {size}")
+        relations.append(f"{name} == {text}")
         return name
 
     def described(x: Tensor) -> dict[str, Any]:
-        shape = [named(size) for size in map(str, x.shape)]
+        shape = [named(size) for size in x.shape]
         return {"shape": shape, "dtype": str(x.dtype).removeprefix("torch."), "device": x.device.type}
 
-    lengths = {name: named(str(arguments.pop(name).shape[0])) for name in numbers}
-    return Signature(samples.encode(arguments, described), lengths, relations)
+    lengths = {name: named(arguments.pop(name).shape[0]) for name in numbers}
+    described_inputs = samples.encode(arguments, described)
+    return Signature(described_inputs, lengths, [relation for relation in relations if sizes.readable(relation)])

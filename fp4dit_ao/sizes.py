@@ -50,6 +50,17 @@ def _value(node: ast.AST, sizes: Mapping[str, int]) -> int:
     raise KeyError(type(node).__name__)
 
 
+def readable(expression: str) -> bool:
+    """Whether :func:`evaluate` understands ``expression``, which may hold any names."""
+    try:
+        evaluate(expression, dict.fromkeys(names(expression), 1))
+    except ZeroDivisionError:
+        return True
+    except ValueError:
+        return False
+    return True
+
+
 def names(expression: str) -> list[str]:
     """The names in ``expression``, each once, in order."""
     return [name for name in dict.fromkeys(_WORD.findall(expression)) if name not in _FUNCTIONS]

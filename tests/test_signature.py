@@ -111,6 +111,11 @@ def test_expressions_have_pythons_values(left: str, right: str, seed: int) -> No
 def test_nothing_else_is_evaluated(expression: str) -> None:
     with pytest.raises(ValueError, match="cannot evaluate"):
         sizes.evaluate(expression, {"s0": 1})
+    assert expression == "s9" or not sizes.readable(expression)
+
+
+def test_readable() -> None:
+    assert sizes.readable("s9 % (s8 - s9) == max(1, s7)")
 
 
 def test_names() -> None:
