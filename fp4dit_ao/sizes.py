@@ -1,6 +1,7 @@
 """How the sizes of a graph's inputs depend on each other: arithmetic in text, such as ``(6*s1) // s0 == 6``; no ``eval``."""
 
 import ast
+import functools
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -30,9 +31,14 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
         ZeroDivisionError: it divides by zero.
     """
     try:
-        return _value(ast.parse(expression, mode="eval").body, sizes)
+        return _value(_parsed(expression), sizes)
     except (SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(f"cannot evaluate {expression!r} of sizes {dict(sizes)}") from error
+
+
+@functools.lru_cache(1024)
+def _parsed(expression: str) -> ast.AST:
+    return ast.parse(expression, mode="eval").body
 
 
 def _value(node: ast.AST, sizes: Mapping[str, int]) -> int:
