@@ -1,5 +1,6 @@
 """Models by the name that a user types: ``reference``, a folder, or a hub id; float or quantized."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -14,7 +15,7 @@ REFERENCE = "reference"
 
 
 def folder_of(name: str) -> str:
-    """The folder that ``name`` stands for; a hub id stays as it is.
+    """The folder that ``name`` stands for: of a hub id, the local copy if this package quantized what is there, else itself.
 
     Raises:
         FileNotFoundError: neither a folder nor like a hub id (``owner/name``).
@@ -32,7 +33,21 @@ def folder_of(name: str) -> str:
     parts = name.split("/")
     if path.exists() or len(parts) != 2 or not all(parts) or name.startswith((".", "~")):
         raise FileNotFoundError(f"there is no folder {name}; give a pipeline's folder, a hub id, or 'reference'")
-    return name
+    return _from_hub(name)
+
+
+@functools.lru_cache
+def _from_hub(name: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    from fp4dit_ao import checkpoint
+    from fp4dit_ao.pipeline import resolve_folder
+
+    try:
+        config = Path(hf_hub_download(name, "transformer/config.json"))
+    except Exception:  # offline, no such repository, no transformer in it: whoever opens the pipeline says which
+        return name
+    return str(resolve_folder(name)) if checkpoint.is_quantized(config.parent) else name
 
 
 def is_reference(name: str) -> bool:
@@ -41,7 +56,7 @@ def is_reference(name: str) -> bool:
 
 
 def is_quantized(name: str) -> bool:
-    """Whether ``name`` is a folder with a pipeline that this package quantized."""
+    """Whether ``name`` is a pipeline that this package quantized."""
     from fp4dit_ao import checkpoint
 
     return checkpoint.is_quantized(Path(folder_of(name)) / "transformer")
@@ -59,7 +74,7 @@ def weights_of(name: str, weights: str) -> "Weights":
     if weights not in get_args(Weights):
         raise ValueError(f"unknown weights {weights!r}; choose one of {', '.join(get_args(Weights))}")
     if not is_quantized(name) and weights != "packed":
-        raise ValueError(f"{name} is no folder that fp4dit-ao quantized, with packed weights to turn into {weights}")
+        raise ValueError(f"{name} was not quantized by fp4dit-ao, it has no packed weights to turn into {weights}")
     return cast("Weights", weights)
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from fp4dit_ao import evaluate, quantize_pipeline
+from fp4dit_ao import QuantizedTransformer, evaluate, quantize_pipeline
 from fp4dit_ao.cli import app
 from tests.tiny import CALL, tiny_pipeline
 
@@ -137,7 +137,7 @@ def test_generate_compares_packed_weights_with_bytes(quantized, tmp_path, monkey
     ("model", "weights", "words"),
     [
         ("q", "int4", ["unknown weights 'int4'", "packed, int8, fp8"]),
-        ("float", "int8", ["float is no folder that fp4dit-ao quantized", "to turn into int8"]),
+        ("float", "int8", ["float was not quantized by fp4dit-ao", "to turn into int8"]),
     ],
 )
 def test_weights_that_a_model_has_not_are_refused_before_anything_is_drawn(
@@ -149,6 +149,23 @@ def test_weights_that_a_model_has_not_are_refused_before_anything_is_drawn(
     )  # fmt: skip
     refused(result, *words)
     assert not entries(tmp_path)
+
+
+def test_a_quantized_pipeline_on_the_hub_is_as_good_as_its_folder(quantized, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str({"me/q": quantized}[name] / file))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str({"me/q": quantized}[name]))
+    assert run("inspect", "me/q").stdout == run("inspect", quantized).stdout
+    loaded = []
+    monkeypatch.setattr("fp4dit_ao.evaluate.generate", spy(evaluate.generate, loaded))
+    for model in (quantized, "me/q"):
+        result = run(
+            "generate", model, "--weights", "int8", "--prompt", "cat", "--device", "cpu", "--out", tmp_path / "x.png"
+        )
+        assert result.exit_code == 0, result.output
+    first, second = (pipe.transformer for pipe in loaded)
+    assert type(first) is type(second) is QuantizedTransformer
+    assert first.nbytes() == second.nbytes()
+    refused(run("inspect", "me/other"), "me/other is not quantized by fp4dit_ao")
 
 
 def test_block_formats_have_no_weights_to_unpack(tmp_path):

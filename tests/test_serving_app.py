@@ -440,7 +440,7 @@ def test_memory_or_speed_is_chosen_on_the_command_line(
 @pytest.mark.parametrize(
     ("model", "weights", "message"),
     [
-        ("reference", "int8", "reference is no folder that fp4dit-ao quantized, with packed weights to turn into int8"),
+        ("reference", "int8", "reference was not quantized by fp4dit-ao, it has no packed weights to turn into int8"),
         ("folder", "int4", "unknown weights 'int4'; choose one of packed, int8, fp8"),
         ("nowhere", "fp8", "there is no folder nowhere"),
     ],
