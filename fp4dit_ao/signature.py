@@ -123,13 +123,16 @@ def signature_of(exported: ExportedProgram, numbers: Sequence[str]) -> Signature
     inputs = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
     _, arguments = pytree.tree_unflatten([values[name] for name in inputs], exported.call_spec.in_spec)
     relations = _compat.size_relations(exported)
+    known: set[str] = set()
 
     def named(size: int | torch.SymInt) -> int | str:
         text = _compat.size_text(size)
-        if text.isdigit() or text.isidentifier():
-            return int(text) if text.isdigit() else text
-        name = f"derived{len(relations)}"
-        relations.append(f"{name} == {text}")
+        if text.isdigit():
+            return int(text)
+        name = text if text.isidentifier() else f"derived{len(relations)}"
+        if name != text:
+            relations.append(f"{name} == {text}")
+        known.add(name)
         return name
 
     def described(x: Tensor) -> dict[str, Any]:
@@ -138,4 +141,7 @@ def signature_of(exported: ExportedProgram, numbers: Sequence[str]) -> Signature
 
     lengths = {name: named(arguments.pop(name).shape[0]) for name in numbers}
     described_inputs = samples.encode(arguments, described)
-    return Signature(described_inputs, lengths, [relation for relation in relations if sizes.readable(relation)])
+    checkable = [
+        relation for relation in relations if sizes.readable(relation) and known.issuperset(sizes.names(relation))
+    ]
+    return Signature(described_inputs, lengths, checkable)

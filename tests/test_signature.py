@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp4dit_ao import samples, sizes
-from fp4dit_ao.signature import Signature
+from fp4dit_ao.signature import Signature, as_length, signature_of
 
 
 def tensor(shape: list[Any], dtype: str = "float32") -> dict[str, Any]:
@@ -73,6 +73,27 @@ def test_equal_sizes_must_be_equal_wherever_they_are() -> None:
         ValueError, match=r"it: maps\[1\]\.of\.shape\[0\] is 5, it must be 4, as maps\[0\]\.shape\[0\] is"
     ):
         SIGNATURE.bind(arguments, "it")
+
+
+def test_a_relation_that_nobody_can_check_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Flat(torch.nn.Module):
+        def forward(self, *, x: torch.Tensor, length: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (x.flatten() + y).sum() + length.shape[0]
+
+    example = {"x": torch.ones(3, 4), "length": as_length(5), "y": torch.ones(12)}
+    shapes = {name: dict.fromkeys(range(x.ndim), torch.export.Dim.AUTO) for name, x in example.items()}
+    exported = torch.export.export(Flat(), (), example, dynamic_shapes=shapes)
+    s = [str(size) for size in next(n for n in exported.graph.nodes if n.name == "x").meta["val"].shape]
+    found = [f"{s[0]} == {s[0]}", "u0 == 1", f"{s[0]} == TruncToInt({s[1]} / 2)"]
+    monkeypatch.setattr("fp4dit_ao._compat.size_relations", lambda exported: found)
+    signature = signature_of(exported, ["length"])
+    (y,) = signature.inputs["dict"]["y"]["tensor"]["shape"]
+    assert signature.relations[0] == found[0] and len(signature.relations) == 2
+    assert sizes.evaluate(signature.relations[1], {y: 21, s[0]: 7, s[1]: 3})
+    arguments = {"x": torch.ones(7, 3), "y": torch.ones(21), "length": 2}
+    assert float(exported.module(check_guards=False)(**signature.bind(arguments, "it"))) == 44
+    with pytest.raises(ValueError, match=r"do not fit: y\.shape\[0\] == x\.shape.*x\.shape.* must hold"):
+        signature.bind(arguments | {"y": torch.ones(20)}, "it")
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
