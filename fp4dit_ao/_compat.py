@@ -210,21 +210,31 @@ class _ExpandedRepeats(TorchFunctionMode):
 
 _CPP_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 """C++'s numbers of the types that our operators take as arguments (``c10::ScalarType``)."""
+_FP8_HEADER = "#include <c10/util/Float8_e4m3fn.h>"
 
 
 @contextlib.contextmanager
 def types_in_packages() -> Iterator[None]:
-    """While compiling a package: torch 2.11 writes type arguments in the numbers of export, and reads them as C++'s."""
+    """While compiling a package: what older compilers write of types is what they then read.
+
+    torch 2.11 writes type arguments in the numbers of export, and reads them as C++'s; it and 2.12 use FP8 without including
+    its header.
+    """
     from torch._export.serde import serialize
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
     numbers: dict[torch.dtype, Any] = serialize._TORCH_TO_SERIALIZE_DTYPE
-    own = {dtype: numbers[dtype] for dtype in _CPP_TYPES}
+    wrapper: Any = CppWrapperCpu
+    own, include = dict(numbers), wrapper.get_device_include_path
     if torch.__version__ < "2.12":
         numbers.update(_CPP_TYPES)
+    if torch.__version__ < "2.13":
+        wrapper.get_device_include_path = staticmethod(lambda device: f"{include(device)}\n{_FP8_HEADER}")
     try:
         yield
     finally:
         numbers.update(own)
+        wrapper.get_device_include_path = staticmethod(include)
 
 
 def mark_static(x: Tensor) -> None:

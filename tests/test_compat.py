@@ -279,13 +279,15 @@ def test_operators_in_packages_get_the_types_that_they_were_called_with(tmp_path
         assert y.dtype == dtype
 
 
-def test_the_numbers_of_types_are_back_after_packaging() -> None:
+def test_what_packaging_changes_is_back_afterwards() -> None:
     from torch._export.serde import serialize
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
-    before = dict(serialize._TORCH_TO_SERIALIZE_DTYPE)
+    numbers, include = dict(serialize._TORCH_TO_SERIALIZE_DTYPE), CppWrapperCpu.get_device_include_path
     with pytest.raises(KeyboardInterrupt), _compat.types_in_packages():
         raise KeyboardInterrupt
-    assert before == serialize._TORCH_TO_SERIALIZE_DTYPE
+    assert numbers == serialize._TORCH_TO_SERIALIZE_DTYPE
+    assert include is CppWrapperCpu.get_device_include_path
 
 
 def test_a_value_is_traced_only_inside_of_compilation() -> None:
