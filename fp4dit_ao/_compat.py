@@ -220,20 +220,37 @@ def types_in_packages() -> Iterator[None]:
     torch 2.11 writes type arguments in the numbers of export, and reads them as C++'s; it and 2.12 use FP8 without including
     its header.
     """
+    with contextlib.ExitStack() as changes:
+        if torch.__version__ < "2.12":
+            changes.enter_context(_numbers_of_cpp())
+        if torch.__version__ < "2.13":
+            changes.enter_context(_header_of_fp8())
+        yield
+
+
+@contextlib.contextmanager
+def _numbers_of_cpp() -> Iterator[None]:
     from torch._export.serde import serialize
-    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
     numbers: dict[torch.dtype, Any] = serialize._TORCH_TO_SERIALIZE_DTYPE
-    wrapper: Any = CppWrapperCpu
-    own, include = dict(numbers), wrapper.get_device_include_path
-    if torch.__version__ < "2.12":
-        numbers.update(_CPP_TYPES)
-    if torch.__version__ < "2.13":
-        wrapper.get_device_include_path = staticmethod(lambda device: f"{include(device)}\n{_FP8_HEADER}")
+    own = dict(numbers)
+    numbers.update(_CPP_TYPES)
     try:
         yield
     finally:
         numbers.update(own)
+
+
+@contextlib.contextmanager
+def _header_of_fp8() -> Iterator[None]:
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    wrapper: Any = CppWrapperCpu
+    include = wrapper.get_device_include_path
+    wrapper.get_device_include_path = staticmethod(lambda device: f"{include(device)}\n{_FP8_HEADER}")
+    try:
+        yield
+    finally:
         wrapper.get_device_include_path = staticmethod(include)
 
 

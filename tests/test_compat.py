@@ -283,11 +283,17 @@ def test_what_packaging_changes_is_back_afterwards() -> None:
     from torch._export.serde import serialize
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
-    numbers, include = dict(serialize._TORCH_TO_SERIALIZE_DTYPE), CppWrapperCpu.get_device_include_path
+    def state() -> tuple[dict, dict]:
+        return dict(serialize._TORCH_TO_SERIALIZE_DTYPE), {
+            name: getattr(CppWrapperCpu, name) for name in dir(CppWrapperCpu)
+        }
+
+    numbers, methods = state()
     with pytest.raises(KeyboardInterrupt), _compat.types_in_packages():
         raise KeyboardInterrupt
-    assert numbers == serialize._TORCH_TO_SERIALIZE_DTYPE
-    assert include is CppWrapperCpu.get_device_include_path
+    after = state()
+    assert numbers == after[0]
+    assert methods == after[1]
 
 
 def test_a_value_is_traced_only_inside_of_compilation() -> None:
