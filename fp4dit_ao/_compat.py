@@ -131,20 +131,19 @@ def size_relations(exported: ExportedProgram) -> list[str]:
     if environment is None:
         return []
     simplified = (environment.simplify(guard.expr) for guard in environment.guards)
-    return list(
-        dict.fromkeys(map(_python, (relation for relation in simplified if getattr(relation, "rel_op", "") == "==")))
-    )
+    equalities = (relation for relation in simplified if getattr(relation, "rel_op", "") == "==")
+    return list(dict.fromkeys(map(_python, equalities)))
 
 
 def size_text(size: int | SymInt) -> str:
-    """A size as arithmetic in names, in Python's syntax."""
+    """A size as arithmetic in names, in Python's syntax if that has what it takes."""
     return _python(size.node.expr) if isinstance(size, SymInt) else str(size)
 
 
 def _python(expression: Any) -> str:
     try:
         return str(PythonPrinter().doprint(expression))
-    except (AssertionError, NotImplementedError):  # true division, say
+    except (AssertionError, NotImplementedError):  # true division, say, which is no arithmetic of whole numbers
         return str(expression)
 
 

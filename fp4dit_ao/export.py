@@ -46,9 +46,9 @@ def export_program(model: "QuantizedTransformer") -> ExportedProgram:
 
     graph = unwrap(model.graph)
     kwargs = _example(model)
-    for name in _numbers(model):
-        kwargs[name] = as_length(kwargs[name])
-    numbers_to_lengths(graph, _numbers(model))
+    numbers = _numbers(model)
+    kwargs |= {name: as_length(kwargs[name]) for name in numbers}
+    numbers_to_lengths(graph, numbers)
     shapes = pytree.tree_map(
         lambda x: dict.fromkeys(range(x.ndim), Dim.AUTO) if isinstance(x, Tensor) else None, kwargs
     )

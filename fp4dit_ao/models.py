@@ -45,7 +45,7 @@ def _from_hub(name: str) -> str:
 
     try:
         config = Path(hf_hub_download(name, "transformer/config.json"))
-    except Exception:  # offline, no such repository, no transformer in it: whoever opens the pipeline says which
+    except (OSError, ValueError):  # offline, no such repository, no transformer in it: opening the pipeline says which
         return name
     return str(resolve_folder(name)) if checkpoint.is_quantized(config.parent) else name
 

@@ -3,6 +3,7 @@
 Compiled code checks none of it: with a mask of another batch, say, it reads what it should not and returns an image.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,10 +44,9 @@ class Signature:
             ValueError: one is unknown, no whole number, or no tensor of the type, rank, kind of device and fixed sizes that
                 were captured, or two do not fit each other.
         """
-        whole = samples.decode(self.inputs, lambda spec: torch.empty(0))
-        constants = {name: value for name, value in whole.items() if not any(samples.tensors(value))}
-        fixed = {"return_dict": False} if "return_dict" in whole else {}
-        bound = constants | {name: value for name, value in arguments.items() if name not in self.numbers} | fixed
+        given = {name: value for name, value in arguments.items() if name not in self.numbers}
+        fixed = {"return_dict": False} if "return_dict" in self._constants else {}
+        bound = self._constants | given | fixed
         numbers: dict[str, Any] = {name: arguments.get(name) for name in self.numbers}
         for name, value in numbers.items():
             if type(value) is not int or value < 0:
@@ -58,10 +58,18 @@ class Signature:
         bound = pytree.tree_map_only(Tensor, Tensor.contiguous, bound)
         return bound | {name: as_length(value) for name, value in numbers.items()}
 
+    @functools.cached_property
+    def _constants(self) -> dict[str, Any]:
+        whole = samples.decode(self.inputs, lambda spec: torch.empty(0))
+        return {name: value for name, value in whole.items() if not any(samples.tensors(value))}
+
+    @functools.cached_property
+    def _specs(self) -> dict[str, dict[str, Any]]:
+        return samples.specs(self.inputs)
+
     def _check_types(self, arguments: Mapping[str, Any], who: str) -> None:
-        wanted = samples.specs(self.inputs)
         for name, x in samples.tensors(arguments):
-            dtype, device = getattr(torch, wanted[name]["dtype"]), wanted[name]["device"]
+            dtype, device = getattr(torch, self._specs[name]["dtype"]), self._specs[name]["device"]
             if x.dtype != dtype:
                 raise ValueError(f"{who}: {name} is {x.dtype}, it was captured as {dtype}; pass {name}.to({dtype})")
             if x.device.type != device:
@@ -70,12 +78,11 @@ class Signature:
                 )
 
     def _check_sizes(self, arguments: Mapping[str, Any], numbers: Mapping[str, int], who: str) -> None:
-        wanted = samples.specs(self.inputs)
         shapes = {name: tuple(x.shape) for name, x in samples.tensors(arguments)}
         found = [(name, name, self.numbers[name], number) for name, number in numbers.items()]
         for name, shape in shapes.items():
-            expected = enumerate(wanted[name]["shape"])
-            found += [(name, f"{name}.shape[{i}]", size, shape[i]) for i, size in expected]
+            wanted = enumerate(self._specs[name]["shape"])
+            found += [(name, f"{name}.shape[{i}]", size, shape[i]) for i, size in wanted]
         values: dict[str, int] = {}
         first: dict[str, tuple[str, str]] = {}  # of a name: the first argument that has it, and where
         for name, place, wanted_size, size in found:
@@ -140,8 +147,8 @@ def signature_of(exported: ExportedProgram, numbers: Sequence[str]) -> Signature
         return {"shape": shape, "dtype": str(x.dtype).removeprefix("torch."), "device": x.device.type}
 
     lengths = {name: named(arguments.pop(name).shape[0]) for name in numbers}
-    described_inputs = samples.encode(arguments, described)
+    inputs_described = samples.encode(arguments, described)
     checkable = [
         relation for relation in relations if sizes.readable(relation) and known.issuperset(sizes.names(relation))
     ]
-    return Signature(described_inputs, lengths, checkable)
+    return Signature(inputs_described, lengths, checkable)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -152,8 +153,13 @@ def test_weights_that_a_model_has_not_are_refused_before_anything_is_drawn(
 
 
 def test_a_quantized_pipeline_on_the_hub_is_as_good_as_its_folder(quantized, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str({"me/q": quantized}[name] / file))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str({"me/q": quantized}[name]))
+    def downloaded(name, file=""):
+        if name != "me/q":
+            raise LocalEntryNotFoundError("offline")
+        return str(quantized / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", downloaded)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", downloaded)
     assert run("inspect", "me/q").stdout == run("inspect", quantized).stdout
     loaded = []
     monkeypatch.setattr("fp4dit_ao.evaluate.generate", spy(evaluate.generate, loaded))
