@@ -18,8 +18,6 @@ from fp4dit_ao.environment import one_line
 from fp4dit_ao.evaluate import markdown_table
 from fp4dit_ao.kernels import native, tokens
 
-FORMAT = "e2m3"
-
 
 def modulated(x: Tensor) -> Tensor:
     """LayerNorm, and a scale and shift of the features."""
@@ -30,6 +28,7 @@ BEFORE: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "nothing": (1152, lambda x: x),
     "LayerNorm and modulation": (1152, modulated),
     "GELU": (4608, torch.ops.fp4dit_ao.tanh_gelu),
+    "a view as 16 heads": (1152, lambda x: x.unflatten(-1, (16, -1)).transpose(0, 1)),
 }
 """By name: features at PixArt-XL's width, and the operation."""
 
@@ -37,6 +36,7 @@ BEFORE: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
 def main(
     count: Annotated[int, typer.Option("--tokens", help="Rows.")] = 2048,
     rounds: Annotated[int, typer.Option(min=1)] = 15,
+    fmt: Annotated[str, typer.Option("--format", help="Of the tokens.")] = "e2m3",
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Print the table."""
@@ -48,9 +48,9 @@ def main(
         x = torch.randn(count, features, generator=torch.Generator().manual_seed(0)).bfloat16()
         ways = {
             "alone": torch.compile(before, dynamic=True),
-            "fused": torch.compile(lambda x, before=before: tokens._quantize(before(x), FORMAT), dynamic=True),
+            "fused": torch.compile(lambda x, before=before: tokens._quantize(before(x), fmt), dynamic=True),
             "loop": torch.compile(
-                lambda x, before=before: torch.ops.fp4dit_ao.int8_tokens(before(x), FORMAT), dynamic=True
+                lambda x, before=before: torch.ops.fp4dit_ao.int8_tokens(before(x), fmt), dynamic=True
             ),
         }
         assert all(torch.equal(a, b) for a, b in zip(ways["fused"](x), ways["loop"](x), strict=True)), name
@@ -58,7 +58,7 @@ def main(
         cells = [f"{seconds[way] * 1e3:.2f}" for way in ways]
         rows.append([name, str(features), *cells, f"{seconds['fused'] / seconds['loop']:.2f}"])
     print(markdown_table(["before", "features", "alone, ms", "fused, ms", "with the loop, ms", "fused / loop"], rows))
-    print(f"\n{count} tokens in bfloat16 to {FORMAT.upper()}; {one_line()}")
+    print(f"\n{count} tokens in bfloat16 to {fmt.upper()}; {one_line()}")
 
 
 def _medians(ways: dict[str, Callable[[Tensor], object]], x: Tensor, rounds: int) -> dict[str, float]:

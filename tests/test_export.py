@@ -52,7 +52,6 @@ def package(tiny_quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
     path = tmp_path_factory.mktemp("export") / "package.pt2"
     with pytest.MonkeyPatch.context() as patch:  # as of a model whose tokens are worth the compiled loop
         patch.setattr(tokens, "_MANY", 0)
-        patch.setattr(tokens, "_LONG_ROW", 0)
         export.save_package(tiny_quantized.transformer, path)
     return path
 

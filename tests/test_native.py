@@ -22,16 +22,19 @@ def instruction_sets() -> list[str]:
     return list(native.kernels())
 
 
-def problem(rows: int, features: int, depth: int, group: int, seed: int = 0, shared_scale: bool = False) -> dict:
+def problem(
+    rows: int, features: int, depth: int, group: int, seed: int = 0, shared_scale: bool = False, digits: int = 1
+) -> dict:
     g = torch.Generator().manual_seed(seed)
     return {
-        "tokens": torch.randint(-127, 128, (rows, depth), generator=g, dtype=torch.int8),
+        "tokens": torch.randint(-127, 128, (digits * rows, depth), generator=g, dtype=torch.int8),
         "token_scale": torch.rand(rows, 1, generator=g) + 0.01,
         "qdata": torch.randint(0, 256, (features, depth // 2), generator=g, dtype=torch.uint8),
         "scale": torch.rand(1 if shared_scale else features, depth // group, generator=g) + 0.01,
         "table": WILD,
         "bias": torch.randn(features, generator=g),
         "output_dtype": torch.float32,
+        "digits": digits,
     }
 
 
@@ -40,7 +43,8 @@ def oracle(p: dict) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.stack([p["qdata"] & 15, p["qdata"] >> 4], -1).flatten(1).long()
     levels = torch.tensor(p["table"], dtype=torch.float64)[codes]
     weight = (levels.unflatten(1, (p["scale"].shape[1], -1)) * p["scale"].double()[..., None]).flatten(1)
-    x = p["tokens"].double() * p["token_scale"].double()
+    digits = p["tokens"].unflatten(0, (p["digits"], -1)).double()
+    x = sum(digit * 128.0**power for power, digit in enumerate(reversed(digits))) * p["token_scale"].double()
     bias = torch.zeros(()) if p["bias"] is None else p["bias"].double()
     return x @ weight.T + bias, x.abs() @ weight.abs().T + bias.abs()
 
@@ -58,8 +62,9 @@ def test_this_machine_has_the_portable_kernel_and_a_library() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13, 239, 241, 500])
-def test_every_number_of_rows(rows) -> None:
-    check(problem(rows, 70, 256, 128))
+@pytest.mark.parametrize("digits", [1, 2, 3])
+def test_every_number_of_rows(rows, digits) -> None:
+    check(problem(rows, 70, 256, 128, digits=digits))
 
 
 @pytest.mark.parametrize(
@@ -81,16 +86,18 @@ def test_every_number_of_rows(rows) -> None:
 )
 @pytest.mark.parametrize("shared_scale", [False, True])
 def test_every_layout(features, depth, group, shared_scale) -> None:
-    check(problem(9, features, depth, group, shared_scale=shared_scale))
+    for digits in (1, 2):
+        check(problem(9, features, depth, group, shared_scale=shared_scale, digits=digits))
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 30), features=st.integers(1, 140), groups=st.integers(1, 6), fours=st.integers(1, 40),
     seed=st.integers(0, 2**31), table=st.lists(st.integers(-127, 127), min_size=16, max_size=16), bias=st.booleans(),
+    digits=st.integers(1, 3),
 )  # fmt: skip
-def test_wild_problems(rows, features, groups, fours, seed, table, bias) -> None:
-    p = problem(rows, features, groups * fours * 4, fours * 4, seed)
+def test_wild_problems(rows, features, groups, fours, seed, table, bias, digits) -> None:
+    p = problem(rows, features, groups * fours * 4, fours * 4, seed, digits=digits)
     check(p | {"table": table, "bias": p["bias"] if bias else None})
 
 
@@ -174,6 +181,9 @@ def test_threads_and_strides_change_no_bit() -> None:
         {"table": [-128] * 16},
         {"tokens": torch.zeros(9, 256)},
         {"output_dtype": torch.float64},
+        {"digits": 0},
+        {"digits": 2},
+        {"digits": 4, "tokens": torch.zeros(36, 256, dtype=torch.int8)},
     ],
 )
 def test_what_does_not_fit_is_refused(change) -> None:
@@ -183,6 +193,7 @@ def test_what_does_not_fit_is_refused(change) -> None:
 
 def test_no_rows() -> None:
     assert native.run(**problem(0, 70, 256, 128)).shape == (0, 70)
+    assert native.run(**problem(0, 70, 256, 128, digits=2)).shape == (0, 70)
 
 
 @pytest.mark.parametrize("fmt", ["e2m1", "e3m0", "e1m2", "e1m1"])
@@ -267,10 +278,13 @@ def test_compiled_linears_that_read_the_same_value_quantize_it_once() -> None:
     assert targets.count(torch.ops.aten.amax.default) == 2
 
 
-def test_the_operator_matches_its_fake() -> None:
-    p = problem(5, 70, 256, 128)
-    args = (p["tokens"], p["token_scale"], p["qdata"], p["scale"], WILD, p["bias"], torch.bfloat16)
+@pytest.mark.parametrize("digits", [1, 3])
+def test_the_operators_match_their_fakes(digits: int) -> None:
+    p = problem(5, 70, 256, 128, digits=digits)
+    args = (p["tokens"], p["token_scale"], p["qdata"], p["scale"], WILD, p["bias"], torch.bfloat16, digits)
     torch.library.opcheck(torch.ops.fp4dit_ao.int8_linear.default, args)
+    heads = torch.randn(2, 9, 3, 72).transpose(1, 2)
+    torch.library.opcheck(torch.ops.fp4dit_ao.int8_tokens.default, (heads, {1: "e2m3", 3: "e4m3"}[digits]))
 
 
 def test_products_on_operators_are_the_specification() -> None:
@@ -298,7 +312,9 @@ def _both(x: torch.Tensor, fmt: str) -> None:
     assert torch.equal(scale.isnan(), expected_scale.isnan())
 
 
-@pytest.mark.parametrize("fmt", ["e2m3", "int8", "int6", "e1m4", "e2m1", "e1m2", "e2m2"])
+@pytest.mark.parametrize(
+    "fmt", ["e2m3", "int8", "int6", "e1m4", "e2m1", "e1m2", "e2m2", "e3m4", "e4m3", "e3m3", "e4m2", "e2m4"]
+)
 @pytest.mark.parametrize("dtype", list(native.OUTPUTS), ids=str)
 def test_compiled_tokens_are_the_operators_tokens(fmt: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -315,7 +331,7 @@ def test_compiled_tokens_are_the_operators_tokens(fmt: str, dtype: torch.dtype) 
         _both(x.to(dtype), fmt)
 
 
-@pytest.mark.parametrize("fmt", ["e2m3", "int8", "int6", "e1m2"])
+@pytest.mark.parametrize("fmt", ["e2m3", "int8", "int6", "e1m2", "e3m4", "e4m3"])
 @pytest.mark.parametrize(("dtype", "mantissa"), [(torch.bfloat16, 7), (torch.float16, 10)], ids=str)
 def test_multiplying_by_the_inverse_divides_exactly(fmt: str, dtype: torch.dtype, mantissa: int) -> None:
     """Every absmax of a binade, with every number from there down to what rounds to 0: the quotients' all significands."""
@@ -326,7 +342,9 @@ def test_multiplying_by_the_inverse_divides_exactly(fmt: str, dtype: torch.dtype
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.lists(st.floats(width=32), min_size=1, max_size=40), st.sampled_from(["e2m3", "int8", "e1m2"]))
+@given(
+    st.lists(st.floats(width=32), min_size=1, max_size=40), st.sampled_from(["e2m3", "int8", "e1m2", "e3m4", "e4m3"])
+)
 def test_compiled_tokens_of_wild_floats(values: list[float], fmt: str) -> None:
     _both(torch.tensor([values]), fmt)
 
@@ -355,8 +373,13 @@ def test_the_loops_operator_needs_no_library(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(got, value)
 
 
-def test_compiled_tokens_take_any_layout() -> None:
-    x = torch.randn(5, 7, 64)
-    for view in (x, x.transpose(0, 1), x[:, ::2], x[..., ::3], x.expand(2, 5, 7, 64), torch.nn.Parameter(x)):
-        assert tokens._runs_natively(view, "e2m3")
-        _both(view, "e2m3")
+@pytest.mark.parametrize("fmt", ["e2m3", "e3m4"])
+def test_compiled_tokens_take_any_layout(fmt: str) -> None:
+    for features in (1, 5, 15, 16, 17, 63, 64, 72, 96, 130):
+        x = torch.randn(3, 5, 7, features)
+        for view in (
+            x, x[0, 0], x[0, 0, 0], x.transpose(1, 2), x.transpose(0, 2), x[:, ::2], x[:, :, 1:], x[..., ::3],
+            x.expand(2, 3, 5, 7, features), x[:, :1].expand(3, 5, 7, features), torch.nn.Parameter(x),
+        ):  # fmt: skip
+            assert tokens._runs_natively(view, fmt)
+            _both(view, fmt)

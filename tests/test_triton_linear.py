@@ -117,10 +117,11 @@ def test_the_worst_sums_do_not_overflow(kernel) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_linear_is_the_same_through_it(kernel, fmt, dtype, monkeypatch) -> None:
+@pytest.mark.parametrize("act_fmt", ["e2m3", "e3m4", "e4m3"])
+def test_a_linear_is_the_same_through_it(kernel, fmt, act_fmt, dtype, monkeypatch) -> None:
     """The whole path of a GPU's linear; it is taken on the CPU where there is no GPU."""
     torch.manual_seed(0)
-    weight = MinifloatTensor.from_hp(torch.randn(70, 256, dtype=dtype), [1, 128], fmt, "e2m3").to(DEVICE)
+    weight = MinifloatTensor.from_hp(torch.randn(70, 256, dtype=dtype), [1, 128], fmt, act_fmt).to(DEVICE)
     x, bias = torch.randn(2, 5, 256, dtype=dtype).to(DEVICE), torch.randn(70, dtype=dtype).to(DEVICE)
     with monkeypatch.context() as patch:
         patch.setattr(gpu, "supports", lambda *_: False)

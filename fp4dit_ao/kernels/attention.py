@@ -78,8 +78,7 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, fmt: str) -> boo
 
 def _levels(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     levels, scale = quantize_tokens(x, fmt)
-    count = digits(parse(fmt))
-    return levels.reshape(count, *x.shape), scale.reshape(count, *x.shape[:-1])[-1]
+    return levels.reshape(digits(parse(fmt)), *x.shape), scale.reshape(x.shape[:-1])
 
 
 def run(

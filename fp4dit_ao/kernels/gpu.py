@@ -2,11 +2,12 @@
 
 import functools
 import importlib.util
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fp4dit_ao.kernels.tokens import add_digits
 from fp4dit_ao.ops import LIBRARY
 
 CAPABILITY = (8, 0)
@@ -24,11 +25,24 @@ def _available(device: torch.device) -> bool:
     return installed and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
-def run(*arguments: Any) -> Tensor:
-    """See :func:`fp4dit_ao.kernels.triton_linear.run`."""
+def run(
+    tokens: Tensor,
+    token_scale: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    table: Sequence[int],
+    bias: Tensor | None,
+    output_dtype: torch.dtype,
+    digits: int = 1,
+) -> Tensor:
+    """See :func:`fp4dit_ao.kernels.native.run`; several digits are a product each, and float32 until they are added."""
     from fp4dit_ao.kernels import triton_linear
 
-    return triton_linear.run(*arguments)
+    if digits == 1:
+        return triton_linear.run(tokens, token_scale, qdata, scale, table, bias, output_dtype)
+    y = triton_linear.run(tokens, token_scale.repeat(digits, 1), qdata, scale, table, None, torch.float32)
+    y = add_digits(y, digits)
+    return (y if bias is None else y + bias.float()).to(output_dtype)
 
 
 LIBRARY.impl("int8_linear", run, "CUDA")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fp4dit_ao.formats import NumberFormat, unpack
 from fp4dit_ao.kernels import gpu, native
-from fp4dit_ao.kernels.tokens import digits, quantize_tokens
+from fp4dit_ao.kernels.tokens import add_digits, digits, quantize_tokens
 
 _CUDA_ROWS = 32
 """cuBLAS's int8 product wants more than 16 rows."""
@@ -36,16 +36,14 @@ def linear(
     rounded, token_scale = quantize_tokens(x, str(act_fmt))
     count = digits(act_fmt)
     if native.supports(x, fmt.bits, group) or gpu.supports(x, fmt.bits, group):
-        whole = count == 1  # else the digits' products are added before they are rounded to the output's type
-        output_dtype = x.dtype if whole and x.dtype in native.OUTPUTS else torch.float32
+        output_dtype = x.dtype if x.dtype in native.OUTPUTS else torch.float32
         y = torch.ops.fp4dit_ao.int8_linear(
-            rounded, token_scale, qdata, scale, native.levels(fmt), bias if whole else None, output_dtype
+            rounded, token_scale, qdata, scale, native.levels(fmt), bias, output_dtype, count
         )
-        bias = None if whole else bias
     else:
-        y = _products(rounded, fmt.decode(unpack(qdata, fmt.bits)).to(torch.int8), scale, group) * token_scale
-    y = y if count == 1 else y.reshape(count, -1, qdata.shape[0]).sum(0)
-    y = y if bias is None else y + bias.float()
+        y = _products(rounded, fmt.decode(unpack(qdata, fmt.bits)).to(torch.int8), scale, group)
+        y = add_digits(y, count) * token_scale
+        y = y if bias is None else y + bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], qdata.shape[0])
 
 

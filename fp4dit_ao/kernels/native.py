@@ -20,12 +20,12 @@ from torch import Tensor
 from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.ops import LIBRARY
 
-VERSION = 4
+VERSION = 5
 """Of the library's interface; ``fp4dit_version`` in ``csrc/linear.c`` says the same."""
 OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-_LINEAR: list[Any] = [_POINTER] * 7 + [_SIZE] * 5 + [_NUMBER] * 2 + [_POINTER, _NUMBER]
-_TOKENS: list[Any] = [_POINTER] * 3 + [_SIZE] * 2 + [_NUMBER] * 2 + [ctypes.c_float, _POINTER, _NUMBER]
+_LINEAR: list[Any] = [_POINTER] * 7 + [_SIZE] * 5 + [_NUMBER] * 3 + [_POINTER, _NUMBER]
+_TOKENS: list[Any] = [_POINTER] * 3 + [_SIZE] * 7 + [_NUMBER] * 3 + [ctypes.c_float, _POINTER, _NUMBER]
 _SEARCH: list[Any] = [_POINTER] * 4 + [_SIZE] * 2 + [_NUMBER] * 2 + [_POINTER, _NUMBER]
 _ATTENTION: list[Any] = [_POINTER] * 8 + [_SIZE] * 9 + [ctypes.c_float, _NUMBER, _NUMBER, _POINTER, _NUMBER]
 
@@ -115,6 +115,7 @@ def run(
     table: Sequence[int],
     bias: Tensor | None,
     output_dtype: torch.dtype,
+    digits: int = 1,
     kernel: str | None = None,
 ) -> Tensor:
     """``(tokens @ levels^T, group by group times scale) * token_scale + bias``: ``torch.ops.fp4dit_ao.int8_linear`` on CPUs.
@@ -122,13 +123,14 @@ def run(
     Products are exact, sums of groups float32.
 
     Args:
-        tokens: int8 ``(rows, in_features)``, -127 to 127.
+        tokens: int8 ``(digits * rows, in_features)``, -127 to 127; the highest digit of all rows first.
         token_scale: float32 ``(rows, 1)``.
         qdata: uint8 ``(out_features, in_features / 2)``, two codes a byte, the first in the low nibble.
         scale: float ``(out_features or 1, groups)``.
         table: sixteen levels, -127 to 127: what each code stands for.
         bias: ``(out_features,)`` or None.
         output_dtype: float32, bfloat16 or float16.
+        digits: 1 to 3, to the base 128, of each level of the tokens.
         kernel: one of :func:`kernels`; None takes the best. The operator has no such argument.
 
     Returns:
@@ -141,20 +143,21 @@ def run(
     opened = shared_object()
     if opened is None:
         raise RuntimeError("fp4dit_ao was installed without its compiled kernel; install a C compiler and reinstall it")
-    rows, depth = tokens.shape
+    rows, depth = tokens.shape[0] // max(1, digits), tokens.shape[1]
     features, groups = qdata.shape[0], scale.shape[1]
     group = depth // max(1, groups)
     fits = (
         qdata.shape[1] * 2 == depth and group * groups == depth and group % 4 == 0 and scale.shape[0] in (1, features)
     )
+    fits = fits and 1 <= digits <= 3 and tokens.shape[0] == digits * rows
     fits = fits and token_scale.numel() == rows and (bias is None or bias.shape == (features,))
     fits = fits and tokens.dtype == torch.int8 and qdata.dtype == torch.uint8 and output_dtype in OUTPUTS
     entries = _entries(tuple(table))
     if not fits or entries is None:
         raise ValueError(
-            f"int8_linear: tokens {tuple(tokens.shape)} {tokens.dtype}, codes {tuple(qdata.shape)} {qdata.dtype}, scales "
-            f"{tuple(scale.shape)}, {len(table)} levels to {output_dtype} do not fit; in_features must be the groups' number "
-            "times a multiple of 4, and levels within +-127"
+            f"int8_linear: tokens {tuple(tokens.shape)} {tokens.dtype} of {digits} digits, codes {tuple(qdata.shape)} "
+            f"{qdata.dtype}, scales {tuple(scale.shape)}, {len(table)} levels to {output_dtype} do not fit; in_features must "
+            "be the groups' number times a multiple of 4, and levels within +-127"
         )
     arrays = [tokens.contiguous(), token_scale.float().contiguous(), qdata.contiguous(), scale.float().contiguous()]
     added = None if bias is None else bias.float().contiguous()
@@ -162,7 +165,7 @@ def run(
     number = _best() if kernel is None else kernels()[kernel]
     failed = opened.fp4dit_linear(
         *(array.data_ptr() for array in arrays), entries, None if added is None else added.data_ptr(),
-        out.data_ptr(), rows, features, depth, group, scale.shape[0], OUTPUTS[output_dtype], number, parallel(),
+        out.data_ptr(), rows, features, depth, group, scale.shape[0], digits, OUTPUTS[output_dtype], number, parallel(),
         torch.get_num_threads(),
     )  # fmt: skip
     if failed:
@@ -172,14 +175,14 @@ def run(
 
 LIBRARY.define(
     "int8_linear(Tensor tokens, Tensor token_scale, Tensor qdata, Tensor scale, int[] table, Tensor? bias, "
-    "ScalarType output_dtype) -> Tensor",
+    "ScalarType output_dtype, int digits=1) -> Tensor",
     tags=(torch.Tag.flexible_layout,),  # else Inductor copies what several linears share
 )
 LIBRARY.impl("int8_linear", run, "CPU")
 LIBRARY.impl(
     "int8_linear",
-    lambda tokens, token_scale, qdata, scale, table, bias, output_dtype: tokens.new_empty(
-        (tokens.shape[0], qdata.shape[0]), dtype=output_dtype
+    lambda tokens, token_scale, qdata, scale, table, bias, output_dtype, digits=1: tokens.new_empty(
+        (token_scale.shape[0], qdata.shape[0]), dtype=output_dtype
     ),
     "Meta",
 )

@@ -1,4 +1,5 @@
-/* y = (tokens . weights^T) * token_scale + bias: int8 tokens, 4-bit weights with a float32 scale for every group.
+/* y = (tokens . weights^T) * token_scale + bias: int8 tokens, 4-bit weights with a float32 scale for every group. Tokens whose
+ * levels take several digits to the base 128 are as many rows side by side, until their sums are added.
  *
  * Output tiles (a block of tokens x PANEL features) are handed out to threads. In a tile, weights are looked up once, a chunk of
  * some groups at a time; all of its tokens are multiplied by each group in int32, and added in float32 with the group's scale.
@@ -24,8 +25,8 @@ typedef struct {
     const uint8_t *codes;
     const float *scale, *bias;
     void *out;
-    int64_t rows, features, depth, group, scale_rows; /* depth: input features; scale_rows: 1 if features share scales */
-    int32_t out_type;
+    int64_t rows, features, depth, group, scale_rows; /* rows: of digits; depth: input features; scale_rows: 1 if shared */
+    int32_t digits, out_type;
     uint8_t table[16];
     const tile_kernel *kernel;
     int8_t *packed;
@@ -56,7 +57,7 @@ static int supported(const tile_kernel *kernel) {
 }
 
 /* Of this interface; native.py asks for it. */
-int fp4dit_version(void) { return 4; }
+int fp4dit_version(void) { return 5; }
 
 /* The name of kernel `index`, best first; NULL past the last. What this processor lacks is an empty name. */
 const char *fp4dit_kernel(int index) {
@@ -91,11 +92,12 @@ static chunk chunk_at(const problem *p, int64_t at) {
 }
 
 static void pack_row(problem *p, int64_t row) {
+    const int8_t *tokens = p->tokens + (row % p->digits * (p->rows / p->digits) + row / p->digits) * p->depth;
     for (int64_t at = 0; at < p->depth;) {
         chunk c = chunk_at(p, at);
         int8_t *to = p->packed + c.packed + row * c.groups * padded(c.depth);
         for (int g = 0; g < c.groups; g++, at += c.depth, to += padded(c.depth)) {
-            int32_t sum = p->kernel->pack(p->tokens + row * p->depth + at, c.depth, to);
+            int32_t sum = p->kernel->pack(tokens + at, c.depth, to);
             p->start[(c.first + g) * p->rows + row] = -p->kernel->offset * sum;
         }
     }
@@ -107,6 +109,16 @@ static void pack_worker(void *argument) {
         int64_t row = atomic_fetch_add(&p->next, PACK), end = row + PACK < p->rows ? row + PACK : p->rows;
         if (row >= p->rows) return;
         for (; row < end; row++) pack_row(p, row);
+    }
+}
+
+/* The sums of each token's digits, which lie side by side, to one. */
+EVERY_PROCESSOR static void add_digits(float *sums, int tokens, int digits) {
+    const float *from = sums;
+    for (; tokens--; sums += PANEL, from += digits * PANEL) {
+        for (int n = 0; n < PANEL; n++) sums[n] = from[n] * 128 + from[PANEL + n];
+        for (int d = 2; d < digits; d++)
+            for (int n = 0; n < PANEL; n++) sums[n] = sums[n] * 128 + from[d * PANEL + n];
     }
 }
 
@@ -129,10 +141,12 @@ static void multiply_tile(problem *p, int64_t block, int64_t index, uint8_t *pan
         at += c.depth * c.groups;
         p->kernel->multiply(&part);
     }
-    int size = p->out_type == FLOAT32 ? 4 : 2;
-    p->kernel->write(sums, rows, p->token_scale + row, p->bias ? p->bias + feature : NULL, features,
-                     (char *)p->out + (row * p->features + feature) * size, p->features * size, p->out_type,
-                     p->rows * p->features * size > CACHED);
+    int64_t token = row / p->digits, size = p->out_type == FLOAT32 ? 4 : 2;
+    rows /= p->digits;
+    if (p->digits > 1) add_digits(sums, rows, p->digits);
+    p->kernel->write(sums, rows, p->token_scale + token, p->bias ? p->bias + feature : NULL, features,
+                     (char *)p->out + (token * p->features + feature) * size, p->features * size, p->out_type,
+                     p->rows / p->digits * p->features * size > CACHED);
 }
 
 static void multiply_worker(void *argument) {
@@ -155,18 +169,18 @@ static void run(problem *p, void (*worker)(void *), parallel_function parallel, 
     run_on_threads(worker, p, parallel, threads, tasks);
 }
 
-/* All arrays are contiguous: tokens [rows][depth], token_scale [rows], codes [features][depth / 2], scale [features or 1][groups],
- * levels [16], bias [features] or NULL, out [rows][features] of out_type. depth and group are multiples of 4. `parallel` runs a
- * function on some threads (OpenMP's GOMP_parallel), or is NULL. Returns 0; 1 for lack of memory; 2 for an unknown or missing
- * kernel. */
+/* All arrays are contiguous: tokens [digits][rows][depth] of 1 to 3 digits, the highest first, token_scale [rows], codes
+ * [features][depth / 2], scale [features or 1][groups], levels [16], bias [features] or NULL, out [rows][features] of out_type.
+ * depth and group are multiples of 4. `parallel` runs a function on some threads (OpenMP's GOMP_parallel), or is NULL. Returns 0;
+ * 1 for lack of memory; 2 for an unknown or missing kernel. */
 int fp4dit_linear(const int8_t *tokens, const float *token_scale, const uint8_t *codes, const float *scale,
                   const int8_t *levels, const float *bias, void *out, int64_t rows, int64_t features, int64_t depth,
-                  int64_t group, int64_t scale_rows, int32_t out_type, int32_t kernel, parallel_function parallel,
-                  int32_t threads) {
+                  int64_t group, int64_t scale_rows, int32_t digits, int32_t out_type, int32_t kernel,
+                  parallel_function parallel, int32_t threads) {
     if (!fp4dit_kernel(kernel) || !*fp4dit_kernel(kernel)) return 2;
     problem p = {.tokens = tokens, .token_scale = token_scale, .codes = codes, .scale = scale, .bias = bias, .out = out,
-                 .rows = rows, .features = features, .depth = depth, .group = group, .scale_rows = scale_rows,
-                 .out_type = out_type, .kernel = kernels[kernel]};
+                 .rows = rows *= digits, .features = features, .depth = depth, .group = group, .scale_rows = scale_rows,
+                 .digits = digits, .out_type = out_type, .kernel = kernels[kernel]};
     for (int i = 0; i < 16; i++) p.table[i] = (uint8_t)(levels[i] + p.kernel->offset);
     p.together = groups_together(group, depth / group);
     p.panels = (features + PANEL - 1) / PANEL;
@@ -174,7 +188,7 @@ int fp4dit_linear(const int8_t *tokens, const float *token_scale, const uint8_t 
     int64_t fair = (TURNS * threads + p.panels - 1) / p.panels;
     p.blocks = fair > most ? most : fair;
     p.blocks = p.blocks < least ? least : p.blocks;
-    p.block = rows ? ((rows + p.blocks - 1) / p.blocks + ROWS - 1) / ROWS * ROWS : ROWS;
+    p.block = rows ? ((rows + p.blocks - 1) / p.blocks + ROWS - 1) / ROWS * ROWS : ROWS; /* of whole tokens, too */
     if (!rows || !features) return 0;
     int64_t packed = chunk_at(&p, depth).packed; /* a multiple of 8 */
     p.packed = malloc(packed + rows * (depth / group) * sums_in(group) * sizeof *p.start);

@@ -1,28 +1,30 @@
-/* Token-wise quantization to int8 levels of an ExMy format with mantissa bits: the arithmetic of formats.py, bit for bit. */
+/* Token-wise quantization to levels of an ExMy format with mantissa bits: the arithmetic of formats.py, bit for bit. Levels beyond
+ * an int8 are written as several digits to the base 128. */
 #include <math.h>
 #include <stdatomic.h>
 
 #include "epilogue.h"
 #include "threads.h"
 
-enum { ROWS_AT_ONCE = 8 };
+enum { NUMBERS_AT_ONCE = 4096, ROWS_AT_ONCE = 64, LONG_STEP = 64, STEP = 16 };
 
 typedef struct {
-    const void *x; /* [rows][features] of `type` */
-    int8_t *levels;
-    float *scale; /* [rows] */
-    int64_t rows, features;
-    int32_t type, mantissa_bits;
+    const void *x;                                /* [batch][heads][tokens][features] of `type`, features side by side */
+    int64_t heads, tokens, features;
+    int64_t batch_stride, head_stride, token_stride;
+    int8_t *levels;                               /* [digits][rows][features], the highest digit first */
+    float *scale;                                 /* [rows] */
+    int64_t rows, at_once;
+    int32_t type, mantissa_bits, digits;
     float largest;
     atomic_llong next;
 } tokens;
 
 static inline float widen_half(uint16_t half) {
-    uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff;
-    float normal = float_of((magnitude << 13) + 0x38000000), subnormal = (float)magnitude * 0x1p-24f;
-    float infinite = float_of(0x7f800000 | (magnitude & 0x3ff) << 13);
-    float value = magnitude < 0x400 ? subnormal : magnitude >= 0x7c00 ? infinite : normal;
-    return float_of(bits_of(value) | sign);
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = (uint32_t)(half & 0x7fff) << 13;
+    uint32_t subnormal = bits_of(float_of(magnitude + 0x38800000) - 0x1p-14f);
+    uint32_t bits = magnitude < 0x400 << 13 ? subnormal : magnitude + (magnitude < 0x7c00 << 13 ? 0x38000000 : 0x70000000);
+    return float_of(bits | sign);
 }
 
 static inline __attribute__((always_inline)) float value(const void *x, int64_t at, int type) {
@@ -31,86 +33,151 @@ static inline __attribute__((always_inline)) float value(const void *x, int64_t 
     return type == BFLOAT16 ? float_of((uint32_t)half << 16) : widen_half(half);
 }
 
-/* The largest magnitude. Magnitudes sort like their bits, in every type; NaN is beyond infinity. */
-static inline __attribute__((always_inline)) float absmax(const void *x, int64_t at, int64_t features, int type) {
+#define INLINE static inline __attribute__((always_inline))
+
+/* Of `count` numbers, or of `most` if that is larger: magnitudes sort like their bits, in every type; NaN is beyond infinity. */
+INLINE int32_t largest_of(const void *x, int64_t count, int type, int32_t most) {
     if (type == FLOAT32) {
-        int32_t most = 0;
-        for (int64_t f = 0; f < features; f++) {
-            int32_t magnitude = (int32_t)(bits_of(value(x, at + f, type)) & 0x7fffffff);
+        for (int64_t f = 0; f < count; f++) {
+            int32_t magnitude = ((const int32_t *)x)[f] & 0x7fffffff;
             most = magnitude > most ? magnitude : most;
         }
-        return float_of((uint32_t)most);
+        return most;
     }
-    int16_t most = 0;
-    for (int64_t f = 0; f < features; f++) {
-        int16_t magnitude = (int16_t)(((const uint16_t *)x)[at + f] & 0x7fff);
-        most = magnitude > most ? magnitude : most;
+    int16_t half = (int16_t)most;
+    for (int64_t f = 0; f < count; f++) {
+        int16_t magnitude = ((const int16_t *)x)[f] & 0x7fff;
+        half = magnitude > half ? magnitude : half;
     }
-    return value(&most, 0, type);
+    return half;
 }
 
 /* The level nearest to y, ties to even: float32 itself rounds to multiples of 2^k where its own last bit is 2^k, which is
    beside 1.5 * 2^(k + 23). `lowest` is the bits of the lowest binade. */
-static inline __attribute__((always_inline)) int8_t nearest(float y, int32_t lowest, float anchor) {
+INLINE int32_t nearest(float y, int32_t lowest, float anchor) {
     int32_t binade = (int32_t)(bits_of(y) & 0x7f800000);
     binade = binade < lowest ? lowest : binade;
     float beside = float_of((uint32_t)binade) * anchor;
-    return (int8_t)(int32_t)((y + beside) - beside);
+    return (int32_t)((y + beside) - beside);
 }
 
-/* One row: absmax / largest as the scale, and the nearest levels. */
-static inline __attribute__((always_inline)) void quantize_row(const tokens *p, int64_t row, int type) {
-    const int64_t start = row * p->features, features = p->features;
-    const void *restrict x = p->x;
-    int8_t *restrict levels = p->levels + start;
-    const float largest = p->largest, tiny = 0x1p-126f, huge = 0x1.fffffep127f;
-    float scale = absmax(x, start, features, type) / largest;
-    scale = scale < tiny ? tiny : scale > huge ? huge : scale; /* NaN stays */
-    p->scale[row] = scale;
-    const int32_t lowest = (127 + p->mantissa_bits) << 23;
-    const float anchor = 1.5f * 0x1p23f / (float)(1 << p->mantissa_bits);
-    if (FMA_IS_FAST && type != FLOAT32 && scale > 0x1p-90f && scale < 0x1p90f) {
-        /* x / scale, correctly rounded, by one correction of x times 1 / scale (Markstein): so it is for every x and absmax
-           of 16 bits, which tests/test_native.py tries. Nothing here is NaN, infinite or beyond the largest level. */
-        const float inverse = 1 / scale;
-        for (int64_t f = 0; f < features; f++) {
-            float v = value(x, start + f, type), y = v * inverse;
-            y = fmaf(fmaf(-y, scale, v), inverse, y);
-            levels[f] = nearest(y, lowest, anchor);
+typedef struct {
+    float scale, inverse, largest, anchor;
+    int32_t lowest;
+} rounding;
+
+/* `count` numbers to levels, whose digits are `apart` from each other. If `quick`, x / scale is correctly rounded by one
+ * correction of x times 1 / scale (Markstein): so it is for every x and absmax of 16 bits, which tests/test_native.py tries. */
+INLINE void quantize_numbers(const void *x, int8_t *levels, int count, int type, int digits, int64_t apart, const int quick,
+                             rounding r) {
+    for (int f = 0; f < count; f++) {
+        float v = value(x, f, type), y;
+        if (quick) {
+            y = v * r.inverse;
+            y = fmaf(fmaf(-y, r.scale, v), r.inverse, y);
+        } else {
+            y = v / r.scale;
+            y = y > r.largest ? r.largest : y;
+            y = y < -r.largest ? -r.largest : y;
+            y = y == y ? y : 0;
         }
-        return;
-    }
-    for (int64_t f = 0; f < features; f++) {
-        float y = value(x, start + f, type) / scale;
-        y = y > largest ? largest : y;
-        y = y < -largest ? -largest : y;
-        y = y == y ? y : 0;
-        levels[f] = nearest(y, lowest, anchor);
+        int32_t level = nearest(y, r.lowest, r.anchor);
+        if (digits == 3) levels[f] = (int8_t)(level / (128 * 128));
+        if (digits >= 2) levels[f + (digits - 2) * apart] = (int8_t)(level / 128 % 128);
+        levels[f + (digits - 1) * apart] = (int8_t)(digits == 1 ? level : level % 128);
     }
 }
 
-EVERY_PROCESSOR static void quantize_rows(tokens *p, int64_t row, int64_t end) {
-    if (p->type == FLOAT32)
-        for (; row < end; row++) quantize_row(p, row, FLOAT32);
-    else if (p->type == BFLOAT16)
-        for (; row < end; row++) quantize_row(p, row, BFLOAT16);
-    else
-        for (; row < end; row++) quantize_row(p, row, FLOAT16);
+INLINE int32_t largest_of_row(const char *x, int64_t features, const int type) {
+    const int64_t size = type == FLOAT32 ? 4 : 2;
+    if (features < STEP) return largest_of(x, features, type, 0);
+    int32_t most = largest_of(x, features / STEP * STEP, type, 0);
+    return features % STEP ? largest_of(x + (features - STEP) * size, STEP, type, most) : most;
+}
+
+/* In steps of fixed numbers, which compilers vectorise whole; the last one begins where it fits. */
+INLINE void quantize_row(const char *x, int8_t *levels, int64_t features, int64_t apart, const int type, const int digits,
+                         const int quick, rounding r) {
+    const int64_t size = type == FLOAT32 ? 4 : 2;
+    int64_t f = 0;
+    for (; f + LONG_STEP <= features; f += LONG_STEP)
+        quantize_numbers(x + f * size, levels + f, LONG_STEP, type, digits, apart, quick, r);
+    for (; f < features && features >= STEP; f += STEP) {
+        f = f + STEP > features ? features - STEP : f;
+        quantize_numbers(x + f * size, levels + f, STEP, type, digits, apart, quick, r);
+    }
+    if (features < STEP) quantize_numbers(x, levels, (int)features, type, digits, apart, quick, r);
+}
+
+INLINE void quantize_rows_of(const tokens *p, int64_t first, int64_t end, const int type, const int digits) {
+    const int64_t size = type == FLOAT32 ? 4 : 2, features = p->features;
+    const float tiny = 0x1p-126f, huge = 0x1.fffffep127f;
+    const char *x[ROWS_AT_ONCE];
+    int64_t to[ROWS_AT_ONCE];
+    float scale[ROWS_AT_ONCE];
+    int count = (int)(end - first);
+    for (int i = 0; i < count; i++) {
+        int64_t row = first + i, head, token, batch;
+        if (p->head_stride < p->token_stride) head = row % p->heads, token = row / p->heads % p->tokens;
+        else token = row % p->tokens, head = row / p->tokens % p->heads;
+        batch = row / p->tokens / p->heads;
+        to[i] = (batch * p->heads + head) * p->tokens + token;
+        x[i] = (const char *)p->x + (batch * p->batch_stride + head * p->head_stride + token * p->token_stride) * size;
+    }
+    for (int i = 0; i < count; i++) {
+        int32_t most = largest_of_row(x[i], features, type);
+        scale[i] = type == FLOAT32 ? float_of((uint32_t)most) : value(&(uint16_t){(uint16_t)most}, 0, type);
+    }
+    for (int i = 0; i < count; i++) {
+        float s = scale[i] / p->largest;
+        scale[i] = s < tiny ? tiny : s > huge ? huge : s; /* NaN stays */
+    }
+    rounding r = {.largest = p->largest, .anchor = 1.5f * 0x1p23f / (float)(1 << p->mantissa_bits),
+                  .lowest = (127 + p->mantissa_bits) << 23};
+    for (int i = 0; i < count; i++) {
+        int8_t *levels = p->levels + to[i] * features;
+        p->scale[to[i]] = r.scale = scale[i];
+        r.inverse = 1 / scale[i];
+        /* quick: nothing is NaN, infinite or beyond the largest level */
+        if (FMA_IS_FAST && type != FLOAT32 && scale[i] > 0x1p-90f && scale[i] < 0x1p90f)
+            quantize_row(x[i], levels, features, p->rows * features, type, digits, 1, r);
+        else quantize_row(x[i], levels, features, p->rows * features, type, digits, 0, r);
+    }
+}
+
+EVERY_PROCESSOR static void quantize_rows(const tokens *p, int64_t row, int64_t end) {
+    switch (3 * p->type + p->digits) {
+    case 3 * FLOAT32 + 1: quantize_rows_of(p, row, end, FLOAT32, 1); break;
+    case 3 * FLOAT32 + 2: quantize_rows_of(p, row, end, FLOAT32, 2); break;
+    case 3 * FLOAT32 + 3: quantize_rows_of(p, row, end, FLOAT32, 3); break;
+    case 3 * BFLOAT16 + 1: quantize_rows_of(p, row, end, BFLOAT16, 1); break;
+    case 3 * BFLOAT16 + 2: quantize_rows_of(p, row, end, BFLOAT16, 2); break;
+    case 3 * BFLOAT16 + 3: quantize_rows_of(p, row, end, BFLOAT16, 3); break;
+    case 3 * FLOAT16 + 1: quantize_rows_of(p, row, end, FLOAT16, 1); break;
+    case 3 * FLOAT16 + 2: quantize_rows_of(p, row, end, FLOAT16, 2); break;
+    default: quantize_rows_of(p, row, end, FLOAT16, 3);
+    }
 }
 
 static void worker(void *argument) {
     tokens *p = argument;
     for (;;) {
-        int64_t row = atomic_fetch_add(&p->next, ROWS_AT_ONCE);
+        int64_t row = atomic_fetch_add(&p->next, p->at_once);
         if (row >= p->rows) return;
-        quantize_rows(p, row, row + ROWS_AT_ONCE < p->rows ? row + ROWS_AT_ONCE : p->rows);
+        quantize_rows(p, row, row + p->at_once < p->rows ? row + p->at_once : p->rows);
     }
 }
 
-/* levels [rows][features] and scale [rows] of x [rows][features] in float32, bfloat16 or float16. */
-void fp4dit_tokens(const void *x, int8_t *levels, float *scale, int64_t rows, int64_t features, int32_t type,
-                   int32_t mantissa_bits, float largest, parallel_function parallel, int32_t threads) {
-    tokens p = {.x = x, .levels = levels, .scale = scale, .rows = rows, .features = features, .type = type,
-                .mantissa_bits = mantissa_bits, .largest = largest};
-    run_on_threads(worker, &p, parallel, threads, rows * features / 32768 + 1);
+/* int8 levels [digits][rows][features], the highest of 1 to 3 digits first, and float32 scale [rows], of x
+ * [batch][heads][tokens][features] of float32, bfloat16 or float16; features lie side by side, strides are in elements. */
+void fp4dit_tokens(const void *x, int8_t *levels, float *scale, int64_t batch, int64_t heads, int64_t tokens_, int64_t features,
+                   int64_t batch_stride, int64_t head_stride, int64_t token_stride, int32_t type, int32_t mantissa_bits,
+                   int32_t digits, float largest, parallel_function parallel, int32_t threads) {
+    tokens p = {.x = x, .heads = heads, .tokens = tokens_, .features = features, .batch_stride = batch_stride,
+                .head_stride = head_stride, .token_stride = token_stride, .levels = levels, .scale = scale,
+                .rows = batch * heads * tokens_, .type = type,
+                .mantissa_bits = mantissa_bits, .digits = digits, .largest = largest};
+    p.at_once = NUMBERS_AT_ONCE / (features + 1) + 1;
+    p.at_once = p.at_once > ROWS_AT_ONCE ? ROWS_AT_ONCE : p.at_once;
+    run_on_threads(worker, &p, parallel, threads, p.rows * features / 32768 + 1);
 }
