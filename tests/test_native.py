@@ -362,7 +362,7 @@ def test_compiled_graphs_quantize_large_tensors_in_the_loop(rows: int) -> None:
 
 def test_the_benchmark_of_tokens_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main(count=2, rounds=1, threads=torch.get_num_threads())  # it compares levels, too
-    assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:5]] == list(benchmark.BEFORE)
+    assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:6]] == list(benchmark.BEFORE)
 
 
 def test_the_loops_operator_needs_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
