@@ -67,7 +67,7 @@ ELSEWHERE = {
     "pip install 'fp4dit-ao[ray]'": "a part of dev, so installed by .ci/run",
     "serve run fp4dit_ao.serving.ray:build model=DIR replicas=4 gpus=1": "needs GPUs; test_serving_ray.py runs two replicas",
     "python benchmarks/quality.py": "hours; test_evaluate.py tests its parts",
-    "fp4dit-ao benchmark --out benchmarks/results/cpu.json": "15 minutes; test_cli.py and test_benchmark.py run its parts",
+    "fp4dit-ao benchmark --out benchmarks/results/cpu.json": "40 minutes; test_cli.py and test_benchmark.py run its parts",
     "npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz": "needs npm",
     "python -m fp4dit_ao.reference.train autoencoder --package package --work work": "hours, and what npm gets",
     "python -m fp4dit_ao.reference.train transformer --package package --work work --steps 4600": "likewise",

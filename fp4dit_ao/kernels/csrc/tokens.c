@@ -6,7 +6,14 @@
 #include "epilogue.h"
 #include "threads.h"
 
-enum { NUMBERS_AT_ONCE = 4096, ROWS_AT_ONCE = 64, LONG_STEP = 64, STEP = 16 };
+enum {
+    NUMBERS_AT_ONCE = 4096, /* in the first-level cache, of whatever type */
+    ROWS_AT_ONCE = 64,
+    LONG_STEP = 64, /* numbers of a row that are rounded at once */
+    STEP = 16
+};
+
+#define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
     const void *x;                                /* [batch][heads][tokens][features] of `type`, features side by side */
@@ -20,23 +27,21 @@ typedef struct {
     atomic_llong next;
 } tokens;
 
-static inline float widen_half(uint16_t half) {
+INLINE float widen_half(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = (uint32_t)(half & 0x7fff) << 13;
     uint32_t subnormal = bits_of(float_of(magnitude + 0x38800000) - 0x1p-14f);
     uint32_t bits = magnitude < 0x400 << 13 ? subnormal : magnitude + (magnitude < 0x7c00 << 13 ? 0x38000000 : 0x70000000);
     return float_of(bits | sign);
 }
 
-static inline __attribute__((always_inline)) float value(const void *x, int64_t at, int type) {
+INLINE float value(const void *x, int64_t at, int type) {
     if (type == FLOAT32) return ((const float *)x)[at];
     uint16_t half = ((const uint16_t *)x)[at];
     return type == BFLOAT16 ? float_of((uint32_t)half << 16) : widen_half(half);
 }
 
-#define INLINE static inline __attribute__((always_inline))
-
 /* Of `count` numbers, or of `most` if that is larger: magnitudes sort like their bits, in every type; NaN is beyond infinity. */
-INLINE int32_t largest_of(const void *x, int64_t count, int type, int32_t most) {
+INLINE int32_t largest_of(const void *x, int64_t count, const int type, int32_t most) {
     if (type == FLOAT32) {
         for (int64_t f = 0; f < count; f++) {
             int32_t magnitude = ((const int32_t *)x)[f] & 0x7fffffff;
@@ -68,8 +73,8 @@ typedef struct {
 
 /* `count` numbers to levels, whose digits are `apart` from each other. If `quick`, x / scale is correctly rounded by one
  * correction of x times 1 / scale (Markstein): so it is for every x and absmax of 16 bits, which tests/test_native.py tries. */
-INLINE void quantize_numbers(const void *x, int8_t *levels, int count, int type, int digits, int64_t apart, const int quick,
-                             rounding r) {
+INLINE void quantize_numbers(const void *x, int8_t *levels, const int count, const int type, const int digits, int64_t apart,
+                             const int quick, rounding r) {
     for (int f = 0; f < count; f++) {
         float v = value(x, f, type), y;
         if (quick) {
@@ -109,6 +114,7 @@ INLINE void quantize_row(const char *x, int8_t *levels, int64_t features, int64_
     if (features < STEP) quantize_numbers(x, levels, (int)features, type, digits, apart, quick, r);
 }
 
+/* Scales of all rows come first: a row's takes long to be known, but does not depend on the others. */
 INLINE void quantize_rows_of(const tokens *p, int64_t first, int64_t end, const int type, const int digits) {
     const int64_t size = type == FLOAT32 ? 4 : 2, features = p->features;
     const float tiny = 0x1p-126f, huge = 0x1.fffffep127f;
@@ -146,16 +152,20 @@ INLINE void quantize_rows_of(const tokens *p, int64_t first, int64_t end, const 
 }
 
 EVERY_PROCESSOR static void quantize_rows(const tokens *p, int64_t row, int64_t end) {
+#define CASE(type, digits) \
+    case 3 * type + digits: \
+        quantize_rows_of(p, row, end, type, digits); \
+        return
     switch (3 * p->type + p->digits) {
-    case 3 * FLOAT32 + 1: quantize_rows_of(p, row, end, FLOAT32, 1); break;
-    case 3 * FLOAT32 + 2: quantize_rows_of(p, row, end, FLOAT32, 2); break;
-    case 3 * FLOAT32 + 3: quantize_rows_of(p, row, end, FLOAT32, 3); break;
-    case 3 * BFLOAT16 + 1: quantize_rows_of(p, row, end, BFLOAT16, 1); break;
-    case 3 * BFLOAT16 + 2: quantize_rows_of(p, row, end, BFLOAT16, 2); break;
-    case 3 * BFLOAT16 + 3: quantize_rows_of(p, row, end, BFLOAT16, 3); break;
-    case 3 * FLOAT16 + 1: quantize_rows_of(p, row, end, FLOAT16, 1); break;
-    case 3 * FLOAT16 + 2: quantize_rows_of(p, row, end, FLOAT16, 2); break;
-    default: quantize_rows_of(p, row, end, FLOAT16, 3);
+        CASE(FLOAT32, 1);
+        CASE(FLOAT32, 2);
+        CASE(FLOAT32, 3);
+        CASE(BFLOAT16, 1);
+        CASE(BFLOAT16, 2);
+        CASE(BFLOAT16, 3);
+        CASE(FLOAT16, 1);
+        CASE(FLOAT16, 2);
+        CASE(FLOAT16, 3);
     }
 }
 
@@ -169,15 +179,14 @@ static void worker(void *argument) {
 }
 
 /* int8 levels [digits][rows][features], the highest of 1 to 3 digits first, and float32 scale [rows], of x
- * [batch][heads][tokens][features] of float32, bfloat16 or float16; features lie side by side, strides are in elements. */
-void fp4dit_tokens(const void *x, int8_t *levels, float *scale, int64_t batch, int64_t heads, int64_t tokens_, int64_t features,
+ * [batch][heads][count][features] of float32, bfloat16 or float16; features lie side by side, strides are in elements. */
+void fp4dit_tokens(const void *x, int8_t *levels, float *scale, int64_t batch, int64_t heads, int64_t count, int64_t features,
                    int64_t batch_stride, int64_t head_stride, int64_t token_stride, int32_t type, int32_t mantissa_bits,
                    int32_t digits, float largest, parallel_function parallel, int32_t threads) {
-    tokens p = {.x = x, .heads = heads, .tokens = tokens_, .features = features, .batch_stride = batch_stride,
+    int64_t fit = NUMBERS_AT_ONCE / (features + 1) + 1;
+    tokens p = {.x = x, .heads = heads, .tokens = count, .features = features, .batch_stride = batch_stride,
                 .head_stride = head_stride, .token_stride = token_stride, .levels = levels, .scale = scale,
-                .rows = batch * heads * tokens_, .type = type,
+                .rows = batch * heads * count, .at_once = fit < ROWS_AT_ONCE ? fit : ROWS_AT_ONCE, .type = type,
                 .mantissa_bits = mantissa_bits, .digits = digits, .largest = largest};
-    p.at_once = NUMBERS_AT_ONCE / (features + 1) + 1;
-    p.at_once = p.at_once > ROWS_AT_ONCE ? ROWS_AT_ONCE : p.at_once;
     run_on_threads(worker, &p, parallel, threads, p.rows * features / 32768 + 1);
 }
