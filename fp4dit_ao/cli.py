@@ -205,7 +205,7 @@ def benchmark(
     size: Annotated[
         str,
         typer.Option(
-            help="Of what is not chosen: 'quick' (minutes), 'standard' (40 minutes on two cores with every peer) or 'full' (longer)."
+            help="Of what is not chosen: 'quick' (minutes), 'standard' (40 minutes on two cores, all peers) or 'full' (longer)."
         ),
     ] = "standard",
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated together.")] = 4,
