@@ -49,7 +49,9 @@ def kernel():
 
 
 def run(kernel, p: dict, **more) -> torch.Tensor:
-    on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in p.items()}
+    on_device = {
+        k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in p.items() if k != "digits"
+    }  # has one
     on_device["weight"] = on_device.pop("qdata")
     return kernel.run(**on_device, **more).cpu()
 
