@@ -49,9 +49,8 @@ def kernel():
 
 
 def run(kernel, p: dict, **more) -> torch.Tensor:
-    on_device = {
-        k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in p.items() if k != "digits"
-    }  # has one
+    of_one_digit = {name: value for name, value in p.items() if name != "digits"}  # the kernel knows no other
+    on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in of_one_digit.items()}
     on_device["weight"] = on_device.pop("qdata")
     return kernel.run(**on_device, **more).cpu()
 
