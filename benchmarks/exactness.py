@@ -17,17 +17,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from fp4dit_ao import (
-    FP4DiTQuantizer,
-    MinifloatTensor,
-    QuantConfig,
-    _compat,
-    capture,
-    collect_samples,
-    lower,
-)
+from fp4dit_ao import FP4DiTQuantizer, MinifloatTensor, QuantConfig, _compat, capture, collect_samples, lower
 from fp4dit_ao.benchmark.exact import error, token_wise
-from fp4dit_ao.environment import environment
+from fp4dit_ao.evaluation.environment import environment
 
 _LINEAR = torch.ops.aten.linear.default
 

@@ -21,12 +21,14 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from fp4dit_ao import QuantConfig, QuantizedTransformer, capture, lower, quantizer_for, samples, skeleton
-from fp4dit_ao.capture import bind
-from fp4dit_ao.environment import environment, one_line
-from fp4dit_ao.evaluate import markdown_table, write_text
+from fp4dit_ao import QuantConfig, QuantizedTransformer, capture, lower, quantizer_for
+from fp4dit_ao.checkpoint import graph_rebuilding
+from fp4dit_ao.evaluation.environment import environment, one_line
+from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
 from fp4dit_ao.families import example_inputs
-from fp4dit_ao.inputs import Size
+from fp4dit_ao.families.sample_inputs import Size
+from fp4dit_ao.graph_capture import sample_description
+from fp4dit_ao.graph_capture.capturing import bind
 
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 64}
 
@@ -120,8 +122,10 @@ def quantize(model: nn.Module, graph: GraphModule, recipe: str = "w4a6") -> Quan
     quantizer = quantizer_for(model, recipe)
     prepared = prepare_pt2e(copy.deepcopy(graph), quantizer)
     lowered = lower(convert_pt2e(prepared, fold_quantize=False))
-    decisions = skeleton.resolve(quantizer.decisions.values(), lowered)
-    return QuantizedTransformer(lowered, model, samples.describe(bind(model, example_inputs(model))), decisions)
+    decisions = graph_rebuilding.resolve(quantizer.decisions.values(), lowered)
+    return QuantizedTransformer(
+        lowered, model, sample_description.describe(bind(model, example_inputs(model))), decisions
+    )
 
 
 @torch.no_grad()

@@ -16,10 +16,12 @@ import typer
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fp4dit_ao import models, picture, reference
-from fp4dit_ao.evaluate import generate
+from fp4dit_ao import reference
+from fp4dit_ao.diffusers_integration import named_models
+from fp4dit_ao.evaluation import plots
+from fp4dit_ao.evaluation.fidelity import generate
 from fp4dit_ao.formats import FloatFormat
-from fp4dit_ao.passes.rounding import SHIFT, STRETCH
+from fp4dit_ao.passes.reconstruction.rounding.adaround import SHIFT, STRETCH
 from fp4dit_ao.reference.statistics import KINDS, kind_of
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
@@ -65,12 +67,12 @@ class Recorder:
 
 def formats() -> Any:
     """Figure 1: INT4 (= E1M2) is uniform; levels crowd toward zero as exponent bits grow."""
-    return picture.number_lines(["int4", "e1m2", "e2m1", "e3m0", "int6", "e2m3", "e3m2"])
+    return plots.number_lines(["int4", "e1m2", "e2m1", "e3m0", "int6", "e2m3", "e3m2"])
 
 
 def gelu(before: NDArray[np.float32]) -> Any:
     """Figure 2: the distribution of GELU's inputs, GELU, and its derivative."""
-    canvas, axes = picture.figure(8, 3, 1, 2)
+    canvas, axes = plots.figure(8, 3, 1, 2)
     left, right = axes.flat
     limit = float(np.quantile(np.abs(before), 0.999))
     left.hist(before, bins=np.linspace(-limit, limit, 121), density=True)
@@ -101,7 +103,7 @@ def gates(fmt: FloatFormat) -> Any:
         f"plain AdaRound on {str(fmt).upper()}": (steps, lambda step: gate(alpha)),
         f"scale-aware on {str(fmt).upper()}": (steps, lambda step: gate(alpha / step)),
     }
-    canvas, axes = picture.figure(10, 5, 2, 3, sharex=True)
+    canvas, axes = plots.figure(10, 5, 2, 3, sharex=True)
     for column, (title, (own, curve)) in enumerate(variants.items()):
         top, below = axes[:, column]
         for step in own:
@@ -122,7 +124,7 @@ def tokens(recorder: Recorder, timesteps: list[int]) -> Any:
     """Figure 4: within a layer tokens differ, so one range per tensor fails; over the steps the ranges move."""
     kinds = [kind for kind in KINDS.values() if kind in recorder.maxima and ("attention" in kind or "feed" in kind)]
     rows = -(-len(kinds) // 3)
-    canvas, axes = picture.figure(10.5, 2.4 * rows, rows, 3)
+    canvas, axes = plots.figure(10.5, 2.4 * rows, rows, 3)
     for ax in axes.flat[len(kinds) :]:
         ax.set_visible(False)
     for ax, kind in zip(axes.flat, kinds, strict=False):
@@ -142,7 +144,7 @@ def tokens(recorder: Recorder, timesteps: list[int]) -> Any:
 
 def summary(recorder: Recorder) -> str:
     """The same in numbers: within a step, the 99th percentile over the median; over the steps, how far the median moves."""
-    from fp4dit_ao.evaluate import markdown_table
+    from fp4dit_ao.evaluation.fidelity import markdown_table
 
     rows = []
     for kind in KINDS.values():
@@ -163,10 +165,10 @@ def main(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts whose activations are looked at.")] = 8,
 ) -> None:
     """Draw the figures and print the token statistics."""
-    pipe = models.open_pipeline(models.REFERENCE, "cpu")
+    pipe = named_models.open_pipeline(named_models.REFERENCE, "cpu")
     steps = int(reference.generation()["num_inference_steps"])
     recorder = Recorder(pipe.transformer, steps)
-    texts = models.default_prompts(models.REFERENCE, prompts)
+    texts = named_models.default_prompts(named_models.REFERENCE, prompts)
     generate(pipe, texts, [0], batch_size=prompts, num_inference_steps=steps)
     recorder.remove()
     timesteps = [int(t) for t in pipe.scheduler.timesteps]
@@ -177,7 +179,7 @@ def main(
         "tokens": tokens(recorder, timesteps),
     }
     for name, drawn in figures.items():
-        picture.save(drawn, out / f"{name}.png")
+        plots.save(drawn, out / f"{name}.png")
     print(summary(recorder))
     print(f"pictures: {out}")
 

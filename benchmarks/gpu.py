@@ -27,11 +27,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from fp4dit_ao import FloatFormat, MinifloatTensor, unpack_weights
 from fp4dit_ao.benchmark.memory import weight_bytes
 from fp4dit_ao.benchmark.transformers import PIXART_XL, quantized, random_model, sample
-from fp4dit_ao.environment import environment, one_line
-from fp4dit_ao.evaluate import markdown_table, write_text
-from fp4dit_ao.kernels import native
-from fp4dit_ao.kernels.tokens import quantize_tokens
-from fp4dit_ao.unpacked import LevelTensor
+from fp4dit_ao.evaluation.environment import environment, one_line
+from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
+from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels.token_quantization import quantize_tokens
+from fp4dit_ao.tensors.levels import LevelTensor
 
 SHAPES = {
     "FLUX": [(3072, 3072), (12288, 3072), (3072, 12288)],
@@ -61,7 +61,7 @@ def variants(rows: int, features: int, depth: int, device: str) -> dict[str, Var
     out = torch.bfloat16
 
     def packed_fp8() -> Tensor:
-        from fp4dit_ao.kernels import triton_linear
+        from fp4dit_ao.kernels.cuda import triton_linear
 
         return triton_linear.run(eights, token_scale, packed.qdata, packed.scale, table, None, out)
 

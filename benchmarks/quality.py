@@ -22,10 +22,11 @@ import torch
 import typer
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from fp4dit_ao import AdaRoundConfig, QuantConfig, collect_samples, models, quantize_pipeline, reference
+from fp4dit_ao import AdaRoundConfig, QuantConfig, collect_samples, quantize_pipeline, reference
 from fp4dit_ao.config import RECIPES
-from fp4dit_ao.evaluate import Comparison, Evaluation, Fidelity, timed_generate, write_text
-from fp4dit_ao.metrics import Images
+from fp4dit_ao.diffusers_integration import named_models
+from fp4dit_ao.evaluation.fidelity import Comparison, Evaluation, Fidelity, timed_generate, write_text
+from fp4dit_ao.evaluation.metrics import Images
 
 Rounding = Literal["nearest", "plain", "scale-aware"]
 
@@ -111,7 +112,7 @@ class Run:
         self.work, self.batch_size, self.compile = work, batch_size, compile
         self.seeds, self.iters, self.samples = range(seeds), iters, samples
         self.call: dict[str, Any] = {"num_inference_steps": steps}
-        self.indices = models.reference_indices(prompts)
+        self.indices = named_models.reference_indices(prompts)
         self.texts = [reference.prompts()[index] for index in self.indices]
         weights = reference.path() / "transformer" / "diffusion_pytorch_model.safetensors"
         self.settings: dict[str, Any] = {
@@ -127,7 +128,7 @@ class Run:
                 )
         else:
             write_text(work / "settings.json", json.dumps(stamp, indent=1))
-        self.pipe = models.open_pipeline(models.REFERENCE, "cpu")
+        self.pipe = named_models.open_pipeline(named_models.REFERENCE, "cpu")
         self.given = [
             f"--prompts={prompts}", f"--seeds={seeds}", f"--steps={steps}", f"--iters={iters}", f"--samples={samples}",
             f"--batch-size={batch_size}", f"--work={work}", "--compile" if compile else "--no-compile",
@@ -186,7 +187,7 @@ class Run:
             pipe, self.texts, self.seeds, batch_size=batch_size, progress=row.label, **self.call
         )
         np.savez_compressed(self.work / f"{key}.npz", images=images)
-        size, bits = models.size_at_16_bits(self.pipe.transformer if row.config is None else pipe.transformer)
+        size, bits = named_models.size_at_16_bits(self.pipe.transformer if row.config is None else pipe.transformer)
         notes = {"bits / weight": f"{bits:.2f}", "MB": f"{size / 1e6:.1f}"}
         notes["quantize, s"] = "" if row.config is None else f"{prepared:.0f}"
         fidelity = Fidelity.of(row.label, images, self.originals(images, key), self.indices, seconds, notes)

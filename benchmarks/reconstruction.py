@@ -27,21 +27,13 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks.eager_reconstruction import EagerLoop
-from fp4dit_ao import (
-    AdaRoundConfig,
-    FP4DiTQuantizer,
-    QuantConfig,
-    capture,
-    collect_samples,
-    reconstruct,
-    reference,
-)
+from fp4dit_ao import AdaRoundConfig, FP4DiTQuantizer, QuantConfig, capture, collect_samples, reconstruct, reference
 from fp4dit_ao.benchmark import memory
-from fp4dit_ao.environment import environment, one_line
-from fp4dit_ao.evaluate import markdown_table, write_text
+from fp4dit_ao.evaluation.environment import environment, one_line
+from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
 from fp4dit_ao.observers import WeightObserver
-from fp4dit_ao.passes import reconstruct as reconstruct_pass
 from fp4dit_ao.passes.partition import weight_observers
+from fp4dit_ao.passes.reconstruction import engine as reconstruct_pass
 
 BLOCK = "transformer_blocks.0"
 VARIANTS = {"eager loop": None, "reconstruct": False, "reconstruct, compiled": True}

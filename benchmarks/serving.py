@@ -28,9 +28,10 @@ import httpx2
 import typer
 from tqdm import tqdm
 
-from fp4dit_ao import models, quantize_pipeline, reference
-from fp4dit_ao.environment import environment, one_line
-from fp4dit_ao.evaluate import markdown_table, write_text
+from fp4dit_ao import quantize_pipeline, reference
+from fp4dit_ao.diffusers_integration import named_models
+from fp4dit_ao.evaluation.environment import environment, one_line
+from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
 
 READY_SECONDS = 3600
 """Compiling takes a minute on two idle cores, and many on busy ones."""
@@ -42,7 +43,16 @@ Results = dict[str, dict[int, list[dict[str, Any]]]]
 @contextmanager
 def server(model: str, *options: str) -> Iterator[httpx2.Client]:
     """``fp4dit-ao serve model``, which may still warm up; it is told to end, and must do so well."""
-    command = [sys.executable, "-c", "from fp4dit_ao.cli import main; main()", "serve", model, "--port", "0", *options]
+    command = [
+        sys.executable,
+        "-c",
+        "from fp4dit_ao.cli.app import main; main()",
+        "serve",
+        model,
+        "--port",
+        "0",
+        *options,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     said: list[str] = []
@@ -173,13 +183,13 @@ def main(
     """Measure and print; writes ``serving.json``."""
     numbers = [int(text) for text in clients.split(",")]
     known = reference.prompts()
-    pipe = models.open_pipeline(models.REFERENCE, "cpu")
+    pipe = named_models.open_pipeline(named_models.REFERENCE, "cpu")
     quantized = quantize_pipeline(pipe, recipe, prompts=known[:4], rounding="nearest", progress=False)
     options = ["--device", "cpu", "--max-batch", str(max_batch), "--timeout", str(READY_SECONDS)]
     options.append("--compile" if compile else "--no-compile")
     with tempfile.TemporaryDirectory() as folder:
         quantized.save_pretrained(f"{folder}/quantized")
-        servers = {"unquantized": models.REFERENCE, recipe: f"{folder}/quantized"}
+        servers = {"unquantized": named_models.REFERENCE, recipe: f"{folder}/quantized"}
         results = measure(servers, options, numbers, requests, rounds, steps, known, seconds)
     print(table(results))
     settings = {

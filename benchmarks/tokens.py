@@ -14,9 +14,10 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from fp4dit_ao.environment import one_line
-from fp4dit_ao.evaluate import markdown_table
-from fp4dit_ao.kernels import native, tokens
+from fp4dit_ao.evaluation.environment import one_line
+from fp4dit_ao.evaluation.fidelity import markdown_table
+from fp4dit_ao.kernels import token_quantization
+from fp4dit_ao.kernels.cpu import native
 
 
 def modulated(x: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def main(
         x = torch.randn(count, features, generator=torch.Generator().manual_seed(0)).bfloat16()
         ways = {
             "alone": torch.compile(before, dynamic=True),
-            "fused": torch.compile(lambda x, before=before: tokens._quantize(before(x), fmt), dynamic=True),
+            "fused": torch.compile(lambda x, before=before: token_quantization._quantize(before(x), fmt), dynamic=True),
             "loop": torch.compile(
                 lambda x, before=before: torch.ops.fp4dit_ao.int8_tokens(before(x), fmt), dynamic=True
             ),

@@ -1,9 +1,7 @@
 """FP4DiT: floating-point post-training quantization of diffusion transformers, in PyTorch's export flow (PT2E)."""
 
 import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fp4dit_ao._registration import register
@@ -18,56 +16,54 @@ if (_checkout / "pyproject.toml").exists() and (_checkout / "passes").is_dir():
 _HOME = {
     "FloatFormat": "formats",
     "QuantConfig": "config",
+    "AdaRoundConfig": "config",
     "w4a6": "config",
     "w4a8": "config",
     "w4a6_auto": "config",
     "FP4DiTQuantizer": "quantizer",
-    "AdaRoundConfig": "passes.reconstruct",
-    "reconstruct": "passes.reconstruct",
-    "lower": "passes.lower",
-    "compile_blocks": "compilation",
-    "unpack_weights": "passes.unpack",
-    "capture": "capture",
+    "reconstruct": "passes.reconstruction",
+    "lower": "passes.lowering",
+    "compile_blocks": "passes.compilation",
+    "unpack_weights": "passes.weight_unpacking",
+    "capture": "graph_capture.capturing",
     "quantizer_for": "families",
     "example_inputs": "families",
     "calibrate": "calibration",
     "collect_samples": "calibration",
-    "quantize_pipeline": "pipeline",
-    "load_pipeline": "pipeline",
-    "MinifloatTensor": "tensor",
-    "QuantizedTransformer": "quantized_transformer",
-    "quantize_modules": "modules",
-    "FP4DiTConfig": "diffusers_quantizer",
-    "export_single_file": "single_file",
-    "read_single_file": "single_file",
+    "quantize_pipeline": "diffusers_integration.pipeline",
+    "load_pipeline": "diffusers_integration.pipeline",
+    "MinifloatTensor": "tensors.minifloat",
+    "QuantizedTransformer": "diffusers_integration.graph_form",
+    "quantize_modules": "diffusers_integration.module_form",
+    "FP4DiTConfig": "diffusers_integration.hf_quantizer",
+    "export_single_file": "checkpoint.single_file",
+    "read_single_file": "checkpoint.single_file",
 }
-"""Where each public name lives; loaded on first use, so that importing the package stays quick."""
+"""Module of each public name, imported on first use, so that importing the package stays quick."""
 
 __all__ = [*_HOME]
 
 if TYPE_CHECKING:
     from fp4dit_ao.calibration import calibrate, collect_samples
-    from fp4dit_ao.capture import capture
-    from fp4dit_ao.compilation import compile_blocks
-    from fp4dit_ao.config import QuantConfig, w4a6, w4a6_auto, w4a8
-    from fp4dit_ao.diffusers_quantizer import FP4DiTConfig
+    from fp4dit_ao.checkpoint.single_file import export_single_file, read_single_file
+    from fp4dit_ao.config import AdaRoundConfig, QuantConfig, w4a6, w4a6_auto, w4a8
+    from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
+    from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig
+    from fp4dit_ao.diffusers_integration.module_form import quantize_modules
+    from fp4dit_ao.diffusers_integration.pipeline import load_pipeline, quantize_pipeline
     from fp4dit_ao.families import example_inputs, quantizer_for
     from fp4dit_ao.formats import FloatFormat
-    from fp4dit_ao.modules import quantize_modules
-    from fp4dit_ao.passes.lower import lower
-    from fp4dit_ao.passes.reconstruct import AdaRoundConfig, reconstruct
-    from fp4dit_ao.passes.unpack import unpack_weights
-    from fp4dit_ao.pipeline import load_pipeline, quantize_pipeline
-    from fp4dit_ao.quantized_transformer import QuantizedTransformer
+    from fp4dit_ao.graph_capture.capturing import capture
+    from fp4dit_ao.passes.compilation import compile_blocks
+    from fp4dit_ao.passes.lowering import lower
+    from fp4dit_ao.passes.reconstruction import reconstruct
+    from fp4dit_ao.passes.weight_unpacking import unpack_weights
     from fp4dit_ao.quantizer import FP4DiTQuantizer
-    from fp4dit_ao.single_file import export_single_file, read_single_file
-    from fp4dit_ao.tensor import MinifloatTensor
+    from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
 
 def __getattr__(name: str) -> object:
-    if (
-        name == "ModelMixin"
-    ):  # saved pipelines name fp4dit_ao.QuantizedTransformer; diffusers looks for its base beside it
+    if name == "ModelMixin":  # diffusers looks beside fp4dit_ao.QuantizedTransformer for its base class
         return importlib.import_module("diffusers").ModelMixin
     if name not in _HOME:
         raise AttributeError(f"module 'fp4dit_ao' has no attribute {name!r}")
@@ -79,14 +75,5 @@ def __getattr__(name: str) -> object:
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
 
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: object) -> None:
-        # the import system binds a submodule to its name here; capture() shares that of its module, and comes first
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 register()

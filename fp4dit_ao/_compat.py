@@ -122,8 +122,8 @@ def without_guards(exported: ExportedProgram) -> ExportedProgram:
 def size_relations(exported: ExportedProgram) -> list[str]:
     """Equalities between the sizes of ``exported``'s inputs that its graph relies on, in the names that the sizes have there.
 
-    Such as that of a mask's batch and the batch, which a view hides; see :mod:`fp4dit_ao.sizes`. Inequalities are left out:
-    most are accidents of the example (an image that was not square, …).
+    Such as that of a mask's batch and the batch, which a view hides; see ``deploy.size_expressions``. Inequalities are left
+    out: most are accidents of the example (an image that was not square, …).
     """
     inputs = (node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder")
     sizes: Iterator[Any] = (size for x in inputs if isinstance(x, Tensor) for size in x.shape)

@@ -12,7 +12,7 @@ from typing import Any
 METHOD = "fp4dit_ao"
 """The name of this way of quantizing, in a config and in diffusers' tables."""
 _TABLES = "diffusers.quantizers.auto"
-_ADDS = "fp4dit_ao.diffusers_quantizer"
+_ADDS = "fp4dit_ao.diffusers_integration.hf_quantizer"
 """The module that adds itself to the tables when it is imported."""
 
 

@@ -28,7 +28,7 @@ from fp4dit_ao.observers import (
     TokenActivationObserver,
     WeightObserver,
 )
-from fp4dit_ao.split import part_name, split_linears, whole_name
+from fp4dit_ao.passes.transforms.split_inputs import part_name, split_linears, whole_name
 
 ANNOTATION = "quantization_annotation"
 _ATEN = torch.ops.aten

@@ -11,7 +11,7 @@ from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, Per
 from fp4dit_ao.formats import NumberFormat, parse
 from fp4dit_ao.observers.activation import ActivationObserver
 from fp4dit_ao.observers.base import FloatObserver, add_buffer, refuse_non_finite, replace_observer
-from fp4dit_ao.observers.range_search import SEARCHES
+from fp4dit_ao.observers.scale_search import SEARCHES
 from fp4dit_ao.ops import dequantize, quantize
 
 _OPS = torch.ops.fp4dit_ao

@@ -20,7 +20,7 @@ from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 from torchao.quantization import quantize_
 
 from fp4dit_ao import MinifloatTensor, _compat
-from fp4dit_ao.sizes import evaluate, readable
+from fp4dit_ao.deploy.size_expressions import evaluate, readable
 
 
 class Model(nn.Module):

@@ -31,7 +31,7 @@ import typer
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
-from fp4dit_ao.cli import app
+from fp4dit_ao.cli.app import app
 from tests.conftest import ROOT
 from tests.test_diffusers import Hub
 from tests.tiny import CALL, tiny_pipeline
@@ -159,7 +159,7 @@ class Shell:
                 raise AssertionError("nothing runs this command; teach Shell, or say in ELSEWHERE who does")
 
     def serve(self, arguments: list[str]) -> None:
-        command = [sys.executable, "-c", "from fp4dit_ao.cli import main; main()", "serve", *arguments]
+        command = [sys.executable, "-c", "from fp4dit_ao.cli.app import main; main()", "serve", *arguments]
         server = subprocess.Popen(command)
         self.ended.callback(self.end, server)
         ready, began = f"http://localhost:{self.port}/health/ready", time.monotonic()

@@ -154,8 +154,8 @@ class Linear(Workload):
 
     def _product(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
         from fp4dit_ao.formats import parse
-        from fp4dit_ao.kernels import native
-        from fp4dit_ao.kernels.tokens import quantize_tokens
+        from fp4dit_ao.kernels.cpu import native
+        from fp4dit_ao.kernels.token_quantization import quantize_tokens
 
         arguments = []
         for weight, x in pairs:
@@ -174,7 +174,7 @@ def _to_int8(x: Tensor) -> Tensor:
 
 def low_bit(weight: Tensor, recipe: str) -> Any:
     """``weight`` as the recipe's first linear holds it."""
-    from fp4dit_ao.tensor import MinifloatTensor
+    from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
     config = QuantConfig.from_name(recipe)
     fmt = config.weight or config.weight_candidates[0]

@@ -9,8 +9,8 @@ from fp4dit_ao.benchmark.ceilings import Roofline
 from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.sections import BASE, CALL_SIZE
 from fp4dit_ao.benchmark.turns import Measured
-from fp4dit_ao.environment import describe
-from fp4dit_ao.evaluate import markdown_table
+from fp4dit_ao.evaluation.environment import describe
+from fp4dit_ao.evaluation.fidelity import markdown_table
 
 _FAILED = "failed"
 

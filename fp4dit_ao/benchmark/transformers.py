@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fp4dit_ao import models
 from fp4dit_ao.benchmark import exact, memory
 from fp4dit_ao.benchmark.peers import PEERS, quantizable
 from fp4dit_ao.benchmark.variants import Variant
 from fp4dit_ao.benchmark.worker import Workload, timed
+from fp4dit_ao.diffusers_integration import named_models
 
 TEXT_TOKENS = 300
 PIXART_XL: dict[str, Any] = {
@@ -81,12 +81,13 @@ def quantized(model: nn.Module, given: dict[str, Any], recipe: str) -> Any:
     """A ``QuantizedTransformer``, rounded to nearest: what a step costs does not depend on how weights were rounded."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    from fp4dit_ao import samples, skeleton
     from fp4dit_ao.calibration import calibrate
-    from fp4dit_ao.capture import bind, capture
+    from fp4dit_ao.checkpoint import graph_rebuilding
+    from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
     from fp4dit_ao.families import quantizer_for, recipe_for
-    from fp4dit_ao.passes.lower import lower
-    from fp4dit_ao.quantized_transformer import QuantizedTransformer
+    from fp4dit_ao.graph_capture import sample_description
+    from fp4dit_ao.graph_capture.capturing import bind, capture
+    from fp4dit_ao.passes.lowering import lower
 
     config = recipe_for(model, recipe)
     quantizer = quantizer_for(model, recipe)
@@ -94,8 +95,8 @@ def quantized(model: nn.Module, given: dict[str, Any], recipe: str) -> Any:
     if config.weight_candidates or config.activation_granularity == "tensor":
         calibrate(prepared, [given], progress=False)
     graph = lower(convert_pt2e(prepared))
-    decisions = skeleton.resolve(quantizer.decisions.values(), graph)
-    return QuantizedTransformer(graph, model, samples.describe(bind(model, given)), decisions, config)
+    decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
+    return QuantizedTransformer(graph, model, sample_description.describe(bind(model, given)), decisions, config)
 
 
 class GenerationFiles(Workload):
@@ -108,9 +109,9 @@ class GenerationFiles(Workload):
         self.device, self.call = device, call
 
     def prepare(self, **case: Any) -> dict[str, Any]:
-        from fp4dit_ao.pipeline import quantize_pipeline
+        from fp4dit_ao.diffusers_integration.pipeline import quantize_pipeline
 
-        pipe = models.open_pipeline(self.model, self.device).to(torch.bfloat16)
+        pipe = named_models.open_pipeline(self.model, self.device).to(torch.bfloat16)
         for recipe in self.recipes:
             options = {"rounding": "nearest", "samples": 8, "progress": False, **self.call}
             quantize_pipeline(pipe, recipe, prompts=self.prompts, **options).save_pretrained(self.folder / recipe)
@@ -209,7 +210,7 @@ class Step(_Model):
     def load(self, **case: Any) -> dict[str, Any]:
         from diffusers import PixArtTransformer2DModel
 
-        from fp4dit_ao.quantized_transformer import QuantizedTransformer
+        from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 
         cls, name = (
             (QuantizedTransformer, self.variant.method) if self.variant.is_recipe else (PixArtTransformer2DModel, FLOAT)
@@ -233,13 +234,13 @@ class Generation(_Model):
         self.folder, self.name, self.prompts, self.call = Path(folder), model, prompts, call
 
     def load(self, **case: Any) -> dict[str, Any]:
-        from fp4dit_ao.generation import call_arguments
-        from fp4dit_ao.pipeline import load_pipeline
+        from fp4dit_ao.calibration.pipeline_arguments import call_arguments
+        from fp4dit_ao.diffusers_integration.pipeline import load_pipeline
 
         if self.variant.is_recipe:
             pipe = load_pipeline(self.folder / self.variant.method, device=self.device)
         else:
-            pipe = models.open_pipeline(self.name, self.device).to(self.dtype)
+            pipe = named_models.open_pipeline(self.name, self.device).to(self.dtype)
         transformer, facts = ready(pipe.transformer.eval().requires_grad_(False), self.variant)
         object.__setattr__(
             pipe, "transformer", transformer

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4dit_ao.formats import parse
-from fp4dit_ao.kernels import native
-from fp4dit_ao.kernels.tokens import digits, quantize_tokens
+from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels.token_quantization import digits, quantize_tokens
 from fp4dit_ao.ops import LIBRARY, choose_scale, fake_quantize
 
 _LARGEST_HEAD = 256

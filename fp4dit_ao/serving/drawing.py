@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fp4dit_ao.generation import call_arguments
+from fp4dit_ao.calibration.pipeline_arguments import call_arguments
 from fp4dit_ao.serving.engine import Image, Style
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from fp4dit_ao import models
+from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.serving.app import Limits, create_app
 from fp4dit_ao.serving.drawing import Painter
 from fp4dit_ao.serving.engine import Batching, Engine
@@ -42,8 +42,8 @@ def application(model: str, options: Options | None = None) -> tuple[FastAPI, En
         ValueError: it is no text-to-image pipeline, or the options contradict each other.
     """
     options = options or Options()
-    pipe = models.open_pipeline(model, options.device, compile=options.compile, weights=options.weights)
-    if options.compile and not models.is_quantized(model):
+    pipe = named_models.open_pipeline(model, options.device, compile=options.compile, weights=options.weights)
+    if options.compile and not named_models.is_quantized(model):
         pipe.transformer.compile(dynamic=True)
     pipe.set_progress_bar_config(disable=True)
     painter = Painter(pipe, options.batching.max_batch, options.same_bits)

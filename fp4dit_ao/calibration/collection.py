@@ -1,0 +1,253 @@
+"""Calibration data from a pipeline's own denoising trajectories, and the pass that shows them to the observers.
+
+A sample is the keyword arguments of one ``pipe.transformer`` forward, exactly as the pipeline makes it: both halves of
+guidance in one batch where the pipeline batches them, its scheduler's timesteps, its text embeddings.
+"""
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from fp4dit_ao.calibration import sample_cache
+from fp4dit_ao.calibration.observation import device_of
+from fp4dit_ao.calibration.pipeline_arguments import call_arguments
+from fp4dit_ao.calibration.sample_cache import Sample
+from fp4dit_ao.graph_capture.sample_description import tensors
+
+_LABELS = "class_labels"
+"""The argument of class-conditional pipelines that stands where others have prompts."""
+MEMORY_LIMIT = 4 * 2**30
+"""Default ceiling, in bytes, for all samples together."""
+
+
+def collect_samples(
+    pipe: Any,
+    prompts: Sequence[str] | None = None,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    samples: int | None = 128,
+    batch_size: int = 1,
+    cache_dir: str | Path | None = None,
+    memory_limit_bytes: int = MEMORY_LIMIT,
+    progress: bool = True,
+    **call: Any,
+) -> list[Sample]:
+    """Run the pipeline's denoising loop on ``prompts`` and keep the inputs of some of its transformer calls.
+
+    Every timestep is represented equally and prompts take turns, so ``samples`` of them are spread evenly over prompts and
+    timesteps; the choice is deterministic. Each batch of prompts starts from noise of its own seed. Nothing is decoded.
+
+    Args:
+        pipe: a diffusers pipeline with a float transformer.
+        prompts: None if precomputed embeddings are given in ``call`` (``prompt_embeds``, ``prompt_attention_mask``, …; one
+            row a prompt, tensors with one row shared by all), so that the text encoder need not be in memory; or if
+            ``class_labels`` are, as for ``DiTPipeline``.
+        steps: denoising steps; the pipeline's own default if None.
+        samples: how many transformer calls to keep; None keeps all.
+        batch_size: prompts in one call of the pipeline, and so in one sample.
+        cache_dir: keep the samples there, and reuse them when weights, prompts and settings are the same.
+        memory_limit_bytes: ceiling for the samples. If they would exceed it, fewer are kept, evenly spread as before, with a
+            warning; if not even one fits, it is an error. Tensors that several samples share count once.
+        progress: show a progress bar with the time left.
+        call: further arguments of the pipeline (``guidance_scale``, ``height``, …), on top of its ``generation.json``.
+
+    Returns:
+        Keyword arguments of ``pipe.transformer.forward``, on the pipeline's device.
+
+    Raises:
+        ValueError: no transformer, no prompts, an unknown argument, or a limit too small for one sample.
+    """
+    transformer = getattr(pipe, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise ValueError(
+            f"{type(pipe).__name__} has no transformer; calibration needs a diffusion transformer's pipeline"
+        )
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples={samples}; at least one is needed")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; at least one prompt a call is needed")
+    arguments = call_arguments(pipe, **call)
+    if steps is not None:
+        arguments["num_inference_steps"] = steps
+    batches = _batches(pipe, prompts, arguments, batch_size)
+    key = None
+    if cache_dir is not None:
+        settings = {
+            "prompts": prompts,
+            "seed": seed,
+            "samples": samples,
+            "batch": batch_size,
+            "limit": memory_limit_bytes,
+        }
+        key = sample_cache.fingerprint(pipe, settings, arguments)
+        found = sample_cache.load(cache_dir, key, device_of(transformer))
+        if found is not None:
+            return found
+    kept = _collect(pipe, transformer, batches, seed, samples, memory_limit_bytes, progress)
+    if cache_dir is not None and key is not None:
+        sample_cache.save(cache_dir, key, kept)
+    return kept
+
+
+def _batches(pipe: Any, prompts: Sequence[str] | None, arguments: dict[str, Any], size: int) -> list[dict[str, Any]]:
+    """The pipeline's keyword arguments for every batch of prompts."""
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    embeddings = {name: v for name, v in arguments.items() if "prompt" in name and isinstance(v, Tensor) and v.ndim}
+    labels = arguments.get(_LABELS)
+    if not prompts and "prompt_embeds" not in embeddings and not labels:
+        raise ValueError("calibration needs prompts; give a list of them, or prompt_embeds computed beforehand")
+    conditions: Any = prompts or embeddings.get("prompt_embeds", labels)
+    count = len(conditions)
+    batches = []
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        batch = {name: v for name, v in arguments.items() if name not in embeddings} | {"output_type": "latent"}
+        for name, value in embeddings.items():
+            if len(value) not in (1, count):
+                raise ValueError(
+                    f"{name} has {len(value)} rows for {count} prompts; give one row a prompt, or one for all"
+                )
+            batch[name] = value[start:stop] if len(value) == count else value.expand(stop - start, *value.shape[1:])
+        if prompts:
+            batch["prompt"] = list(prompts[start:stop])
+        elif labels:
+            batch[_LABELS] = labels[start:stop]
+        if "negative_prompt_embeds" in embeddings:
+            batch.setdefault("negative_prompt", None)
+        batches.append(batch)
+    return batches
+
+
+class _Enough(Exception):
+    """Ends a trajectory whose remaining calls are not wanted."""
+
+
+class _Recorder:
+    """A forward pre-hook that keeps the inputs of chosen calls; ``wanted`` None keeps them all."""
+
+    def __init__(self, transformer: nn.Module, bar: "tqdm[Any]", wanted: set[int] | None = None):
+        self.names = list(inspect.signature(transformer.forward).parameters)
+        self.bar, self.wanted = bar, wanted
+        self.calls = 0
+        self.kept: dict[int, Sample] = {}
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.wanted is not None and self.calls > max(self.wanted, default=-1):
+            raise _Enough
+        if self.wanted is None or self.calls in self.wanted:
+            sample = dict(zip(self.names, args, strict=False)) | kwargs
+            sample.pop("return_dict", None)
+            # a scheduler or pipeline may overwrite in place what it passed; shared embeddings stay shared
+            self.kept[self.calls] = {
+                name: _own(value) if name == self.names[0] else value for name, value in sample.items()
+            }
+        self.calls += 1
+        self.bar.update()
+
+
+def _own(value: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), value)
+
+
+def _collect(
+    pipe: Any,
+    transformer: nn.Module,
+    batches: list[dict[str, Any]],
+    seed: int,
+    samples: int | None,
+    limit: int,
+    progress: bool,
+) -> list[Sample]:
+    bar = tqdm(desc="calibration data", unit="call", disable=not progress)
+    bar_settings = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+
+    def run(index: int, wanted: set[int] | None) -> _Recorder:
+        recorder = _Recorder(transformer, bar, wanted)
+        hook = transformer.register_forward_pre_hook(recorder, with_kwargs=True)
+        try:
+            # on the CPU, so that the noise does not depend on the device
+            pipe(**batches[index], generator=torch.Generator().manual_seed(seed + index))
+        except _Enough:
+            pass
+        finally:
+            hook.remove()
+        return recorder
+
+    try:
+        with torch.no_grad():
+            first = run(0, {0} if samples == 1 else None)
+            if not first.calls:
+                raise ValueError(f"{type(pipe).__name__} made no transformer call; is num_inference_steps above zero?")
+            wanted = len(batches) * first.calls if samples is None else min(samples, len(batches) * first.calls)
+            wanted = _fit(list(first.kept.values()), wanted, len(batches), limit)
+            chosen = plan(first.calls, len(batches), wanted)
+            bar.total = first.calls + sum(max(calls) + 1 for index, calls in chosen.items() if index)
+            bar.refresh()
+            kept = []
+            for index, calls in sorted(chosen.items()):
+                recorded = first.kept if index == 0 else run(index, set(calls)).kept
+                kept += [recorded[call] for call in calls]
+    finally:
+        bar.close()
+        pipe._progress_bar_config = bar_settings
+    return kept
+
+
+def plan(calls: int, batches: int, samples: int) -> dict[int, list[int]]:
+    """Which transformer calls of which batch of prompts to keep: ``{batch: [call, …]}``, batches without any left out.
+
+    ``samples`` of the ``calls * batches`` cells, every call equally often (±1, the surplus evenly spread), batches in turn.
+    """
+    chosen: dict[int, list[int]] = {}
+    turn = 0
+    for call in range(calls):
+        share = (call + 1) * samples // calls - call * samples // calls
+        for _ in range(share):
+            chosen.setdefault(turn % batches, []).append(call)
+            turn += 1
+    # batches in turn: within one call `share <= batches` of them are distinct
+    return chosen
+
+
+def size_in_bytes(samples: Sequence[Mapping[str, Any]]) -> int:
+    """Bytes of all tensors, those that several samples share counted once."""
+    seen = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for s in samples for _, x in tensors(s)}
+    return sum(seen.values())
+
+
+def _fit(trajectory: list[Sample], wanted: int, batches: int, limit: int) -> int:
+    """How many samples fit into ``limit`` bytes, judging by one trajectory.
+
+    Raises:
+        ValueError: not even one.
+    """
+    one, all_ = size_in_bytes(trajectory[:1]), size_in_bytes(trajectory)
+    each = (all_ - one) // (len(trajectory) - 1) if len(trajectory) > 1 else one
+    shared = max(one - each, 0)
+
+    def total(count: int) -> int:
+        return min(count, batches) * shared + count * each
+
+    if total(1) > limit:
+        raise ValueError(
+            f"one calibration sample takes {one:,} bytes, over memory_limit_bytes={limit:,}; raise the limit"
+        )
+    if total(wanted) <= limit:
+        return wanted
+    low, high = 1, wanted
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if total(middle) <= limit else (low, middle)
+    found = f"{total(wanted):,} bytes exceed memory_limit_bytes={limit:,}"
+    warnings.warn(f"keeping {low} of {wanted} calibration samples: {found}", stacklevel=3)
+    return low

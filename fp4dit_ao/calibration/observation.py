@@ -1,0 +1,57 @@
+"""The pass that shows calibration samples to the observers of a prepared graph."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from fp4dit_ao.graph_capture.capturing import bind
+from fp4dit_ao.graph_capture.sample_description import tensors
+from fp4dit_ao.observers import set_fake_quantize
+
+
+def calibrate(prepared: GraphModule, samples: Sequence[Mapping[str, Any]], progress: bool = True) -> None:
+    """Show ``samples`` to the observers of a graph that ``prepare_pt2e`` returned.
+
+    Args:
+        prepared: the prepared graph; its observers are put into observing mode.
+        samples: keyword arguments of ``forward``, as :func:`collect_samples` returns; moved to the graph's device.
+        progress: show a progress bar with the time left.
+
+    Raises:
+        ValueError: no samples; a key that ``forward`` does not take or that is missing; NaN or Inf.
+    """
+    if isinstance(samples, Mapping):
+        raise ValueError("samples must be a list of dicts, one a forward call; found a single dict")
+    if not samples:
+        raise ValueError("calibration needs at least one sample; see collect_samples(pipe, prompts)")
+    for index, sample in enumerate(samples):
+        check_finite(sample, index)
+    device = device_of(prepared)
+    set_fake_quantize(prepared, weight=False, activation=False)
+    with torch.no_grad():
+        for index, sample in enumerate(tqdm(samples, desc="calibration", unit="sample", disable=not progress)):
+            try:
+                arguments = bind(prepared, sample)
+            except ValueError as error:
+                raise ValueError(f"calibration sample {index}: {error}") from error
+            prepared(**pytree.tree_map_only(Tensor, lambda x: x.to(device), arguments))
+
+
+def check_finite(sample: Mapping[str, Any], index: int) -> None:
+    """Raise ``ValueError`` if a tensor of ``sample`` (the ``index``-th) holds NaN or Inf."""
+    for name, x in tensors(sample):
+        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            bad = int((~torch.isfinite(x)).sum())
+            raise ValueError(
+                f"calibration sample {index}: {name} of shape {tuple(x.shape)} holds {bad} NaN or Inf of {x.numel()} values; "
+                "run the pipeline in a wider type, such as torch.bfloat16 instead of torch.float16"
+            )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))

@@ -1,0 +1,1 @@
+"""Quantized transformers on disk."""

@@ -1,0 +1,153 @@
+"""What ``config.json`` says of a quantized transformer besides the model's own config: its ``quantization_config``."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4dit_ao._registration import METHOD
+from fp4dit_ao.checkpoint.tensor_files import Entry
+from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.quantizer import Decision
+
+FORMAT_VERSION = 2
+"""2: a checksum for every tensor and for the config; shards. (1 was never released.)"""
+_PACKAGES = ("fp4dit-ao", "torch", "torchao", "diffusers")
+
+
+@dataclass
+class Record:
+    """How a transformer was quantized, and what its files must hold.
+
+    Attributes:
+        decisions: for every linear and attention, as ``skeleton.resolve`` left them.
+        dtype: of what is not quantized.
+        recipe: that was asked for.
+        source: name or path of the float model.
+        sample: description of the sample that its graph is captured with (``samples.describe``); None if nobody knows one.
+        parts: input features of the parts of every linear that was split, by its name.
+        versions: of the packages that wrote it.
+        model: the model's config, class name included.
+        tensors: what is stored, by name.
+        constants: tensors that only a graph of the model has, kept by the module form for when it is saved.
+    """
+
+    decisions: list[Decision]
+    dtype: torch.dtype
+    recipe: QuantConfig | None = None
+    source: str | None = None
+    sample: Any = None
+    parts: dict[str, list[int]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: {name: metadata.version(name) for name in _PACKAGES})
+    model: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Entry] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``quantization_config``."""
+        configs: list[QuantConfig] = []
+        layers = []
+        for decision in self.decisions:
+            if decision.config is not None and decision.config not in configs:
+                configs.append(decision.config)
+            index = None if decision.config is None else configs.index(decision.config)
+            layers.append({"name": decision.name, "kind": decision.kind, "config": index, "reason": decision.reason})
+        data = {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "recipe": dataclasses.asdict(self.recipe) if self.recipe else None,
+            "source": self.source,
+            "versions": self.versions,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "sample": self.sample,
+            "configs": [dataclasses.asdict(config) for config in configs],
+            "layers": layers,
+            "parts": self.parts,
+            "model": self.model,
+            "tensors": {name: dataclasses.asdict(entry) for name, entry in self.tensors.items()},
+        }
+        data = json.loads(json.dumps(data))
+        return data | {"sha256": digest(data)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any], where: str) -> "Record":
+        """The inverse of :meth:`to_json`.
+
+        Args:
+            data: a ``quantization_config``.
+            where: it was found, for messages.
+
+        Raises:
+            ValueError: of another method or format version, altered, or damaged.
+        """
+        method, version = data.get("quant_method"), data.get("format_version")
+        if method != METHOD:
+            raise ValueError(f"{where} was quantized by {method}, not by {METHOD}; load it with diffusers")
+        if version != FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            remedy = "update fp4dit_ao" if newer else "quantize the model again, with this version"
+            raise ValueError(f"{where} has format version {version}, this fp4dit_ao reads {FORMAT_VERSION}; {remedy}")
+        try:
+            intact = digest({k: v for k, v in data.items() if k != "sha256"}) == data["sha256"]
+        except (KeyError, TypeError, ValueError, RecursionError):
+            intact = False
+        if not intact:
+            raise ValueError(
+                f"{where} was altered since it was saved: its SHA-256 is not the recorded one; copy it again"
+            )
+        try:
+            configs = [QuantConfig.from_dict(config) for config in data["configs"]]
+            dtype = getattr(torch, data["dtype"])
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{data['dtype']} is no dtype")
+            return Record(
+                decisions=[_decision(layer, configs) for layer in data["layers"]],
+                dtype=dtype,
+                recipe=QuantConfig.from_dict(data["recipe"]) if data["recipe"] else None,
+                source=data["source"],
+                sample=data["sample"],
+                parts={name: [int(size) for size in sizes] for name, sizes in data["parts"].items()},
+                versions=dict(data["versions"]),
+                model=dict(data["model"]),
+                tensors={str(name): Entry.from_json(entry) for name, entry in data["tensors"].items()},
+            )
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+            raise ValueError(
+                f"{where} is damaged: its quantization_config cannot be read ({error!r}); copy it again"
+            ) from error
+
+
+def digest(data: Any) -> str:
+    """SHA-256 of JSON data, whatever its layout and the order of its keys."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a diffusers config that describes the model: no private keys but the class name, as JSON."""
+    own = {
+        k: v for k, v in config.items() if k != "quantization_config" and (k == "_class_name" or not k.startswith("_"))
+    }
+    return dict(json.loads(json.dumps(own, default=str)))
+
+
+def check_model(record: Record, config: Mapping[str, Any], where: str) -> None:
+    """Raise ``ValueError`` if a model's config is not the one that was saved."""
+    found = model_config(config)
+    for key, value in record.model.items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"{where} was altered since it was saved: its {key!r} is {found.get(key)!r:.60}, not {value!r:.60}; "
+                "copy it again"
+            )
+
+
+def _decision(layer: Mapping[str, Any], configs: list[QuantConfig]) -> Decision:
+    index = layer["config"]
+    return Decision(str(layer["name"]), layer["kind"], None if index is None else configs[index], str(layer["reason"]))

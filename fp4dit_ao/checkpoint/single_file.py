@@ -1,0 +1,165 @@
+"""A quantized transformer as one safetensors file for other tools; the layout is described in docs/single_file.md.
+
+The file says of itself all that is needed to use it: the levels that codes stand for, which weights have which, and how inputs
+are quantized. :func:`read_single_file` reads it with NumPy alone.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LAYOUT = "fp4dit_ao.single_file"
+LAYOUT_VERSION = 1
+_TYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
+    "BOOL": "?",
+}  # fmt: skip
+_HEADER_LIMIT = 100_000_000
+"""Bytes; safetensors' own."""
+
+
+def export_single_file(folder: str | Path, out: str | Path) -> None:
+    """Write the transformer that was saved in ``folder`` as one file, whole or not at all.
+
+    Args:
+        folder: of a quantized transformer, as ``save_pretrained`` wrote it.
+        out: a ``.safetensors`` file; replaced if it exists.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: another folder, or a damaged one.
+        OSError: ``out`` cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    from fp4dit_ao.checkpoint import tensor_files, transformer_folder
+    from fp4dit_ao.formats import parse
+    from fp4dit_ao.schemes.low_bit_weight import block_size_of
+
+    folder, out = Path(folder), Path(out)
+    record = transformer_folder.read_record(folder)
+    tensors = dict(tensor_files.read(folder, record.tensors))
+    formats: dict[str, Any] = {}
+    layers: dict[str, Any] = {}
+    for decision in record.decisions:
+        config = decision.config
+        if config is None:
+            continue
+        weight = None if decision.kind == "attention" else str(parse(str(config.weight)))
+        inputs = config.attention if decision.kind == "attention" else config.activation
+        inputs = None if inputs is None else str(parse(inputs))
+        for name in filter(None, (weight, inputs)):
+            fmt = parse(name)
+            formats[name] = {"bits": fmt.bits, "levels": [fmt.level(code) for code in range(2**fmt.bits)]}
+        layer = {"kind": decision.kind, "input": inputs, "input_scale": config.activation_granularity}
+        layers[decision.name] = layer | ({"weight": weight, "block_size": block_size_of(config)} if weight else {})
+    metadata = {
+        "format": "pt",
+        "layout": LAYOUT,
+        "layout_version": LAYOUT_VERSION,
+        "model": record.model,
+        "source": record.source,
+        "recipe": dataclasses.asdict(record.recipe) if record.recipe else None,
+        "versions": record.versions,
+        "formats": formats,
+        "layers": layers,
+        "parts": record.parts,
+        "sha256": {name: entry.sha256 for name, entry in record.tensors.items()},
+    }
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        save_file(tensors, partial, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """What :func:`read_single_file` found.
+
+    Attributes:
+        tensors: by name, as stored; bfloat16 widened to float32.
+        metadata: of the file, with JSON values parsed.
+    """
+
+    tensors: Mapping[str, np.ndarray[Any, Any]]
+    metadata: Mapping[str, Any]
+
+    def codes(self, layer: str) -> np.ndarray[Any, Any]:
+        """uint8 ``(out_features, in_features)`` of a quantized linear."""
+        packed = self.tensors[f"{layer}.weight.qdata"]
+        if self._format(layer)["bits"] > 4:
+            return packed
+        return np.stack([packed & 15, packed >> 4], -1).reshape(packed.shape[0], -1)
+
+    def weight(self, layer: str) -> np.ndarray[Any, Any]:
+        """float32 ``(out_features, in_features)`` of a linear: ``levels[codes] * scale`` if it is quantized."""
+        if self.metadata["layers"].get(layer, {}).get("weight") is None:
+            return self.tensors[f"{layer}.weight"].astype(np.float32)
+        levels = np.array(self._format(layer)["levels"], np.float32)[self.codes(layer)]
+        scale = self.tensors[f"{layer}.weight.scale"].astype(np.float32)
+        rows, columns = levels.shape[0] // scale.shape[0], levels.shape[1] // scale.shape[1]
+        product: np.ndarray[Any, Any] = levels * scale.repeat(rows, 0).repeat(columns, 1)
+        return product
+
+    def _format(self, layer: str) -> Any:
+        return self.metadata["formats"][self.metadata["layers"][layer]["weight"]]
+
+
+def read_single_file(path: str | Path) -> SingleFile:
+    """Read what :func:`export_single_file` wrote: the tensors are mapped, and each is checked against its SHA-256.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a truncated, altered or foreign file.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(_HEADER_LIMIT, size - 8):
+            raise ValueError(f"{path} is damaged: it claims a header of {length:,} bytes; copy it again")
+        try:
+            header = json.loads(file.read(length))
+            metadata = {
+                k: v if k in ("format", "layout") else json.loads(v) for k, v in header.pop("__metadata__").items()
+            }
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is no file of this layout: its header cannot be read") from error
+    if metadata.get("layout") != LAYOUT or metadata.get("layout_version") != LAYOUT_VERSION:
+        raise ValueError(f"{path} is no file of layout {LAYOUT} {LAYOUT_VERSION}; write one with export_single_file")
+    data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.empty(0, np.uint8)
+    try:
+        tensors = {name: _tensor(name, place, data, metadata["sha256"][name]) for name, place in header.items()}
+    except (KeyError, TypeError, IndexError, OverflowError) as error:
+        raise ValueError(
+            f"{path} is damaged: its header does not describe its tensors ({error!r}); copy it again"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    missing = sorted(set(metadata["sha256"]) - set(tensors))
+    if missing:
+        raise ValueError(f"{path} lacks tensor {missing[0]} ({len(missing)} in all); copy it again")
+    return SingleFile(tensors, metadata)
+
+
+def _tensor(name: str, place: Any, data: np.ndarray[Any, Any], sha256: str) -> np.ndarray[Any, Any]:
+    start, stop = place["data_offsets"]
+    if not 0 <= start <= stop <= data.size:
+        raise ValueError(f"tensor {name} lies outside of the file, which is truncated; copy it again")
+    raw = data[start:stop]
+    if hashlib.sha256(raw.data).hexdigest() != sha256:
+        raise ValueError(f"tensor {name} was altered since it was saved: its SHA-256 differs; copy it again")
+    try:
+        x: np.ndarray[Any, Any] = raw.view(_TYPES[place["dtype"]]).reshape(place["shape"])
+    except ValueError:
+        raise ValueError(f"tensor {name} does not have the shape {place['shape']}; copy it again") from None
+    return (x.astype(np.uint32) << 16).view(np.float32) if place["dtype"] == "BF16" else x

@@ -1,0 +1,299 @@
+"""The command ``fp4dit-ao``. Each command checks its input, imports what it needs, and leaves the work to a module."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+EXPECTED = (ValueError, OSError, RuntimeError)
+"""What wrong input and the machine's limits raise; anything else is a bug, and shows its traceback."""
+
+
+class OneSentence(TyperGroup):
+    """A group whose commands end an expected failure with one sentence on stderr and exit status 1."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.obj = {"debug": "--debug" in args}
+        rest: list[str] = super().parse_args(ctx, [arg for arg in args if arg != "--debug"])
+        return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        debug = ctx.obj["debug"]
+        if not debug:
+            _hush()
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):  # RuntimeErrors, but no failures
+            raise
+        except EXPECTED as error:
+            if debug:
+                raise
+            typer.echo(f"fp4dit-ao: {_sentence(error)}", err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            typer.echo("fp4dit-ao: interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+def _sentence(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _hush() -> None:
+    """No chatter of libraries; warnings of this package as one line."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torch", "torchao", "torch.utils._pytree", "diffusers", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module=r"fp4dit_ao(\.|$)")
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"fp4dit-ao: {message}", err=True)
+
+
+app = typer.Typer(
+    cls=OneSentence, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="4-bit floating-point diffusion transformers. MODEL is a pipeline's folder, a hub id, or 'reference' for the "
+    "small pipeline that ships. --debug, anywhere, shows the traceback of an error.",
+)  # fmt: skip
+
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; the GPU if there is one.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the pipeline's own number if not given.")]
+Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt a line; may be left out for 'reference'.")]
+Compile = Annotated[bool, typer.Option(help="Run the quantized model under torch.compile.")]
+Weights = Annotated[
+    str,
+    typer.Option(help="Of a quantized MODEL: 'packed'; or 'int8' or 'fp8', twice the memory and nothing to look up."),
+]
+Iterations = Annotated[int | None, typer.Option(min=1, help="Iterations of learned rounding per block.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the picture, the table and the quantized pipeline.")] = Path(
+        "outputs/demo"
+    ),
+    iters: Annotated[
+        int, typer.Option(min=1, help="Iterations of learned rounding per block (the paper: 2500).")
+    ] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of calibration and images.")] = 0,
+    compile: Compile = True,
+) -> None:
+    """Quantize the pipeline that ships to W4A6, and show it beside the original and naive INT4/INT6."""
+    from fp4dit_ao.cli import demo as run
+
+    _writable_folder(out)
+    run.demo(out, iters, seed, compile)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, or 'reference'.")],
+    out: Annotated[Path, typer.Option(help="Folder of the quantized pipeline; must be new or empty.")],
+    recipe: Annotated[str, typer.Option(help="w4a6, w4a8, w4a6_auto, …; see README.")] = "w4a6",
+    prompts: Prompts = None,
+    rounding: Annotated[str, typer.Option(help="'adaround' learns it; 'nearest' takes seconds.")] = "adaround",
+    iters: Iterations = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Glob of modules to leave in high precision; repeatable.")
+    ] = None,
+    steps: Steps = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Calibration samples: transformer calls of real generations.")
+    ] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration noise.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")] = False,
+    device: Device = None,
+) -> None:
+    """Quantize MODEL and save it."""
+    from fp4dit_ao.cli import quantize as run
+
+    run.quantize(
+        model, out, recipe=recipe, prompts=prompts, rounding=rounding, iters=iters, skip=skip or [], steps=steps,
+        samples=samples, seed=seed, resume=resume, device=device,
+    )  # fmt: skip
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A quantized pipeline's folder, or any MODEL.")],
+    prompt: Annotated[list[str], typer.Option(help="What to draw; repeatable.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("generated.png"),
+    compare: Annotated[str | None, typer.Option(help="MODEL to draw the same with, in a column beside.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; the same for both models.")] = 0,
+    steps: Steps = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images generated together.")] = 4,
+    compile: Compile = False,
+    device: Device = None,
+    weights: Weights = "packed",
+) -> None:
+    """Draw prompts, with --compare beside another model's images of the same seeds, into one picture."""
+    _writable_file(out)
+    from fp4dit_ao.cli import generate as run
+
+    run.generate(model, prompt, out, compare, seed, steps, batch_size, compile, device, weights)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A quantized pipeline's folder, or any MODEL.")],
+    against: Annotated[str, typer.Option(help="MODEL that it was made from.")],
+    prompts: Prompts = None,
+    count: Annotated[
+        int, typer.Option(min=2, help="Prompts to use: the first of the file, or spread over the reference's.")
+    ] = 100,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per prompt: 0, 1, …")] = 3,
+    steps: Steps = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images generated together.")] = 16,
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("evaluation.json"),
+    compile: Compile = False,
+    device: Device = None,
+) -> None:
+    """Print how close MODEL's images are to those of the model it was made from, as a Markdown table."""
+    _writable_file(out)
+    from fp4dit_ao.cli import evaluate as run
+
+    run.evaluate(model, against, prompts, count, seeds, steps, batch_size, out, compile, device)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A quantized pipeline's folder.")],
+    against: Annotated[
+        str | None, typer.Option(help="MODEL that it was made from: adds the error of each weight.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG of the levels that the weights use.")] = None,
+) -> None:
+    """Say, layer by layer, what became of MODEL: format, bytes, error, and what was left in high precision and why."""
+    if picture is not None:
+        _writable_file(picture)
+    from fp4dit_ao.cli import inspect as run
+
+    run.inspect(model, against, picture)
+
+
+@app.command()
+def benchmark(
+    model: Annotated[str, typer.Argument(help="A float pipeline to generate with: folder, hub id, or 'reference'.")] = (
+        "reference"
+    ),
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="'linears', 'attention', 'transformer' or 'generation'; repeatable. All if not given."),
+    ] = None,
+    recipe: Annotated[
+        list[str], typer.Option(help="Ours, rounded to nearest; repeatable. Bars are judged on the first.")
+    ] = ["w4a6", "w4a8", "w4a8_int8"],  # noqa: B006
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="Who else takes part, such as 'SDNQ int8'; repeatable. All if not given; 'none'."),
+    ] = None,
+    linear: Annotated[
+        list[str] | None,
+        typer.Option(help="Weights and tokens, such as flux:256,1024 or 4608x1152:16+peers (out x in); repeatable."),
+    ] = None,
+    transformer: Annotated[
+        list[str] | None,
+        typer.Option(help="Pixels and layers of PixArt-XL's width, such as 512x28, or 512x2+peers; repeatable."),
+    ] = None,
+    size: Annotated[
+        str,
+        typer.Option(
+            help="Of what is not chosen: 'quick' (minutes), 'standard' (40 minutes on two cores, all peers) or 'full' (longer)."
+        ),
+    ] = "standard",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images generated together.")] = 4,
+    steps: Steps = None,
+    prompts: Prompts = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every variant, for each linear.")] = 5,
+    model_rounds: Annotated[int, typer.Option(min=1, help="The same for steps and generations.")] = 3,
+    at_once: Annotated[int, typer.Option(min=3, help="Variants in memory together; ratios are taken among those.")] = 8,
+    out: Annotated[Path, typer.Option(help="JSON to write; the Markdown goes beside it.")] = Path("benchmark.json"),
+    device: Device = None,
+) -> None:
+    """Time linears, one denoising step and whole generations beside floats and other packages, in turns.
+
+    Prints one Markdown report: bars and whether they are met, speed ratios, errors, weight bytes, peak memory, cold compile
+    times. OMP_NUM_THREADS sets the threads.
+    """
+    _writable_file(out)
+    from fp4dit_ao.cli import benchmark as run
+
+    run.benchmark(
+        model, parts=part or [], recipes=recipe, peers=peer or [], linear=linear or [], transformer=transformer or [],
+        size=size, batch_size=batch_size, steps=steps, prompts=prompts, rounds=rounds, model_rounds=model_rounds,
+        at_once=at_once, device=device, out=out,
+    )  # fmt: skip
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A quantized pipeline's folder, or its transformer's.")],
+    out: Annotated[
+        Path, typer.Argument(help="File to write: .pt2 runs, .safetensors holds codes and scales for other tools.")
+    ],
+    aoti: Annotated[bool, typer.Option("--aoti", help="Compile it ahead of time (AOTInductor).")] = False,
+    device: Device = None,
+) -> None:
+    """Write MODEL's transformer as one file: a torch.export archive, compiled code, or codes and scales alone."""
+    from fp4dit_ao.cli import export as run
+
+    _writable_file(out)
+    run.export(model, out, aoti, device)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A quantized pipeline's folder, or any MODEL.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name in /v1/models; the folder's if not given.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images drawn together.")] = 8,
+    window: Annotated[float, typer.Option(min=0, help="Milliseconds to wait for images to draw together.")] = 20,
+    max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait; more are answered with 429.")] = 64,
+    max_n: Annotated[int, typer.Option(min=1, help="Images of one request.")] = 4,
+    max_prompt: Annotated[int, typer.Option(min=1, help="Characters of a prompt.")] = 2000,
+    max_side: Annotated[int, typer.Option(min=8, help="Pixels of an image's width and height.")] = 2048,
+    max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a request.")] = 100,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request is answered with 504.")] = 120,
+    same_bits: Annotated[
+        bool, typer.Option("--same-bits", help="Fill batches up, so that equal requests give equal bits; slower.")
+    ] = False,
+    compile: Compile = True,
+    device: Device = None,
+    weights: Weights = "packed",
+) -> None:
+    """Serve MODEL over HTTP, as the OpenAI images API does: POST /v1/images/generations."""
+    from fp4dit_ao.cli import serve as run
+
+    run.serve(
+        model, host, port, name, {"max_batch": max_batch, "window": window / 1000, "max_queue": max_queue},
+        {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout},
+        same_bits, compile, device, weights,
+    )  # fmt: skip
+
+
+def _writable_folder(folder: Path) -> None:
+    """Raise ``OSError`` early if ``folder`` cannot be made or written into; nothing is created."""
+    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    if not existing.is_dir():
+        raise NotADirectoryError(f"cannot write to {folder}: {existing} is a file; name another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write to {folder}: no permission to write into {existing}; name another folder")
+
+
+def _writable_file(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file")
+    _writable_folder(path.absolute().parent)
+
+
+def main() -> None:
+    """Entry point of ``fp4dit-ao``."""
+    sys.exit(app())

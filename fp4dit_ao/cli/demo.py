@@ -1,0 +1,82 @@
+"""``fp4dit-ao demo``: the pipeline that ships, quantized in front of your eyes, in a few minutes on two cores."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from fp4dit_ao import reference
+from fp4dit_ao.diffusers_integration import named_models
+from fp4dit_ao.diffusers_integration.pipeline import quantize_pipeline
+from fp4dit_ao.evaluation import plots
+from fp4dit_ao.evaluation.fidelity import Evaluation, Fidelity, generate, write_text
+from fp4dit_ao.evaluation.metrics import Images
+from fp4dit_ao.passes.reconstruction.engine import AdaRoundConfig
+
+JUDGED, SHOWN = 40, 8
+"""Prompts that are generated for the table, and those of them that the picture shows."""
+CALIBRATION_PROMPTS, CALIBRATION_SAMPLES = 32, 128
+RECIPE = "w4a6_auto"
+"""W4A6 with the 4-bit format of every linear chosen on data: better here than the paper's fixed choice, see the README."""
+BATCH = 20
+COMPILERS = ("c++", "g++", "clang++", "cl")
+
+
+def demo(out: Path, iters: int, seed: int, compile: bool) -> None:
+    """Quantize to W4A6 and to naive INT4/INT6; write ``comparison.png``, ``table.md`` and ``w4a6/`` into ``out``."""
+    start = time.perf_counter()
+    if compile and not any(shutil.which(name) for name in COMPILERS):
+        print("no C++ compiler on this machine: the quantized pipeline runs without torch.compile")
+        compile = False
+    print("[1/4] loading the reference pipeline", flush=True)
+    pipe = named_models.open_pipeline(named_models.REFERENCE, "cpu")
+    known = reference.prompts()
+    judged = named_models.reference_indices(JUDGED)
+    prompts = [known[index] for index in judged]
+    calibration = [known[index] for index in named_models.reference_indices(CALIBRATION_PROMPTS)]
+
+    print(f"[2/4] quantizing to W4A6 ({RECIPE}): {iters} iterations of scale-aware AdaRound a block", flush=True)
+    common: dict[str, Any] = {"prompts": calibration, "seed": seed}
+    began = time.perf_counter()
+    w4a6 = quantize_pipeline(
+        pipe, RECIPE, samples=CALIBRATION_SAMPLES, adaround=AdaRoundConfig(iters=iters), compile=compile, **common
+    )
+    seconds = {"original": 0.0, "W4A6": time.perf_counter() - began}
+    began = time.perf_counter()
+    naive = quantize_pipeline(pipe, "int_w4a6", rounding="nearest", **common)
+    seconds["INT4/INT6 nearest"] = time.perf_counter() - began
+
+    print(f"[3/4] drawing {JUDGED} prompts with each" + (", W4A6 compiled" if compile else ""), flush=True)
+    variants = {"original": pipe, "W4A6": w4a6, "INT4/INT6 nearest": naive}
+    images: dict[str, Images] = {}
+    rows = []
+    for name, variant in variants.items():
+        warm_up = time.perf_counter()
+        generate(variant, prompts[:2], [seed], progress=f"{name}: warm up", num_inference_steps=2)
+        drawing = time.perf_counter()
+        images[name] = generate(variant, prompts, [seed], batch_size=BATCH, progress=name)
+        each = (time.perf_counter() - drawing) / JUDGED
+        size, bits = named_models.size_at_16_bits(variant.transformer)
+        notes = {"bits / weight": f"{bits:.2f}", "transformer, bytes": f"{size:,}"}
+        notes |= {"quantize, s": f"{seconds[name]:.0f}", "warm up, s": f"{drawing - warm_up:.0f}"}
+        rows.append(Fidelity.of(name, images[name], images["original"], judged, each, notes))
+
+    print("[4/4] writing the picture, the table and the quantized pipeline", flush=True)
+    w4a6.save_pretrained(out / "w4a6")
+    shown = range(0, JUDGED, JUDGED // SHOWN)
+    columns = {name: drawn[0][list(shown)] for name, drawn in images.items()}
+    plots.save(plots.comparison(columns, [prompts[index] for index in shown]), out / "comparison.png")
+    settings = {
+        "prompts": JUDGED,
+        "seeds": 1,
+        "steps": reference.generation()["num_inference_steps"],
+        "iterations": iters,
+    }
+    evaluation = Evaluation(rows, settings | {"recipe": RECIPE, "W4A6 compiled": "yes" if compile else "no"})
+    write_text(out / "table.md", evaluation.markdown())
+    evaluation.save(out / "table.json")
+    print()
+    print(evaluation.markdown())
+    print(f"Bytes count everything that is not quantized at 16 bits. {time.perf_counter() - start:.0f} s in all.")
+    print(f"picture: {out / 'comparison.png'}")
+    print(f"quantized pipeline: {out / 'w4a6'} (try: fp4dit-ao inspect {out / 'w4a6'} --against reference)")

@@ -1,0 +1,38 @@
+"""``fp4dit-ao evaluate``: the table that says how close a quantized pipeline stays to its original."""
+
+from pathlib import Path
+from typing import Any
+
+from fp4dit_ao.calibration import read_prompts
+from fp4dit_ao.calibration.pipeline_arguments import call_arguments
+from fp4dit_ao.diffusers_integration import named_models
+from fp4dit_ao.evaluation import fidelity as judge
+from fp4dit_ao.evaluation.fidelity import Evaluation, Fidelity
+
+
+def evaluate(
+    model: str, against: str, prompts: Path | None, count: int, seeds: int, steps: int | None, batch_size: int, out: Path,
+    compile: bool, device: str | None,
+) -> None:  # fmt: skip
+    """Generate with both models, print the Markdown table and write everything as JSON."""
+    named_models.folder_of(model)
+    texts = read_prompts(prompts)[:count] if prompts else named_models.default_prompts(against, count)
+    indices = named_models.known_prompts(texts) if named_models.is_reference(against) else None
+    call: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+    images, seconds, footprints = {}, {}, {}
+    settings: dict[str, Any] = {"prompts": len(texts), "seeds": seeds, "batch size": batch_size}
+    for name in (against, model):
+        pipe = named_models.open_pipeline(name, device, compile=compile)
+        settings["steps"] = call_arguments(pipe, **call).get("num_inference_steps", "default")
+        options = {"batch_size": batch_size, "progress": name, **call}
+        images[name], seconds[name] = judge.timed_generate(pipe, texts, range(seeds), **options)
+        footprints[name] = named_models.size_at_16_bits(pipe.transformer)
+    variants = []
+    for name in (against, model):
+        size, bits = footprints[name]
+        notes = {"bits / weight": f"{bits:.2f}", "transformer, MB": f"{size / 1e6:.2f}"}
+        variants.append(Fidelity.of(name, images[name], images[against], indices, seconds[name], notes))
+    evaluation = Evaluation(variants, settings | {"model": model, "against": against, "prompt texts": texts})
+    print(evaluation.markdown())
+    evaluation.save(out)
+    print(f"image by image: {out}")

@@ -1,0 +1,33 @@
+"""``fp4dit-ao generate``: prompts into one picture, beside another model's if asked."""
+
+from pathlib import Path
+from typing import Any
+
+from fp4dit_ao.diffusers_integration import named_models
+from fp4dit_ao.evaluation import fidelity, metrics, plots
+
+
+def generate(
+    model: str, prompts: list[str], out: Path, compare: str | None, seed: int, steps: int | None, batch_size: int,
+    compile: bool, device: str | None, weights: str,
+) -> None:  # fmt: skip
+    """Draw ``prompts`` with one seed, ``model`` with these ``weights``; print how close its images are to ``compare``'s."""
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("--prompt is empty; say what to draw")
+    call: dict[str, Any] = {"batch_size": batch_size} | ({} if steps is None else {"num_inference_steps": steps})
+    asked = [(compare, "packed")] if compare else []
+    asked.append((model, weights))
+    for name, form in asked:
+        named_models.weights_of(name, form)  # both, before either is loaded
+    columns = {}
+    for name, form in asked:
+        pipe = named_models.open_pipeline(name, device, compile=compile, weights=form)
+        kind = ("quantized" if form == "packed" else form) if named_models.is_quantized(name) else "float"
+        columns[f"{name} ({kind})"] = fidelity.generate(pipe, prompts, [seed], progress=name, **call)[0]
+    plots.save(plots.comparison(columns, prompts), out)
+    if compare:
+        drawn = list(columns.values())
+        psnr, ssim = metrics.psnr(drawn[-1], drawn[0]), metrics.ssim(drawn[-1], drawn[0])
+        rows = [[p, f"{a:.2f}", f"{b:.3f}"] for p, a, b in zip(prompts, psnr, ssim, strict=True)]
+        print(fidelity.markdown_table(["prompt", "PSNR, dB", "SSIM"], rows))
+    print(f"picture: {out}")

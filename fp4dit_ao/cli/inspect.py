@@ -1,0 +1,127 @@
+"""``fp4dit-ao inspect``: layer by layer, what became of a quantized pipeline."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
+
+from fp4dit_ao.checkpoint import transformer_folder
+from fp4dit_ao.diffusers_integration import named_models
+from fp4dit_ao.diffusers_integration.graph_form import LayerSummary, QuantizedTransformer
+from fp4dit_ao.evaluation import plots
+from fp4dit_ao.evaluation.fidelity import markdown_table
+from fp4dit_ao.formats import parse
+from fp4dit_ao.kernels import pick
+from fp4dit_ao.ops import quantize
+from fp4dit_ao.tensors.minifloat import MinifloatTensor
+
+
+def inspect(model: str, against: str | None, out: Path | None) -> None:
+    """Print the layers of ``model`` as Markdown, with ``against`` the error of each weight; draw the levels they use."""
+    if not named_models.is_quantized(model):
+        raise ValueError(
+            f"{model} is not quantized by fp4dit_ao, there is nothing to inspect; see 'fp4dit-ao quantize'"
+        )
+    transformer = transformer_folder.load(Path(named_models.folder_of(model)) / "transformer")
+    originals = _float_weights(against) if against else {}
+    print(layer_table(transformer, originals))
+    print()
+    print(kept_table(transformer))
+    print()
+    print(footprint(transformer))
+    if out is not None:
+        codes = {name: (w.fmt, w.codes.numpy()) for name, w in low_bit_weights(transformer).items()}
+        plots.save(plots.level_usage(codes), out)
+        print(f"levels that the weights use: {out}")
+
+
+def low_bit_weights(transformer: QuantizedTransformer) -> dict[str, Any]:
+    """The quantized weight of every linear, by the linear's name."""
+    found: dict[str, Any] = {}
+    for name, parameter in transformer.graph.named_parameters():
+        weight: Any = parameter.detach()
+        if isinstance(weight, TorchAOBaseTensor):
+            found[name.removesuffix(".weight")] = weight
+    return found
+
+
+def layer_table(transformer: QuantizedTransformer, originals: dict[str, Tensor]) -> str:
+    """One row per quantized layer: formats, backend, bytes and, where ``originals`` are given, the weight's error."""
+    weights = low_bit_weights(transformer)
+    head = [
+        "layer",
+        "shape",
+        "weight",
+        "input",
+        "runs on",
+        "bytes",
+        *(["SQNR, dB", "not nearest"] if originals else []),
+    ]
+    rows = []
+    for row in transformer.summary():
+        if row.quantized:
+            cells = [row.name, "×".join(map(str, row.shape or ())) or "q, k, v", row.weight or "", row.activation or ""]
+            weight = weights.get(row.name)
+            cells += [_backend(row, weight), f"{row.bytes:,}" if row.bytes else ""]
+            original = originals.get(f"{row.name}.weight")
+            if originals:
+                cells += ["", ""] if weight is None or original is None else _errors(weight, original)
+            rows.append(cells)
+    return markdown_table(head, rows)
+
+
+def kept_table(transformer: QuantizedTransformer) -> str:
+    """What was left in high precision, and why."""
+    kept = [row for row in transformer.summary() if not row.quantized]
+    if not kept:
+        return "Nothing was left in high precision."
+    rows = [[row.name, row.weight or row.kind, f"{row.bytes:,}" if row.bytes else "", row.reason] for row in kept]
+    return markdown_table(["left in high precision", "type", "bytes", "why"], rows)
+
+
+def footprint(transformer: QuantizedTransformer) -> str:
+    """One sentence: layers by format, bits per weight, bytes."""
+    formats = Counter(row.weight for row in transformer.summary() if row.kind == "linear" and row.quantized)
+    size, bits = named_models.size_at_16_bits(transformer)
+    elements = sum(w.numel() for w in low_bit_weights(transformer).values()) + size_of_rest(transformer)
+    counted = ", ".join(f"{count} × {name}" for name, count in formats.most_common())
+    return (
+        f"{counted}; {bits:.2f} bits per quantized weight, scales included; {size / 1e6:.2f} MB instead of "
+        f"{2 * elements / 1e6:.2f} MB, with everything that is not quantized at 16 bits."
+    )
+
+
+def size_of_rest(transformer: QuantizedTransformer) -> int:
+    """Number of parameters that are not low-bit."""
+    return sum(p.numel() for p in transformer.graph.parameters() if not isinstance(p.detach(), TorchAOBaseTensor))
+
+
+def _backend(row: LayerSummary, weight: Any) -> str:
+    if row.weight is None:
+        return "float"
+    if weight is not None and not isinstance(weight, MinifloatTensor):
+        return "block-scaled"
+    return pick(parse(row.weight), parse(row.activation) if row.activation else None)
+
+
+def _errors(weight: Any, original: Tensor) -> list[str]:
+    """Signal-to-quantization-noise ratio of the weight, and the part of its codes that are not the nearest ones."""
+    original = original.float()
+    error = weight.dequantize(torch.float32) - original
+    sqnr = 10 * torch.log10(original.square().sum() / error.square().sum().clamp(min=1e-30))
+    if not isinstance(weight, MinifloatTensor):
+        return [f"{sqnr:.2f}", ""]
+    nearest = quantize(original, weight.block_size, weight.scale, weight.fmt)
+    return [f"{sqnr:.2f}", f"{float((nearest != weight.codes).float().mean()):.1%}"]
+
+
+def _float_weights(name: str) -> dict[str, Tensor]:
+    if named_models.is_quantized(name):
+        raise ValueError(f"{name} is quantized itself; --against takes the float model")
+    pipe = named_models.open_pipeline(name, "cpu")
+    if not hasattr(pipe, "transformer"):
+        raise ValueError(f"{name} has no transformer")
+    return dict(pipe.transformer.state_dict())

@@ -1,0 +1,61 @@
+"""``fp4dit-ao serve``: a pipeline behind the OpenAI images API."""
+
+import contextlib
+import logging
+import signal
+import socket
+from typing import Any
+
+from fp4dit_ao.diffusers_integration import named_models
+
+
+def serve(
+    model: str, host: str, port: int, name: str | None, batching: dict[str, Any], limits: dict[str, Any], same_bits: bool,
+    compile: bool, device: str | None, weights: str,
+) -> None:  # fmt: skip
+    """Load ``model``, listen, warm up, and answer until interrupted; what was accepted by then is finished.
+
+    Raises:
+        OSError: no such model, or the port is taken.
+        ValueError: see ``models.weights_of``.
+        RuntimeError: FastAPI or uvicorn is not installed, or the model failed to warm up.
+    """
+    try:
+        import uvicorn
+
+        from fp4dit_ao.serving.app import Limits
+        from fp4dit_ao.serving.engine import Batching
+        from fp4dit_ao.serving.launch import Options, application
+    except ImportError as error:
+        raise RuntimeError(f"serving needs {error.name}; install it with: pip install 'fp4dit-ao[serve]'") from error
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    named_models.weights_of(model, weights)
+    options = Options(name, Batching(**batching), Limits(**limits), same_bits, compile, device, weights)
+    listening = _reserve(host, port)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    print(f"loading {model}", flush=True)
+    app, engine = application(model, options)
+    address = f"http://{host}:{listening.getsockname()[1]}"
+    listening.listen()  # from here on, whoever connects is answered
+    print(f"listening on {address}; warming up, see {address}/health/ready", flush=True)
+    config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=int(options.limits.timeout) + 1)
+    with contextlib.suppress(
+        KeyboardInterrupt
+    ):  # uvicorn raises again what stopped it, after what was accepted is finished
+        uvicorn.Server(config).run(sockets=[listening])
+    if engine.failure is not None:
+        raise RuntimeError(f"the model failed to warm up: {engine.failure}")
+
+
+def _reserve(host: str, port: int) -> socket.socket:
+    """A socket with the port to itself, before minutes go into loading a model."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    opened = socket.socket(family, socket.SOCK_STREAM)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        opened.bind((host, port))
+    except OSError as error:
+        opened.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; give another --port") from error
+    return opened

@@ -1,0 +1,148 @@
+"""What to quantize to what: :class:`QuantConfig`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from fp4dit_ao.formats import parse
+from fp4dit_ao.ops.block_scale import BLOCKS, ELEMENTS
+
+HIGH_PRECISION = (
+    "*pos_embed*", "*time_embed*", "*timestep*", "*time_text_embed*", "*text_embed*", "*context_embed*", "*x_embed*",
+    "*caption_*", "*adaln_single*", "*time_extra_emb*", "norm_out*", "proj_out*", "*guidance_embed*",
+)  # fmt: skip
+"""Module names left in high precision by every recipe: patch, time and text embedders, final norm and projection."""
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How one linear (and the attention it feeds) is quantized. Formats are names that ``formats.parse`` reads.
+
+    Raises:
+        ValueError: an unknown format name, granularity, search or group size, or a field of the wrong type, in one sentence.
+    """
+
+    weight: str | None = "e2m1"
+    """Format of linear weights; ``None`` leaves them as they are (and the layer unquantized)."""
+    activation: str | None = "e2m3"
+    """Format of linear inputs; ``None`` quantizes weights only."""
+    group_size: int = 128
+    """Consecutive inputs of one output channel that share a scale (``weight_granularity="group"``)."""
+    pre_gelu_weight: str | None = "e3m0"
+    """Format of the linear whose output reaches a GELU or SiLU gate; ``None`` uses ``weight``."""
+    attention: str | None = "e2m3"
+    """Format of the q, k and v that enter scaled-dot-product attention, per head and token; ``None`` leaves them."""
+    weight_candidates: tuple[str, ...] = ()
+    """If given, each linear takes the one with the smallest output error on calibration data, instead of ``weight``."""
+    weight_granularity: Literal["group", "channel", "tensor"] = "group"
+    weight_search: Literal["absmax", "mse"] = "absmax"
+    """How a weight scale is found: from the largest magnitude (the paper), or the one with the least squared error."""
+    activation_granularity: Literal["token", "tensor", "block"] = "token"
+    """``"token"``: online, from each token's own absmax (the paper); ``"tensor"``: one static range, calibrated;
+    ``"block"``: online, the hardware's block formats, for weights and inputs alike (``scale_dtype`` says which)."""
+    scale_dtype: Literal["float32", "float16", "bfloat16", "e8m0", "e4m3"] = "float32"
+    """Type of the stored weight scales. With blocks: ``"e8m0"``, a power of two for 32 elements (MX), or ``"e4m3"``, for 16
+    elements and under one float32 for the tensor (NVFP4)."""
+    indivisible: Literal["error", "divisor", "keep"] = "error"
+    """When ``group_size`` does not divide a layer's inputs: refuse; take their largest divisor that is a multiple of 16, if
+    there is one; or keep the layer in high precision."""
+    split_inputs: bool = False
+    """Whether a linear whose input joins tensors along the features becomes one linear for each of them, with scales of its
+    own: in a long skip connection, ranges of the two differ."""
+    skip: tuple[str, ...] = HIGH_PRECISION
+    """Globs over module names that stay in high precision."""
+
+    def __post_init__(self) -> None:
+        for field in ("weight_candidates", "skip"):
+            names = getattr(self, field)
+            if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+                raise ValueError(
+                    f"QuantConfig: {field}={names!r}; it must be a tuple of names, such as {_EXAMPLES[field]}"
+                )
+            object.__setattr__(self, field, tuple(names))
+        for field in ("weight", "activation", "pre_gelu_weight", "attention", "weight_candidates"):
+            value = getattr(self, field)
+            for name in value if field == "weight_candidates" else (value,):
+                _check_format(field, name)
+        for field, allowed in _CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"QuantConfig: {field}={getattr(self, field)!r}; choose one of {', '.join(map(str, allowed))}"
+                )
+        if not isinstance(self.group_size, int) or self.group_size < 2 or self.group_size % 2:
+            raise ValueError(
+                f"QuantConfig: group_size={self.group_size!r}; it must be an even whole number, such as 128"
+            )
+
+        blocks = BLOCKS.get(self.scale_dtype)
+        if (self.activation_granularity == "block") != (blocks is not None) or blocks not in (None, self.group_size):
+            raise ValueError(
+                f"QuantConfig: activation_granularity={self.activation_granularity!r} with scale_dtype="
+                f"{self.scale_dtype!r} and group_size={self.group_size}; blocks have 'e8m0' scales and 32 elements, or "
+                "'e4m3' and 16"
+            )
+        if blocks:
+            self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        formats = ELEMENTS[self.scale_dtype]
+        if self.activation not in formats or self.weight not in (None, self.activation):
+            raise ValueError(
+                f"QuantConfig: weight={self.weight!r} and activation={self.activation!r}; with {self.scale_dtype!r} blocks "
+                f"both are the same, one of {', '.join(formats)}"
+            )
+        if self.weight_candidates or self.pre_gelu_weight not in (None, self.weight):
+            raise ValueError(
+                "QuantConfig: block formats are one for all layers; leave out weight_candidates and pre_gelu_weight"
+            )
+        if self.weight_granularity != "group" or self.weight_search != "absmax":
+            raise ValueError("QuantConfig: block formats have weight_granularity='group' and weight_search='absmax'")
+
+    @staticmethod
+    def from_name(name: str) -> "QuantConfig":
+        """The recipe of that name, one of :data:`RECIPES`.
+
+        Raises:
+            ValueError: no such recipe.
+        """
+        if name not in RECIPES:
+            raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(sorted(RECIPES))}")
+        return RECIPES[name]()
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "QuantConfig":
+        """The inverse of ``dataclasses.asdict``, as read from JSON.
+
+        Raises:
+            ValueError: a field this version does not know.
+        """
+        if not isinstance(data, dict):
+            raise ValueError(f"QuantConfig: expected a mapping of fields, found {type(data).__name__}")
+        unknown = set(data) - {field.name for field in fields(QuantConfig)}
+        if unknown:
+            raise ValueError(
+                f"QuantConfig does not know {', '.join(sorted(unknown))}; was it written by a newer version?"
+            )
+        return QuantConfig(**data)
+
+
+def _check_format(field: str, name: str | None) -> None:
+    try:
+        _ = name is None or parse(name)
+    except ValueError as error:
+        raise ValueError(f"QuantConfig: {field}: {error}") from None
+
+
+_EXAMPLES = {"weight_candidates": ("e2m1", "e3m0"), "skip": ("proj_out*",)}
+
+_CHOICES = {
+    "weight_granularity": ("group", "channel", "tensor"),
+    "weight_search": ("absmax", "mse"),
+    "activation_granularity": ("token", "tensor", "block"),
+    "scale_dtype": ("float32", "float16", "bfloat16", "e8m0", "e4m3"),
+    "indivisible": ("error", "divisor", "keep"),
+}
+
+
+RECIPES: dict[str, Callable[[], QuantConfig]] = {}
+"""Recipes by name, for the command line and :meth:`QuantConfig.from_name`; :mod:`fp4dit_ao.config.recipes` fills it."""

@@ -1,0 +1,70 @@
+"""Named recipes."""
+
+from dataclasses import replace
+from typing import Literal
+
+from fp4dit_ao.config.quant_config import RECIPES, QuantConfig
+from fp4dit_ao.ops.block_scale import BLOCKS
+
+
+def w4a6() -> QuantConfig:
+    """FP4DiT W4A6: E2M1 weights, E3M0 before GELU, groups of 128; token-wise online E2M3 activations, q, k and v."""
+    return QuantConfig()
+
+
+def w4a8() -> QuantConfig:
+    """FP4DiT W4A8: as :func:`w4a6` with E3M4 activations."""
+    return QuantConfig(activation="e3m4", attention="e3m4")
+
+
+def w4a6_auto() -> QuantConfig:
+    """As :func:`w4a6`, but each linear takes whichever 4-bit format errs least at its output on calibration data, with scales
+    searched for the least squared error."""
+    return QuantConfig(weight_candidates=("e1m2", "e2m1", "e3m0", "nf4"), pre_gelu_weight=None, weight_search="mse")
+
+
+def int_w4a6() -> QuantConfig:
+    """The naive integer baseline: symmetric INT4 weights (groups of 128), token-wise INT6 activations, q, k and v."""
+    return QuantConfig(weight="int4", activation="int6", pre_gelu_weight=None, attention="int6")
+
+
+def int_w4a8() -> QuantConfig:
+    """As :func:`int_w4a6` with INT8 activations."""
+    return QuantConfig(weight="int4", activation="int8", pre_gelu_weight=None, attention="int8")
+
+
+def nvfp4() -> QuantConfig:
+    """NVIDIA's NVFP4 for weights and inputs: E2M1, an E4M3 scale for 16 elements, a float32 one for the tensor."""
+    return _blocks("e2m1", "e4m3")
+
+
+def mxfp4() -> QuantConfig:
+    """OCP MXFP4 for weights and inputs: E2M1, a power-of-two scale for 32 elements."""
+    return _blocks("e2m1", "e8m0")
+
+
+def _blocks(fmt: str, scale: Literal["e8m0", "e4m3"]) -> QuantConfig:
+    return QuantConfig(
+        weight=fmt, activation=fmt, group_size=BLOCKS[scale], pre_gelu_weight=None, attention=None,
+        activation_granularity="block", scale_dtype=scale,
+    )  # fmt: skip
+
+
+RECIPES |= {
+    "w4a6": w4a6,
+    "w4a8": w4a8,
+    "w4a6_auto": w4a6_auto,
+    "w4a6_e2m1": lambda: replace(w4a6(), pre_gelu_weight=None),
+    "w4a6_e1m2": lambda: replace(w4a6(), weight="e1m2"),
+    "w4a6_nf4": lambda: replace(w4a6(), weight="nf4", pre_gelu_weight=None, weight_search="mse"),
+    "w4a6_static": lambda: replace(w4a6(), activation_granularity="tensor"),
+    "w4a6_mse": lambda: replace(w4a6(), weight_search="mse"),
+    "w4a8_int8": lambda: replace(w4a8(), activation="int8", attention="int8"),
+    "w4a8_e4m3": lambda: replace(w4a8(), activation="e4m3fn", attention="e4m3fn"),
+    "int_w4a6": int_w4a6,
+    "int_w4a8": int_w4a8,
+    "nvfp4": nvfp4,
+    "mxfp4": mxfp4,
+    "mxfp6_e2m3": lambda: _blocks("e2m3", "e8m0"),
+    "mxfp6_e3m2": lambda: _blocks("e3m2", "e8m0"),
+}

@@ -1,0 +1,1 @@
+"""Quantized transformers as one file that runs without the model's Python class."""

@@ -1,0 +1,178 @@
+"""A quantized transformer as one file that runs without the model's Python class.
+
+Two kinds, both ``.pt2``: a *program* is ``torch.export``'s archive of the lowered graph, a *package* is what AOTInductor
+compiles it to. Batch, image size and text length stay dynamic. Weights are stored as plain tensors, packed codes and scales;
+nothing is pickled.
+"""
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fp4dit_ao import _compat
+from fp4dit_ao.deploy.signature import Signature, as_length, signature_of
+from fp4dit_ao.graph_capture import sample_description
+from fp4dit_ao.passes.numbers_to_lengths import numbers_to_lengths
+from fp4dit_ao.util.atomic_files import whole_file
+
+if TYPE_CHECKING:
+    from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
+
+SUFFIX = ".pt2"
+_NOTE = "fp4dit_ao.json"
+"""In a program, the file beside the graph, in a package, the metadata entry that says how it is called."""
+
+
+def export_program(model: "QuantizedTransformer") -> ExportedProgram:
+    """``model``'s lowered graph as an exported program: same bits as the graph, run eagerly.
+
+    Its operators are aten's and ``torch.ops.fp4dit_ao``'s, and its weights plain tensors: codes ``….weight_qdata`` (uint8) and
+    scales ``….weight_scale``. It takes the keyword arguments that were captured, and returns a tuple.
+    """
+    from fp4dit_ao.passes.subclass_unwrapping import unwrap  # needs torchao, which loading does not
+
+    graph = unwrap(model.graph)
+    kwargs = _example(model)
+    numbers = _numbers(model)
+    kwargs |= {name: as_length(kwargs[name]) for name in numbers}
+    numbers_to_lengths(graph, numbers)
+    shapes = pytree.tree_map(
+        lambda x: dict.fromkeys(range(x.ndim), Dim.AUTO) if isinstance(x, Tensor) else None, kwargs
+    )
+    with torch.no_grad(), _compat.distinct_sizes():
+        exported = torch.export.export(graph, (), kwargs, dynamic_shapes=shapes, strict=False)
+    return _compat.without_guards(exported)
+
+
+def save_program(model: "QuantizedTransformer", path: str | Path) -> None:
+    """Write :func:`export_program` to ``path``, whole or not at all; a file that is there is replaced.
+
+    Raises:
+        ValueError: ``path`` does not end in ``.pt2``.
+        OSError: it cannot be written.
+    """
+    with whole_file(_checked(path)) as partial:
+        exported = export_program(model)
+        exported.example_inputs = None  # the only part of an archive that would be pickled
+        torch.export.save(exported, partial, extra_files={_NOTE: json.dumps(_note(model, exported))})
+
+
+def save_package(model: "QuantizedTransformer", path: str | Path) -> None:
+    """Compile ``model``'s graph ahead of time, for this machine's kind of processor or GPU, and write it to ``path``.
+
+    It gives the same bits as ``torch.compile`` of the graph. Compiling takes as long as that, minutes for a large model.
+
+    Raises:
+        ValueError: ``path`` does not end in ``.pt2``.
+        OSError: it cannot be written.
+        RuntimeError: there is no C++ compiler.
+    """
+    with whole_file(_checked(path)) as partial:
+        exported = export_program(model)
+        options = {"aot_inductor.metadata": {_NOTE: json.dumps(_note(model, exported))}}
+        with torch.no_grad(), _compat.distinct_sizes(), _compat.types_in_packages():
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(partial), inductor_configs=options)
+
+
+class ExportedTransformer:
+    """A program or a package, called with the keyword arguments of the transformer that it was made from.
+
+    Attributes:
+        kind: ``"program"`` or ``"package"``.
+        class_name: of the diffusers model that was quantized.
+        signature: what it may be called with.
+        dtype: of its floating-point inputs and outputs.
+    """
+
+    def __init__(self, kind: str, run: Callable[..., Any], note: Mapping[str, Any]):
+        self.kind = kind
+        self.class_name = str(note["class_name"])
+        self.signature = Signature(**note["signature"])
+        self.dtype: torch.dtype = getattr(torch, note["dtype"])
+        self._run = run
+
+    @torch.no_grad()
+    def __call__(self, **arguments: Any) -> tuple[Tensor, ...]:
+        """What the transformer's ``forward`` returns with ``return_dict=False``.
+
+        Constants that were captured (``None``, flags) may be left out.
+
+        Raises:
+            ValueError: arguments that the graph cannot honour; see ``Signature.bind``.
+        """
+        output: tuple[Tensor, ...] = self._run(**self.signature.bind(arguments, f"exported {self.class_name}"))
+        return output
+
+
+def load(path: str | Path) -> ExportedTransformer:
+    """What :func:`save_program` or :func:`save_package` wrote.
+
+    A package holds compiled code, which runs: load only files that you trust.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it was not written here, or is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no .pt2 archive, or cut short: {error}") from error
+    package = any("/data/aotinductor/" in name for name in names)
+    note: dict[str, Any]
+    try:
+        if package:
+            run = torch._inductor.aoti_load_package(str(path))
+            note = json.loads(run.get_metadata()[_NOTE])
+            return ExportedTransformer("package", run, note)
+        extra = {_NOTE: ""}
+        exported = torch.export.load(path, extra_files=extra)
+        note = json.loads(extra[_NOTE])
+        return ExportedTransformer("program", exported.module(), note)
+    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} was not written by this version's fp4dit-ao export, or is damaged; export it again"
+        ) from error
+
+
+def _checked(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise ValueError(f"cannot export to {path.name}: the name must end in {SUFFIX}")
+    return path
+
+
+def _note(model: "QuantizedTransformer", exported: ExportedProgram) -> dict[str, Any]:
+    return {
+        "class_name": model.config["_class_name"],
+        "signature": asdict(signature_of(exported, _numbers(model))),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": {name: metadata.version(name) for name in ("fp4dit-ao", "torch")},
+    }
+
+
+def _numbers(model: "QuantizedTransformer") -> list[str]:
+    """The arguments that are whole numbers and need not be those that were captured."""
+    return sorted(_compat.varying_numbers(model.graph) & set(_compat.input_names(model.graph)))
+
+
+def _example(model: "QuantizedTransformer") -> dict[str, Any]:
+    """Arguments of the sizes that the graph was captured with; those were chosen so that no size is taken for a constant."""
+    kwargs = sample_description.empty_like(model.description, model.dtype)
+    names = {id(x): name for name, x in _compat.flat_inputs(model.graph, kwargs).items()}
+    sizes = _compat.captured_sizes(model.graph)
+    return pytree.tree_map_only(
+        Tensor, lambda x: torch.zeros(sizes[names[id(x)]], dtype=x.dtype, device=model.device), kwargs
+    )

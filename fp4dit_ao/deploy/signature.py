@@ -1,0 +1,158 @@
+"""What an exported graph may be called with: types, devices, and sizes that fit each other.
+
+Compiled code checks none of it: with a mask of another batch, say, it reads what it should not and returns an image.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from fp4dit_ao import _compat
+from fp4dit_ao.deploy import size_expressions
+from fp4dit_ao.graph_capture import sample_description
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The keyword arguments of a graph, as JSON can hold them.
+
+    Attributes:
+        inputs: of the tensors and constants, as ``samples.describe`` has it, and each tensor's ``device``. A size that may vary
+            is a name in place of a number, and stands for the same number wherever it occurs.
+        numbers: sizes, likewise, by the argument that gives them as a whole number.
+        relations: equalities between names that hold for whatever the graph may be called with, as ``sizes.evaluate`` reads
+            them.
+    """
+
+    inputs: Any
+    numbers: Mapping[str, int | str]
+    relations: Sequence[str]
+
+    def bind(self, arguments: Mapping[str, Any], who: str) -> dict[str, Any]:
+        """The arguments that the graph takes: with constants that were left out, and lengths of tensors for numbers.
+
+        Args:
+            arguments: of a call.
+            who: the beginning of the message.
+
+        Raises:
+            ValueError: one is unknown, no whole number, or no tensor of the type, rank, kind of device and fixed sizes that
+                were captured, or two do not fit each other.
+        """
+        given = {name: value for name, value in arguments.items() if name not in self.numbers}
+        fixed = {"return_dict": False} if "return_dict" in self._constants else {}
+        bound = self._constants | given | fixed
+        numbers: dict[str, Any] = {name: arguments.get(name) for name in self.numbers}
+        for name, value in numbers.items():
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{who}: {name} must be a whole number, found {value!r}")
+        sample_description.check(self.inputs, bound, who)
+        self._check_types(bound, who)
+        self._check_sizes(bound, numbers, who)
+        # a view's strides, such as those of one timestep expanded over the batch, are not what was compiled
+        bound = pytree.tree_map_only(Tensor, Tensor.contiguous, bound)
+        return bound | {name: as_length(value) for name, value in numbers.items()}
+
+    @functools.cached_property
+    def _constants(self) -> dict[str, Any]:
+        whole = sample_description.decode(self.inputs, lambda spec: torch.empty(0))
+        return {name: value for name, value in whole.items() if not any(sample_description.tensors(value))}
+
+    @functools.cached_property
+    def _specs(self) -> dict[str, dict[str, Any]]:
+        return sample_description.specs(self.inputs)
+
+    def _check_types(self, arguments: Mapping[str, Any], who: str) -> None:
+        for name, x in sample_description.tensors(arguments):
+            dtype, device = getattr(torch, self._specs[name]["dtype"]), self._specs[name]["device"]
+            if x.dtype != dtype:
+                raise ValueError(f"{who}: {name} is {x.dtype}, it was captured as {dtype}; pass {name}.to({dtype})")
+            if x.device.type != device:
+                raise ValueError(
+                    f"{who}: {name} is on {x.device}, it was captured on {device}; pass {name}.to({device!r})"
+                )
+
+    def _check_sizes(self, arguments: Mapping[str, Any], numbers: Mapping[str, int], who: str) -> None:
+        shapes = {name: tuple(x.shape) for name, x in sample_description.tensors(arguments)}
+        found = [(name, name, self.numbers[name], number) for name, number in numbers.items()]
+        for name, shape in shapes.items():
+            wanted = enumerate(self._specs[name]["shape"])
+            found += [(name, f"{name}.shape[{i}]", size, shape[i]) for i, size in wanted]
+        values: dict[str, int] = {}
+        first: dict[str, tuple[str, str]] = {}  # of a name: the first argument that has it, and where
+        for name, place, wanted_size, size in found:
+            if isinstance(wanted_size, int):
+                if size != wanted_size:
+                    raise ValueError(
+                        f"{who}: {place} is {size}, it was captured as {wanted_size}, which is fixed; pass what the model "
+                        "that was exported takes"
+                    )
+                continue
+            _, other = first.setdefault(wanted_size, (name, place))
+            if values.setdefault(wanted_size, size) != size:
+                raise ValueError(
+                    f"{who}: {place} is {size}, it must be {values[wanted_size]}, as {other} is; pass what belongs together"
+                )
+        broken = next((relation for relation in self.relations if not _holds(relation, values)), None)
+        if broken is not None:
+            names = size_expressions.names(broken)
+            said = size_expressions.rename(broken, {name: first[name][1] for name in names})
+            given: dict[str, object] = {**shapes, **numbers}
+            involved = " and ".join(f"{name} {given[name]}" for name in dict.fromkeys(first[name][0] for name in names))
+            raise ValueError(f"{who}: {involved} do not fit: {said} must hold; pass what belongs together")
+
+
+def _holds(relation: str, values: Mapping[str, int]) -> bool:
+    try:
+        return bool(size_expressions.evaluate(relation, values))
+    except ZeroDivisionError:  # an empty batch
+        return False
+
+
+def as_length(number: int) -> Tensor:
+    """A whole number as a tensor without elements: compiled code takes no other sizes than those of tensors."""
+    return torch.empty(number, 0)
+
+
+def signature_of(exported: ExportedProgram, numbers: Sequence[str]) -> Signature:
+    """How ``exported`` may be called.
+
+    Args:
+        exported: a program, not serialized yet.
+        numbers: the arguments that stand for whole numbers; see :func:`as_length`.
+    """
+    values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
+    inputs = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+    _, arguments = pytree.tree_unflatten([values[name] for name in inputs], exported.call_spec.in_spec)
+    relations = _compat.size_relations(exported)
+    known: set[str] = set()
+
+    def named(size: int | torch.SymInt) -> int | str:
+        text = _compat.size_text(size)
+        if text.isdigit():
+            return int(text)
+        name = text if text.isidentifier() else f"derived{len(relations)}"
+        if name != text:
+            relations.append(f"{name} == {text}")
+        known.add(name)
+        return name
+
+    def described(x: Tensor) -> dict[str, Any]:
+        shape = [named(size) for size in x.shape]
+        return {"shape": shape, "dtype": str(x.dtype).removeprefix("torch."), "device": x.device.type}
+
+    lengths = {name: named(arguments.pop(name).shape[0]) for name in numbers}
+    inputs_described = sample_description.encode(arguments, described)
+    checkable = [
+        relation
+        for relation in relations
+        if size_expressions.readable(relation) and known.issuperset(size_expressions.names(relation))
+    ]
+    return Signature(inputs_described, lengths, checkable)

@@ -1,0 +1,1 @@
+"""Quantized transformers in diffusers: pipelines, the graph form, the module form, LoRA."""

@@ -1,0 +1,180 @@
+"""This package as diffusers sees it: a quantization config and the quantizer that ``from_pretrained`` calls.
+
+``import fp4dit_ao`` registers both with diffusers; see ``_registration``. What is saved comes back as it was. A float model is
+quantized while it is read, weight by weight.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from fp4dit_ao._registration import METHOD
+from fp4dit_ao.config import QuantConfig
+
+
+class _Method(StrEnum):
+    FP4DIT_AO = METHOD
+
+
+class FP4DiTConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How ``from_pretrained`` quantizes a float transformer: to nearest, without calibration data.
+
+    ``PipelineQuantizationConfig(quant_mapping={"transformer": FP4DiTConfig("w4a6")})`` does it to one component of a pipeline.
+
+    Args:
+        recipe: a name in ``config.RECIPES``, or a config.
+        skip: globs over module names that stay in high precision, besides the recipe's own.
+        sample: keyword arguments of one ``forward``, for models of families that the package does not know.
+
+    Raises:
+        ValueError: an unknown recipe.
+    """
+
+    def __init__(
+        self, recipe: str | QuantConfig = "w4a6", skip: Sequence[str] = (), sample: Mapping[str, Any] | None = None
+    ):
+        if isinstance(recipe, str):
+            QuantConfig.from_name(recipe)
+        self.quant_method = _Method.FP4DIT_AO
+        self.recipe, self.skip, self.sample = recipe, tuple(skip), sample
+        self.stored: dict[str, Any] | None = None
+        """The ``quantization_config`` of a model that is already quantized."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From what a ``config.json`` holds, which is checked when it is used."""
+        config = cls()
+        config.stored = dict(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """In short; ``save_pretrained`` of the quantized model writes all that is needed to load it."""
+        recipe = self.recipe if isinstance(self.recipe, str) else dataclasses.asdict(self.recipe)
+        return {"quant_method": METHOD, "recipe": recipe, "skip": list(self.skip)}
+
+    def __repr__(self) -> str:
+        return f"FP4DiTConfig(recipe={self.recipe!r}, skip={self.skip!r})"
+
+
+class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """Puts stored codes and scales into a model that diffusers is loading, or quantizes its float weights on the way in.
+
+    Attributes:
+        record: what was done to the model.
+    """
+
+    required_packages = ("accelerate",)
+
+    def __init__(self, quantization_config: FP4DiTConfig, record: Any = None, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.record = record
+        self._slots: Any = None
+        self._linears: dict[str, QuantConfig] = {}
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        from fp4dit_ao.checkpoint.quantization_record import Record, check_model
+        from fp4dit_ao.diffusers_integration import module_form
+
+        config = self.quantization_config
+        if self.pre_quantized:
+            self.record = Record.from_json(config.stored or {}, "its config.json")
+            config.recipe = self.record.recipe or config.recipe
+            check_model(self.record, dict(model.config) | {"_class_name": type(model).__name__}, "its config.json")
+            self._slots = module_form.Slots(model, self.record)
+        else:
+            self.record = module_form.decide(model, config.recipe, skip=config.skip, sample=config.sample)
+            self._linears = dict(module_form.quantized_linears(self.record))
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        if self.pre_quantized and missing_keys:
+            raise ValueError(
+                f"the weights lack tensor {sorted(missing_keys)[0]} ({len(missing_keys)} in all); copy the folder again"
+            )
+        return missing_keys
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        name, _, leaf = param_name.rpartition(".")
+        quantized = name in self._linears or (self.record is not None and name in self.record.parts)
+        return self._slots is not None or (leaf == "weight" and quantized)
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
+        raise ValueError(
+            f"tensor {param_name} is {tuple(loaded_param.shape)}, where the model has {tuple(current_param.shape)}; "
+            "copy the folder again"
+        )
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        from fp4dit_ao.diffusers_integration.module_form import quantize_linear
+        from fp4dit_ao.passes.transforms.split_inputs import split_modules, whole_name
+
+        if self._slots is not None:
+            if unexpected_keys:
+                raise ValueError(
+                    f"the weights hold tensor {unexpected_keys[0]}, which config.json does not know; copy the folder again"
+                )
+            x = state_dict[param_name].clone()  # param_value is cast, scales too; memory as weights.read has it
+            self.record.tensors[param_name].check(param_name, x)
+            self._slots.put(param_name, x.to(target_device), param_value.dtype)
+        else:
+            name = param_name.rpartition(".")[0]
+            model.get_submodule(name).weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
+            split_modules(model, {whole: sizes for whole, sizes in self.record.parts.items() if whole == name})
+            for linear, config in self._linears.items():
+                if whole_name(linear) == name:
+                    quantize_linear(model, linear, config)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from fp4dit_ao.diffusers_integration.module_form import finish
+
+        if self._slots is not None:
+            self._slots.close(next((p.dtype for p in model.parameters() if p.is_floating_point()), None))
+            self._slots = None
+        return finish(model, self)
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        from fp4dit_ao.diffusers_integration.module_form import dequantize_modules
+
+        return dequantize_modules(model)
+
+    @property
+    def is_serializable(self) -> bool:
+        """Asked by diffusers' own ``save_pretrained`` alone, which could only find that codes have no storage.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "diffusers' own save_pretrained cannot write low-bit weights; call the instance's, model.save_pretrained(folder), "
+            "or fp4dit_ao.checkpoint.transformer_folder.save(model, folder)"
+        )
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = FP4DiTConfig
+auto.AUTO_QUANTIZER_MAPPING[METHOD] = FP4DiTDiffusersQuantizer

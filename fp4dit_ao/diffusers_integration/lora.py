@@ -1,0 +1,101 @@
+"""Fusing a LoRA into low-bit weights: their values and its product are added, and rounded anew.
+
+PEFT's own merging knows only torchao's configs, and undoes itself by subtracting; here the former codes come back.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.schemes.low_bit_weight import low_bit_weight
+from fp4dit_ao.tensors.levels import refuse_unpacked
+
+
+def fuse_lora(
+    model: Any,
+    configs: dict[str, QuantConfig],
+    lora_scale: float = 1.0,
+    safe_fusing: bool = False,
+    adapter_names: list[str] | None = None,
+) -> None:
+    """diffusers' ``fuse_lora`` of a model in the module form. Weights are rounded to nearest, in their own format and groups.
+
+    What is fused costs no time, and the error of one more rounding. The former codes are kept for :func:`unfuse_lora`. After
+    ``unload_lora`` what was fused stays, and is saved with the model.
+
+    Args:
+        model: with one or more LoRAs loaded.
+        configs: of its low-bit linears, by name.
+        lora_scale: factor of every LoRA.
+        safe_fusing: as in diffusers; low-bit weights always refuse NaN and Inf.
+        adapter_names: which; those that are set if None.
+
+    Raises:
+        ValueError: weights were unpacked, or a LoRA is of a kind that does more than add a product (aLoRA, …).
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    refuse_unpacked((x for _, x in model.named_parameters()), "fusing a LoRA")
+    layers: list[tuple[str, Any]] = [
+        (n, layer) for n, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)
+    ]
+    for name, layer in layers:
+        if name in configs:
+            variants = getattr(layer, "lora_variant", {})
+            if not isinstance(layer, LoraLayer) or variants:
+                kind = next((type(variant).__name__ for variant in variants.values()), type(layer).__name__)
+                raise ValueError(f"{name} carries {kind}, which cannot be fused into low-bit weights; leave it unfused")
+    for name, layer in layers:
+        if name in configs:
+            layer.merge = functools.partial(_merge, layer, name, configs[name])
+            layer.unmerge = functools.partial(_unmerge, layer)
+        if lora_scale != 1.0:
+            layer.scale_layer(lora_scale)
+        layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names)
+
+
+def unfuse_lora(model: Any) -> None:
+    """Undo :func:`fuse_lora`: low-bit weights have their former codes and scales again, bit for bit."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and layer.merged:
+            layer.unmerge()
+
+
+@torch.no_grad()
+def _merge(
+    layer: Any,
+    name: str,
+    config: QuantConfig,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+) -> None:
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+
+    wanted = [adapter for adapter in check_adapters_to_merge(layer, adapter_names) if adapter in layer.lora_A]
+    if not wanted:
+        return
+    base = layer.get_base_layer()
+    weight = base.weight.detach()
+    total = weight.dequantize(torch.float32)
+    for adapter in wanted:
+        total += layer.get_delta_weight(adapter).to(total)
+    fused = low_bit_weight(name, total, config).to(weight.dtype)
+    if not layer.merged:
+        layer.unfused_weight = weight
+    base.weight = nn.Parameter(fused, requires_grad=False)
+    layer.merged_adapters.extend(wanted)
+
+
+def _unmerge(layer: Any) -> None:
+    base = layer.get_base_layer()
+    if layer.merged:
+        former = layer.unfused_weight.to(device=base.weight.device, dtype=base.weight.dtype)
+        base.weight = nn.Parameter(former, requires_grad=False)
+        layer.merged_adapters.clear()
+        del layer.unfused_weight

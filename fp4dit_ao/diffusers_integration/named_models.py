@@ -1,0 +1,165 @@
+"""Models by the name that a user types: ``reference``, a folder, or a hub id; float or quantized."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from fp4dit_ao import reference
+
+if TYPE_CHECKING:
+    from fp4dit_ao.diffusers_integration.pipeline import Weights
+
+REFERENCE = "reference"
+"""Stands for the pipeline that ships with the package."""
+
+
+def folder_of(name: str) -> str:
+    """The folder that ``name`` stands for: of a hub id, the local copy if this package quantized what is there, else itself.
+
+    Raises:
+        FileNotFoundError: neither a folder nor like a hub id (``owner/name``).
+        ValueError: a folder without a pipeline in it.
+    """
+    if name == REFERENCE:
+        return str(reference.path())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ValueError(
+                f"{name} is no pipeline: it has no model_index.json; give a folder that save_pretrained wrote"
+            )
+        return str(path)
+    parts = name.split("/")
+    if path.exists() or len(parts) != 2 or not all(parts) or name.startswith((".", "~")):
+        raise FileNotFoundError(f"there is no folder {name}; give a pipeline's folder, a hub id, or 'reference'")
+    return _from_hub(name)
+
+
+@functools.lru_cache
+def _from_hub(name: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    from fp4dit_ao.checkpoint import transformer_folder
+    from fp4dit_ao.diffusers_integration.pipeline import resolve_folder
+
+    try:
+        config = Path(hf_hub_download(name, "transformer/config.json"))
+    except (OSError, ValueError):  # offline, no such repository, no transformer in it: opening the pipeline says which
+        return name
+    return str(resolve_folder(name)) if transformer_folder.is_quantized(config.parent) else name
+
+
+def is_reference(name: str) -> bool:
+    """Whether ``name`` is the shipped pipeline, whose prompts have true pictures."""
+    return Path(folder_of(name)).resolve() == reference.path().resolve()
+
+
+def is_quantized(name: str) -> bool:
+    """Whether ``name`` is a pipeline that this package quantized."""
+    from fp4dit_ao.checkpoint import transformer_folder
+
+    return transformer_folder.is_quantized(Path(folder_of(name)) / "transformer")
+
+
+def weights_of(name: str, weights: str) -> "Weights":
+    """``weights`` as ``load_pipeline`` takes it, for the model ``name``.
+
+    Raises:
+        FileNotFoundError: there is no such model; see :func:`folder_of`.
+        ValueError: there are no such weights, or the model has no packed ones to make them from.
+    """
+    from fp4dit_ao.diffusers_integration.pipeline import Weights
+
+    if weights not in get_args(Weights):
+        raise ValueError(f"unknown weights {weights!r}; choose one of {', '.join(get_args(Weights))}")
+    if not is_quantized(name) and weights != "packed":
+        raise ValueError(f"{name} was not quantized by fp4dit-ao, it has no packed weights to turn into {weights}")
+    return cast("Weights", weights)
+
+
+def default_device() -> str:
+    """``"cuda"`` where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_pipeline(name: str, device: str | None = None, *, compile: bool = False, weights: str = "packed") -> Any:
+    """The pipeline ``name``; float ones in float32 on the CPU and in bfloat16 elsewhere.
+
+    Args:
+        name: see :func:`folder_of`.
+        device: :func:`default_device` if None.
+        compile: run a quantized transformer under ``torch.compile``.
+        weights: of a quantized transformer; see :func:`fp4dit_ao.load_pipeline`.
+
+    Raises:
+        OSError: it cannot be found or read.
+        ValueError: it is no pipeline, or its weights cannot be had like that.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    folder = folder_of(name)
+    form, device = weights_of(name, weights), device or default_device()
+    logging.disable_progress_bar()  # of the files that are opened: over before it is read
+    if is_quantized(name):
+        from fp4dit_ao.diffusers_integration.pipeline import load_pipeline
+
+        return load_pipeline(folder, device=device, compile=compile, weights=form)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    try:
+        return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OSError(f"{name} cannot be loaded as a diffusers pipeline: {first}") from error
+
+
+def default_prompts(name: str, count: int) -> list[str]:
+    """Prompts for a model whose user gave none: ``count`` of the reference pipeline's own, spread over all of them.
+
+    Raises:
+        ValueError: another model.
+    """
+    if not is_reference(name):
+        raise ValueError(f"{name} needs prompts; give --prompts FILE, one prompt a line")
+    return [reference.prompts()[index] for index in reference_indices(count)]
+
+
+def reference_indices(count: int) -> list[int]:
+    """Positions of ``count`` prompts, evenly spread over the reference pipeline's.
+
+    Raises:
+        ValueError: fewer than 1, or more than there are.
+    """
+    from fp4dit_ao.reference.accuracy import spread_out
+
+    return spread_out(count)
+
+
+def known_prompts(prompts: list[str]) -> list[int] | None:
+    """Positions of ``prompts`` in the reference pipeline's; None if it was not trained on one of them."""
+    places = {text: index for index, text in enumerate(reference.prompts())}
+    return [places[text] for text in prompts] if all(text in places for text in prompts) else None
+
+
+def size_at_16_bits(transformer: Any) -> tuple[int, float]:
+    """(bytes, bits per weight) of a transformer, with everything that is not quantized counted at 16 bits.
+
+    Bits per weight are over the quantized linears alone, scales included; 16 for a float model.
+    """
+    summary = transformer.summary() if hasattr(transformer, "summary") else []
+    rows = [row for row in summary if row.kind == "linear" and row.quantized and row.shape]
+    packed = sum(row.bytes for row in rows)
+    weights = sum(row.shape[0] * row.shape[1] for row in rows)
+    other = sum(parameter.numel() for parameter in _plain_parameters(transformer).values())
+    return packed + 2 * other, 8 * packed / weights if weights else 16.0
+
+
+def _plain_parameters(transformer: Any) -> Mapping[str, Any]:
+    """Parameters that are not low-bit tensors."""
+    from torchao.utils import TorchAOBaseTensor
+
+    return {name: p for name, p in transformer.named_parameters() if not isinstance(p.detach(), TorchAOBaseTensor)}

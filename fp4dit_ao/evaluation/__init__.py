@@ -1,0 +1,1 @@
+"""Fidelity of quantized pipelines: metrics, tables, pictures."""

@@ -1,0 +1,56 @@
+"""What a measurement was taken on: hardware and versions, written beside every figure."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+_PACKAGES = ("fp4dit-ao", "torch", "torchao", "diffusers", "transformers")
+
+
+def environment() -> dict[str, str]:
+    """Processor, threads, GPU if any, Python and package versions."""
+    import torch
+
+    from fp4dit_ao.kernels.cpu import native
+
+    found = {
+        "processor": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernel": next(iter(native.kernels()), "none"),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    return found | {name: _version(name) for name in _PACKAGES}
+
+
+def processor() -> str:
+    """The processor's marketing name, as far as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def one_line() -> str:
+    """The environment as one sentence under a table."""
+    return describe(environment())
+
+
+def describe(e: dict[str, str]) -> str:
+    """:func:`environment`, of whatever machine, as one sentence."""
+    device = e["processor"] + (f", {e['gpu']}" if e["gpu"] != "none" else "")
+    return f"{device}; {e['threads']} threads; torch {e['torch']}, torchao {e['torchao']}, diffusers {e['diffusers']}."
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"

@@ -1,0 +1,255 @@
+"""Same-seed fidelity of a quantized pipeline: many prompts and seeds, judged image by image against the original's."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fp4dit_ao.calibration.pipeline_arguments import call_arguments
+from fp4dit_ao.evaluation import metrics
+from fp4dit_ao.evaluation.environment import environment, one_line
+from fp4dit_ao.evaluation.metrics import Estimate, Images
+
+_SEED_STRIDE = 1_000_003
+"""A prime larger than any number of prompts: (seed, prompt) pairs get distinct generator seeds."""
+
+
+def image_seed(seed: int, prompt_index: int) -> int:
+    """The generator seed of one image: a function of its own seed and prompt alone, whatever it is batched with."""
+    return seed * _SEED_STRIDE + prompt_index
+
+
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 16,
+    progress: str | None = "images",
+    **call: Any,
+) -> Images:
+    """Generate every prompt with every seed.
+
+    Args:
+        pipe: a diffusers text-to-image pipeline.
+        prompts: at least one.
+        seeds: at least one; every image has its own generator, seeded by :func:`image_seed`.
+        batch_size: images generated together.
+        progress: what the progress bar (with time left) is called; None for no bar.
+        **call: further arguments of the pipeline, such as ``num_inference_steps``, on top of its ``generation.json``.
+
+    Returns:
+        uint8 ``(seeds, prompts, height, width, 3)``.
+
+    Raises:
+        ValueError: no prompts, no seeds, a batch size below 1, or an argument that the pipeline does not take.
+    """
+    import torch
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    if not prompts or not seeds or batch_size < 1:
+        raise ValueError(
+            f"generate needs at least one prompt, one seed and a batch of one; found {len(prompts)} prompts, "
+            f"{len(seeds)} seeds, batch_size={batch_size}"
+        )
+    arguments = call_arguments(pipe, **call) | {"output_type": "np"}
+    wanted = [(seed, index) for seed in seeds for index in range(len(prompts))]
+    images: list[Images] = []
+    with _quiet(pipe), tqdm(total=len(wanted), desc=progress, disable=progress is None, unit="img") as bar:
+        for start in range(0, len(wanted), batch_size):
+            part = wanted[start : start + batch_size]
+            generators = [torch.Generator().manual_seed(image_seed(seed, index)) for seed, index in part]
+            texts = [prompts[index] for _, index in part]
+            output = pipe(texts, generator=generators, **arguments).images
+            images.append((np.asarray(output) * 255).round().astype(np.uint8))
+            bar.update(len(part))
+    flat = np.concatenate(images)
+    return flat.reshape(len(seeds), len(prompts), *flat.shape[1:])
+
+
+@contextlib.contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bar."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One variant, judged image by image.
+
+    Attributes:
+        name: what the variant is called.
+        psnr: dB against the original, ``(seeds, prompts)``, capped at :data:`metrics.PSNR_CAP`.
+        ssim: against the original, ``(seeds, prompts)``.
+        right: whether each image shows what was asked for; None where that cannot be judged.
+        seconds: per image, generation only.
+        notes: further columns, name to text.
+    """
+
+    name: str
+    psnr: metrics.Floats
+    ssim: metrics.Floats
+    right: NDArray[np.bool_] | None = None
+    seconds: float = float("nan")
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        name: str,
+        images: Images,
+        originals: Images,
+        prompt_indices: Sequence[int] | None = None,
+        seconds: float = float("nan"),
+        notes: dict[str, str] | None = None,
+    ) -> "Fidelity":
+        """Judge ``images`` against ``originals``, both ``(seeds, prompts, h, w, 3)``.
+
+        Args:
+            prompt_indices: positions of the prompts in ``reference.prompts()``, if the model is the reference pipeline.
+        """
+        right = None if prompt_indices is None else _right(images, prompt_indices)
+        psnr, ssim = metrics.psnr(images, originals), metrics.ssim(images, originals)
+        return Fidelity(name, psnr, ssim, right, seconds, dict(notes or {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; the inverse of :meth:`from_dict`."""
+        return {
+            "name": self.name, "psnr": self.psnr.round(4).tolist(), "ssim": self.ssim.round(6).tolist(),
+            "right": None if self.right is None else self.right.astype(int).tolist(), "seconds": self.seconds,
+            "notes": self.notes,
+        }  # fmt: skip
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "Fidelity":
+        right = None if data["right"] is None else np.asarray(data["right"], dtype=bool)
+        psnr, ssim = np.asarray(data["psnr"], dtype=np.float64), np.asarray(data["ssim"], dtype=np.float64)
+        return Fidelity(data["name"], psnr, ssim, right, data["seconds"], data["notes"])
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Means and 95 % intervals: ``psnr``, ``ssim`` and, if judged, ``accuracy``."""
+        found = {"psnr": metrics.estimate(self.psnr), "ssim": metrics.estimate(self.ssim)}
+        return found if self.right is None else found | {"accuracy": metrics.estimate(self.right)}
+
+
+def _right(images: Images, prompt_indices: Sequence[int]) -> NDArray[np.bool_]:
+    from fp4dit_ao.reference.accuracy import prompt_accuracy
+
+    return np.stack([prompt_accuracy(of_one_seed, prompt_indices) for of_one_seed in images])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Paired difference of two variants over the same images: the mean of ``first - second``."""
+
+    first: str
+    second: str
+    psnr: Estimate
+    ssim: Estimate
+    accuracy: Estimate | None
+
+    @staticmethod
+    def of(first: Fidelity, second: Fidelity) -> "Comparison":
+        accuracy = None
+        if first.right is not None and second.right is not None:
+            accuracy = metrics.estimate(first.right.astype(np.float64) - second.right)
+        psnr, ssim = metrics.estimate(first.psnr - second.psnr), metrics.estimate(first.ssim - second.ssim)
+        return Comparison(first.name, second.name, psnr, ssim, accuracy)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Several variants over the same prompts and seeds, for a table and for JSON.
+
+    Attributes:
+        variants: in the order of the table.
+        settings: what was measured (prompts, seeds, steps, …).
+        comparisons: paired differences worth showing.
+    """
+
+    variants: list[Fidelity]
+    settings: dict[str, Any]
+    comparisons: list[Comparison] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=environment)
+
+    def markdown(self) -> str:
+        """The table, the paired differences, and what they were measured on."""
+        judged = any(variant.right is not None for variant in self.variants)
+        notes = list(dict.fromkeys(name for variant in self.variants for name in variant.notes))
+        head = ["", *notes, "PSNR, dB", "SSIM", *(["prompt accuracy"] if judged else []), "s / image"]
+        rows = []
+        for variant in self.variants:
+            e = variant.estimates()
+            cells = [variant.name, *(variant.notes.get(name, "") for name in notes)]
+            cells += [_psnr_text(e["psnr"]), e["ssim"].text(3)]
+            cells += [e["accuracy"].text(1, percent=True) if "accuracy" in e else ""] if judged else []
+            rows.append([*cells, "" if np.isnan(variant.seconds) else f"{variant.seconds:.2f}"])
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if isinstance(value, str | int))
+        text = (
+            markdown_table(head, rows) + "\n\nAgainst the original at equal seeds, with 95 % intervals over prompts; "
+        )
+        text += f"{settings}. {one_line()}"
+        if self.comparisons:
+            head = ["paired difference", "PSNR, dB", "SSIM", *(["prompt accuracy"] if judged else [])]
+            rows = [
+                [f"{c.first} − {c.second}", c.psnr.text(2), c.ssim.text(4)]
+                + ([c.accuracy.text(1, percent=True) if c.accuracy else ""] if judged else [])
+                for c in self.comparisons
+            ]
+            text += "\n\n" + markdown_table(head, rows)
+        return text + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "settings": self.settings,
+            "environment": self.environment,
+            "variants": [
+                v.to_dict() | {"estimates": {k: asdict(e) for k, e in v.estimates().items()}} for v in self.variants
+            ],
+            "comparisons": [asdict(c) for c in self.comparisons],
+        }
+
+    def save(self, path: Path) -> None:
+        """Write JSON, whole or not at all."""
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+def _psnr_text(estimate: Estimate) -> str:
+    return "identical" if estimate.low >= metrics.PSNR_CAP else estimate.text(2)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its columns padded so that it also reads well in a terminal."""
+    table = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(3, *(len(row[column]) for row in table)) for column in range(len(head))]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def timed_generate(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> tuple[Images, float]:
+    """:func:`generate`, and the seconds it took per image."""
+    start = time.perf_counter()
+    images = generate(pipe, prompts, seeds, **options)
+    return images, (time.perf_counter() - start) / (len(prompts) * len(seeds))

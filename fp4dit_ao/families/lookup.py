@@ -1,0 +1,111 @@
+"""A model's family, and what follows from it: its recipe, its quantizer, an example of its inputs."""
+
+import dataclasses
+import re
+import warnings
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp4dit_ao.config import HIGH_PRECISION, QuantConfig
+from fp4dit_ao.families import sample_inputs
+from fp4dit_ao.families.family import Family
+from fp4dit_ao.families.table import E2M1_THROUGHOUT, FAMILIES
+from fp4dit_ao.quantizer import FP4DiTQuantizer
+
+_PAPER = ("w4a6", "w4a8", "w4a6_static", "w4a6_mse")
+"""Recipes that are the paper's, and so may mean other formats for another family; all others say their formats themselves."""
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of ``model``; one of safe defaults, named after its class, if the table has none.
+
+    Those defaults leave every linear outside of the numbered blocks in high precision, and what :data:`HIGH_PRECISION` names.
+    """
+    config = getattr(model, "config", None)
+    kind = type(model).__name__
+    for family in FAMILIES:
+        if family.transformer == kind and family.when(config):
+            return family
+    outside = tuple(name for name, x in model.named_modules() if isinstance(x, nn.Linear) and not _in_block(name))
+    return Family(kind, kind, skip=HIGH_PRECISION + outside, paper=E2M1_THROUGHOUT)
+
+
+def _in_block(name: str) -> bool:
+    return re.search(r"(^|\.)\d+\.", name) is not None
+
+
+def recipe_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> QuantConfig:
+    """A recipe as it is for ``model``'s family. A config that is given rather than named stays as it is.
+
+    Raises:
+        ValueError: no such recipe.
+    """
+    if isinstance(recipe, QuantConfig):
+        return recipe
+    family = family_of(model)
+    config = QuantConfig.from_name(recipe)
+    fields: dict[str, Any] = {"skip": family.skip, "indivisible": "divisor"}
+    if recipe in _PAPER:
+        fields |= family.paper
+    return dataclasses.replace(config, **fields)
+
+
+def quantizer_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> FP4DiTQuantizer:
+    """A quantizer for ``model``, set up with a recipe as it is for its family; further rules may be added.
+
+    A model of no known family is quantized with safe defaults, and a warning says which.
+
+    Args:
+        model: the float model.
+        recipe: a name in ``config.RECIPES``; or a config, which is used as it is.
+
+    Raises:
+        ValueError: no such recipe.
+    """
+    config = recipe_for(model, recipe)
+    quantizer = FP4DiTQuantizer().set_global(config)
+    if isinstance(recipe, QuantConfig):
+        return quantizer
+    family = family_of(model)
+    names = [name for name, _ in model.named_modules()]
+    for glob, fields in family.layers.items():
+        if "activation" in fields and (config.activation is None or config.activation_granularity == "block"):
+            continue  # a recipe for weights alone, or of a block format, which is one for all layers
+        if any(fnmatchcase(name, glob) for name in names):
+            quantizer.set_module_name(glob, dataclasses.replace(config, **fields))
+    if family not in FAMILIES:
+        outside = family.skip[len(HIGH_PRECISION) :]
+        warnings.warn(
+            f"{family.name} is no family that fp4dit_ao knows; quantizing the linears of its numbered blocks, weights "
+            f"{config.weight} in groups of {config.group_size} or the largest divisor, and leaving {len(outside)} linears "
+            f"outside of them as they are ({', '.join(outside[:4]) or 'none'}{', …' if len(outside) > 4 else ''})",
+            stacklevel=2,
+        )
+    return quantizer
+
+
+def example_inputs(
+    model: nn.Module, size: sample_inputs.Size | None = None, *, seed: int = 0, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Random keyword arguments of ``model.forward``, as its pipeline would pass them: enough to capture it.
+
+    Args:
+        model: a float model of a known family.
+        size: how large; small if None.
+        seed: of the numbers.
+        dtype: of floating-point tensors; the model's if None.
+
+    Raises:
+        ValueError: the table does not know the model's family.
+    """
+    family = family_of(model)
+    if family.sample is None:
+        raise ValueError(
+            f"{family.name} is no family that fp4dit_ao knows, so it cannot make up a sample; "
+            "take one from a pipeline: collect_samples(pipe, prompts)"
+        )
+    dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return family.sample(model.config, size or sample_inputs.Size(), sample_inputs.Random(seed, dtype))

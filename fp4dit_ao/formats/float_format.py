@@ -1,0 +1,184 @@
+"""Floating-point formats ``ExMy`` as integer lattices.
+
+On its own finest step, every ``ExMy`` format is a set of integers (exponent field ``e``, mantissa field ``m``)::
+
+    level(e, m) = m                        e = 0 (subnormal)
+                = (2^M + m) * 2^(e - 1)    e >= 1
+
+A tensor value is ``level * step`` with ``step = absmax / lattice_max``. That *is* the real-valued exponent bias of FP4DiT
+(arXiv 2503.15465): ``b = 2^E - log2(maxval) + log2(2 - 2^-M) - 1`` and ``step = 2^(1 - b - M)``; see
+:meth:`FloatFormat.exponent_bias`. A code is ``sign | exponent field | mantissa field``, so magnitudes sort like codes.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp4dit_ao.formats.number_format import MAX_BITS, NumberFormat
+
+_PATTERN = re.compile(r"e(?P<e>[0-9]+)m(?P<m>[0-9]+)(?P<fn>fn)?|int(?P<int>[0-9]+)")
+
+
+def is_float_format_name(name: object) -> bool:
+    """Whether ``name`` has the form of an ``ExMy`` or ``intN`` format, such as ``"e2m1"``, even one that does not exist."""
+    return isinstance(name, str) and _PATTERN.fullmatch(name) is not None
+
+
+@dataclass(frozen=True)
+class FloatFormat(NumberFormat):
+    """A signed ``ExMy`` number format without infinities: ``FloatFormat(2, 1)``, spelled ``"e2m1"``.
+
+    Attributes:
+        exponent_bits: E, 0 to 6. ``E = 0`` is the symmetric integer format (``e0m3`` = INT4, ±7 in sign and magnitude).
+        mantissa_bits: M, 0 to 7.
+        nan: whether the largest code is set aside for NaN, as in hardware FP8 (``e4m3fn``: largest value 448, not 480).
+
+    Raises:
+        ValueError: fewer than 1 or more than 7 magnitude bits, or levels that exceed 63-bit integers (e6m1, e7m0).
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    nan: bool = False
+
+    def __post_init__(self) -> None:
+        e, m = self.exponent_bits, self.mantissa_bits
+        if e < 0 or m < 0 or not 1 <= e + m < MAX_BITS:
+            raise ValueError(f"format e{e}m{m} has {1 + e + m} bits; a format has 2 to {MAX_BITS}, such as 'e2m1'")
+        if self.nan and (e == 0 or m == 0):
+            raise ValueError(
+                f"format e{e}m{m}fn: only formats with exponent and mantissa bits set a code aside for NaN"
+            )
+        if self.lattice_max >= 2**63:
+            raise ValueError(f"format e{e}m{m} spans more than 63 bits of integers; use fewer exponent bits")
+
+    @staticmethod
+    def parse(name: str) -> "FloatFormat":
+        """``"e2m1"``, ``"e4m3fn"`` (hardware FP8), or ``"int4"`` for ``e0m3``; ``parse(str(fmt)) == fmt``.
+
+        Raises:
+            ValueError: not such a name, or not such a format.
+        """
+        found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
+        if found is None:
+            raise ValueError(
+                f"unknown number format {name!r}; write 'e2m1' for 2 exponent and 1 mantissa bits, "
+                "'int4' for a symmetric integer"
+            )
+        if found["int"]:
+            return FloatFormat(0, int(found["int"]) - 1)
+        return FloatFormat(int(found["e"]), int(found["m"]), nan=found["fn"] is not None)
+
+    def __str__(self) -> str:
+        return f"e{self.exponent_bits}m{self.mantissa_bits}" + ("fn" if self.nan else "")
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def max_code(self) -> int:
+        """The code of the largest value."""
+        return 2 ** (self.bits - 1) - 1 - self.nan
+
+    @property
+    def max_binade(self) -> int:
+        """k of the highest binade; values there are multiples of ``2^k`` steps."""
+        return max(0, 2**self.exponent_bits - 2)
+
+    @property
+    def lattice_max(self) -> int:
+        return self.level(self.max_code)
+
+    def level(self, code: int) -> int:
+        magnitude = code & (2 ** (self.bits - 1) - 1)
+        e, m = magnitude >> self.mantissa_bits, magnitude & (2**self.mantissa_bits - 1)
+        value = (2**self.mantissa_bits + m) << (e - 1) if e else m
+        return -value if code >> (self.bits - 1) & 1 else value
+
+    @property
+    def lattice(self) -> Tensor:
+        positive = [self.level(code) for code in range(self.max_code + 1)]
+        return torch.tensor([-v for v in reversed(positive[1:])] + positive, dtype=torch.int64)
+
+    def exponent_bias(self, maxval: float) -> float:
+        """The paper's real-valued bias b of a tensor whose largest magnitude is ``maxval``: ``step = 2^(1 - b - M)``."""
+        return 1 - self.mantissa_bits + math.log2(self.lattice_max / maxval)
+
+    # --- tensors -----------------------------------------------------------------------------------------------------
+
+    def element_step(self, y: Tensor) -> Tensor:
+        """Distance between neighbouring levels at ``y``: ``2^k`` for ``|y|`` in binade k. float32, in steps, like ``y``."""
+        return _power_of_two(self._binade(y.float()))
+
+    def encode(self, y: Tensor) -> Tensor:
+        y = self._saturated(y)
+        k = self._binade(y)
+        magnitude = (k << self.mantissa_bits) + self._mantissa(y, k).abs().to(torch.int32)
+        return (magnitude + (torch.signbit(y).to(torch.int32) << (self.bits - 1))).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        code = codes.to(torch.int32)
+        magnitude = code & (2 ** (self.bits - 1) - 1)
+        e = magnitude >> self.mantissa_bits
+        mantissa = (magnitude & (2**self.mantissa_bits - 1)) + ((e > 0).to(torch.int32) << self.mantissa_bits)
+        level = mantissa.float() * _power_of_two((e - 1).clamp(min=0))
+        return torch.where((code >> (self.bits - 1) & 1) > 0, -level, level)
+
+    def round(self, y: Tensor) -> Tensor:
+        """The levels nearest to ``y``, float32: ``decode(encode(y))`` without the codes in between, many times quicker."""
+        y = self._saturated(y)
+        if not self.mantissa_bits:
+            k = self._binade(y)
+            return self._mantissa(y, k) * _power_of_two(k)
+        # float32 itself rounds to multiples of 2^k, ties to even, where its own last bit is 2^k: beside 1.5 * 2^(k + 23)
+        anchor = self._anchor(y)
+        return (y + anchor) - anchor
+
+    def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        # a negative first value of a binade borders on the binade below it, where the level above it lies
+        step = self.element_step(torch.where(y < 0, torch.nextafter(y, torch.zeros_like(y)), y))
+        return torch.floor(y / step) * step, step
+
+    def _anchor(self, y: Tensor) -> Tensor:
+        lowest = 1.5 * 2.0**23
+        if torch.compiler.is_compiling() and self.max_binade <= _FEW_BINADES:
+            anchor = torch.full_like(y, lowest)
+            for k in range(1, self.max_binade + 1):
+                anchor = torch.where(y.abs() >= 2.0 ** (self.mantissa_bits + k), lowest * 2**k, anchor)
+            return anchor
+        binade = (y.view(torch.int32) & 0x7F800000).clamp(min=(127 + self.mantissa_bits) << 23).view(torch.float32)
+        return binade * (lowest / 2**self.mantissa_bits)
+
+    def _saturated(self, y: Tensor) -> Tensor:
+        largest = float(self.lattice_max)
+        if torch.compiler.is_compiling():
+            y = y.float().clamp(-largest, largest)
+            return torch.where(y == y, y, 0.0)  # NaN to 0
+        return torch.nan_to_num(y.float(), nan=0.0).clamp(-largest, largest)
+
+    def _mantissa(self, y: Tensor, k: Tensor) -> Tensor:
+        """``y`` (in binade k) in units of ``2^k``, rounded so that ties go to the even code."""
+        mantissa = y * _power_of_two(-k)
+        if self.mantissa_bits:
+            return torch.round(mantissa)
+        odd = (k & 1) * torch.sign(y)  # without mantissa bits, a code is even or odd by its exponent
+        return torch.round(mantissa - odd) + odd
+
+    def _binade(self, y: Tensor) -> Tensor:
+        """int32 k such that levels near ``y`` (float32) are multiples of 2^k; 0 in the subnormal range."""
+        exponent = (y.view(torch.int32) >> 23 & 0xFF) - 127
+        return (exponent - self.mantissa_bits).clamp(0, self.max_binade)
+
+
+_FEW_BINADES = 6
+"""Up to here a comparison per binade is compiled: Inductor vectorises comparisons on CPUs, but no look at a float's bits (nor
+``nan_to_num``). Uncompiled, ``where`` is the one that is not vectorised."""
+
+
+def _power_of_two(k: Tensor) -> Tensor:
+    """Exact float32 ``2^k`` of int32 ``k`` in [-126, 127], from its bits: no libm, so it is exact on every backend."""
+    return ((k + 127) << 23).view(torch.float32)

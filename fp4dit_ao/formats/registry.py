@@ -1,0 +1,36 @@
+"""Formats by name."""
+
+from fp4dit_ao.formats.codebook import NF4, CodebookFormat
+from fp4dit_ao.formats.float_format import FloatFormat, is_float_format_name
+from fp4dit_ao.formats.number_format import NumberFormat
+
+CODEBOOKS: dict[str, CodebookFormat] = {"nf4": NF4}
+"""Registered codebooks; :func:`register_codebook` adds to them."""
+
+
+def parse(name: str) -> NumberFormat:
+    """The format of that name: one that :meth:`FloatFormat.parse` reads, or one of :data:`CODEBOOKS`.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(name, str) and name in CODEBOOKS:
+        return CODEBOOKS[name]
+    try:
+        return FloatFormat.parse(name)
+    except ValueError as error:
+        if is_float_format_name(name):
+            raise
+        raise ValueError(f"{error}, or a codebook's name: {', '.join(CODEBOOKS)}") from None
+
+
+def register_codebook(codebook: CodebookFormat) -> CodebookFormat:
+    """Makes ``codebook`` known to :func:`parse`, and so to configs, operators and checkpoints; returns it.
+
+    Raises:
+        ValueError: its name is that of another format.
+    """
+    if is_float_format_name(codebook.name) or CODEBOOKS.get(codebook.name, codebook) != codebook:
+        raise ValueError(f"codebook {codebook.name!r} has the name of another format; choose a name of its own")
+    CODEBOOKS[codebook.name] = codebook
+    return codebook

@@ -1,0 +1,150 @@
+"""``torch.export`` of a diffusion transformer into one aten graph, dynamic in batch, image size and text length."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from fp4dit_ao import _compat
+from fp4dit_ao.families import family_of
+from fp4dit_ao.families.forward_rewrites import methods_replaced
+from fp4dit_ao.passes.functional_writes import make_functional
+
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+def bind(model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """``sample`` as the keyword arguments of ``model.forward``, in its order, with its defaults filled in.
+
+    Raises:
+        ValueError: a key that ``forward`` does not take, or one that it needs is missing.
+    """
+    signature = inspect.signature(model.forward)
+    accepted = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    unknown = sorted(set(sample) - set(accepted))
+    missing = sorted(n for n, p in accepted.items() if p.default is p.empty and n not in sample)
+    if unknown or missing:
+        wrong = "; ".join(
+            part
+            for part in (
+                f"unknown {', '.join(unknown)}" if unknown else "",
+                f"missing {', '.join(missing)}" if missing else "",
+            )
+            if part
+        )
+        raise ValueError(
+            f"the sample does not match {type(model).__name__}.forward: {wrong}; "
+            f"give a dict with keys among {', '.join(accepted)}"
+        )
+    bound = {name: sample.get(name, parameter.default) for name, parameter in accepted.items()}
+    if "return_dict" in bound:
+        bound["return_dict"] = False
+    return bound
+
+
+def capture(model: nn.Module, sample: Mapping[str, Any]) -> GraphModule:
+    """Export ``model`` (non-strict) as a GraphModule with the call signature of ``model.forward``.
+
+    Batch, spatial and sequence dimensions are dynamic (``Dim.AUTO``); nothing else of the sample but its dtypes and its
+    constants (``None``, flags) is baked in. The graph returns a tuple, as with ``return_dict=False``.
+
+    Args:
+        model: any module whose tensors arrive as arguments, such as ``pipe.transformer``; put in eval mode.
+        sample: keyword arguments of one forward call, as the pipeline makes it.
+
+    Raises:
+        ValueError: the sample's keys do not match ``forward``.
+    """
+    model.eval()
+    kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().contiguous(), bind(model, sample))
+    family = family_of(model)
+    kwargs = _unspecialised(kwargs, family.shared)
+    shapes = pytree.tree_map(_dynamic, kwargs)
+    rewritten = methods_replaced(model, family.rewrites)
+    with (
+        torch.no_grad(),
+        rewritten,
+        _positions_computed(model),
+        _compat.distinct_sizes(),
+        _compat.sizes_of_repeats(),
+    ):
+        exported = torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
+    defaults = {name: value for name, value in _defaults(model).items() if name in kwargs}
+    graph = _compat.exported_graph(exported, defaults)
+    _drop_asserts(graph)
+    make_functional(graph)
+    return graph
+
+
+def _defaults(model: nn.Module) -> dict[str, object]:
+    """The constant defaults of ``forward``; the graph is called with ``return_dict=False`` unless told otherwise."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    defaults: dict[str, object] = {p.name: p.default for p in parameters if isinstance(p.default, _CONSTANTS)}
+    return defaults | ({"return_dict": False} if "return_dict" in defaults else {})
+
+
+def _dynamic(x: Any) -> Any:
+    """What ``torch.export`` is told about one value of a sample: sizes and whole numbers vary, anything else is constant."""
+    if isinstance(x, Tensor):
+        return dict.fromkeys(range(x.ndim), Dim.AUTO)
+    return Dim.AUTO if type(x) is int else None
+
+
+_POSITION_TABLES = (("pos_embed", "height"), ("pos_embedding", "sample_height"))
+"""Modules of diffusers (``PatchEmbed``, ``CogVideoXPatchEmbed``) that cache positions of one size: the table, and that size."""
+
+
+def _caches_positions(module: nn.Module) -> str | None:
+    """The attribute with the size of a module's cached position table, which it recomputes for any other; None without one."""
+    for table, size in _POSITION_TABLES:
+        learned = getattr(module, "use_learned_positional_embeddings", False)
+        if hasattr(module, table) and hasattr(module, size) and not learned:
+            return size
+    return None
+
+
+@contextlib.contextmanager
+def _positions_computed(model: nn.Module) -> Iterator[None]:
+    """Make cached position tables look stale, so that export records the code that serves every image size."""
+    cached = [
+        (module, size, getattr(module, size)) for module in model.modules() if (size := _caches_positions(module))
+    ]
+    try:
+        for module, size, _ in cached:
+            setattr(module, size, -1)
+        yield
+    finally:
+        for module, size, value in cached:
+            setattr(module, size, value)
+
+
+def _unspecialised(kwargs: dict[str, Any], shared: Sequence[str]) -> dict[str, Any]:
+    """The sample with a batch of at least two: export takes one for a constant. What a batch shares stays as it is."""
+    tensors = [x for x in pytree.tree_leaves(kwargs) if isinstance(x, Tensor) and x.ndim]
+    if not tensors or tensors[0].shape[0] != 1:
+        return kwargs
+    return {
+        name: value if name in shared else pytree.tree_map_only(Tensor, _twice, value) for name, value in kwargs.items()
+    }
+
+
+def _twice(x: Tensor) -> Tensor:
+    return torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x
+
+
+_ASSERTS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default)
+
+
+def _drop_asserts(graph: GraphModule) -> None:
+    """Remove export's run-time checks: they pin the graph to the device and the proportions of the example."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and node.target in _ASSERTS:
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()

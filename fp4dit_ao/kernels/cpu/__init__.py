@@ -1,0 +1,1 @@
+"""CPU kernels: a compiled library of C, opened with ctypes."""

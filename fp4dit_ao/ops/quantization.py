@@ -1,0 +1,132 @@
+"""``torch.ops.fp4dit_ao.*``: choose a scale, quantize to codes, dequantize; or both of these at once.
+
+All take torchao's ``block_size``: how many elements along each dimension share a scale, -1 for a whole dimension. A
+scale tensor keeps the rank: ``scale.shape[i] == x.shape[i] // block_size[i]``. They are composites of plain aten
+operators, so Inductor fuses them into what surrounds them, autograd and fake tensors see through them, and a backend
+may still register its own kernel under its dispatch key.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fp4dit_ao.formats import parse
+from fp4dit_ao.ops.library import LIBRARY
+
+LIBRARY.define("choose_scale(Tensor x, SymInt[] block_size, str fmt, ScalarType scale_dtype) -> Tensor")
+LIBRARY.define("quantize(Tensor x, SymInt[] block_size, Tensor scale, str fmt) -> Tensor")
+LIBRARY.define(
+    "dequantize(Tensor codes, SymInt[] block_size, Tensor scale, str fmt, ScalarType output_dtype) -> Tensor"
+)
+LIBRARY.define("fake_quantize(Tensor x, SymInt[] block_size, Tensor scale, str fmt, ScalarType output_dtype) -> Tensor")
+
+
+def full_block(shape: Sequence[int], block_size: Sequence[int]) -> list[int]:
+    """``block_size`` with every -1 replaced by the dimension it stands for.
+
+    Raises:
+        ValueError: the ranks differ, or a block does not divide its dimension.
+    """
+    if len(shape) != len(block_size):
+        raise ValueError(
+            f"block_size {list(block_size)} has {len(block_size)} entries for a tensor of rank {len(shape)}"
+        )
+    for dim, (size, block) in enumerate(zip(shape, block_size, strict=True)):
+        if block != -1 and _known(size, block) and (block <= 0 or size % block):
+            raise ValueError(f"a block of {block} does not divide dimension {dim} of shape {tuple(shape)}")
+    return [size if block == -1 else block for size, block in zip(shape, block_size, strict=True)]
+
+
+def _known(*sizes: int) -> bool:
+    """Whether all sizes are numbers: to ask a symbol of a dynamic shape anything would fix it."""
+    return not any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def _blocked(x: Tensor, block_size: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """``x`` viewed with every split dimension as (blocks, block), and the dimensions to reduce over."""
+    shape: list[int] = []
+    reduce: list[int] = []
+    for size, asked, block in zip(x.shape, block_size, full_block(x.shape, block_size), strict=True):
+        if asked == 1:
+            shape.append(size)
+        elif asked == -1 or (_known(size, block) and size == block):
+            reduce.append(len(shape))
+            shape.append(size)
+        else:
+            reduce.append(len(shape) + 1)
+            shape += [size // block, block]
+    return x.reshape(shape), reduce
+
+
+def _scale_shape(x: Tensor, block_size: Sequence[int]) -> list[int]:
+    return [1 if asked == -1 else size // asked for size, asked in zip(x.shape, block_size, strict=True)]
+
+
+def _expand(scale: Tensor, x: Tensor, block_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """float32 scales and ``x``, shaped so that they broadcast against each other."""
+    blocked, reduce = _blocked(x, block_size)
+    expected = _scale_shape(x, block_size)
+    differ = [size != want for size, want in zip(scale.shape, expected, strict=False) if _known(size, want)]
+    if scale.ndim != len(expected) or any(differ):
+        raise ValueError(
+            f"scale of shape {tuple(scale.shape)} does not fit: expected {tuple(expected)} for block_size {list(block_size)}"
+        )
+    shape = [1 if dim in reduce else size for dim, size in enumerate(blocked.shape)]
+    return scale.float().reshape(shape), blocked
+
+
+def expand_scale(scale: Tensor, x: Tensor, block_size: Sequence[int]) -> Tensor:
+    """float32 scales, repeated so that every element of ``x`` has its own."""
+    expanded, blocked = _expand(scale, x, block_size)
+    return expanded.expand_as(blocked).reshape(x.shape)
+
+
+def choose_scale(x: Tensor, block_size: Sequence[int], fmt: str, scale_dtype: torch.dtype) -> Tensor:
+    """``absmax / lattice_max`` of every block, in ``scale_dtype``.
+
+    Never zero or infinite (see :func:`to_scale_dtype`): not of an all-zero block, and not of one with an infinity. A NaN in
+    ``x`` makes its block's scale NaN, so that it stays visible.
+    """
+    blocked, reduce = _blocked(x, block_size)
+    absmax = blocked.abs().amax(reduce) if reduce else blocked.abs()
+    scale = absmax.float() / float(parse(fmt).lattice_max)
+    return to_scale_dtype(scale, scale_dtype).reshape(_scale_shape(x, block_size))
+
+
+def to_scale_dtype(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 ``scale`` in ``dtype``, between its smallest number that float32 holds without going subnormal and its largest.
+
+    So float16 uses its subnormals, which start where weights of ordinary size have their scales (0.004 / 64 in E3M0), and
+    no scale vanishes where float32 subnormals are flushed to zero.
+    """
+    limits = torch.finfo(dtype)
+    smallest = max(limits.tiny * limits.eps, torch.finfo(torch.float32).tiny)
+    return scale.clamp(smallest, limits.max).to(dtype)
+
+
+def quantize(x: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str) -> Tensor:
+    """uint8 codes, shaped like ``x``, of the format's levels nearest to ``x / scale`` (ties to the even code, saturating).
+
+    The quotient is rounded to float32 before it is compared with the levels. If that puts it exactly in the middle between
+    two of them, the farther one may be taken: 3 times in ten million normally distributed weights, and then farther by at
+    most 2^-23 of ``|x|``.
+    """
+    scale, blocked = _expand(scale, x, block_size)
+    return parse(fmt).encode(blocked.float() / scale).reshape(x.shape)
+
+
+def dequantize(codes: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str, output_dtype: torch.dtype) -> Tensor:
+    """``level(codes) * scale`` in ``output_dtype``, shaped like ``codes``; the product is rounded once, from float32."""
+    scale, blocked = _expand(scale, codes, block_size)
+    return (parse(fmt).decode(blocked) * scale).to(output_dtype).reshape(codes.shape)
+
+
+def fake_quantize(x: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str, output_dtype: torch.dtype) -> Tensor:
+    """``dequantize(quantize(x))``, equal to the last bit, without the codes in between: what a lowered graph runs."""
+    scale, blocked = _expand(scale, x, block_size)
+    return (parse(fmt).round(blocked.float() / scale) * scale).to(output_dtype).reshape(x.shape)
+
+
+for _implementation in (choose_scale, quantize, dequantize, fake_quantize):
+    LIBRARY.impl(_implementation.__name__, _implementation, "CompositeImplicitAutograd")

@@ -1,0 +1,1 @@
+"""Quantization schemes: each owns its observer, tensor class and stored parts."""

@@ -1,0 +1,1 @@
+"""Tensor subclasses for low-bit weights, one a file."""

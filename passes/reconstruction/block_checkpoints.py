@@ -1,0 +1,94 @@
+"""A checkpoint per reconstructed block, so that a killed run resumes and ends with the same bits."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from fp4dit_ao.observers import FloatObserver
+from fp4dit_ao.observers.weight import weight_of
+from fp4dit_ao.passes.partition import Segment, weight_observers
+from fp4dit_ao.passes.reconstruction.report import BlockReport
+
+if TYPE_CHECKING:
+    from fp4dit_ao.passes.reconstruction.engine import AdaRoundConfig
+
+
+def fingerprint(prepared: GraphModule, samples: Sequence[Mapping[str, Any]], config: "AdaRoundConfig") -> str:
+    """SHA-256 over everything that the result depends on: settings, graph, weights, formats and data."""
+    digest = hashlib.sha256(repr(dataclasses.astuple(config)).encode())
+    digest.update(prepared.code.encode())
+    for node, observer in weight_observers(prepared):
+        digest.update(f"{observer.name} {observer.fmt} {observer.granularity}".encode())
+        digest.update(_bytes(weight_of(prepared, node)))
+    for name, module in prepared.named_modules():
+        if isinstance(module, FloatObserver):
+            digest.update(f"{name} {module.fmt}".encode())
+            for state in module.state_dict().values():  # scales, and static ranges
+                digest.update(_bytes(state))
+    for sample in samples:
+        for leaf in pytree.tree_leaves(dict(sample)):
+            digest.update(_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+    return digest.hexdigest()
+
+
+def _bytes(x: Tensor) -> Any:
+    return memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+class Store:
+    """The blocks of one run, a file each.
+
+    Raises:
+        ValueError: the folder holds blocks of another run (other settings, weights or data), or a broken file.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str):
+        self.folder, self.fingerprint = Path(folder), fingerprint
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block-{index:03d}.safetensors"
+
+    def save(self, index: int, segment: Segment, row: BlockReport) -> None:
+        """Write one finished block; a kill leaves either all of it or nothing."""
+        codes = {o.name: o.codes for o in _observers(segment) if o.codes is not None}
+        metadata = {"fingerprint": self.fingerprint, "row": json.dumps(dataclasses.asdict(row))}
+        partial = self._path(index).with_suffix(".partial")
+        save_file({name: x.cpu().contiguous() for name, x in codes.items()}, partial, metadata)
+        os.replace(partial, self._path(index))
+
+    def load(self, index: int, segment: Segment) -> BlockReport | None:
+        """Restore one block's codes; None if it was not finished."""
+        path = self._path(index)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                codes = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is broken ({error}); delete it to reconstruct that block again") from error
+        if metadata.get("fingerprint") != self.fingerprint:
+            raise ValueError(
+                f"{path} belongs to another run (other settings, weights or calibration data); "
+                "name another checkpoint_dir, or delete this one"
+            )
+        for observer in _observers(segment):
+            stored = codes.get(observer.name)
+            observer.codes = None if stored is None else stored.to(observer.scale.device)
+        return BlockReport(**json.loads(metadata["row"]))
+
+
+def _observers(segment: Segment) -> Iterator[Any]:
+    return (observer for _, observer in segment.observers)

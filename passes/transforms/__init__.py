@@ -1,0 +1,1 @@
+"""Graph transforms: what changes a captured graph before it is quantized."""

@@ -1,0 +1,390 @@
+"""The command line: what works on a small pipeline, and wrong input, each case one sentence, non-zero, nothing left behind."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
+from typer.testing import CliRunner
+
+from fp4dit_ao import QuantizedTransformer, quantize_pipeline
+from fp4dit_ao.cli.app import app
+from fp4dit_ao.evaluation import fidelity
+from tests.tiny import CALL, tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A float pipeline and a prompt file; the quantized pipeline is made by the first test that wants it."""
+    root = tmp_path_factory.mktemp("cli")
+    tiny_pipeline().save_pretrained(root / "float")
+    (root / "float" / "generation.json").write_text(json.dumps(CALL))
+    (root / "prompts.txt").write_text("red cat\nblue dog\n\ngreen tree\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def quantized(folders):
+    result = run(
+        "quantize",
+        folders / "float",
+        "--rounding",
+        "nearest",
+        "--prompts",
+        folders / "prompts.txt",
+        "--out",
+        folders / "q",
+    )
+    assert result.exit_code == 0, result.output
+    return folders / "q"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def spy(function, first):
+    """``function``, which appends its first argument to ``first``."""
+    return lambda *arguments, **options: first.append(arguments[0]) or function(*arguments, **options)
+
+
+def refused(result, *words):
+    """One sentence on stderr that holds ``words``, exit status 1, no traceback."""
+    assert result.exit_code == 1, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("fp4dit-ao: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in lines[0]
+
+
+def entries(folder):
+    return {path.relative_to(folder) for path in Path(folder).rglob("*")}
+
+
+# --- what works ------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_there_at_once():
+    start = time.perf_counter()
+    code = (
+        "import sys; from fp4dit_ao.cli.app import app; app(['--help'], standalone_mode=False); "
+        "print('torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 10  # a loaded machine; what matters is that torch stays out:
+    assert found.stdout.splitlines()[-1] == "False"
+    for command in ("demo", "quantize", "generate", "evaluate", "inspect", "benchmark", "export", "serve"):
+        assert command in found.stdout
+        assert run(command, "--help").exit_code == 0
+
+
+def test_quantize_says_what_it_did(quantized):
+    assert not quantized.with_name("q.unfinished").exists()
+    assert json.loads((quantized / "generation.json").read_text())["height"] == 32
+    assert not list(quantized.rglob("*.bin"))
+
+
+def test_learned_rounding_leaves_a_report(folders):
+    result = run(
+        "quantize", folders / "float", "--iters", 2, "--samples", 4, "--recipe", "w4a8", "--skip", "*attn2*",
+        "--prompts", folders / "prompts.txt", "--out", folders / "learned",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "transformer_blocks.1" in (folders / "learned" / "reconstruction.md").read_text()
+    assert not (folders / "learned.unfinished").exists()
+    kept = run("inspect", folders / "learned").stdout
+    assert re.search(r"attn2\.to_q .*name matches '\*attn2\*'", kept)
+
+
+def test_generate_compares(quantized, folders, tmp_path):
+    result = run(
+        "generate",
+        quantized,
+        "--prompt",
+        "cat",
+        "--prompt",
+        "dog",
+        "--compare",
+        folders / "float",
+        "--out",
+        tmp_path / "x.png",
+    )
+    assert result.exit_code == 0, result.output
+    assert "PSNR" in result.stdout
+    assert Image.open(tmp_path / "x.png").width > 2 * 128
+    alone = run("generate", quantized, "--prompt", "cat", "--out", tmp_path / "y.png", "--steps", 1)
+    assert alone.exit_code == 0, alone.output
+
+
+def test_generate_compares_packed_weights_with_bytes(quantized, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("fp4dit_ao.evaluation.fidelity.generate", spy(fidelity.generate, loaded))
+    result = run(
+        "generate", quantized, "--weights", "fp8", "--compare", quantized, "--prompt", "cat", "--device", "cpu",
+        "--out", tmp_path / "x.png",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    packed, fast = (pipe.transformer.nbytes() for pipe in loaded)
+    assert packed < fast
+    psnr = float(re.search(r"\| cat +\| ([0-9.]+) ", result.stdout)[1])
+    assert psnr > 20  # all that differs is the order of sums, in a model of random weights
+    assert Image.open(tmp_path / "x.png").width > 2 * 128
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "words"),
+    [
+        ("q", "int4", ["unknown weights 'int4'", "packed, int8, fp8"]),
+        ("float", "int8", ["float was not quantized by fp4dit-ao", "to turn into int8"]),
+    ],
+)
+def test_weights_that_a_model_has_not_are_refused_before_anything_is_drawn(
+    quantized, folders, tmp_path, model, weights, words
+):
+    result = run(
+        "generate", folders / model, "--weights", weights, "--compare", quantized, "--prompt", "cat",
+        "--out", tmp_path / "x.png",
+    )  # fmt: skip
+    refused(result, *words)
+    assert not entries(tmp_path)
+
+
+def test_a_quantized_pipeline_on_the_hub_is_as_good_as_its_folder(quantized, tmp_path, monkeypatch):
+    def downloaded(name, file=""):
+        if name != "me/q":
+            raise LocalEntryNotFoundError("offline")
+        return str(quantized / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", downloaded)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", downloaded)
+    assert run("inspect", "me/q").stdout == run("inspect", quantized).stdout
+    loaded = []
+    monkeypatch.setattr("fp4dit_ao.evaluation.fidelity.generate", spy(fidelity.generate, loaded))
+    for model in (quantized, "me/q"):
+        result = run(
+            "generate", model, "--weights", "int8", "--prompt", "cat", "--device", "cpu", "--out", tmp_path / "x.png"
+        )
+        assert result.exit_code == 0, result.output
+    first, second = (pipe.transformer for pipe in loaded)
+    assert type(first) is type(second) is QuantizedTransformer
+    assert first.nbytes() == second.nbytes()
+    refused(run("inspect", "me/other"), "me/other is not quantized by fp4dit_ao")
+
+
+def test_block_formats_have_no_weights_to_unpack(tmp_path):
+    pipe = quantize_pipeline(
+        tiny_pipeline(layers=1), "mxfp4", prompts=["a cat"], rounding="nearest", progress=False, **CALL
+    )
+    pipe.save_pretrained(tmp_path / "q")
+    result = run("generate", tmp_path / "q", "--weights", "int8", "--prompt", "cat", "--out", tmp_path / "x.png")
+    refused(result, "no packed weight to unpack", "mxfp4")
+
+
+def test_evaluate_prints_a_table_and_writes_json(quantized, folders, tmp_path):
+    result = run(
+        "evaluate", quantized, "--against", folders / "float", "--prompts", folders / "prompts.txt", "--seeds", 2,
+        "--out", tmp_path / "e.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = [line for line in result.stdout.splitlines() if line.startswith("| /")]
+    assert len(rows) == 2
+    assert "identical" in rows[0]
+    data = json.loads((tmp_path / "e.json").read_text())
+    assert data["settings"]["steps"] == 2
+    assert len(data["variants"][1]["psnr"]) == 2
+    assert len(data["variants"][1]["psnr"][0]) == 3
+
+
+def test_inspect_says_formats_errors_and_reasons(quantized, folders, tmp_path):
+    result = run("inspect", quantized, "--against", folders / "float", "--picture", tmp_path / "levels.png")
+    assert result.exit_code == 0, result.output
+    row = next(line for line in result.stdout.splitlines() if "transformer_blocks.0.ff.net.0.proj" in line)
+    assert "e3m0" in row
+    assert "0.0%" in row
+    assert "recipe keeps 'proj_out*'" in result.stdout
+    assert "4.25 bits per quantized weight" in result.stdout
+    assert Image.open(tmp_path / "levels.png").width > 200
+
+
+def test_benchmark_times_in_turns(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes a minute, and is not what is tested
+    result = run(
+        "benchmark", "--part", "linears", "--linear", "128x128:2,17", "--recipe", "w4a6", "--peer", "none", "--rounds", 2,
+        "--out", tmp_path / "b.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    data = json.loads((tmp_path / "b.json").read_text())
+    variants = {m["variant"]: m for m in data["linears"] if m["case"]["tokens"] == 17}
+    assert list(variants)[:4] == ["torch._int_mm", "float32", "bfloat16", "w4a6, compiled"]
+    assert all(m["error"] is None and len(m["seconds"]) == 2 for m in variants.values())
+    assert len({m["facts"].get("bits") for m in variants.values()} & {4.25, 8.0, 16.0, 32.0}) == 4
+    assert "| w4a6, compiled" in result.stdout and "### Bars" in result.stdout
+    assert (tmp_path / "b.md").read_text() in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--recipe", "w3a3"], ["unknown recipe 'w3a3'", "w4a6"]),
+        (["--part", "linear"], ["unknown --part 'linear'", "linears"]),
+        (["--peer", "nobody"], ["unknown --peer 'nobody'", "SDNQ int8"]),
+        (["--linear", "big"], ["unknown linear 'big'", "4608x1152:16,256"]),
+        (["--size", "huge"], ["unknown --size 'huge'", "standard"]),
+        (["--transformer", "big"], ["unknown step 'big'", "512x28"]),
+        (["nowhere"], ["there is no folder nowhere"]),
+    ],
+)
+def test_benchmark_refuses_before_any_work(options, words, tmp_path):
+    refused(run("benchmark", *options, "--out", tmp_path / "b.json"), *words)
+    assert not entries(tmp_path)
+
+
+# --- wrong input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--recipe", "w3a3"], ["unknown recipe 'w3a3'", "w4a6"]),
+        (["--rounding", "up"], ["unknown --rounding 'up'", "nearest"]),
+        (["--rounding", "nearest", "--iters", 3], ["--iters"]),
+        (["--prompts", "EMPTY"], ["holds no prompts"]),
+        (["--prompts", "ABSENT"], ["there is no prompt file"]),
+        (["--prompts", "BINARY"], ["is not UTF-8"]),
+        (["--out", "FULL"], ["not empty"]),
+        (["--out", "FILE/below"], ["cannot", "FILE"]),
+        (["--skip", "no_such_layer"], ["matches no linear or attention"]),
+    ],
+)
+def test_quantize_refuses(folders, tmp_path, options, words):
+    (tmp_path / "EMPTY").write_text("\n \n")
+    (tmp_path / "BINARY").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL" / "thesis.txt").write_text("dear")
+    before = entries(tmp_path)
+    placed = [tmp_path / o if str(o).isupper() or str(o).startswith("FILE") else o for o in options]
+    start = [
+        "quantize",
+        folders / "float",
+        "--prompts",
+        folders / "prompts.txt",
+        "--out",
+        tmp_path / "out",
+        "--rounding",
+        "nearest",
+    ]
+    refused(run(*start, *placed), *words)
+    assert entries(tmp_path) == before
+
+
+def test_a_pipeline_without_a_transformer_is_refused(folders, tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "unet")
+    result = run("quantize", tmp_path / "unet", "--prompts", folders / "prompts.txt", "--out", tmp_path / "out")
+    refused(result, "DDPMPipeline has no transformer")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_a_group_that_does_not_divide_is_refused(folders, tmp_path):
+    tiny_pipeline(width=192, layers=1).save_pretrained(tmp_path / "narrow")
+    (tmp_path / "narrow" / "generation.json").write_text(json.dumps(CALL))
+    result = run(
+        "quantize",
+        tmp_path / "narrow",
+        "--prompts",
+        folders / "prompts.txt",
+        "--out",
+        tmp_path / "out",
+        "--rounding",
+        "nearest",
+    )
+    refused(result, "transformer_blocks.0.attn1.to_q", "128", "192", "indivisible")
+    assert [path.name for path in tmp_path.iterdir()] == ["narrow"]
+
+
+@pytest.mark.parametrize("model", ["nowhere/at/all", "./nowhere", "nowhere"])
+def test_a_model_that_is_not_there_is_refused(model, tmp_path):
+    refused(run("generate", model, "--prompt", "cat", "--out", tmp_path / "x.png"), f"there is no folder {model}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
+    refused(
+        run("generate", tmp_path, "--prompt", "cat", "--out", tmp_path / "x.png"), "is no pipeline", "model_index.json"
+    )
+
+
+def test_a_float_pipeline_cannot_be_inspected(folders):
+    refused(run("inspect", folders / "float"), "is not quantized by fp4dit_ao")
+
+
+def test_quantizing_twice_is_refused(quantized, folders, tmp_path):
+    result = run("quantize", quantized, "--prompts", folders / "prompts.txt", "--out", tmp_path / "out")
+    refused(result, "already quantized")
+
+
+def test_an_unfinished_run_is_not_overwritten(folders, tmp_path):
+    (tmp_path / "out.unfinished").mkdir()
+    result = run("quantize", folders / "float", "--prompts", folders / "prompts.txt", "--out", tmp_path / "out")
+    refused(result, "--resume")
+    assert (tmp_path / "out.unfinished").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "version", "no weights", "no json"])
+def test_a_broken_checkpoint_is_refused(quantized, tmp_path, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(quantized, copy)
+    config = copy / "transformer" / "config.json"
+    weights = next((copy / "transformer").glob("*.safetensors"))
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "altered":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    elif damage == "version":
+        config.write_text(re.sub(r'"format_version": \d+', '"format_version": 999', config.read_text()))
+    elif damage == "no weights":
+        weights.unlink()
+    else:
+        config.write_text(config.read_text()[:-20])
+    refused(run("generate", copy, "--prompt", "cat", "--out", tmp_path / "x.png"))
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "inspect", "demo", "benchmark"])
+def test_an_unwritable_place_is_refused_before_any_work(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "x"
+    arguments = {
+        "generate": ["nowhere", "--prompt", "cat", "--out", below],
+        "evaluate": ["nowhere", "--against", "reference", "--out", below],
+        "inspect": ["nowhere", "--picture", below],
+        "demo": ["--out", below],
+        "benchmark": ["--out", below],
+    }[command]
+    refused(run(command, *arguments), "cannot write", "is a file")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_prompts_are_asked_for_where_there_are_none_to_take(folders, tmp_path):
+    refused(run("quantize", folders / "float", "--out", tmp_path / "out"), "needs prompts", "--prompts FILE")
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = run("generate", "nowhere", "--prompt", "cat", "--out", tmp_path / "x.png", "--debug")
+    assert isinstance(result.exception, FileNotFoundError)

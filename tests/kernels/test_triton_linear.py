@@ -1,0 +1,329 @@
+"""The Triton kernel: on a GPU if there is one, else in Triton's interpreter; and compiled for GPUs that are not there.
+
+What the interpreter cannot show: speed, and that the compiled instructions compute what their assembly text says.
+"""
+
+import importlib.util
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fp4dit_ao.kernels
+from fp4dit_ao import FloatFormat, MinifloatTensor
+from fp4dit_ao.kernels import int8_backend
+from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels.cuda import int8_linear
+from tests.test_native import WILD, oracle, problem
+
+triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMATS = ["e2m1", "e3m0", "e1m2", "e1m1"]
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """The module, interpreted where there is no GPU: Triton decides when it sees a kernel's definition."""
+    if DEVICE == "cuda":
+        from fp4dit_ao.kernels.cuda import triton_linear
+
+        return triton_linear
+    spec = importlib.util.spec_from_file_location(
+        "interpreted", Path(int8_linear.__file__).with_name("triton_linear.py")
+    )
+    interpreted = importlib.util.module_from_spec(spec)
+    before = triton.knobs.runtime.interpret
+    triton.knobs.runtime.interpret = True
+    try:
+        sys.modules["interpreted"] = interpreted
+        spec.loader.exec_module(interpreted)
+    finally:
+        triton.knobs.runtime.interpret = before
+    assert interpreted.INTERPRETED
+    return interpreted
+
+
+def run(kernel, p: dict, **more) -> torch.Tensor:
+    of_one_digit = {name: value for name, value in p.items() if name != "digits"}  # the kernel knows no other
+    on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in of_one_digit.items()}
+    on_device["weight"] = on_device.pop("qdata")
+    return kernel.run(**on_device, **more).cpu()
+
+
+def check(kernel, p: dict, **more) -> None:
+    exact, magnitude = oracle(p)
+    assert ((run(kernel, p, **more) - exact).abs() <= 1e-6 * magnitude + 1e-30).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "depth", "group"),
+    [
+        (1, 1, 128, 128),
+        (5, 70, 256, 128),
+        (33, 65, 448, 112),
+        (130, 130, 96, 32),
+        (17, 3, 48, 16),
+        (9, 9, 24, 8),
+        (2, 9, 12, 6),
+        (7, 66, 512, 512),
+        (3, 5, 1200, 600),
+        (4, 4, 320, 160),
+        (600, 200, 128, 64),
+    ],
+)
+@pytest.mark.parametrize("shared_scale", [False, True])
+def test_every_layout(kernel, rows, features, depth, group, shared_scale) -> None:
+    check(kernel, problem(rows, features, depth, group, shared_scale=shared_scale))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 40), features=st.integers(1, 100), groups=st.integers(1, 4), pairs=st.integers(1, 80),
+    seed=st.integers(0, 2**31), table=st.lists(st.integers(-127, 127), min_size=16, max_size=16), bias=st.booleans(),
+)  # fmt: skip
+def test_wild_problems(kernel, rows, features, groups, pairs, seed, table, bias) -> None:
+    p = problem(rows, features, groups * pairs * 2, pairs * 2, seed)
+    check(kernel, p | {"table": table, "bias": p["bias"] if bias else None})
+
+
+def test_every_configuration(kernel) -> None:
+    p = problem(150, 140, 256, 128)
+    for config in {config for configs in kernel.CONFIGS.values() for config in configs}:
+        check(kernel, p, config=config)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("output_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16])
+def test_every_type(kernel, scale_dtype, output_dtype, bias_dtype) -> None:
+    p = problem(19, 37, 256, 128)
+    p["token_scale"] *= 1e-4  # within float16
+    p |= {"scale": p["scale"].to(scale_dtype), "bias": None if bias_dtype is None else p["bias"].to(bias_dtype)}
+    exact, magnitude = oracle(p)
+    y = run(kernel, p | {"output_dtype": output_dtype})
+    assert y.dtype == output_dtype
+    assert ((y.double() - exact).abs() <= 1e-6 * magnitude + torch.finfo(output_dtype).eps * exact.abs()).all()
+
+
+def test_the_worst_sums_do_not_overflow(kernel) -> None:
+    p = problem(3, 5, 1024, 1024)
+    for sign in (-127, 127):
+        check(kernel, p | {"tokens": torch.full((3, 1024), sign, dtype=torch.int8), "table": [127] * 16})
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("act_fmt", ["e2m3", "e3m4", "e4m3"])
+def test_a_linear_is_the_same_through_it(kernel, fmt, act_fmt, dtype, monkeypatch) -> None:
+    """The whole path of a GPU's linear; it is taken on the CPU where there is no GPU."""
+    torch.manual_seed(0)
+    weight = MinifloatTensor.from_hp(torch.randn(70, 256, dtype=dtype), [1, 128], fmt, act_fmt).to(DEVICE)
+    x, bias = torch.randn(2, 5, 256, dtype=dtype).to(DEVICE), torch.randn(70, dtype=dtype).to(DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr(int8_linear, "supports", lambda *_: False)
+        patch.setattr(native, "supports", lambda *_: False)
+        on_operators = F.linear(x, weight, bias)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(fp4dit_ao.kernels, "triton_linear", kernel, raising=False)
+        monkeypatch.setattr(torch.ops.fp4dit_ao, "int8_linear", int8_linear.run)
+    fast = F.linear(x, weight, bias)
+    assert fast.dtype == dtype
+    last_bit = (
+        torch.finfo(dtype).eps if dtype.itemsize < 4 else 0
+    )  # the interpreter cuts off where a GPU rounds to nearest
+    assert torch.allclose(fast.float(), on_operators.float(), rtol=last_bit, atol=1e-5)
+
+
+def test_levels_need_no_table(kernel) -> None:
+    p = problem(9, 70, 256, 128)
+    codes = torch.stack([p["qdata"] & 15, p["qdata"] >> 4], -1).flatten(1)
+    levels = torch.tensor(WILD, dtype=torch.int8)[codes.long()]
+    assert torch.equal(run(kernel, p | {"qdata": levels, "table": None}), run(kernel, p))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("packed", [True, False])
+def test_fp8_levels_are_exact(kernel, fmt, packed) -> None:
+    """Products and sums below 2^24 steps: exact in a full float32 accumulator, which the interpreter's is."""
+    p = problem(9, 33, 256, 128)
+    tokens = FloatFormat.parse("e2m3").round(p["tokens"].float() / 2)
+    p |= {"tokens": tokens.to(torch.float8_e4m3fn), "table": native.levels(FloatFormat.parse(fmt))}
+    exact, magnitude = oracle(p)
+    if not packed:
+        codes = torch.stack([p["qdata"] & 15, p["qdata"] >> 4], -1).flatten(1)
+        levels = torch.tensor(p["table"], dtype=torch.float32)[codes.long()].to(torch.float8_e4m3fn)
+        p |= {"qdata": levels, "table": None}
+    tolerance = 1e-6 if DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0) else 2**-12
+    assert ((run(kernel, p) - exact).abs() <= tolerance * magnitude).all()
+
+
+def test_fp8_takes_only_levels_that_it_holds(kernel) -> None:
+    p = problem(2, 4, 64, 32)
+    with pytest.raises(ValueError, match=r"float8_e4m3fn holds exactly"):
+        run(kernel, p | {"tokens": p["tokens"].to(torch.float8_e4m3fn)})  # WILD has 127, of seven bits
+    for words, dtype in ((range(-8, 8), torch.float8_e4m3fn), (WILD, torch.int8)):
+        raw = b"".join(word.to_bytes(4, "little", signed=True) for word in kernel.table_words(tuple(words), dtype))
+        assert torch.frombuffer(bytearray(raw), dtype=dtype).float().tolist() == list(words)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"qdata": torch.zeros(70, 100, dtype=torch.uint8)},
+        {"scale": torch.ones(3, 2)},
+        {"scale": torch.ones(70, 3)},
+        {"token_scale": torch.ones(2, 1)},
+        {"bias": torch.ones(69)},
+        {"table": [0] * 15},
+        {"table": [300] * 16},
+        {"tokens": torch.zeros(9, 256)},
+        {"table": None},
+    ],
+)
+def test_what_does_not_fit_is_refused(kernel, change) -> None:
+    with pytest.raises(ValueError, match=r"do not fit|not sixteen"):
+        run(kernel, problem(9, 70, 256, 128) | change)
+
+
+def test_no_rows(kernel) -> None:
+    assert run(kernel, problem(0, 70, 256, 128)).shape == (0, 70)
+
+
+def test_strides_change_no_bit(kernel) -> None:
+    p = problem(12, 70, 256, 128)
+    columns = {name: p[name].T.contiguous().T for name in ("tokens", "qdata", "scale")}
+    assert torch.equal(run(kernel, p | columns), run(kernel, p))
+
+
+@pytest.mark.parametrize("group", [2, 6, 16, 32, 48, 64, 96, 112, 128, 160, 384, 1152])
+def test_a_tile_stays_in_its_group_and_is_long_enough(kernel, group) -> None:
+    size = kernel.block_k(group)
+    assert size in (32, 64, 128)
+    assert group % size == 0 or size >= min(group, 128)
+
+
+def test_the_quickest_configuration_is_taken(kernel, monkeypatch) -> None:
+    tried = []
+    first, second, third = kernel.candidates(4096)[:3]
+    seconds = {first: 2.0, second: 1.0}
+
+    def bench(launch, **_):
+        launch()
+        if tried[-1] is third:
+            raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
+        return seconds[tried[-1]]
+
+    monkeypatch.setattr(triton.testing, "do_bench", bench)
+    assert kernel.tune([third, first, second], tried.append, "test") == second
+    with pytest.raises(RuntimeError, match="too little shared memory"):
+        kernel.tune([third], tried.append, "test")
+
+
+# --- what the interpreter does not run -------------------------------------------------------------------------------
+
+
+def execute(program: str, operands: dict[str, int]) -> dict[str, int]:
+    """The few instructions of the lookup, as the PTX manual (9.7) defines them, on 32-bit registers."""
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    def prmt(a: int, b: int, selectors: int) -> int:
+        source = (b << 32 | a).to_bytes(8, "little")
+        result = []
+        for position in range(4):
+            selector = selectors >> 4 * position & 15
+            byte = source[selector & 7]
+            result.append((0xFF if byte & 0x80 else 0) if selector & 8 else byte)
+        return int.from_bytes(bytes(result), "little")
+
+    semantics = {
+        "and": lambda a, b: a & b,
+        "or": lambda a, b: a | b,
+        "shr": lambda a, b: a >> b,
+        "prmt": prmt,
+    }
+    registers = dict(operands)
+    for line in program.splitlines():
+        found = re.fullmatch(r"(and|or|shr|prmt)\.[bu]32 ([$\w]+), (.+);", line)
+        if found is None:
+            assert line in ("", "{", "}") or line.startswith(".reg .b32"), line
+            continue
+        registers[found[2]] = semantics[found[1]](*(value(name.strip()) for name in found[3].split(",")))
+    return registers
+
+
+def test_the_lookup_instructions_look_up(kernel) -> None:
+    rng = random.Random(0)
+    table = [rng.randrange(256) for _ in range(16)]
+    words = [int.from_bytes(bytes(table[i : i + 4]), "little") for i in range(0, 16, 4)]
+    inputs = {f"${3 + 4 * word + lane}": value for word, value in enumerate(words) for lane in range(4)}
+    every_byte_in_every_place = [[byte if lane == place else rng.randrange(256) for lane in range(4)]
+                                 for place, byte in itertools.product(range(4), range(256))]  # fmt: skip
+    for packed in every_byte_in_every_place:
+        out = execute(kernel._LOOKUP, inputs | {"$2": int.from_bytes(bytes(packed), "little")})
+        assert list(out["$0"].to_bytes(4, "little")) == [table[byte & 15] for byte in packed]
+        assert list(out["$1"].to_bytes(4, "little")) == [table[byte >> 4] for byte in packed]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    lines: list[str] = []
+    for arguments in (["--capabilities", "90"], ["--capabilities", "80,100", "--no-every"]):
+        command = [sys.executable, "-m", "benchmarks.gpu_compile", "--json", *arguments]
+        lines += subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def test_it_compiles_for_every_gpu_and_hardly_spills(compiled) -> None:
+    assert {result["capability"] for result in compiled} == {80, 90, 100}
+    assert len(compiled) > 35
+    for result in compiled:
+        assert result["spilled"] <= 16, result  # bytes: Triton 3.9 spills three registers, once
+        assert result["registers"] < 255, result
+        assert result["shared"] <= 160 * 1024, result  # what an A100 gives a block, less than later ones
+
+
+def test_it_multiplies_on_tensor_cores(compiled) -> None:
+    for result in compiled:
+        (instruction,) = result["instructions"]
+        assert re.search(r"s8\.s8|kind::i8" if result["tokens"] == "i8" else r"e4m3\.e4m3|kind::f8f6f4", instruction)
+        if result["capability"] == 90 and "block_n=32" not in result["config"]:
+            assert instruction.startswith("wgmma")
+
+
+def test_importing_the_package_loads_no_kernel() -> None:
+    script = "import sys, fp4dit_ao.tensors.minifloat; sys.exit('fp4dit_ao.kernels.cuda.triton_linear' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_choosing_it_breaks_no_graph(monkeypatch) -> None:
+    """The questions asked of a GPU are asked while torch.compile traces; here they are answered for it."""
+    int8_linear._available.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(int8_linear, "supports", lambda x, bits, group: int8_linear._available(x.device))
+    asked = native.supports
+    monkeypatch.setattr(native, "supports", lambda *_: False)
+    weight = MinifloatTensor.from_hp(torch.randn(48, 128), [1, 64], "e2m1", "e2m3")
+    x = torch.randn(5, 128)
+    try:
+        got = torch.compile(lambda x: F.linear(F.silu(x), weight), fullgraph=True)(x)
+    finally:
+        int8_linear._available.cache_clear()
+    monkeypatch.setattr(native, "supports", asked)
+    assert torch.allclose(got, F.linear(F.silu(x), weight), rtol=1e-4, atol=1e-4)
+
+
+def test_a_cpu_tensor_never_takes_it() -> None:
+    assert not int8_linear.supports(torch.ones(1), 4, 128)
+    assert int8_backend.supports(FloatFormat.parse("e2m1"), FloatFormat.parse("e2m3"))
