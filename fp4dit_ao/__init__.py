@@ -30,11 +30,11 @@ _HOME = {
     "example_inputs": "families",
     "calibrate": "calibration",
     "collect_samples": "calibration",
-    "quantize_pipeline": "diffusers_integration.pipeline",
-    "load_pipeline": "diffusers_integration.pipeline",
+    "quantize_pipeline": "diffusers_integration.pipeline_quantization",
+    "load_pipeline": "diffusers_integration.pipeline_folder",
     "MinifloatTensor": "tensors.minifloat",
     "QuantizedTransformer": "diffusers_integration.graph_form",
-    "quantize_modules": "diffusers_integration.module_form",
+    "quantize_modules": "diffusers_integration.module_conversion",
     "FP4DiTConfig": "diffusers_integration.hf_quantizer",
     "export_single_file": "checkpoint.single_file",
     "read_single_file": "checkpoint.single_file",
@@ -49,8 +49,9 @@ if TYPE_CHECKING:
     from fp4dit_ao.config import AdaRoundConfig, QuantConfig, w4a6, w4a6_auto, w4a8
     from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
     from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig
-    from fp4dit_ao.diffusers_integration.module_form import quantize_modules
-    from fp4dit_ao.diffusers_integration.pipeline import load_pipeline, quantize_pipeline
+    from fp4dit_ao.diffusers_integration.module_conversion import quantize_modules
+    from fp4dit_ao.diffusers_integration.pipeline_folder import load_pipeline
+    from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
     from fp4dit_ao.families import example_inputs, quantizer_for
     from fp4dit_ao.formats import FloatFormat
     from fp4dit_ao.graph_capture.capturing import capture

@@ -33,7 +33,7 @@ from typer.testing import CliRunner
 
 from fp4dit_ao.cli.app import app
 from tests.conftest import ROOT
-from tests.test_diffusers import Hub
+from tests.diffusers_integration.test_diffusers import Hub
 from tests.tiny import CALL, tiny_pipeline
 
 HUB_ID = "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"

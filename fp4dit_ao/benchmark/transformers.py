@@ -109,7 +109,7 @@ class GenerationFiles(Workload):
         self.device, self.call = device, call
 
     def prepare(self, **case: Any) -> dict[str, Any]:
-        from fp4dit_ao.diffusers_integration.pipeline import quantize_pipeline
+        from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
 
         pipe = named_models.open_pipeline(self.model, self.device).to(torch.bfloat16)
         for recipe in self.recipes:
@@ -235,7 +235,7 @@ class Generation(_Model):
 
     def load(self, **case: Any) -> dict[str, Any]:
         from fp4dit_ao.calibration.pipeline_arguments import call_arguments
-        from fp4dit_ao.diffusers_integration.pipeline import load_pipeline
+        from fp4dit_ao.diffusers_integration.pipeline_folder import load_pipeline
 
         if self.variant.is_recipe:
             pipe = load_pipeline(self.folder / self.variant.method, device=self.device)

@@ -4,22 +4,17 @@ Capture, annotate, convert and lower run on fake tensors (shapes and types, no m
 in the first place; then stored codes, scales and float tensors take the fake ones' places. The cost is one ``torch.export``.
 """
 
-import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat
-from fp4dit_ao.checkpoint.quantization_record import Record, model_config
-from fp4dit_ao.checkpoint.tensor_files import first_line
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import capture
@@ -27,65 +22,7 @@ from fp4dit_ao.observers import StaticActivationObserver, WeightObserver
 from fp4dit_ao.observers.weight import weight_of
 from fp4dit_ao.ops import full_block
 from fp4dit_ao.passes.lowering import lower
-from fp4dit_ao.passes.transforms.split_inputs import part_sizes
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer
-
-
-def empty_model(
-    config: Mapping[str, Any], limit: int | None = None, buffers: bool = False, cls: Any = None
-) -> nn.Module:
-    """The float model that ``config`` describes, on the meta device.
-
-    Args:
-        config: a diffusers config.
-        limit: on the number of its parameters.
-        buffers: whether buffers get the values that the model makes for them.
-        cls: of the model; diffusers' own of the name in ``config`` if None.
-
-    Raises:
-        ValueError: diffusers has no such model class, it does not take this config, or makes too large a model of it.
-    """
-    import diffusers
-
-    name = config.get("_class_name")
-    if cls is None:
-        cls = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
-        raise ValueError(f"diffusers {diffusers.__version__} has no model class {name!r}; install a version that does")
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    try:
-        with _on_meta(buffers), _at_most(limit):
-            model: nn.Module = cls.from_config(plain).eval()  # type: ignore[attr-defined]
-            return model
-    except Exception as error:
-        raise ValueError(f"{name} cannot be made from its config: {first_line(error)}") from error
-
-
-def _on_meta(but_buffers: bool) -> contextlib.AbstractContextManager[Any]:
-    if not but_buffers:
-        return torch.device("meta")
-    from accelerate import init_empty_weights
-
-    context: contextlib.AbstractContextManager[Any] = init_empty_weights(include_buffers=False)
-    return context
-
-
-@contextlib.contextmanager
-def _at_most(limit: int | None) -> Iterator[None]:
-    """Raise ``ValueError`` once modules have registered more than ``limit`` parameters."""
-    count = 0
-
-    def hook(module: nn.Module, name: str, parameter: Any) -> None:
-        nonlocal count
-        count += 1
-        if limit is not None and count > limit:
-            raise ValueError(f"it has more than the {limit} parameters that go with what is stored")
-
-    handle = register_module_parameter_registration_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def resolve(decisions: Iterable[Decision], graph: nn.Module) -> list[Decision]:
@@ -191,84 +128,3 @@ def _pretend_calibrated(prepared: GraphModule) -> None:
             observer.codes = torch.empty(weight.shape, dtype=torch.uint8)
         elif isinstance(observer, StaticActivationObserver):
             observer.scale = lambda rank: torch.empty([1] * rank)  # type: ignore[method-assign]
-
-
-# --- tensors ---------------------------------------------------------------------------------------------------------
-
-
-def state_of(graph: GraphModule) -> dict[str, Tensor]:
-    """Every tensor that the graph reads, by name: parameters, buffers and constants."""
-    names = dict.fromkeys(str(node.target) for node in graph.graph.nodes if node.op == "get_attr")
-    return {name: value for name in names if isinstance(value := tensor_at(graph, name), Tensor)}
-
-
-def record_of(model: Any) -> Record:
-    """How a ``QuantizedTransformer`` was quantized."""
-    parts = part_sizes(model.graph.named_parameters())
-    own = model_config(model.config)
-    return Record(model.decisions, model.dtype, model.recipe, model.source, model.description, parts, model=own)
-
-
-def tensors_to_save(model: Any) -> dict[str, Tensor]:
-    """Every tensor of a ``QuantizedTransformer``, codes and scales apart."""
-    return {part: y for name, x in state_of(model.graph).items() for part, y in flatten(name, x.detach()).items()}
-
-
-def flatten(name: str, x: Tensor) -> dict[str, Tensor]:
-    """The plain tensors that ``x`` is made of: itself, or ``name.qdata``, ``name.scale`` and so on."""
-    if not isinstance(x, TorchAOBaseTensor):
-        return {name: x}
-    parts = {part: getattr(x, part) for part in _compat.parts(type(x))}
-    return {f"{name}.{part}": value for part, value in parts.items() if isinstance(value, Tensor)}
-
-
-def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
-    """Put stored tensors in the places of the fake ones.
-
-    Args:
-        graph: from :func:`build`; changed.
-        stored: plain tensors, as :func:`flatten` named them.
-
-    Raises:
-        ValueError: a tensor is missing, left over, or has another shape or type than the graph's.
-    """
-    places = state_of(graph)
-    expected = {part: y for name, x in places.items() for part, y in flatten(name, x).items()}
-    missing, unknown = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
-    if missing or unknown:
-        wrong = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}, which the model does not have"
-        raise ValueError(f"it {wrong} ({len(missing)} missing and {len(unknown)} unknown tensors)")
-    for part, y in expected.items():
-        found = stored[part]
-        if found.shape != y.shape or found.dtype != y.dtype:
-            raise ValueError(
-                f"{part} is {tuple(found.shape)} of {found.dtype}, where the model has {tuple(y.shape)} of {y.dtype}"
-            )
-    for name, x in places.items():
-        value = stored.get(name)
-        if isinstance(x, TorchAOBaseTensor):
-            value = type(x)(*(stored.get(f"{name}.{part}", getattr(x, part)) for part in _compat.parts(type(x))))
-        assert value is not None
-        put_tensor(graph, name, value)
-
-
-def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer of a model, by name."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def tensor_at(root: nn.Module, path: str) -> Any:
-    """The attribute at a dotted path."""
-    parent, _, leaf = path.rpartition(".")
-    return getattr(root.get_submodule(parent), leaf)
-
-
-def put_tensor(root: nn.Module, path: str, value: Tensor) -> None:
-    """Put ``value`` in the place of the parameter or buffer at a dotted path."""
-    parent, _, leaf = path.rpartition(".")
-    owner = root.get_submodule(parent)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    else:
-        owner._buffers[leaf] = value

@@ -7,7 +7,7 @@ from typing import Any
 
 from fp4dit_ao import reference
 from fp4dit_ao.diffusers_integration import named_models
-from fp4dit_ao.diffusers_integration.pipeline import quantize_pipeline
+from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
 from fp4dit_ao.evaluation import plots
 from fp4dit_ao.evaluation.fidelity import Evaluation, Fidelity, generate, write_text
 from fp4dit_ao.evaluation.metrics import Images

@@ -7,6 +7,7 @@ from fp4dit_ao.checkpoint import transformer_folder
 from fp4dit_ao.checkpoint.single_file import export_single_file
 from fp4dit_ao.deploy.exported_transformer import save_package, save_program
 from fp4dit_ao.diffusers_integration import named_models
+from fp4dit_ao.diffusers_integration.graph_form import load_graph
 
 
 def export(model: str, out: Path, aoti: bool, device: str | None) -> None:
@@ -19,7 +20,7 @@ def export(model: str, out: Path, aoti: bool, device: str | None) -> None:
         export_single_file(find_transformer(model), out)
         print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
         return
-    transformer = transformer_folder.load(find_transformer(model)).to(device or named_models.default_device())
+    transformer = load_graph(find_transformer(model)).to(device or named_models.default_device())
     began = time.perf_counter()
     print("compiling; this takes minutes for a large model" if aoti else "exporting", flush=True)
     (save_package if aoti else save_program)(transformer, out)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
-from fp4dit_ao.checkpoint import transformer_folder
 from fp4dit_ao.diffusers_integration import named_models
-from fp4dit_ao.diffusers_integration.graph_form import LayerSummary, QuantizedTransformer
+from fp4dit_ao.diffusers_integration.graph_form import LayerSummary, QuantizedTransformer, load_graph
 from fp4dit_ao.evaluation import plots
 from fp4dit_ao.evaluation.fidelity import markdown_table
 from fp4dit_ao.formats import parse
@@ -25,7 +24,7 @@ def inspect(model: str, against: str | None, out: Path | None) -> None:
         raise ValueError(
             f"{model} is not quantized by fp4dit_ao, there is nothing to inspect; see 'fp4dit-ao quantize'"
         )
-    transformer = transformer_folder.load(Path(named_models.folder_of(model)) / "transformer")
+    transformer = load_graph(Path(named_models.folder_of(model)) / "transformer")
     originals = _float_weights(against) if against else {}
     print(layer_table(transformer, originals))
     print()

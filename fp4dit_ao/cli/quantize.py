@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from fp4dit_ao.calibration import read_prompts
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
-from fp4dit_ao.diffusers_integration.pipeline import ROUNDINGS
+from fp4dit_ao.diffusers_integration.pipeline_quantization import ROUNDINGS
 from fp4dit_ao.evaluation.fidelity import write_text
 
 CALIBRATION_PROMPTS = 64
@@ -61,7 +61,7 @@ def _quantize(
     pipe: Any, config: QuantConfig, texts: list[str], rounding: str, iters: int | None, skip: Sequence[str],
     steps: int | None, samples: int, seed: int, unfinished: Path,
 ) -> Any:  # fmt: skip
-    from fp4dit_ao.diffusers_integration.pipeline import quantize_pipeline
+    from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
     from fp4dit_ao.passes.reconstruction.engine import AdaRoundConfig
 
     learned = rounding == "adaround"

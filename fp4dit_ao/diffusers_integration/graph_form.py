@@ -19,12 +19,20 @@ from torch.fx import GraphModule
 from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat
-from fp4dit_ao.checkpoint import graph_rebuilding
+from fp4dit_ao.checkpoint import graph_rebuilding, graph_tensors, tensor_files, transformer_folder
+from fp4dit_ao.checkpoint.empty_model import empty_model
+from fp4dit_ao.checkpoint.quantization_record import Record, model_config
+from fp4dit_ao.checkpoint.tensor_files import first_line
+from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.diffusers_integration.module_conversion import from_graph
+from fp4dit_ao.diffusers_integration.saving import refuse_unsaveable, save_pretrained
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.passes import compilation
 from fp4dit_ao.passes.device_placement import convert_tensors, move_to
+from fp4dit_ao.passes.transforms.split_inputs import part_sizes
 from fp4dit_ao.quantizer import Decision
+from fp4dit_ao.tensors.levels import refuse_unpacked
 
 _NOT_CONFIG = ("quantization_config", "_use_default_values", "_name_or_path")
 
@@ -204,17 +212,14 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.to(torch.float32)
 
     def _recapture(self, dtype: torch.dtype) -> None:
-        from fp4dit_ao.checkpoint.graph_rebuilding import empty_model
-        from fp4dit_ao.tensors.levels import refuse_unpacked
-
-        refuse_unpacked(graph_rebuilding.state_of(self.graph).values(), f"changing the type to {dtype}")
+        refuse_unpacked(graph_tensors.state_of(self.graph).values(), f"changing the type to {dtype}")
         stored: dict[str, Tensor] = {}
-        for name, x in graph_rebuilding.state_of(self.graph).items():
+        for name, x in graph_tensors.state_of(self.graph).items():
             quantized = isinstance(x, TorchAOBaseTensor)
-            parts = graph_rebuilding.flatten(name, x.detach())
+            parts = graph_tensors.flatten(name, x.detach())
             stored |= {k: v.to(dtype) if v.is_floating_point() and not quantized else v for k, v in parts.items()}
         graph = graph_rebuilding.build(empty_model(dict(self.config)), self.description, self.decisions, dtype)
-        graph_rebuilding.fill(graph, stored)
+        graph_tensors.fill(graph, stored)
         self.graph = graph
 
     # --- what it is made of ------------------------------------------------------------------------------------------
@@ -234,9 +239,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             weight = weights.get(f"{decision.name}.weight")
             shape = tuple(weight.shape) if weight is not None else None
             size = (
-                sum(x.nbytes for x in graph_rebuilding.flatten("", weight.detach()).values())
-                if weight is not None
-                else 0
+                sum(x.nbytes for x in graph_tensors.flatten("", weight.detach()).values()) if weight is not None else 0
             )
             kept = str(weight.dtype).removeprefix("torch.") if weight is not None else None
             name = config.weight if config else kept
@@ -249,40 +252,57 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def nbytes(self) -> int:
         """Bytes of every tensor that the graph reads."""
-        state = graph_rebuilding.state_of(self.graph)
+        state = graph_tensors.state_of(self.graph)
         return sum(
-            part.nbytes for name, x in state.items() for part in graph_rebuilding.flatten(name, x.detach()).values()
+            part.nbytes for name, x in state.items() for part in graph_tensors.flatten(name, x.detach()).values()
         )
 
     # --- files -------------------------------------------------------------------------------------------------------
+
+    def quantization_record(self) -> Record:
+        """How this transformer was quantized."""
+        parts = part_sizes(self.graph.named_parameters())
+        own = model_config(self.config)
+        return Record(self.decisions, self.dtype, self.recipe, self.source, self.description, parts, model=own)
+
+    def tensors_to_save(self) -> dict[str, Tensor]:
+        """Every tensor that the graph reads, codes and scales apart."""
+        state = graph_tensors.state_of(self.graph)
+        return {part: y for name, x in state.items() for part, y in graph_tensors.flatten(name, x.detach()).items()}
 
     def save_pretrained(
         self,
         save_directory: str | Path,
         safe_serialization: bool = True,
         variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        **kwargs: Any,
+        max_shard_size: int | str = SHARD_SIZE,
+        **options: Any,
     ) -> None:
-        """Write ``config.json`` and safetensors files into a folder; see :func:`fp4dit_ao.checkpoint.transformer_folder.save_pretrained`.
+        """Write ``config.json`` and safetensors files into a folder; ``options`` are those of diffusers' method.
 
         Raises:
-            ValueError: ``safe_serialization=False``: nothing is pickled.
+            ValueError: ``safe_serialization=False``: nothing is pickled; or the weights were unpacked.
             OSError: the folder cannot be written.
         """
-        from fp4dit_ao.checkpoint.transformer_folder import save_pretrained
-
-        kwargs |= {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        save_pretrained(self, save_directory, **kwargs)
+        refuse_unsaveable(self)
+        save_pretrained(
+            self,
+            self.quantization_record(),
+            self.tensors_to_save(),
+            save_directory,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            **options,
+        )
 
     def to_modules(self) -> nn.Module:
-        """The diffusers model that this was made from, in the module form: :func:`fp4dit_ao.diffusers_integration.module_form.from_graph`.
+        """The diffusers model that this was made from, in the module form.
 
         For LoRA, offloading and whatever else needs the model's modules. Tensors are shared.
         """
-        from fp4dit_ao.diffusers_integration.module_form import from_graph
-
-        return from_graph(self)
+        model: nn.Module = from_graph(self.quantization_record(), self.tensors_to_save())
+        return model
 
     @classmethod
     def from_pretrained(
@@ -293,10 +313,33 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Other arguments of diffusers' ``from_pretrained`` but ``subfolder`` have no effect here.
 
         Raises:
-            ValueError: the folder holds something else, or is damaged; see :func:`fp4dit_ao.checkpoint.transformer_folder.load`.
+            ValueError: the folder holds something else, or is damaged; see :func:`load_graph`.
         """
-        from fp4dit_ao.checkpoint.transformer_folder import load
-
-        model = load(Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or ""))
+        model = load_graph(Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or ""))
         dtype = dtype or kwargs.get("torch_dtype")
         return model.to(dtype) if isinstance(dtype, torch.dtype) else model
+
+
+def load_graph(folder: str | Path) -> QuantizedTransformer:
+    """The transformer in ``folder`` as a graph, on the CPU. Its float weights are never made.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a foreign folder, another format version, a truncated or altered file, tensors that do not fit.
+    """
+    folder = Path(folder)
+    record = transformer_folder.read_record(folder)
+    if record.sample is None:
+        raise ValueError(f"{folder} does not say how to capture its graph; load it with form='module'")
+    stored = dict(tensor_files.read(folder, record.tensors))
+    model = transformer_folder.empty_model_of(folder, record)
+    own = dict(graph_tensors.tensors_of(model))
+    try:
+        dtypes = {name: x.dtype for name, x in stored.items()}
+        graph = graph_rebuilding.build(model, record.sample, record.decisions, record.dtype, dtypes)
+        read = graph_tensors.state_of(graph)
+        # a model may also have tensors that it does not use in calls like the captured one
+        graph_tensors.fill(graph, {name: x for name, x in stored.items() if name in read or name not in own})
+    except Exception as error:  # whatever a config that fits nothing makes a model do
+        raise ValueError(f"{folder} does not fit its own config: {first_line(error)}") from error
+    return QuantizedTransformer(graph, model, record.sample, record.decisions, record.recipe, record.source)

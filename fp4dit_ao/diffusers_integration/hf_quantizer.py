@@ -16,7 +16,11 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from fp4dit_ao._registration import METHOD
+from fp4dit_ao.checkpoint.quantization_record import Record, check_model
 from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.diffusers_integration import module_form
+from fp4dit_ao.diffusers_integration.module_slots import Slots, quantized_linears
+from fp4dit_ao.passes.transforms.split_inputs import split_modules, whole_name
 
 
 class _Method(StrEnum):
@@ -72,25 +76,22 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     required_packages = ("accelerate",)
 
-    def __init__(self, quantization_config: FP4DiTConfig, record: Any = None, **kwargs: Any):
+    def __init__(self, quantization_config: FP4DiTConfig, record: Record | None = None, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.record = record
-        self._slots: Any = None
+        self._slots: Slots | None = None
         self._linears: dict[str, QuantConfig] = {}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        from fp4dit_ao.checkpoint.quantization_record import Record, check_model
-        from fp4dit_ao.diffusers_integration import module_form
-
         config = self.quantization_config
         if self.pre_quantized:
             self.record = Record.from_json(config.stored or {}, "its config.json")
             config.recipe = self.record.recipe or config.recipe
             check_model(self.record, dict(model.config) | {"_class_name": type(model).__name__}, "its config.json")
-            self._slots = module_form.Slots(model, self.record)
+            self._slots = Slots(model, self.record)
         else:
             self.record = module_form.decide(model, config.recipe, skip=config.skip, sample=config.sample)
-            self._linears = dict(module_form.quantized_linears(self.record))
+            self._linears = dict(quantized_linears(self.record))
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if self.pre_quantized and missing_keys:
@@ -123,9 +124,6 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        from fp4dit_ao.diffusers_integration.module_form import quantize_linear
-        from fp4dit_ao.passes.transforms.split_inputs import split_modules, whole_name
-
         if self._slots is not None:
             if unexpected_keys:
                 raise ValueError(
@@ -140,20 +138,16 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             split_modules(model, {whole: sizes for whole, sizes in self.record.parts.items() if whole == name})
             for linear, config in self._linears.items():
                 if whole_name(linear) == name:
-                    quantize_linear(model, linear, config)
+                    module_form.quantize_linear(model, linear, config)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        from fp4dit_ao.diffusers_integration.module_form import finish
-
         if self._slots is not None:
             self._slots.close(next((p.dtype for p in model.parameters() if p.is_floating_point()), None))
             self._slots = None
-        return finish(model, self)
+        return module_form.finish(model, self)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        from fp4dit_ao.diffusers_integration.module_form import dequantize_modules
-
-        return dequantize_modules(model)
+        return module_form.dequantize_modules(model)
 
     @property
     def is_serializable(self) -> bool:
@@ -163,8 +157,7 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             ValueError: always.
         """
         raise ValueError(
-            "diffusers' own save_pretrained cannot write low-bit weights; call the instance's, model.save_pretrained(folder), "
-            "or fp4dit_ao.checkpoint.transformer_folder.save(model, folder)"
+            "diffusers' own save_pretrained cannot write low-bit weights; call the instance's, model.save_pretrained(folder)"
         )
 
     @property

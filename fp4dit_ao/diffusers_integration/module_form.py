@@ -6,61 +6,30 @@ The graph form (:func:`fp4dit_ao.lower`) computes the same; this one keeps the m
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
-from fp4dit_ao import _compat
-from fp4dit_ao.checkpoint import graph_rebuilding
+from fp4dit_ao.checkpoint import graph_rebuilding, graph_tensors
+from fp4dit_ao.checkpoint.empty_model import empty_model
 from fp4dit_ao.checkpoint.quantization_record import Record, model_config
-from fp4dit_ao.checkpoint.tensor_files import Entry
+from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration import lora
 from fp4dit_ao.diffusers_integration.attention_processors import quantize_attention, restore_attention
+from fp4dit_ao.diffusers_integration.module_slots import quantized_linears
+from fp4dit_ao.diffusers_integration.saving import refuse_unsaveable, save_pretrained
 from fp4dit_ao.families import example_inputs, family_of, quantizer_for, recipe_for
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.passes.device_placement import convert_tensors
-from fp4dit_ao.passes.transforms.split_inputs import part_sizes, split_modules
+from fp4dit_ao.passes.transforms.split_inputs import part_sizes
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer, fit_group
-from fp4dit_ao.schemes.low_bit_weight import empty_parts, from_parts, low_bit_weight
-
-
-def quantize_modules(
-    model: Any,
-    recipe: str | QuantConfig = "w4a6",
-    *,
-    skip: Sequence[str] = (),
-    sample: Mapping[str, Any] | None = None,
-    source: str | None = None,
-) -> Any:
-    """Quantize a diffusers model in place with nearest rounding: no graph to run, no calibration, one weight at a time.
-
-    Args:
-        model: the float model.
-        recipe: a name in ``config.RECIPES``, taken as it is for the model's family; or a config, taken as it is.
-        skip: globs over module names that stay in high precision, besides the recipe's own.
-        sample: keyword arguments of one ``forward``; of a family that the package knows, it makes them up. With them the
-            linears before a gate are found in the model's graph.
-        source: name or path of the float model, to be written down.
-
-    Returns:
-        ``model``; its ``save_pretrained`` writes what ``from_pretrained`` and ``load_pipeline`` read.
-
-    Raises:
-        ValueError: an unknown recipe, one that needs calibration data, or a model that it does not fit.
-    """
-    from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig, FP4DiTDiffusersQuantizer
-
-    record = decide(model, recipe, skip=skip, sample=sample, source=source)
-    split_modules(model, record.parts)
-    for name, config in quantized_linears(record):
-        quantize_linear(model, name, config)
-    quantizer = FP4DiTDiffusersQuantizer(FP4DiTConfig(recipe, skip=skip), record, pre_quantized=False)
-    return finish(model, quantizer)
+from fp4dit_ao.schemes.low_bit_weight import low_bit_weight
 
 
 def decide(
@@ -94,7 +63,7 @@ def decide(
         decisions = _decisions_by_name(model, quantizer)
     else:
         description = sample_description.describe(bind(model, sample))
-        empty = graph_rebuilding.empty_model(dict(model.config), cls=type(model))
+        empty = empty_model(dict(model.config), cls=type(model))
         prepared = graph_rebuilding.prepare(empty, description, dtype, quantizer)
         decisions = graph_rebuilding.resolve(quantizer.decisions.values(), prepared)
         parts = part_sizes(prepared.named_parameters())
@@ -102,6 +71,25 @@ def decide(
     if not any(True for _ in quantized_linears(record)):
         raise ValueError(f"nothing in this {type(model).__name__} would be quantized; check the skip globs")
     return record
+
+
+def _decisions_by_name(model: Any, quantizer: FP4DiTQuantizer) -> list[Decision]:
+    """Of a model whose graph nobody can capture: every ``nn.Linear`` and every attention module, by the quantizer's rules."""
+    decisions = []
+    for name, module in model.named_modules():
+        kind: Any = "linear" if isinstance(module, nn.Linear) else "attention" if hasattr(module, "processor") else None
+        if kind is None:
+            continue
+        config, reason = quantizer.config_for(name)
+        if config is not None and config.pre_gelu_weight not in (None, config.weight):
+            raise ValueError(
+                f"{type(model).__name__} is no family that fp4dit_ao knows, so it cannot tell which linears feed a gate; "
+                "give sample=, the keyword arguments of one forward, or a recipe with pre_gelu_weight=None"
+            )
+        if config is not None and kind == "linear":
+            config, reason = fit_group(name, module.in_features, config, reason)
+        decisions.append(Decision(name, kind, config, reason))
+    return graph_rebuilding.resolve(decisions, nn.Module())
 
 
 def quantize_linear(model: Any, name: str, config: QuantConfig) -> None:
@@ -114,28 +102,6 @@ def quantize_linear(model: Any, name: str, config: QuantConfig) -> None:
     linear.weight = nn.Parameter(low_bit_weight(name, linear.weight, config), requires_grad=False)
 
 
-def check_online(record: Record) -> None:
-    """Raise ``ValueError`` if something was quantized in a way that only a graph can execute."""
-    for decision in record.decisions:
-        if decision.config is not None and decision.config.activation_granularity == "tensor":
-            raise ValueError(
-                f"{decision.name} quantizes its input in a static range, which only the graph form computes; use "
-                "form='graph', or a recipe that quantizes inputs online"
-            )
-
-
-def quantized_linears(record: Record) -> Iterable[tuple[str, QuantConfig]]:
-    """(name, config) of every linear with a low-bit weight.
-
-    Raises:
-        ValueError: a config that only a graph can execute.
-    """
-    check_online(record)
-    for decision in record.decisions:
-        if decision.config is not None and decision.kind == "linear":
-            yield decision.name, decision.config
-
-
 def finish(model: Any, quantizer: Any) -> Any:
     """Wrap attention processors, and let ``model`` save itself in this package's format.
 
@@ -143,8 +109,6 @@ def finish(model: Any, quantizer: Any) -> Any:
         model: with its linears quantized.
         quantizer: an ``FP4DiTDiffusersQuantizer`` with the record of what was done.
     """
-    from fp4dit_ao.checkpoint.transformer_folder import save_pretrained
-
     for decision in quantizer.record.decisions:
         if decision.kind == "attention" and decision.config is not None and decision.config.attention is not None:
             name = decision.name.partition("#")[0]  # one decision for each call inside of one module
@@ -156,33 +120,11 @@ def finish(model: Any, quantizer: Any) -> Any:
     if not getattr(model, "_repeated_blocks", None):  # what compile_repeated_blocks() compiles
         blocks = (block for module in model.children() if isinstance(module, nn.ModuleList) for block in module)
         model._repeated_blocks = sorted({type(block).__name__ for block in blocks})
-    model.save_pretrained = functools.partial(save_pretrained, model)
+    model.save_pretrained = functools.partial(save_module_form, model)
     model.fuse_lora = functools.partial(lora.fuse_lora, model, dict(quantized_linears(quantizer.record)))
     model.unfuse_lora = functools.partial(lora.unfuse_lora, model)
     model._apply = functools.partial(_apply, model)
     return model.eval()
-
-
-def quantizer_of(record: Record) -> Any:
-    """The diffusers quantizer of a model that was quantized as ``record`` says."""
-    from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig, FP4DiTDiffusersQuantizer
-
-    return FP4DiTDiffusersQuantizer(FP4DiTConfig(record.recipe or "w4a6"), record=record)
-
-
-def from_graph(transformer: Any) -> Any:
-    """A ``QuantizedTransformer`` in the module form; tensors are shared, learned roundings included.
-
-    Raises:
-        ValueError: it has static input ranges, which only the graph form computes.
-    """
-    record = graph_rebuilding.record_of(transformer)
-    tensors = graph_rebuilding.tensors_to_save(transformer)
-    record.tensors = {name: Entry.unchecked(x) for name, x in tensors.items()}
-    slots = Slots(graph_rebuilding.empty_model(record.model, buffers=True), record)
-    for name, x in tensors.items():
-        slots.put(name, x)
-    return finish(slots.close(), quantizer_of(record))
 
 
 def _apply(model: Any, convert: Any, recurse: bool = True) -> Any:
@@ -215,7 +157,36 @@ def record_of(model: Any) -> Record:
 def tensors_to_save(model: Any) -> dict[str, Tensor]:
     """Every tensor of a model in the module form, by the name that it has in a graph; codes and scales apart."""
     every = dict(model.named_parameters()) | dict(model.named_buffers()) | model.hf_quantizer.record.constants
-    return {part: y for name, x in every.items() for part, y in graph_rebuilding.flatten(name, x.detach()).items()}
+    return {part: y for name, x in every.items() for part, y in graph_tensors.flatten(name, x.detach()).items()}
+
+
+def save_module_form(
+    model: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
+    **options: Any,
+) -> None:
+    """``save_pretrained`` of a model in the module form; ``options`` are those of diffusers' method.
+
+    Raises:
+        ValueError: the model carries a LoRA, its weights were unpacked, or an option asks for another kind of file.
+        OSError: the folder cannot be written.
+    """
+    refuse_unsaveable(model)
+    save_pretrained(
+        model,
+        record_of(model),
+        tensors_to_save(model),
+        save_directory,
+        is_main_process,
+        safe_serialization,
+        variant,
+        max_shard_size,
+        **options,
+    )
 
 
 def dequantize_modules(model: Any) -> Any:
@@ -234,108 +205,3 @@ def dequantize_modules(model: Any) -> Any:
     model._internal_dict = type(model.config)({k: v for k, v in model.config.items() if k != "quantization_config"})
     del model.save_pretrained, model.fuse_lora, model.unfuse_lora, model.quantization_method, model._apply
     return model
-
-
-# --- what to quantize ------------------------------------------------------------------------------------------------
-
-
-def _decisions_by_name(model: Any, quantizer: FP4DiTQuantizer) -> list[Decision]:
-    """Of a model whose graph nobody can capture: every ``nn.Linear`` and every attention module, by the quantizer's rules."""
-    decisions = []
-    for name, module in model.named_modules():
-        kind: Any = "linear" if isinstance(module, nn.Linear) else "attention" if hasattr(module, "processor") else None
-        if kind is None:
-            continue
-        config, reason = quantizer.config_for(name)
-        if config is not None and config.pre_gelu_weight not in (None, config.weight):
-            raise ValueError(
-                f"{type(model).__name__} is no family that fp4dit_ao knows, so it cannot tell which linears feed a gate; "
-                "give sample=, the keyword arguments of one forward, or a recipe with pre_gelu_weight=None"
-            )
-        if config is not None and kind == "linear":
-            config, reason = fit_group(name, module.in_features, config, reason)
-        decisions.append(Decision(name, kind, config, reason))
-    return graph_rebuilding.resolve(decisions, nn.Module())
-
-
-# --- filling a model with stored tensors -----------------------------------------------------------------------------
-
-
-class Slots:
-    """A float model, opened so that its state dict has the names of stored tensors, until it is closed.
-
-    Args:
-        model: on the meta device; changed: every quantized weight becomes a module of codes and scales.
-        record: what will be put in.
-
-    Raises:
-        ValueError: the record is not one of such a model.
-    """
-
-    def __init__(self, model: Any, record: Record):
-        self.model, self.record = model, record
-        split_modules(model, record.parts)
-        self._linears = dict(quantized_linears(record))
-        for name, config in self._linears.items():
-            self._open(name, config)
-        self._constants = sorted(set(record.tensors) - set(dict(graph_rebuilding.tensors_of(model))))
-        for name in self._constants:  # tensors that a graph has, and its model makes anew in every call
-            entry = record.tensors[name]
-            x = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
-            model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], x)
-        self._transient = _compat.make_buffers_persistent(model, set(record.tensors))
-        self._waiting = dict.fromkeys(model.state_dict())
-        missing = [name for name in self._waiting if name not in record.tensors]
-        if missing:
-            raise ValueError(f"it lacks tensor {missing[0]} of {type(model).__name__} ({len(missing)} in all)")
-        for name, x in model.state_dict().items():
-            if tuple(x.shape) != record.tensors[name].shape:
-                raise ValueError(
-                    f"tensor {name} is {record.tensors[name].shape}, where {type(model).__name__} has {tuple(x.shape)}"
-                )
-
-    def _open(self, name: str, config: QuantConfig) -> None:
-        try:
-            linear = self.model.get_submodule(name)
-        except AttributeError:
-            linear = None
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"{type(self.model).__name__} has no linear {name}, which was quantized")
-        parts = nn.Module()
-        for part, x in empty_parts(linear.weight.shape, config).items():
-            parts.register_buffer(part, x)
-        del linear.weight
-        linear.add_module("weight", parts)
-
-    def put(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> None:
-        """Put ``x``, one of the record's tensors, in its place, as ``dtype`` unless it is quantized or whole numbers."""
-        quantized = name.rpartition(".weight.")[0] in self._linears
-        if dtype is not None and x.is_floating_point() and not quantized:
-            x = x.to(dtype)
-        graph_rebuilding.put_tensor(self.model, name, x)
-        self._waiting.pop(name, None)
-
-    def close(self, dtype: torch.dtype | None = None) -> Any:
-        """The model in the module form, but for what :func:`finish` does.
-
-        Args:
-            dtype: that quantized weights present themselves as; the record's if None.
-
-        Raises:
-            ValueError: not everything was put in.
-        """
-        if self._waiting:
-            raise ValueError(
-                f"tensor {next(iter(self._waiting))} is missing ({len(self._waiting)} in all); copy the folder again"
-            )
-        for name, config in self._linears.items():
-            linear = self.model.get_submodule(name)
-            parts = dict(linear.weight.named_buffers())  # type: ignore[union-attr,operator]
-            del linear.weight
-            weight = from_parts(parts, config, dtype or self.record.dtype)
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-        _compat.make_buffers_transient(self._transient)
-        for name in self._constants:
-            self.record.constants[name] = graph_rebuilding.tensor_at(self.model, name)
-            delattr(self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
-        return self.model

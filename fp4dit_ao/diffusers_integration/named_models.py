@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 from fp4dit_ao import reference
 
 if TYPE_CHECKING:
-    from fp4dit_ao.diffusers_integration.pipeline import Weights
+    from fp4dit_ao.diffusers_integration.pipeline_folder import Weights
 
 REFERENCE = "reference"
 """Stands for the pipeline that ships with the package."""
@@ -41,7 +41,7 @@ def _from_hub(name: str) -> str:
     from huggingface_hub import hf_hub_download
 
     from fp4dit_ao.checkpoint import transformer_folder
-    from fp4dit_ao.diffusers_integration.pipeline import resolve_folder
+    from fp4dit_ao.diffusers_integration.pipeline_folder import resolve_folder
 
     try:
         config = Path(hf_hub_download(name, "transformer/config.json"))
@@ -69,7 +69,7 @@ def weights_of(name: str, weights: str) -> "Weights":
         FileNotFoundError: there is no such model; see :func:`folder_of`.
         ValueError: there are no such weights, or the model has no packed ones to make them from.
     """
-    from fp4dit_ao.diffusers_integration.pipeline import Weights
+    from fp4dit_ao.diffusers_integration.pipeline_folder import Weights
 
     if weights not in get_args(Weights):
         raise ValueError(f"unknown weights {weights!r}; choose one of {', '.join(get_args(Weights))}")
@@ -106,7 +106,7 @@ def open_pipeline(name: str, device: str | None = None, *, compile: bool = False
     form, device = weights_of(name, weights), device or default_device()
     logging.disable_progress_bar()  # of the files that are opened: over before it is read
     if is_quantized(name):
-        from fp4dit_ao.diffusers_integration.pipeline import load_pipeline
+        from fp4dit_ao.diffusers_integration.pipeline_folder import load_pipeline
 
         return load_pipeline(folder, device=device, compile=compile, weights=form)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16

@@ -4,7 +4,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from fp4dit_ao.diffusers_integration.pipeline import Weights
+from fp4dit_ao.diffusers_integration.pipeline_folder import Weights
 from fp4dit_ao.serving.engine import Batching
 from fp4dit_ao.serving.launch import Options, application
 

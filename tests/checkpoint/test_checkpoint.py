@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fp4dit_ao import MinifloatTensor, quantize_pipeline
-from fp4dit_ao.checkpoint import graph_rebuilding, tensor_files, transformer_folder
+from fp4dit_ao.checkpoint import graph_tensors, tensor_files, transformer_folder
 from fp4dit_ao.checkpoint.quantization_record import digest
 from fp4dit_ao.checkpoint.tensor_files import WEIGHTS, checksum
 from fp4dit_ao.checkpoint.transformer_folder import CONFIG
+from fp4dit_ao.diffusers_integration.graph_form import load_graph
+from fp4dit_ao.diffusers_integration.module_conversion import load_modules
 from fp4dit_ao.util.atomic_files import whole_folder
 from tests.tiny import CALL, tiny_pipeline
 
@@ -59,16 +61,14 @@ def change_record(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
 
 
 def test_every_tensor_comes_back_bit_for_bit(transformer: Any, original: Path) -> None:
-    loaded = transformer_folder.load(original)
-    before, after = graph_rebuilding.state_of(transformer.graph), graph_rebuilding.state_of(loaded.graph)
+    loaded = load_graph(original)
+    before, after = graph_tensors.state_of(transformer.graph), graph_tensors.state_of(loaded.graph)
     assert before.keys() == after.keys()
     for name, x in before.items():
         y = after[name]
         assert type(x) is type(y)
         assert type(x.data) is type(y.data)
-        for a, b in zip(
-            graph_rebuilding.flatten(name, x).values(), graph_rebuilding.flatten(name, y).values(), strict=True
-        ):
+        for a, b in zip(graph_tensors.flatten(name, x).values(), graph_tensors.flatten(name, y).values(), strict=True):
             assert a.dtype == b.dtype
             assert torch.equal(a, b)
     assert loaded.graph.code == transformer.graph.code
@@ -119,7 +119,7 @@ def test_truncated_weights(saved: Path) -> None:
     data = (saved / WEIGHTS).read_bytes()
     (saved / WEIGHTS).write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"safetensors is truncated: [\d,]+ of [\d,]+ bytes; copy it again"):
-        transformer_folder.load(saved)
+        load_graph(saved)
 
 
 def test_one_flipped_bit_of_a_tensor_is_found_and_the_tensor_named(saved: Path) -> None:
@@ -130,21 +130,21 @@ def test_one_flipped_bit_of_a_tensor_is_found_and_the_tensor_named(saved: Path) 
     data[8 + header + places[name]["data_offsets"][0] + 17] ^= 4
     (saved / WEIGHTS).write_bytes(data)
     with pytest.raises(ValueError, match=f"{WEIGHTS}: tensor {name} was altered since it was saved"):
-        transformer_folder.load(saved)
+        load_graph(saved)
 
 
 def test_appended_bytes(saved: Path) -> None:
     with (saved / WEIGHTS).open("ab") as file:
         file.write(b"\0")
     with pytest.raises(ValueError, match="safetensors is altered since it was saved"):
-        transformer_folder.load(saved)
+        load_graph(saved)
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_missing_file(saved: Path, name: str) -> None:
     (saved / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{name}"):
-        transformer_folder.load(saved)
+        load_graph(saved)
 
 
 def test_tensors_that_do_not_fit(saved: Path) -> None:
@@ -153,12 +153,12 @@ def test_tensors_that_do_not_fit(saved: Path) -> None:
     tensors[name] = tensors[name].T.contiguous()
     save_file(tensors, saved / WEIGHTS)
     with pytest.raises(ValueError, match=rf"{name} is \(1, 128\) of float32, saved as \(128, 1\) of float32"):
-        transformer_folder.load(saved)
+        load_graph(saved)
     change_record(saved, lambda r: r["tensors"][name].update(shape=[1, 128], sha256=checksum(tensors[name])))
     with pytest.raises(ValueError, match=rf"{name} is \(1, 128\) of torch.float32, where the model has \(128, 1\)"):
-        transformer_folder.load(saved)
+        load_graph(saved)
     with pytest.raises(ValueError, match=rf"{name} is \(1, 128\), where PixArtTransformer2DModel has \(128, 1\)"):
-        transformer_folder.load_modules(saved)
+        load_modules(saved)
 
 
 @pytest.mark.parametrize(
@@ -169,11 +169,11 @@ def test_tensors_that_do_not_fit(saved: Path) -> None:
     ],
 )
 def test_tensors_missing_or_left_over(transformer: Any, change: Callable[[Any], None], message: str) -> None:
-    state = graph_rebuilding.state_of(transformer.graph)
-    stored = {k: v for name, x in state.items() for k, v in graph_rebuilding.flatten(name, x).items()}
+    state = graph_tensors.state_of(transformer.graph)
+    stored = {k: v for name, x in state.items() for k, v in graph_tensors.flatten(name, x).items()}
     change(stored)
     with pytest.raises(ValueError, match=message):
-        graph_rebuilding.fill(transformer.graph, stored)
+        graph_tensors.fill(transformer.graph, stored)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_tensors_missing_or_left_over(transformer: Any, change: Callable[[Any], 
 )
 def test_foreign_and_altered_configs(saved: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
     change_config(saved, change)
-    for load in (transformer_folder.load, transformer_folder.load_modules):
+    for load in (load_graph, load_modules):
         with pytest.raises(ValueError, match=message) as caught:
             load(saved)
         assert "\n" not in str(caught.value)
@@ -220,7 +220,7 @@ def test_foreign_and_altered_configs(saved: Path, change: Callable[[dict[str, An
 def test_records_that_were_made_up(saved: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
     """With a checksum that fits: whoever writes a file can write that, too."""
     change_record(saved, change)
-    for load in (transformer_folder.load, transformer_folder.load_modules):
+    for load in (load_graph, load_modules):
         with pytest.raises(ValueError, match=message) as caught:
             load(saved)
         assert "\n" not in str(caught.value)
@@ -239,7 +239,7 @@ def test_records_that_were_made_up(saved: Path, change: Callable[[dict[str, Any]
 def test_models_that_were_made_up(saved: Path, key: str, value: Any, message: str) -> None:
     change_record(saved, lambda r: r["model"].update({key: value}))
     change_config(saved, lambda c: c.update({key: value}))
-    for load in (transformer_folder.load, transformer_folder.load_modules):
+    for load in (load_graph, load_modules):
         with pytest.raises(ValueError, match=message) as caught:
             load(saved)
         assert "\n" not in str(caught.value)
@@ -249,16 +249,16 @@ def test_tables_beyond_all_memory_are_not_made(saved: Path) -> None:
     change_record(saved, lambda r: r["model"].update(sample_size=10**6))
     change_config(saved, lambda c: c.update(sample_size=10**6))
     with pytest.raises(ValueError, match="its model makes tables larger than any known model's"):
-        transformer_folder.load_modules(saved)
+        load_modules(saved)
 
 
 def test_config_that_is_not_json(saved: Path) -> None:
     (saved / CONFIG).write_text("{")
     with pytest.raises(ValueError, match="is damaged: it is not valid JSON"):
-        transformer_folder.load(saved)
+        load_graph(saved)
     (saved / CONFIG).write_text("[]")
     with pytest.raises(ValueError, match="holds no quantized transformer"):
-        transformer_folder.load(saved)
+        load_graph(saved)
 
 
 def test_a_float_transformer_is_not_mistaken_for_a_quantized_one(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_float_transformer_is_not_mistaken_for_a_quantized_one(tmp_path: Path)
     with pytest.raises(
         ValueError, match="holds no quantized transformer; load it with diffusers, then use quantize_pipeline"
     ):
-        transformer_folder.load(tmp_path / "float")
+        load_graph(tmp_path / "float")
 
 
 # --- saving that fails -----------------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp4dit_ao import QuantConfig, quantize_modules
-from fp4dit_ao.checkpoint import transformer_folder
 from fp4dit_ao.checkpoint.quantization_record import digest
 from fp4dit_ao.diffusers_integration import module_form
+from fp4dit_ao.diffusers_integration.graph_form import load_graph
+from fp4dit_ao.diffusers_integration.module_conversion import load_modules
 from tests.tiny import tiny_pipeline
 
 Files = dict[str, bytes]
@@ -89,13 +90,13 @@ def damage(draw: st.DrawFn, files: Files) -> Files:
 @given(data=st.data())
 def test_damaged_files(saved: tuple[Files, dict[str, Tensor]], data: st.DataObject) -> None:
     files, tensors = saved
-    check(data.draw(damage(files)), tensors, transformer_folder.load_modules)
+    check(data.draw(damage(files)), tensors, load_modules)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_files_and_the_graph_form(saved: tuple[Files, dict[str, Tensor]], data: st.DataObject) -> None:
-    check(data.draw(damage(saved[0])), None, transformer_folder.load)
+    check(data.draw(damage(saved[0])), None, load_graph)
 
 
 def test_exchanged_shards_of_equal_size(saved: tuple[Files, dict[str, Tensor]]) -> None:
@@ -117,7 +118,7 @@ def check_raises(files: Files) -> None:
     with tempfile.TemporaryDirectory() as name:
         for file, data in files.items():
             (Path(name) / file).write_bytes(data)
-        transformer_folder.load_modules(name)
+        load_modules(name)
 
 
 # --- headers and configs that lie, with checksums that fit -----------------------------------------------------------
@@ -152,7 +153,7 @@ def test_lying_headers(saved: tuple[Files, dict[str, Tensor]], data: st.DataObje
     put(header, data.draw(st.sampled_from(paths(header))), data.draw(JSON))
     new = json.dumps(header).encode()
     lying = len(new).to_bytes(8, "little") + new + raw[8 + length :]
-    check(files | {name: lying}, tensors, transformer_folder.load_modules)
+    check(files | {name: lying}, tensors, load_modules)
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
@@ -167,7 +168,7 @@ def test_lying_configs(saved: tuple[Files, dict[str, Tensor]], data: st.DataObje
     put(record, data.draw(st.sampled_from(places)), data.draw(JSON))
     config |= record["model"] if isinstance(record.get("model"), dict) else {}
     record["sha256"] = digest({key: value for key, value in record.items() if key != "sha256"})
-    check(files | {"config.json": json.dumps(config).encode()}, None, transformer_folder.load_modules)
+    check(files | {"config.json": json.dumps(config).encode()}, None, load_modules)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ from torchao.utils import TorchAOBaseTensor
 from typer.testing import CliRunner
 
 from fp4dit_ao import MinifloatTensor, quantize_pipeline, unpack_weights
-from fp4dit_ao.checkpoint import transformer_folder
 from fp4dit_ao.cli.app import app
 from fp4dit_ao.cli.export import find_transformer
 from fp4dit_ao.deploy import exported_transformer
+from fp4dit_ao.diffusers_integration.graph_form import load_graph
 from fp4dit_ao.kernels import token_quantization
 from fp4dit_ao.passes.subclass_unwrapping import unwrap
 from tests.tiny import CALL, tiny_pipeline
@@ -105,7 +105,7 @@ def test_nothing_in_a_program_is_pickled(program: Path) -> None:
 
 def test_half_precision(tiny_quantized: Any, tmp_path: Path) -> None:
     tiny_quantized.transformer.save_pretrained(tmp_path / "saved")
-    half = transformer_folder.load(tmp_path / "saved").to(torch.bfloat16)
+    half = load_graph(tmp_path / "saved").to(torch.bfloat16)
     exported_transformer.save_program(half, tmp_path / "half.pt2")
     loaded = exported_transformer.load(tmp_path / "half.pt2")
     assert loaded.dtype == torch.bfloat16
@@ -141,7 +141,7 @@ def test_block_formats_export_too(tmp_path: Path) -> None:
 
 def test_unpacked_weights_are_exported_before(tiny_quantized: Any, tmp_path: Path) -> None:
     tiny_quantized.transformer.save_pretrained(tmp_path / "saved")
-    model = unpack_weights(transformer_folder.load(tmp_path / "saved"))
+    model = unpack_weights(load_graph(tmp_path / "saved"))
     with pytest.raises(ValueError, match="exporting needs packed weights"):
         exported_transformer.save_program(model, tmp_path / "model.pt2")
     assert not (tmp_path / "model.pt2").exists()

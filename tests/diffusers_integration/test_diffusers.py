@@ -22,7 +22,8 @@ from fp4dit_ao import (
     quantize_modules,
     quantize_pipeline,
 )
-from fp4dit_ao.checkpoint import transformer_folder
+from fp4dit_ao.diffusers_integration.graph_form import load_graph
+from fp4dit_ao.diffusers_integration.module_conversion import load_modules
 from tests.tiny import CALL, tiny_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -88,7 +89,7 @@ def test_another_process_draws_the_same_bits(graph: Any, folders: dict[str, Path
 
 
 def test_another_type(folders: dict[str, Path]) -> None:
-    stored = transformer_folder.load_modules(folders["module"] / "transformer")
+    stored = load_modules(folders["module"] / "transformer")
     model = PixArtTransformer2DModel.from_pretrained(folders["module"] / "transformer", torch_dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     for name, weight in stored.named_parameters():
@@ -170,7 +171,7 @@ def test_shards_are_diffusers_own(folders: dict[str, Path], tmp_path: Path) -> N
     assert {path.name for path in (tmp_path / "t").glob("*.safetensors")} == files
     assert all(name.endswith(f"-of-{len(files):05}.safetensors") for name in files)
     again = PixArtTransformer2DModel.from_pretrained(tmp_path / "t")
-    graph = transformer_folder.load(tmp_path / "t")
+    graph = load_graph(tmp_path / "t")
     for name, weight in model.named_parameters():
         for other in (again.get_parameter(name), graph.graph.get_parameter(name)):
             parts = ("qdata", "scale") if isinstance(weight, MinifloatTensor) else ("data",)
@@ -209,16 +210,16 @@ class Card:
 
 def test_push_to_hub(graph: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub = Hub(monkeypatch)
-    module_form = DiffusionPipeline.from_pretrained(folders["module"])
+    modules = DiffusionPipeline.from_pretrained(folders["module"])
     things = {
         "me/graph": graph.transformer,
-        "me/module": module_form.transformer,
+        "me/module": modules.transformer,
         "me/pipe": graph,
-        "me/plain": module_form,
+        "me/plain": modules,
     }
     for repo, thing in things.items():
         thing.push_to_hub(repo)
-    module_form.transformer.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/saved")
+    modules.transformer.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/saved")
     graph.save_pretrained(tmp_path / "pipe", push_to_hub=True)
     assert set(hub.uploads) == {*things, "me/saved", "pipe"}
     for repo in ("me/graph", "me/module", "me/saved"):
@@ -247,7 +248,6 @@ def test_every_way_to_save_writes_codes_or_says_what_does(folders: dict[str, Pat
     ways = {
         "model": lambda to: model.save_pretrained(to / "transformer"),
         "compiled": lambda to: torch.compile(model).save_pretrained(to / "transformer"),
-        "checkpoint": lambda to: transformer_folder.save(model, to / "transformer"),
         "pipeline": lambda to: PixArtSigmaPipeline(**(pipe.components | {"transformer": model})).save_pretrained(to),
         "class of the pipeline": lambda to: type(pipe).save_pretrained(pipe, to),
     }

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fp4dit_ao import quantize_modules, unpack_weights
-from fp4dit_ao.checkpoint import transformer_folder
-from tests.test_modules import low_bit, run
+from fp4dit_ao.diffusers_integration.module_conversion import load_modules
+from tests.diffusers_integration.test_module_form import low_bit, run
 from tests.tiny import tiny_pipeline
 
 FUSED = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_v")]
@@ -184,7 +184,7 @@ def test_what_was_fused_is_saved_once_the_lora_is_unloaded(tmp_path: Path) -> No
         model.dequantize()
     model.unload_lora()
     model.save_pretrained(tmp_path / "fused")
-    again = transformer_folder.load_modules(tmp_path / "fused")
+    again = load_modules(tmp_path / "fused")
     assert torch.equal(run(again), expected)
     assert same(codes(again), codes(model)) == set()
 

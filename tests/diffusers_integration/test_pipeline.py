@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from fp4dit_ao import AdaRoundConfig, MinifloatTensor, load_pipeline, quantize_pipeline, w4a6_auto
-from fp4dit_ao.diffusers_integration.pipeline import generation_defaults, resolve_folder
+from fp4dit_ao.calibration.pipeline_arguments import generation_defaults
+from fp4dit_ao.diffusers_integration.pipeline_folder import resolve_folder
 from tests.tiny import CALL, tiny_pipeline
 
 PROMPTS = ["a red cat", "a blue dog"]
@@ -349,7 +350,7 @@ def test_generation_defaults(tmp_path: Path) -> None:
 
 def test_importing_the_package_loads_neither_diffusers_nor_transformers() -> None:
     script = (
-        "import sys, fp4dit_ao, fp4dit_ao.diffusers_integration.pipeline, fp4dit_ao.calibration\n"
+        "import sys, fp4dit_ao, fp4dit_ao.calibration, fp4dit_ao.families\n"
         "import fp4dit_ao.checkpoint.transformer_folder\n"
         "assert not {'diffusers', 'transformers'} & set(sys.modules)"
     )

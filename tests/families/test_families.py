@@ -26,7 +26,7 @@ from fp4dit_ao import (
     quantizer_for,
     reconstruct,
 )
-from fp4dit_ao.checkpoint import graph_rebuilding
+from fp4dit_ao.checkpoint import graph_tensors
 from fp4dit_ao.config import RECIPES
 from fp4dit_ao.deploy import exported_transformer
 from fp4dit_ao.families import FAMILIES, family_of, recipe_for
@@ -126,8 +126,8 @@ def test_saved_and_loaded_it_draws_the_same(case, tmp_path) -> None:
     # a file's tensors start anywhere, and a product's last bit depends on where
     parts = [
         part
-        for name, x in graph_rebuilding.state_of(loaded.graph).items()
-        for part in graph_rebuilding.flatten(name, x).values()
+        for name, x in graph_tensors.state_of(loaded.graph).items()
+        for part in graph_tensors.flatten(name, x).values()
     ]
     assert all(part.data_ptr() % 64 == 0 for part in parts)
 

@@ -23,7 +23,7 @@ from fp4dit_ao import FloatFormat, MinifloatTensor
 from fp4dit_ao.kernels import int8_backend
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.cuda import int8_linear
-from tests.test_native import WILD, oracle, problem
+from tests.kernels.test_native import WILD, oracle, problem
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -36,7 +36,7 @@ from fp4dit_ao.serving import launch
 from fp4dit_ao.serving.app import GENERATIONS, Limits, create_app
 from fp4dit_ao.serving.drawing import Painter
 from fp4dit_ao.serving.engine import Batching, Engine, Style
-from tests.test_serving_engine import Gate, picture
+from tests.serving.test_engine import Gate, picture
 
 DEFAULT = Style(32, 32, 4)
 LIMITS = Limits(prompt=50, n=3, side=64, steps=10, timeout=30)

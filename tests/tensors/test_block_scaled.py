@@ -37,15 +37,15 @@ from fp4dit_ao import (
     quantize_pipeline,
     reconstruct,
 )
-from fp4dit_ao.checkpoint import transformer_folder
-from fp4dit_ao.checkpoint.graph_rebuilding import empty_model
+from fp4dit_ao.checkpoint.empty_model import empty_model
+from fp4dit_ao.diffusers_integration.graph_form import load_graph
 from fp4dit_ao.formats import pack
 from fp4dit_ao.ops import dequantize, quantize
 from fp4dit_ao.ops.block_scale import BLOCKS, choose_block_scale, power_of_two_above, two_level_scale, unit
 from fp4dit_ao.passes.subclass_unwrapping import unwrap
 from fp4dit_ao.tensors.block_scaled import ELEMENTS, MXWeight, NVFP4Weight, linear
 from tests.graphs import TinyDiT, tiny_sample
-from tests.test_lower import LINEAR, EveryLinear, converted
+from tests.passes.test_lowering import LINEAR, EveryLinear, converted
 from tests.tiny import CALL, tiny_pipeline
 
 RECIPES = ["nvfp4", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2"]
@@ -321,7 +321,7 @@ def test_the_module_form_has_the_graphs_bits(recipe, tmp_path: Path) -> None:
     tiny_pipeline(layers=1).transformer.save_pretrained(tmp_path / "float")
     again = type(model).from_pretrained(tmp_path / "saved")
     while_read = type(model).from_pretrained(tmp_path / "float", quantization_config=FP4DiTConfig(recipe))
-    for each in (model, graph.to_modules(), again, while_read, transformer_folder.load(tmp_path / "saved")):
+    for each in (model, graph.to_modules(), again, while_read, load_graph(tmp_path / "saved")):
         assert sum(isinstance(p.detach(), MXWeight | NVFP4Weight) for p in each.parameters()) == 10
         with torch.no_grad():
             assert torch.equal(each(**sample).sample, expected)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fp4dit_ao import FloatFormat, MinifloatTensor, lower, unpack_weights, w4a6, w4a8
 from fp4dit_ao.config import int_w4a8
 from fp4dit_ao.tensors.levels import LevelTensor, fits
-from tests.test_lower import converted
+from tests.passes.test_lowering import converted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -124,7 +124,7 @@ def test_unpacked_weights_are_neither_saved_nor_recaptured(tmp_path) -> None:
 @pytest.mark.parametrize("form", ["graph", "module"])
 def test_memory_or_speed_is_chosen_when_a_pipeline_is_loaded(tiny_quantized, tmp_path, form) -> None:
     from fp4dit_ao import example_inputs, load_pipeline
-    from fp4dit_ao.checkpoint.graph_rebuilding import empty_model, flatten
+    from fp4dit_ao.checkpoint.empty_model import empty_model, flatten
 
     tiny_quantized.save_pretrained(tmp_path / "pipe")
     model = load_pipeline(tmp_path / "pipe", form=form).transformer

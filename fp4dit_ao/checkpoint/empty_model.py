@@ -1,0 +1,68 @@
+"""Float models without weights: what a diffusers config describes, on the meta device."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from fp4dit_ao.checkpoint.tensor_files import first_line
+
+
+def empty_model(
+    config: Mapping[str, Any], limit: int | None = None, buffers: bool = False, cls: Any = None
+) -> nn.Module:
+    """The float model that ``config`` describes, on the meta device.
+
+    Args:
+        config: a diffusers config.
+        limit: on the number of its parameters.
+        buffers: whether buffers get the values that the model makes for them.
+        cls: of the model; diffusers' own of the name in ``config`` if None.
+
+    Raises:
+        ValueError: diffusers has no such model class, it does not take this config, or makes too large a model of it.
+    """
+    import diffusers
+
+    name = config.get("_class_name")
+    if cls is None:
+        cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise ValueError(f"diffusers {diffusers.__version__} has no model class {name!r}; install a version that does")
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        with _on_meta(buffers), _at_most(limit):
+            model: nn.Module = cls.from_config(plain).eval()  # type: ignore[attr-defined]
+            return model
+    except Exception as error:
+        raise ValueError(f"{name} cannot be made from its config: {first_line(error)}") from error
+
+
+def _on_meta(but_buffers: bool) -> contextlib.AbstractContextManager[Any]:
+    if not but_buffers:
+        return torch.device("meta")
+    from accelerate import init_empty_weights
+
+    context: contextlib.AbstractContextManager[Any] = init_empty_weights(include_buffers=False)
+    return context
+
+
+@contextlib.contextmanager
+def _at_most(limit: int | None) -> Iterator[None]:
+    """Raise ``ValueError`` once modules have registered more than ``limit`` parameters."""
+    count = 0
+
+    def hook(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal count
+        count += 1
+        if limit is not None and count > limit:
+            raise ValueError(f"it has more than the {limit} parameters that go with what is stored")
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,76 @@
+"""The tensors of a quantized graph or model, by name: read, taken apart into plain tensors, put back."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torchao.utils import TorchAOBaseTensor
+
+from fp4dit_ao import _compat
+
+
+def state_of(graph: GraphModule) -> dict[str, Tensor]:
+    """Every tensor that the graph reads, by name: parameters, buffers and constants."""
+    names = dict.fromkeys(str(node.target) for node in graph.graph.nodes if node.op == "get_attr")
+    return {name: value for name in names if isinstance(value := tensor_at(graph, name), Tensor)}
+
+
+def flatten(name: str, x: Tensor) -> dict[str, Tensor]:
+    """The plain tensors that ``x`` is made of: itself, or ``name.qdata``, ``name.scale`` and so on."""
+    if not isinstance(x, TorchAOBaseTensor):
+        return {name: x}
+    parts = {part: getattr(x, part) for part in _compat.parts(type(x))}
+    return {f"{name}.{part}": value for part, value in parts.items() if isinstance(value, Tensor)}
+
+
+def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
+    """Put stored tensors in the places of the fake ones.
+
+    Args:
+        graph: from :func:`build`; changed.
+        stored: plain tensors, as :func:`flatten` named them.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or has another shape or type than the graph's.
+    """
+    places = state_of(graph)
+    expected = {part: y for name, x in places.items() for part, y in flatten(name, x).items()}
+    missing, unknown = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
+    if missing or unknown:
+        wrong = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}, which the model does not have"
+        raise ValueError(f"it {wrong} ({len(missing)} missing and {len(unknown)} unknown tensors)")
+    for part, y in expected.items():
+        found = stored[part]
+        if found.shape != y.shape or found.dtype != y.dtype:
+            raise ValueError(
+                f"{part} is {tuple(found.shape)} of {found.dtype}, where the model has {tuple(y.shape)} of {y.dtype}"
+            )
+    for name, x in places.items():
+        value = stored.get(name)
+        if isinstance(x, TorchAOBaseTensor):
+            value = type(x)(*(stored.get(f"{name}.{part}", getattr(x, part)) for part in _compat.parts(type(x))))
+        assert value is not None
+        put_tensor(graph, name, value)
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer of a model, by name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def tensor_at(root: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path."""
+    parent, _, leaf = path.rpartition(".")
+    return getattr(root.get_submodule(parent), leaf)
+
+
+def put_tensor(root: nn.Module, path: str, value: Tensor) -> None:
+    """Put ``value`` in the place of the parameter or buffer at a dotted path."""
+    parent, _, leaf = path.rpartition(".")
+    owner = root.get_submodule(parent)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value

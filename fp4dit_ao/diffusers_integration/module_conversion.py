@@ -1,0 +1,102 @@
+"""Ways into the module form: from a float model, from a graph, from a folder."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fp4dit_ao.checkpoint import tensor_files, transformer_folder
+from fp4dit_ao.checkpoint.empty_model import empty_model
+from fp4dit_ao.checkpoint.quantization_record import Record
+from fp4dit_ao.checkpoint.tensor_files import Entry, first_line
+from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig, FP4DiTDiffusersQuantizer
+from fp4dit_ao.diffusers_integration.module_form import decide, finish, quantize_linear
+from fp4dit_ao.diffusers_integration.module_slots import Slots, check_online, quantized_linears
+from fp4dit_ao.passes.transforms.split_inputs import split_modules
+
+BUFFER_LIMIT = 1 << 30
+"""Bytes of the largest tables, such as those of positions, that a model may make while it is loaded."""
+
+
+def quantize_modules(
+    model: Any,
+    recipe: str | QuantConfig = "w4a6",
+    *,
+    skip: Sequence[str] = (),
+    sample: Mapping[str, Any] | None = None,
+    source: str | None = None,
+) -> Any:
+    """Quantize a diffusers model in place with nearest rounding: no graph to run, no calibration, one weight at a time.
+
+    Args:
+        model: the float model.
+        recipe: a name in ``config.RECIPES``, taken as it is for the model's family; or a config, taken as it is.
+        skip: globs over module names that stay in high precision, besides the recipe's own.
+        sample: keyword arguments of one ``forward``; of a family that the package knows, it makes them up. With them the
+            linears before a gate are found in the model's graph.
+        source: name or path of the float model, to be written down.
+
+    Returns:
+        ``model``; its ``save_pretrained`` writes what ``from_pretrained`` and ``load_pipeline`` read.
+
+    Raises:
+        ValueError: an unknown recipe, one that needs calibration data, or a model that it does not fit.
+    """
+    record = decide(model, recipe, skip=skip, sample=sample, source=source)
+    split_modules(model, record.parts)
+    for name, config in quantized_linears(record):
+        quantize_linear(model, name, config)
+    quantizer = FP4DiTDiffusersQuantizer(FP4DiTConfig(recipe, skip=skip), record, pre_quantized=False)
+    return finish(model, quantizer)
+
+
+def from_graph(record: Record, tensors: Mapping[str, Tensor]) -> Any:
+    """A quantized graph in the module form; tensors are shared, learned roundings included.
+
+    Args:
+        record: how the graph was quantized.
+        tensors: its plain tensors, by name.
+
+    Raises:
+        ValueError: it has static input ranges, which only the graph form computes.
+    """
+    record.tensors = {name: Entry.unchecked(x) for name, x in tensors.items()}
+    slots = Slots(empty_model(record.model, buffers=True), record)
+    for name, x in tensors.items():
+        slots.put(name, x)
+    return finish(slots.close(), _quantizer_of(record))
+
+
+def load_modules(folder: str | Path) -> Any:
+    """The transformer in ``folder`` as the diffusers model that it was, on the CPU, in the module form.
+
+    What ``from_pretrained`` of its class gives, in the type that it was saved in.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: as for :func:`load`, or it has static input ranges, which only a graph computes.
+    """
+    folder = Path(folder)
+    record = transformer_folder.read_record(folder)
+    check_online(record)
+    stored = dict(tensor_files.read(folder, record.tensors))
+    model = transformer_folder.empty_model_of(folder, record)
+    made = [x for name, x in model.named_buffers() if name not in record.tensors]
+    if sum(x.nbytes for x in made) > BUFFER_LIMIT:
+        raise ValueError(f"{folder} is damaged: its model makes tables larger than any known model's; copy it again")
+    if made:
+        model = transformer_folder.empty_model_of(folder, record, buffers=True)
+    try:
+        slots = Slots(model, record)
+        for name, x in stored.items():
+            slots.put(name, x)
+        return finish(slots.close(), _quantizer_of(record))
+    except Exception as error:
+        raise ValueError(f"{folder} does not fit its own config: {first_line(error)}") from error
+
+
+def _quantizer_of(record: Record) -> FP4DiTDiffusersQuantizer:
+    """The diffusers quantizer of a model that was quantized as ``record`` says."""
+    return FP4DiTDiffusersQuantizer(FP4DiTConfig(record.recipe or "w4a6"), record=record)

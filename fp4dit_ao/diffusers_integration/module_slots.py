@@ -1,0 +1,116 @@
+"""Filling a float model with stored codes and scales: :class:`Slots`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4dit_ao import _compat
+from fp4dit_ao.checkpoint import graph_tensors
+from fp4dit_ao.checkpoint.quantization_record import Record
+from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.passes.transforms.split_inputs import split_modules
+from fp4dit_ao.schemes.low_bit_weight import empty_parts, from_parts
+
+
+def check_online(record: Record) -> None:
+    """Raise ``ValueError`` if something was quantized in a way that only a graph can execute."""
+    for decision in record.decisions:
+        if decision.config is not None and decision.config.activation_granularity == "tensor":
+            raise ValueError(
+                f"{decision.name} quantizes its input in a static range, which only the graph form computes; use "
+                "form='graph', or a recipe that quantizes inputs online"
+            )
+
+
+def quantized_linears(record: Record) -> Iterable[tuple[str, QuantConfig]]:
+    """(name, config) of every linear with a low-bit weight.
+
+    Raises:
+        ValueError: a config that only a graph can execute.
+    """
+    check_online(record)
+    for decision in record.decisions:
+        if decision.config is not None and decision.kind == "linear":
+            yield decision.name, decision.config
+
+
+class Slots:
+    """A float model, opened so that its state dict has the names of stored tensors, until it is closed.
+
+    Args:
+        model: on the meta device; changed: every quantized weight becomes a module of codes and scales.
+        record: what will be put in.
+
+    Raises:
+        ValueError: the record is not one of such a model.
+    """
+
+    def __init__(self, model: Any, record: Record):
+        self.model, self.record = model, record
+        split_modules(model, record.parts)
+        self._linears = dict(quantized_linears(record))
+        for name, config in self._linears.items():
+            self._open(name, config)
+        self._constants = sorted(set(record.tensors) - set(dict(graph_tensors.tensors_of(model))))
+        for name in self._constants:  # tensors that a graph has, and its model makes anew in every call
+            entry = record.tensors[name]
+            x = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
+            model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], x)
+        self._transient = _compat.make_buffers_persistent(model, set(record.tensors))
+        self._waiting = dict.fromkeys(model.state_dict())
+        missing = [name for name in self._waiting if name not in record.tensors]
+        if missing:
+            raise ValueError(f"it lacks tensor {missing[0]} of {type(model).__name__} ({len(missing)} in all)")
+        for name, x in model.state_dict().items():
+            if tuple(x.shape) != record.tensors[name].shape:
+                raise ValueError(
+                    f"tensor {name} is {record.tensors[name].shape}, where {type(model).__name__} has {tuple(x.shape)}"
+                )
+
+    def _open(self, name: str, config: QuantConfig) -> None:
+        try:
+            linear = self.model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{type(self.model).__name__} has no linear {name}, which was quantized")
+        parts = nn.Module()
+        for part, x in empty_parts(linear.weight.shape, config).items():
+            parts.register_buffer(part, x)
+        del linear.weight
+        linear.add_module("weight", parts)
+
+    def put(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Put ``x``, one of the record's tensors, in its place, as ``dtype`` unless it is quantized or whole numbers."""
+        quantized = name.rpartition(".weight.")[0] in self._linears
+        if dtype is not None and x.is_floating_point() and not quantized:
+            x = x.to(dtype)
+        graph_tensors.put_tensor(self.model, name, x)
+        self._waiting.pop(name, None)
+
+    def close(self, dtype: torch.dtype | None = None) -> Any:
+        """The model in the module form, but for what :func:`finish` does.
+
+        Args:
+            dtype: that quantized weights present themselves as; the record's if None.
+
+        Raises:
+            ValueError: not everything was put in.
+        """
+        if self._waiting:
+            raise ValueError(
+                f"tensor {next(iter(self._waiting))} is missing ({len(self._waiting)} in all); copy the folder again"
+            )
+        for name, config in self._linears.items():
+            linear = self.model.get_submodule(name)
+            parts = dict(linear.weight.named_buffers())  # type: ignore[union-attr,operator]
+            del linear.weight
+            weight = from_parts(parts, config, dtype or self.record.dtype)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+        _compat.make_buffers_transient(self._transient)
+        for name in self._constants:
+            self.record.constants[name] = graph_tensors.tensor_at(self.model, name)
+            delattr(self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+        return self.model

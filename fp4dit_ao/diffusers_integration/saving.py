@@ -1,0 +1,59 @@
+"""``save_pretrained`` of quantized transformers, whatever their form."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fp4dit_ao.checkpoint import transformer_folder
+from fp4dit_ao.checkpoint.quantization_record import Record
+from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
+from fp4dit_ao.tensors.levels import refuse_unpacked
+
+
+def refuse_unsaveable(model: nn.Module) -> None:
+    """Raise ``ValueError`` if ``model`` carries a LoRA, or weights that were unpacked to bytes."""
+    adapters = sorted(name for name, _ in model.named_parameters() if ".lora_" in name)
+    if adapters:
+        raise ValueError(
+            f"the transformer carries a LoRA ({adapters[0]}), which is saved by itself; unload it first, or save it with "
+            "save_lora_adapter"
+        )
+    refuse_unpacked((x for _, x in model.named_parameters()), "saving")
+
+
+def save_pretrained(
+    model: Any,
+    record: Record,
+    tensors: Mapping[str, Tensor],
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
+    push_to_hub: bool = False,
+    use_flashpack: bool = False,
+    **hub: Any,
+) -> None:
+    """Writes a quantized transformer, with the arguments of diffusers' ``save_pretrained``.
+
+    Args:
+        model: that is saved; its ``push_to_hub`` is called if asked for.
+        record: how it was quantized.
+        tensors: plain tensors, by name.
+
+    Raises:
+        ValueError: pickles, FlashPack or a variant are asked for.
+        OSError: the folder cannot be written.
+    """
+    if not safe_serialization or use_flashpack:
+        raise ValueError(
+            "a quantized transformer is saved as safetensors only; leave safe_serialization=True and use_flashpack=False"
+        )
+    if variant is not None:
+        raise ValueError(f"a quantized transformer has no variant {variant!r}; leave variant=None")
+    if is_main_process:
+        transformer_folder.save(record, tensors, save_directory, max_shard_size)
+    if push_to_hub:
+        model.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
