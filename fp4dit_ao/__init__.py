@@ -41,12 +41,16 @@ _HOME = {
 }
 """Module of each public name, imported on first use, so that importing the package stays quick."""
 
-__all__ = [*_HOME]
+_MODULES = {"export": "deploy.exported_transformer"}
+"""Public names of modules, imported on first use likewise."""
+
+__all__ = [*_HOME, *_MODULES]
 
 if TYPE_CHECKING:
     from fp4dit_ao.calibration import calibrate, collect_samples
     from fp4dit_ao.checkpoint.single_file import export_single_file, read_single_file
     from fp4dit_ao.config import AdaRoundConfig, QuantConfig, w4a6, w4a6_auto, w4a8
+    from fp4dit_ao.deploy import exported_transformer as export
     from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
     from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig
     from fp4dit_ao.diffusers_integration.module_conversion import quantize_modules
@@ -66,15 +70,19 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> object:
     if name == "ModelMixin":  # diffusers looks beside fp4dit_ao.QuantizedTransformer for its base class
         return importlib.import_module("diffusers").ModelMixin
-    if name not in _HOME:
+    value: object
+    if name in _MODULES:
+        value = importlib.import_module(f"fp4dit_ao.{_MODULES[name]}")
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f"fp4dit_ao.{_HOME[name]}"), name)
+    else:
         raise AttributeError(f"module 'fp4dit_ao' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"fp4dit_ao.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, *_MODULES])
 
 
 register()

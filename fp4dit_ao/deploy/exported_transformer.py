@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fp4dit_ao import _compat
+from fp4dit_ao import _compat, kernels  # noqa: F401, kernels registers the operators that exported graphs call
 from fp4dit_ao.deploy.signature import Signature, as_length, signature_of
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.passes.numbers_to_lengths import numbers_to_lengths

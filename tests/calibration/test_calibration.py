@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-from fp4dit_ao import FP4DiTQuantizer, QuantConfig, calibrate, calibration, capture, collect_samples, w4a6
-from fp4dit_ao.calibration import plan, read_prompts, sample_cache, size_in_bytes
+from fp4dit_ao import FP4DiTQuantizer, QuantConfig, calibrate, capture, collect_samples, w4a6
+from fp4dit_ao.calibration import collection, plan, read_prompts, sample_cache, size_in_bytes
 from fp4dit_ao.observers import StaticActivationObserver
 from tests.graphs import TinyDiT, tiny_sample
 from tests.tiny import CALL, tiny_pipeline
@@ -151,7 +151,7 @@ def test_cache_returns_the_same_samples_without_running(
 ) -> None:
     first = collect(pipe, samples=4, cache_dir=tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
-    monkeypatch.setattr(calibration, "_collect", lambda *a: pytest.fail("ran the pipeline"))
+    monkeypatch.setattr(collection, "_collect", lambda *a: pytest.fail("ran the pipeline"))
     again = collect(pipe, samples=4, cache_dir=tmp_path)
     assert same(first, again)
     # embeddings are still shared; only timesteps, views of the scheduler's own list, are now apart

@@ -176,11 +176,12 @@ def test_lying_configs(saved: tuple[Files, dict[str, Tensor]], data: st.DataObje
 BOMBS = """
 import json, os, resource, shutil, sys
 from pathlib import Path
-from fp4dit_ao import checkpoint
-from fp4dit_ao.record import digest
-from fp4dit_ao.weights import INDEX
+from fp4dit_ao.checkpoint.quantization_record import digest
+from fp4dit_ao.checkpoint.tensor_files import INDEX
+from fp4dit_ao.diffusers_integration.graph_form import load_graph
+from fp4dit_ao.diffusers_integration.module_conversion import load_modules
 original, work = Path(sys.argv[1]), Path(sys.argv[2])
-checkpoint.load_modules(original)
+load_modules(original)
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30),) * 2)
 weights = sorted(original.glob("*.safetensors"))[0].name
@@ -225,7 +226,7 @@ for number, bomb in enumerate(bombs):
     folder = work / str(number)
     shutil.copytree(original, folder)
     bomb(folder)
-    for load in (checkpoint.load, checkpoint.load_modules):
+    for load in (load_graph, load_modules):
         try:
             load(folder)
         except ValueError as error:
@@ -252,9 +253,10 @@ PEAKS = """
 import sys
 from pathlib import Path
 import diffusers
-from fp4dit_ao import checkpoint
+from fp4dit_ao.diffusers_integration.graph_form import load_graph
+from fp4dit_ao.diffusers_integration.module_conversion import load_modules
 small, large = sys.argv[1:]
-loads = [checkpoint.load_modules, diffusers.PixArtTransformer2DModel.from_pretrained, checkpoint.load]
+loads = [load_modules, diffusers.PixArtTransformer2DModel.from_pretrained, load_graph]
 for load in loads:
     load(small)
     def status(key):

@@ -86,7 +86,7 @@ def test_peft_wraps_the_linears_of_pixart() -> None:
 
 
 def codes(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    from fp4dit_ao.checkpoint.graph_rebuilding import flatten
+    from fp4dit_ao.checkpoint.graph_tensors import flatten
 
     found = {}
     for name, p in model.named_parameters():

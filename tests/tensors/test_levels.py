@@ -124,7 +124,8 @@ def test_unpacked_weights_are_neither_saved_nor_recaptured(tmp_path) -> None:
 @pytest.mark.parametrize("form", ["graph", "module"])
 def test_memory_or_speed_is_chosen_when_a_pipeline_is_loaded(tiny_quantized, tmp_path, form) -> None:
     from fp4dit_ao import example_inputs, load_pipeline
-    from fp4dit_ao.checkpoint.empty_model import empty_model, flatten
+    from fp4dit_ao.checkpoint.empty_model import empty_model
+    from fp4dit_ao.checkpoint.graph_tensors import flatten
 
     tiny_quantized.save_pretrained(tmp_path / "pipe")
     model = load_pipeline(tmp_path / "pipe", form=form).transformer
