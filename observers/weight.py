@@ -98,8 +98,36 @@ class WeightObserver(FloatObserver):
         return dequantize(codes, self.block_size(weight), scale, str(self.fmt), weight.dtype)
 
     @torch.no_grad()
+    def candidate_errors(self, weight: Tensor, gram: Tensor | None) -> dict[NumberFormat, float]:
+        """Output error of rounding to nearest in each candidate format, ``||(W - W^) X||^2 = tr(E G E^T)``, ``G = X^T X``.
+
+        Args:
+            weight: float ``(out_features, in_features)``.
+            gram: float32 ``(in_features, in_features)`` of the calibration inputs.
+
+        Raises:
+            RuntimeError: no Gram matrix.
+        """
+        if gram is None:
+            raise RuntimeError(
+                f"{self.name}: choosing a weight format needs data; run calibrate(prepared, samples) first"
+            )
+        errors = {}
+        for candidate in self.candidates:
+            self.choose(candidate, weight)
+            error = (self.dequantized(weight) - weight).float()
+            errors[candidate] = float(((error @ gram) * error).sum())
+        self.scale, self.resolved = None, False
+        return errors
+
+    def choose(self, fmt: NumberFormat, weight: Tensor) -> None:
+        """Fixes the format to ``fmt``, one of the candidates, and searches the scale of ``weight`` in it."""
+        self.fmt, self.resolved = fmt, True
+        self.scale = self._search(weight)
+
+    @torch.no_grad()
     def resolve(self, weight: Tensor, gram: Tensor | None) -> None:
-        """Fix the format: the candidate with the least output error ``||(W - W^) X||^2 = tr(E G E^T)``, ``G = X^T X``.
+        """Fixes the format to the candidate with the least output error (:meth:`candidate_errors`), if it is still open.
 
         Args:
             weight: float ``(out_features, in_features)``.
@@ -110,21 +138,8 @@ class WeightObserver(FloatObserver):
         """
         if self.resolved:
             return
-        if gram is None:
-            raise RuntimeError(
-                f"{self.name}: choosing a weight format needs data; run calibrate(prepared, samples) first"
-            )
-        best: tuple[float, NumberFormat, Tensor] | None = None
-        for candidate in self.candidates:
-            self.fmt = candidate
-            self.scale = self._search(weight)
-            error = (self.dequantized(weight) - weight).float()
-            loss = float(((error @ gram) * error).sum())
-            if best is None or loss < best[0]:
-                best = (loss, candidate, self.scale)
-        assert best is not None
-        _, self.fmt, self.scale = best
-        self.resolved = True
+        errors = self.candidate_errors(weight, gram)
+        self.choose(min(errors, key=errors.__getitem__), weight)
 
     def scale_node(self, model: GraphModule, weight: Tensor, scale: Tensor) -> Node:
         """The node of the stored scale, at the current insertion point."""
