@@ -15,8 +15,9 @@ from fp4dit_ao.ops import choose_scale, fake_quantize
 class FloatObserver(ObserverBase):  # type: ignore[misc]
     """A torchao observer for an ``ExMy`` format.
 
-    While observing, ``forward`` returns its input unchanged. With ``fake_quantize`` set (see :func:`~fp4dit_ao.observers.set_fake_quantize`)
-    it returns the quantized and dequantized tensor: exactly what the graph computes after ``convert_pt2e``.
+    While observing, ``forward`` returns its input unchanged. With ``fake_quantize`` set (by
+    :func:`fp4dit_ao.observers.set_fake_quantize`) it returns the quantized and dequantized tensor: exactly what the graph
+    computes after ``convert_pt2e``.
 
     Attributes:
         fmt: the number format.
