@@ -161,9 +161,6 @@ class _Model(Workload):
 
     def __init__(self, method: str, mode: str, device: str, threads: int, reference: str):
         torch.set_num_threads(threads)
-        import diffusers  # noqa: F401, so that importing it is not counted
-        import torchao.quantization  # noqa: F401
-
         self.variant = Variant(method, mode)  # type: ignore[arg-type]
         self.device, self.reference = device, Path(reference)
         self.dtype: torch.dtype = getattr(torch, self.variant.dtype)
