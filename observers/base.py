@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import ObserverBase
 
@@ -15,8 +15,9 @@ from fp4dit_ao.ops import choose_scale, fake_quantize
 class FloatObserver(ObserverBase):  # type: ignore[misc]
     """A torchao observer for an ``ExMy`` format.
 
-    While observing, ``forward`` returns its input unchanged. With ``fake_quantize`` set (see :func:`set_fake_quantize`)
-    it returns the quantized and dequantized tensor: exactly what the graph computes after ``convert_pt2e``.
+    While observing, ``forward`` returns its input unchanged. With ``fake_quantize`` set (by
+    :func:`fp4dit_ao.observers.set_fake_quantize`) it returns the quantized and dequantized tensor: exactly what the graph
+    computes after ``convert_pt2e``.
 
     Attributes:
         fmt: the number format.
@@ -84,16 +85,3 @@ def replace_observer(model: GraphModule, observer_node: Node, new: Node) -> None
 def add_buffer(model: GraphModule, name: str, value: Tensor) -> Node:
     """A ``get_attr`` node (at the current insertion point) for a new buffer of that dotted name, made unique."""
     return _compat.create_buffer_node(model, name, value)
-
-
-def set_fake_quantize(model: nn.Module, weight: bool, activation: bool, paused: bool = False) -> None:
-    """Switch the observers of a prepared graph between observing (False) and fake quantization (True).
-
-    ``paused`` makes them do neither: the graph then computes the original model, and notes nothing.
-    """
-    from fp4dit_ao.observers.weight import WeightObserver
-
-    for module in model.modules():
-        if isinstance(module, FloatObserver):
-            module.fake_quantize = weight if isinstance(module, WeightObserver) else activation
-            module.paused = paused

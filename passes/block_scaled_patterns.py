@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fp4dit_ao.tensors.block_scaled import MXWeight, NVFP4Weight
+
 _OPS = torch.ops.fp4dit_ao
 _MUL = torch.ops.aten.mul.Tensor
 
@@ -33,8 +35,6 @@ def stored_scales(node: Any) -> list[Node]:
 
 def block_weight(codes: Tensor, scales: list[Tensor], fmt: str, dtype: torch.dtype) -> Tensor:
     """The weight as torchao's tensor: NVFP4 of two scales, MX of one."""
-    from fp4dit_ao.tensors.block_scaled import MXWeight, NVFP4Weight
-
     if len(scales) == 2:
         blocks, whole = scales
         return NVFP4Weight.from_codes(codes, blocks, whole, dtype)

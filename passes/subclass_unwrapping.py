@@ -11,6 +11,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat, kernels
 from fp4dit_ao.kernels import block_scaled_linear
+from fp4dit_ao.tensors.block_scaled import MXWeight, NVFP4Weight
 from fp4dit_ao.tensors.levels import refuse_unpacked
 from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
@@ -65,8 +66,6 @@ def _plain(weight: Tensor) -> tuple[Callable[..., Tensor], dict[str, Tensor], tu
     if isinstance(weight, MinifloatTensor):
         parts = {"qdata": weight.qdata, "scale": weight.scale}
         return kernels.linear, parts, (weight.block_size, weight.fmt, weight.act_fmt)
-    from fp4dit_ao.tensors.block_scaled import MXWeight, NVFP4Weight
-
     if isinstance(weight, MXWeight):
         parts = {"qdata": weight.qdata, "scale": weight.scale.view(torch.uint8)}
         return block_scaled_linear.mx_linear, parts, (weight.fmt,)

@@ -4,6 +4,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from fp4dit_ao.tensors.levels import LevelTensor
 from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -25,8 +26,6 @@ def unpack_weights(model: Module, to: str = "int8") -> Module:
     Raises:
         ValueError: no weight can be unpacked, or one has levels that the type does not hold exactly (which one is said).
     """
-    from fp4dit_ao.tensors.levels import LevelTensor
-
     found: dict[tuple[nn.Module, str], LevelTensor] = {}
     for path, owner in model.named_modules():
         for name, parameter in owner._parameters.items():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fp4dit_ao.kernels.attention  # noqa: F401, registers the operator
 from fp4dit_ao.benchmark import exact
 from fp4dit_ao.benchmark.variants import Variant
 from fp4dit_ao.benchmark.worker import Workload
@@ -39,8 +40,6 @@ class Attention(Workload):
         )
         attend: Callable[..., Tensor] = F.scaled_dot_product_attention
         if self.method in RECIPES:
-            import fp4dit_ao.kernels.attention  # noqa: F401, registers the operator
-
             fmt = QuantConfig.from_name(self.method).attention
             attend = lambda q, k, v: torch.ops.fp4dit_ao.attention(q, k, v, None, None, fmt)  # noqa: E731
         if self.mode == "compiled":

@@ -13,6 +13,10 @@ from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.variants import Variant
 from fp4dit_ao.benchmark.worker import Workload
 from fp4dit_ao.config import RECIPES, QuantConfig
+from fp4dit_ao.formats import parse
+from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels.token_quantization import quantize_tokens
+from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
 SHAPES: dict[str, list[tuple[int, int]]] = {
     "pixart-xl": [(1152, 1152), (4608, 1152), (1152, 4608)],
@@ -153,10 +157,6 @@ class Linear(Workload):
         return torch.compile(model, dynamic=True) if self.mode == "compiled" else model, facts
 
     def _product(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        from fp4dit_ao.formats import parse
-        from fp4dit_ao.kernels.cpu import native
-        from fp4dit_ao.kernels.token_quantization import quantize_tokens
-
         arguments = []
         for weight, x in pairs:
             quantized = low_bit(weight.to(self.device), self.method.removesuffix(PRODUCT))
@@ -174,8 +174,6 @@ def _to_int8(x: Tensor) -> Tensor:
 
 def low_bit(weight: Tensor, recipe: str) -> Any:
     """``weight`` as the recipe's first linear holds it."""
-    from fp4dit_ao.tensors.minifloat import MinifloatTensor
-
     config = QuantConfig.from_name(recipe)
     fmt = config.weight or config.weight_candidates[0]
     block_size = [1, config.group_size if config.weight_granularity == "group" else -1]

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,7 @@ def _status(field: str) -> int:
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(lines[field].split()[0]) * 1024
-    import resource
-    import sys
+    import resource  # Unix alone has it
 
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024

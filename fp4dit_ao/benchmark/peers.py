@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fp4dit_ao import _compat
+from fp4dit_ao.families import family_of
 
 GROUP = 128
 """Weights that share a scale, where a peer lets one choose; the same as in our recipes."""
@@ -52,8 +53,6 @@ class Peer:
 
 def quantizable(model: nn.Module) -> list[str]:
     """Names of the linears that our recipes quantize in ``model``: all but those that its family keeps."""
-    from fp4dit_ao.families import family_of
-
     linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     skip = family_of(model).skip
     return [name for name in linears if not any(fnmatchcase(name, glob) for glob in skip)]

@@ -11,12 +11,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao.benchmark import exact, memory
 from fp4dit_ao.benchmark.peers import PEERS, quantizable
 from fp4dit_ao.benchmark.variants import Variant
 from fp4dit_ao.benchmark.worker import Workload, timed
+from fp4dit_ao.calibration import calibrate
+from fp4dit_ao.calibration.pipeline_arguments import call_arguments
+from fp4dit_ao.checkpoint import graph_rebuilding
 from fp4dit_ao.diffusers_integration import named_models
+from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
+from fp4dit_ao.diffusers_integration.pipeline_folder import load_pipeline
+from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
+from fp4dit_ao.families import quantizer_for, recipe_for
+from fp4dit_ao.graph_capture import sample_description
+from fp4dit_ao.graph_capture.capturing import bind, capture
+from fp4dit_ao.passes.lowering import lower
 
 TEXT_TOKENS = 300
 PIXART_XL: dict[str, Any] = {
@@ -79,16 +90,6 @@ class StepFiles(Workload):
 
 def quantized(model: nn.Module, given: dict[str, Any], recipe: str) -> Any:
     """A ``QuantizedTransformer``, rounded to nearest: what a step costs does not depend on how weights were rounded."""
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-    from fp4dit_ao.calibration import calibrate
-    from fp4dit_ao.checkpoint import graph_rebuilding
-    from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
-    from fp4dit_ao.families import quantizer_for, recipe_for
-    from fp4dit_ao.graph_capture import sample_description
-    from fp4dit_ao.graph_capture.capturing import bind, capture
-    from fp4dit_ao.passes.lowering import lower
-
     config = recipe_for(model, recipe)
     quantizer = quantizer_for(model, recipe)
     prepared = prepare_pt2e(capture(model, given), quantizer)
@@ -109,8 +110,6 @@ class GenerationFiles(Workload):
         self.device, self.call = device, call
 
     def prepare(self, **case: Any) -> dict[str, Any]:
-        from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
-
         pipe = named_models.open_pipeline(self.model, self.device).to(torch.bfloat16)
         for recipe in self.recipes:
             options = {"rounding": "nearest", "samples": 8, "progress": False, **self.call}
@@ -162,9 +161,6 @@ class _Model(Workload):
 
     def __init__(self, method: str, mode: str, device: str, threads: int, reference: str):
         torch.set_num_threads(threads)
-        import diffusers  # noqa: F401, so that importing it is not counted
-        import torchao.quantization  # noqa: F401
-
         self.variant = Variant(method, mode)  # type: ignore[arg-type]
         self.device, self.reference = device, Path(reference)
         self.dtype: torch.dtype = getattr(torch, self.variant.dtype)
@@ -210,8 +206,6 @@ class Step(_Model):
     def load(self, **case: Any) -> dict[str, Any]:
         from diffusers import PixArtTransformer2DModel
 
-        from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
-
         cls, name = (
             (QuantizedTransformer, self.variant.method) if self.variant.is_recipe else (PixArtTransformer2DModel, FLOAT)
         )
@@ -234,9 +228,6 @@ class Generation(_Model):
         self.folder, self.name, self.prompts, self.call = Path(folder), model, prompts, call
 
     def load(self, **case: Any) -> dict[str, Any]:
-        from fp4dit_ao.calibration.pipeline_arguments import call_arguments
-        from fp4dit_ao.diffusers_integration.pipeline_folder import load_pipeline
-
         if self.variant.is_recipe:
             pipe = load_pipeline(self.folder / self.variant.method, device=self.device)
         else:

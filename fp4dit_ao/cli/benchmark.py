@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fp4dit_ao.benchmark import attention, linears, report, sections
 from fp4dit_ao.benchmark.bars import Results
@@ -65,7 +66,6 @@ def benchmark(
         "device": device,
     }  # fmt: skip
     results = Results(asked, environment())
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     def collect(found: list[Measured], measured: Iterable[Measured]) -> None:
         for one in measured:

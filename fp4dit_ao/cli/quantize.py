@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from fp4dit_ao.calibration import read_prompts
-from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.config import AdaRoundConfig, QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
-from fp4dit_ao.diffusers_integration.pipeline_quantization import ROUNDINGS
+from fp4dit_ao.diffusers_integration.pipeline_quantization import ROUNDINGS, quantize_pipeline
 from fp4dit_ao.evaluation.fidelity import write_text
 
 CALIBRATION_PROMPTS = 64
@@ -61,9 +61,6 @@ def _quantize(
     pipe: Any, config: QuantConfig, texts: list[str], rounding: str, iters: int | None, skip: Sequence[str],
     steps: int | None, samples: int, seed: int, unfinished: Path,
 ) -> Any:  # fmt: skip
-    from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
-    from fp4dit_ao.passes.reconstruction.engine import AdaRoundConfig
-
     learned = rounding == "adaround"
     return quantize_pipeline(
         pipe, config, prompts=texts, steps=steps, samples=samples, skip=skip, seed=seed,

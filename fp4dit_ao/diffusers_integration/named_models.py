@@ -3,12 +3,17 @@
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import Any, cast, get_args
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import reference
-
-if TYPE_CHECKING:
-    from fp4dit_ao.diffusers_integration.pipeline_folder import Weights
+from fp4dit_ao.checkpoint import transformer_folder
+from fp4dit_ao.diffusers_integration.pipeline_folder import Weights, load_pipeline, resolve_folder
+from fp4dit_ao.reference.accuracy import spread_out
 
 REFERENCE = "reference"
 """Stands for the pipeline that ships with the package."""
@@ -40,9 +45,6 @@ def folder_of(name: str) -> str:
 def _from_hub(name: str) -> str:
     from huggingface_hub import hf_hub_download
 
-    from fp4dit_ao.checkpoint import transformer_folder
-    from fp4dit_ao.diffusers_integration.pipeline_folder import resolve_folder
-
     try:
         config = Path(hf_hub_download(name, "transformer/config.json"))
     except (OSError, ValueError):  # offline, no such repository, no transformer in it: opening the pipeline says which
@@ -57,31 +59,25 @@ def is_reference(name: str) -> bool:
 
 def is_quantized(name: str) -> bool:
     """Whether ``name`` is a pipeline that this package quantized."""
-    from fp4dit_ao.checkpoint import transformer_folder
-
     return transformer_folder.is_quantized(Path(folder_of(name)) / "transformer")
 
 
-def weights_of(name: str, weights: str) -> "Weights":
+def weights_of(name: str, weights: str) -> Weights:
     """``weights`` as ``load_pipeline`` takes it, for the model ``name``.
 
     Raises:
         FileNotFoundError: there is no such model; see :func:`folder_of`.
         ValueError: there are no such weights, or the model has no packed ones to make them from.
     """
-    from fp4dit_ao.diffusers_integration.pipeline_folder import Weights
-
     if weights not in get_args(Weights):
         raise ValueError(f"unknown weights {weights!r}; choose one of {', '.join(get_args(Weights))}")
     if not is_quantized(name) and weights != "packed":
         raise ValueError(f"{name} was not quantized by fp4dit-ao, it has no packed weights to turn into {weights}")
-    return cast("Weights", weights)
+    return cast(Weights, weights)
 
 
 def default_device() -> str:
     """``"cuda"`` where there is one."""
-    import torch
-
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -98,16 +94,10 @@ def open_pipeline(name: str, device: str | None = None, *, compile: bool = False
         OSError: it cannot be found or read.
         ValueError: it is no pipeline, or its weights cannot be had like that.
     """
-    import torch
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-
     folder = folder_of(name)
     form, device = weights_of(name, weights), device or default_device()
     logging.disable_progress_bar()  # of the files that are opened: over before it is read
     if is_quantized(name):
-        from fp4dit_ao.diffusers_integration.pipeline_folder import load_pipeline
-
         return load_pipeline(folder, device=device, compile=compile, weights=form)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
@@ -134,8 +124,6 @@ def reference_indices(count: int) -> list[int]:
     Raises:
         ValueError: fewer than 1, or more than there are.
     """
-    from fp4dit_ao.reference.accuracy import spread_out
-
     return spread_out(count)
 
 
@@ -160,6 +148,4 @@ def size_at_16_bits(transformer: Any) -> tuple[int, float]:
 
 def _plain_parameters(transformer: Any) -> Mapping[str, Any]:
     """Parameters that are not low-bit tensors."""
-    from torchao.utils import TorchAOBaseTensor
-
     return {name: p for name, p in transformer.named_parameters() if not isinstance(p.detach(), TorchAOBaseTensor)}

@@ -5,15 +5,15 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
+from fp4dit_ao.kernels.cpu import native
+
 _PACKAGES = ("fp4dit-ao", "torch", "torchao", "diffusers", "transformers")
 
 
 def environment() -> dict[str, str]:
     """Processor, threads, GPU if any, Python and package versions."""
-    import torch
-
-    from fp4dit_ao.kernels.cpu import native
-
     found = {
         "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
 from fp4dit_ao.evaluation import metrics
 from fp4dit_ao.evaluation.environment import environment, one_line
 from fp4dit_ao.evaluation.metrics import Estimate, Images
+from fp4dit_ao.reference.accuracy import prompt_accuracy
 
 _SEED_STRIDE = 1_000_003
 """A prime larger than any number of prompts: (seed, prompt) pairs get distinct generator seeds."""
@@ -50,9 +53,6 @@ def generate(
     Raises:
         ValueError: no prompts, no seeds, a batch size below 1, or an argument that the pipeline does not take.
     """
-    import torch
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
     if not prompts or not seeds or batch_size < 1:
         raise ValueError(
             f"generate needs at least one prompt, one seed and a batch of one; found {len(prompts)} prompts, "
@@ -143,8 +143,6 @@ class Fidelity:
 
 
 def _right(images: Images, prompt_indices: Sequence[int]) -> NDArray[np.bool_]:
-    from fp4dit_ao.reference.accuracy import prompt_accuracy
-
     return np.stack([prompt_accuracy(of_one_seed, prompt_indices) for of_one_seed in images])
 
 

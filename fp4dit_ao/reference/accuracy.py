@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fp4dit_ao import reference
 
@@ -112,7 +113,6 @@ def main(
     import torch
     from diffusers import PixArtSigmaPipeline
     from PIL import Image
-    from tqdm import tqdm  # type: ignore[import-untyped]
 
     pipe = PixArtSigmaPipeline.from_pretrained(model or reference.path(), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

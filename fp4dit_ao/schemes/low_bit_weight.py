@@ -12,6 +12,7 @@ from fp4dit_ao.ops import full_block
 from fp4dit_ao.ops.block_scale import BLOCKS, two_level_scale
 from fp4dit_ao.passes.block_scaled_patterns import block_weight
 from fp4dit_ao.quantizer import weight_observer
+from fp4dit_ao.tensors.block_scaled import MXWeight, NVFP4Weight
 from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
 
@@ -58,8 +59,6 @@ def from_parts(parts: Mapping[str, Any], config: QuantConfig, dtype: torch.dtype
     fmt = str(parse(str(config.weight)))
     if config.activation_granularity != "block":
         return MinifloatTensor(parts["qdata"], parts["scale"], block_size_of(config), fmt, _activation(config), dtype)
-    from fp4dit_ao.tensors.block_scaled import MXWeight, NVFP4Weight
-
     if config.scale_dtype == "e4m3":
         return NVFP4Weight.from_parts(parts["qdata"], parts["scale"], parts["per_tensor_scale"], dtype)
     return MXWeight.from_parts(parts["qdata"], parts["scale"], fmt, dtype)
