@@ -20,6 +20,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from fp4dit_ao import MinifloatTensor, _compat, capture, collect_samples, lower, quantizer_for, reference
 from fp4dit_ao.benchmark.exact import error, token_wise
 from fp4dit_ao.evaluation.environment import environment
+from fp4dit_ao.util.atomic_files import write_text
 
 _LINEAR = torch.ops.aten.linear.default
 
@@ -100,9 +101,8 @@ def main(
             f"| {row['codes_moved']:.4%} |"
         )
     print("\n".join(lines))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "exactness.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
-    (out / "exactness.md").write_text("\n".join(lines) + "\n")
+    write_text(out / "exactness.json", json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    write_text(out / "exactness.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,12 @@ from benchmarks.eager_reconstruction import EagerLoop
 from fp4dit_ao import AdaRoundConfig, capture, collect_samples, quantizer_for, reconstruct, reference
 from fp4dit_ao.benchmark import memory
 from fp4dit_ao.evaluation.environment import environment, one_line
-from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
 from fp4dit_ao.families import recipe_for
 from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.passes.partition import weight_observers
 from fp4dit_ao.passes.reconstruction import engine as reconstruct_pass
+from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.markdown import markdown_table
 
 BLOCK = "transformer_blocks.0"
 VARIANTS = {"eager loop": None, "reconstruct": False, "reconstruct, compiled": True}

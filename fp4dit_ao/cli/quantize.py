@@ -10,7 +10,7 @@ from fp4dit_ao.calibration import read_prompts
 from fp4dit_ao.config import AdaRoundConfig, QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.pipeline_quantization import ROUNDINGS, quantize_pipeline
-from fp4dit_ao.evaluation.fidelity import write_text
+from fp4dit_ao.util.atomic_files import write_text
 
 CALIBRATION_PROMPTS = 64
 """Taken from the reference pipeline's own where the user gives none."""
