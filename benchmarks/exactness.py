@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from fp4dit_ao import FP4DiTQuantizer, MinifloatTensor, QuantConfig, _compat, capture, collect_samples, lower
+from fp4dit_ao import MinifloatTensor, _compat, capture, collect_samples, lower, quantizer_for, reference
 from fp4dit_ao.benchmark.exact import error, token_wise
 from fp4dit_ao.evaluation.environment import environment
+from fp4dit_ao.util.atomic_files import write_text
 
 _LINEAR = torch.ops.aten.linear.default
 
@@ -49,7 +50,7 @@ def lowered_errors(seen: list[tuple[Tensor, Any, Tensor | None, Tensor]]) -> Ite
 @torch.no_grad()
 def measure(recipe: str, transformer: torch.nn.Module, samples: list[dict[str, Any]]) -> dict[str, Any]:
     graph = capture(transformer, samples[0])
-    prepared = prepare_pt2e(graph, FP4DiTQuantizer().set_global(QuantConfig.from_name(recipe)))
+    prepared = prepare_pt2e(graph, quantizer_for(transformer, recipe))
     for sample in samples:
         prepared(**sample)
     converted = convert_pt2e(prepared)
@@ -58,9 +59,8 @@ def measure(recipe: str, transformer: torch.nn.Module, samples: list[dict[str, A
     for sample in samples:
         inputs = _compat.flat_inputs(graph, sample).values()
         a, b = Linears(lowered), Linears(converted)
-        fast, reference = a.run(*inputs), b.run(*inputs)
-        fast, reference = fast[0], reference[0]
-        output = max(output, float((fast - reference).norm() / reference.norm()))
+        fast, expected = a.run(*inputs)[0], b.run(*inputs)[0]
+        output = max(output, float((fast - expected).norm() / expected.norm()))
         pairs = [pair for pair in zip(a.seen, b.seen, strict=True) if isinstance(pair[0][1], MinifloatTensor)]
         for (found, x_hat), (_, (x, weight, bias, got)) in zip(
             lowered_errors([p[0] for p in pairs]), pairs, strict=True
@@ -86,8 +86,6 @@ def main(
     """Measure and print."""
     from diffusers import PixArtSigmaPipeline
 
-    from fp4dit_ao import reference
-
     pipe = PixArtSigmaPipeline.from_pretrained(reference.path(), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     data = collect_samples(pipe, reference.prompts()[:8], samples=samples, **reference.generation())
@@ -103,9 +101,8 @@ def main(
             f"| {row['codes_moved']:.4%} |"
         )
     print("\n".join(lines))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "exactness.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
-    (out / "exactness.md").write_text("\n".join(lines) + "\n")
+    write_text(out / "exactness.json", json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    write_text(out / "exactness.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

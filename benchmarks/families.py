@@ -24,11 +24,12 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from fp4dit_ao import QuantConfig, QuantizedTransformer, capture, lower, quantizer_for
 from fp4dit_ao.checkpoint import graph_rebuilding
 from fp4dit_ao.evaluation.environment import environment, one_line
-from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
 from fp4dit_ao.families import example_inputs
 from fp4dit_ao.families.sample_inputs import Size
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind
+from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.markdown import markdown_table
 
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 64}
 

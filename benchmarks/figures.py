@@ -144,7 +144,7 @@ def tokens(recorder: Recorder, timesteps: list[int]) -> Any:
 
 def summary(recorder: Recorder) -> str:
     """The same in numbers: within a step, the 99th percentile over the median; over the steps, how far the median moves."""
-    from fp4dit_ao.evaluation.fidelity import markdown_table
+    from fp4dit_ao.util.markdown import markdown_table
 
     rows = []
     for kind in KINDS.values():

@@ -28,10 +28,11 @@ from fp4dit_ao import FloatFormat, MinifloatTensor, unpack_weights
 from fp4dit_ao.benchmark.memory import weight_bytes
 from fp4dit_ao.benchmark.transformers import PIXART_XL, quantized, random_model, sample
 from fp4dit_ao.evaluation.environment import environment, one_line
-from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.token_quantization import quantize_tokens
 from fp4dit_ao.tensors.levels import LevelTensor
+from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.markdown import markdown_table
 
 SHAPES = {
     "FLUX": [(3072, 3072), (12288, 3072), (3072, 12288)],

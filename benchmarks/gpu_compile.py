@@ -18,8 +18,8 @@ import typer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fp4dit_ao.evaluation.fidelity import markdown_table
 from fp4dit_ao.kernels.cuda.triton_linear import CONFIGS, Config, block_k, linear_kernel
+from fp4dit_ao.util.markdown import markdown_table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from fp4dit_ao import AdaRoundConfig, QuantConfig, collect_samples, quantize_pipeline, reference
 from fp4dit_ao.config import RECIPES
 from fp4dit_ao.diffusers_integration import named_models
-from fp4dit_ao.evaluation.fidelity import Comparison, Evaluation, Fidelity, timed_generate, write_text
+from fp4dit_ao.evaluation.fidelity import Comparison, Evaluation, Fidelity, timed_generate
 from fp4dit_ao.evaluation.metrics import Images
+from fp4dit_ao.util.atomic_files import write_text
 
 Rounding = Literal["nearest", "plain", "scale-aware"]
 

@@ -27,13 +27,15 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks.eager_reconstruction import EagerLoop
-from fp4dit_ao import AdaRoundConfig, FP4DiTQuantizer, QuantConfig, capture, collect_samples, reconstruct, reference
+from fp4dit_ao import AdaRoundConfig, capture, collect_samples, quantizer_for, reconstruct, reference
 from fp4dit_ao.benchmark import memory
 from fp4dit_ao.evaluation.environment import environment, one_line
-from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
+from fp4dit_ao.families import recipe_for
 from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.passes.partition import weight_observers
 from fp4dit_ao.passes.reconstruction import engine as reconstruct_pass
+from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.markdown import markdown_table
 
 BLOCK = "transformer_blocks.0"
 VARIANTS = {"eager loop": None, "reconstruct": False, "reconstruct, compiled": True}
@@ -107,9 +109,7 @@ def prepare(model: nn.Module, samples: list[Any], recipe: str, device: str) -> t
     model.to(device)
     data = [pytree.tree_map_only(Tensor, lambda x: x.to(device), sample) for sample in samples]
     with torch.no_grad():
-        quantizer = FP4DiTQuantizer().set_global(QuantConfig.from_name(recipe))
-        quantizer.set_module_name("proj_out", None)
-        return prepare_pt2e(capture(model, data[0]), quantizer), data
+        return prepare_pt2e(capture(model, data[0]), quantizer_for(model, recipe)), data
 
 
 def measure(
@@ -120,9 +120,7 @@ def measure(
     compiled = VARIANTS[variant]
     resident = memory.reset_peak()
     loop = (
-        EagerLoop(model, BLOCK, prepared, data, config, QuantConfig.from_name(recipe))
-        if both or compiled is None
-        else None
+        EagerLoop(model, BLOCK, prepared, data, config, recipe_for(model, recipe)) if both or compiled is None else None
     )
     found: dict[str, Any] = {}
     if compiled is None:

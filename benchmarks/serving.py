@@ -31,7 +31,8 @@ from tqdm import tqdm
 from fp4dit_ao import quantize_pipeline, reference
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.evaluation.environment import environment, one_line
-from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
+from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.markdown import markdown_table
 
 READY_SECONDS = 3600
 """Compiling takes a minute on two idle cores, and many on busy ones."""

@@ -15,9 +15,9 @@ import typer
 from torch import Tensor
 
 from fp4dit_ao.evaluation.environment import one_line
-from fp4dit_ao.evaluation.fidelity import markdown_table
 from fp4dit_ao.kernels import token_quantization
 from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.util.markdown import markdown_table
 
 
 def modulated(x: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fp4dit_ao import reference
 from fp4dit_ao.config import QuantConfig
-from fp4dit_ao.evaluation.fidelity import markdown_table
 from fp4dit_ao.formats import parse
 from fp4dit_ao.observers.scale_search import SEARCHES, squared_error
+from fp4dit_ao.util.markdown import markdown_table
 
 
 def main(

@@ -18,9 +18,10 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from fp4dit_ao import MinifloatTensor, capture, lower, quantizer_for
 from fp4dit_ao.benchmark.transformers import PIXART_XL, random_model
 from fp4dit_ao.evaluation.environment import environment, one_line
-from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
 from fp4dit_ao.families import example_inputs
 from fp4dit_ao.families.sample_inputs import Size
+from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.markdown import markdown_table
 
 
 def peak_gib() -> float:

@@ -10,7 +10,7 @@ from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.sections import BASE, CALL_SIZE
 from fp4dit_ao.benchmark.turns import Measured
 from fp4dit_ao.evaluation.environment import describe
-from fp4dit_ao.evaluation.fidelity import markdown_table
+from fp4dit_ao.util.markdown import markdown_table
 
 _FAILED = "failed"
 

@@ -1,6 +1,5 @@
 """Calibration samples on disk: one safetensors file per combination of weights, prompts and settings."""
 
-import contextlib
 import hashlib
 import json
 import warnings
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fp4dit_ao.graph_capture.sample_description import decode, encode
+from fp4dit_ao.util.atomic_files import whole_file
 
 Sample = dict[str, Any]
 """Keyword arguments of one forward call."""
@@ -91,14 +91,8 @@ def save(folder: str | Path, key: str, samples: Sequence[Sample]) -> None:
         return names[identity]
 
     structure = [encode(sample, store, f"sample {index}") for index, sample in enumerate(samples)]
-    path = path_of(folder, key)
-    partial = path.with_suffix(".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(stored, partial, metadata={"samples": json.dumps(structure)})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
+        with whole_file(path_of(folder, key)) as partial:
+            save_file(stored, partial, metadata={"samples": json.dumps(structure)})
+    except OSError as error:
         raise OSError(f"cannot keep calibration data in {folder}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()

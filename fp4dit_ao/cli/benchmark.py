@@ -18,7 +18,7 @@ from fp4dit_ao.calibration import read_prompts
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.evaluation.environment import environment
-from fp4dit_ao.evaluation.fidelity import write_text
+from fp4dit_ao.util.atomic_files import write_text
 
 PARTS = ("linears", "attention", "transformer", "generation")
 SIZES: dict[str, dict[str, list[str]]] = {

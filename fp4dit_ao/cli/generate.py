@@ -5,6 +5,7 @@ from typing import Any
 
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.evaluation import fidelity, metrics, plots
+from fp4dit_ao.util.markdown import markdown_table
 
 
 def generate(
@@ -29,5 +30,5 @@ def generate(
         drawn = list(columns.values())
         psnr, ssim = metrics.psnr(drawn[-1], drawn[0]), metrics.ssim(drawn[-1], drawn[0])
         rows = [[p, f"{a:.2f}", f"{b:.3f}"] for p, a, b in zip(prompts, psnr, ssim, strict=True)]
-        print(fidelity.markdown_table(["prompt", "PSNR, dB", "SSIM"], rows))
+        print(markdown_table(["prompt", "PSNR, dB", "SSIM"], rows))
     print(f"picture: {out}")

@@ -11,11 +11,11 @@ from torchao.utils import TorchAOBaseTensor
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.graph_form import LayerSummary, QuantizedTransformer, load_graph
 from fp4dit_ao.evaluation import plots
-from fp4dit_ao.evaluation.fidelity import markdown_table
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import pick
 from fp4dit_ao.ops import quantize
 from fp4dit_ao.tensors.minifloat import MinifloatTensor
+from fp4dit_ao.util.markdown import markdown_table
 
 
 def inspect(model: str, against: str | None, out: Path | None) -> None:

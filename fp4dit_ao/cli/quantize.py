@@ -10,7 +10,7 @@ from fp4dit_ao.calibration import read_prompts
 from fp4dit_ao.config import AdaRoundConfig, QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.pipeline_quantization import ROUNDINGS, quantize_pipeline
-from fp4dit_ao.evaluation.fidelity import write_text
+from fp4dit_ao.util.atomic_files import write_text
 
 CALIBRATION_PROMPTS = 64
 """Taken from the reference pipeline's own where the user gives none."""
@@ -25,7 +25,7 @@ def quantize(
     Raises:
         ValueError, OSError: wrong input, all of it checked before the model is loaded as far as that is possible.
     """
-    config = QuantConfig.from_name(recipe)
+    QuantConfig.from_name(recipe)  # refused here if unknown; what it means for the model is the family table's to say
     if rounding not in ROUNDINGS:
         raise ValueError(f"unknown --rounding {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
     if iters is not None and rounding == "nearest":
@@ -40,7 +40,7 @@ def quantize(
     pipe = named_models.open_pipeline(model, device)
     start = time.perf_counter()
     try:
-        quantized = _quantize(pipe, config, texts, rounding, iters, skip, steps, samples, seed, unfinished)
+        quantized = _quantize(pipe, recipe, texts, rounding, iters, skip, steps, samples, seed, unfinished)
         quantized.save_pretrained(out)
     except Exception:
         if not any(unfinished.glob("blocks/block-*")):
@@ -58,12 +58,12 @@ def quantize(
 
 
 def _quantize(
-    pipe: Any, config: QuantConfig, texts: list[str], rounding: str, iters: int | None, skip: Sequence[str],
+    pipe: Any, recipe: str, texts: list[str], rounding: str, iters: int | None, skip: Sequence[str],
     steps: int | None, samples: int, seed: int, unfinished: Path,
 ) -> Any:  # fmt: skip
     learned = rounding == "adaround"
     return quantize_pipeline(
-        pipe, config, prompts=texts, steps=steps, samples=samples, skip=skip, seed=seed,
+        pipe, recipe, prompts=texts, steps=steps, samples=samples, skip=skip, seed=seed,
         rounding=cast(Literal["adaround", "nearest"], rounding),
         adaround=AdaRoundConfig() if iters is None else AdaRoundConfig(iters=iters),
         checkpoint_dir=unfinished / "blocks" if learned else None,

@@ -52,9 +52,7 @@ def decide(
         raise ValueError(
             f"recipe {asked} needs calibration data; use quantize_pipeline, then load_pipeline(…, form='module')"
         )
-    quantizer = quantizer_for(model, recipe)
-    for glob in skip:
-        quantizer.set_module_name(glob, None)
+    quantizer = quantizer_for(model, recipe, skip)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if sample is None and family_of(model).sample is not None:
         sample = example_inputs(model, dtype=dtype)

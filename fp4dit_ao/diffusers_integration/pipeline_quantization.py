@@ -73,9 +73,7 @@ def quantize_pipeline(
         pipe, prompts, steps=steps, seed=seed, samples=samples if needs_data else 1, batch_size=batch_size,
         cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
     )  # fmt: skip
-    quantizer = quantizer_for(model, recipe)
-    for glob in skip:
-        quantizer.set_module_name(glob, None)
+    quantizer = quantizer_for(model, recipe, skip)
     with torch.no_grad():
         prepared = prepare_pt2e(capture(model, data[0]), quantizer)
         if needs_calibration:

@@ -18,6 +18,8 @@ from fp4dit_ao.evaluation import metrics
 from fp4dit_ao.evaluation.environment import environment, one_line
 from fp4dit_ao.evaluation.metrics import Estimate, Images
 from fp4dit_ao.reference.accuracy import prompt_accuracy
+from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.markdown import markdown_table
 
 _SEED_STRIDE = 1_000_003
 """A prime larger than any number of prompts: (seed, prompt) pairs get distinct generator seeds."""
@@ -224,26 +226,6 @@ class Evaluation:
 
 def _psnr_text(estimate: Estimate) -> str:
     return "identical" if estimate.low >= metrics.PSNR_CAP else estimate.text(2)
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns padded so that it also reads well in a terminal."""
-    table = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(3, *(len(row[column]) for row in table)) for column in range(len(head))]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def timed_generate(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> tuple[Images, float]:

@@ -4,12 +4,12 @@ Quality is compared at equal prompts and seeds. The images of one prompt resembl
 at random is the *prompt*: intervals come from a bootstrap that resamples prompts and keeps all seeds of each together.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats  # type: ignore[import-untyped]
 
 Floats = NDArray[np.float64]
 Images = NDArray[np.uint8]
@@ -91,30 +91,28 @@ def _per_image(chunk: Callable[..., Floats], images: Images, originals: Images) 
 
 
 def estimate(values: NDArray[np.generic]) -> Estimate:
-    """Mean and 95 % percentile-bootstrap interval over prompts.
+    """Mean and 95 % percentile-bootstrap interval over prompts, the same for equal values (the bootstrap is seeded).
 
     Args:
         values: ``(seeds, prompts)``, float or bool. A proportion that is 0 or 1 throughout gets the Wilson interval of
-            its number of prompts, since resampling would call it certain.
+            its number of prompts, since resampling would call it certain. A single prompt has no interval: its ends are
+            the value.
+
+    Raises:
+        ValueError: ``values`` is empty or has another number of dimensions.
     """
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 2 or not numbers.size:
         raise ValueError(f"values must have shape (seeds, prompts), found {numbers.shape}")
     by_prompt = numbers.mean(axis=0)
-    value = float(by_prompt.mean())
+    value, count = float(by_prompt.mean()), len(by_prompt)
     if values.dtype == np.bool_ and value in (0.0, 1.0):
-        low, high = wilson(round(value * len(by_prompt)), len(by_prompt))
-        return Estimate(value, low, high)
-    random = np.random.default_rng(BOOTSTRAP_SEED)
-    means = by_prompt[random.integers(len(by_prompt), size=(RESAMPLES, len(by_prompt)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(value, float(low), float(high))
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (E. B. Wilson, 1927)."""
-    z = 1.959964
-    p, z2 = successes / n, z * z
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+        interval = stats.binomtest(round(value * count), count).proportion_ci(method="wilson")
+    elif count == 1:
+        return Estimate(value, value, value)
+    else:
+        interval = stats.bootstrap(
+            (by_prompt,), np.mean, n_resamples=RESAMPLES, method="percentile",
+            random_state=np.random.default_rng(BOOTSTRAP_SEED),
+        ).confidence_interval  # fmt: skip
+    return Estimate(value, float(interval.low), float(interval.high))

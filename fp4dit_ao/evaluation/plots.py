@@ -1,7 +1,7 @@
 """What a person looks at: images side by side, number formats on a line, histograms, the levels that weights use."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fp4dit_ao.formats import NumberFormat, parse
+from fp4dit_ao.util.atomic_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,14 +67,9 @@ def save(picture: "Image | Figure", path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    write: Any = getattr(picture, "savefig", None) or picture.save  # type: ignore[union-attr]
-    try:
+    write: Callable[..., None] = getattr(picture, "savefig", None) or picture.save  # type: ignore[union-attr]
+    with whole_file(path) as partial:
         write(partial, format="png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Figure", Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import warnings
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -53,7 +54,7 @@ def recipe_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> QuantCon
     return dataclasses.replace(config, **fields)
 
 
-def quantizer_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> FP4DiTQuantizer:
+def quantizer_for(model: nn.Module, recipe: str | QuantConfig = "w4a6", skip: Sequence[str] = ()) -> FP4DiTQuantizer:
     """A quantizer for ``model``, set up with a recipe as it is for its family; further rules may be added.
 
     A model of no known family is quantized with safe defaults, and a warning says which.
@@ -61,14 +62,22 @@ def quantizer_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> FP4Di
     Args:
         model: the float model.
         recipe: a name in ``config.RECIPES``; or a config, which is used as it is.
+        skip: globs over module names that stay in high precision, besides the recipe's own.
 
     Raises:
         ValueError: no such recipe.
     """
     config = recipe_for(model, recipe)
     quantizer = FP4DiTQuantizer().set_global(config)
-    if isinstance(recipe, QuantConfig):
-        return quantizer
+    if not isinstance(recipe, QuantConfig):
+        _set_family_rules(quantizer, model, config)
+    for glob in skip:
+        quantizer.set_module_name(glob, None)
+    return quantizer
+
+
+def _set_family_rules(quantizer: FP4DiTQuantizer, model: nn.Module, config: QuantConfig) -> None:
+    """Adds the rules that every recipe has for some layers of ``model``'s family; warns if the family is unknown."""
     family = family_of(model)
     names = [name for name, _ in model.named_modules()]
     for glob, fields in family.layers.items():
@@ -82,9 +91,8 @@ def quantizer_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> FP4Di
             f"{family.name} is no family that fp4dit_ao knows; quantizing the linears of its numbered blocks, weights "
             f"{config.weight} in groups of {config.group_size} or the largest divisor, and leaving {len(outside)} linears "
             f"outside of them as they are ({', '.join(outside[:4]) or 'none'}{', …' if len(outside) > 4 else ''})",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return quantizer
 
 
 def example_inputs(

@@ -6,7 +6,6 @@ its RGB values averaged over 16 x 16 cells (4 px each), flattened to 768 numbers
 trained emoji apart, coarse enough to forgive the autoencoder's blur.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,13 +13,12 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
+from scipy import stats  # type: ignore[import-untyped]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fp4dit_ao import reference
 
 CELLS = 16
-Z_95 = 1.959964
-"""Half-width of a 95 % interval of the standard normal distribution."""
 
 Floats = NDArray[np.float32]
 
@@ -59,14 +57,6 @@ def prompt_accuracy(images: NDArray[Any], prompt_indices: Sequence[int] | NDArra
         raise ValueError(f"one prompt index per image is needed, found {len(prompt_indices)} for {len(images)} images")
     right: NDArray[np.bool_] = nearest(images) == np.asarray(prompt_indices)
     return right
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a proportion (E. B. Wilson, 1927): honest near 0 and 1, unlike ±1.96 σ."""
-    p, z2 = successes / n, Z_95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return centre - half, centre + half
 
 
 def spread_out(count: int) -> list[int]:
@@ -127,7 +117,7 @@ def main(
             bar.update(len(part))
     generated = np.concatenate(images)
     right = prompt_accuracy(generated, chosen)
-    low, high = wilson(int(right.sum()), prompts)
+    low, high = stats.binomtest(int(right.sum()), prompts).proportion_ci(method="wilson")
     options = reference.generation() | call
     setting = f"{options['num_inference_steps']} steps, guidance {options['guidance_scale']}, seeds {seed} + i"
     print(f"prompt accuracy {right.mean():.1%} (95 % interval {low:.1%} to {high:.1%}; {prompts} prompts, {setting})")

@@ -30,6 +30,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5TokenizerFast
 
 from fp4dit_ao.reference.data import Emoji, read_package, write_sheet
+from fp4dit_ao.util.atomic_files import write_text
 
 app = typer.Typer(add_completion=False, help=__doc__)
 TEXT_LENGTH = 16
@@ -153,9 +154,7 @@ class Run:
         record: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "seed": self.seed, "smooth": self.smooth}
         record |= {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
         record |= {"history": self.history}
-        partial = self.folder / "state.json.partial"
-        partial.write_text(json.dumps(record), encoding="utf-8")
-        partial.replace(self.folder / "state.json")
+        write_text(self.folder / "state.json", json.dumps(record))
         for old in self.folder.glob("state-*.safetensors"):
             if old.name != f"state-{self.step}.safetensors":
                 old.unlink()

@@ -258,29 +258,41 @@ class Engine:
         return True
 
     def _run(self, batch: list[_Task]) -> None:
+        """Draws a batch taken from the queue; if that fails, its images one by one."""
         began = time.monotonic()
         for task in batch:
             self.metrics.waited.observe(began - task.arrived)
-        self.metrics.batch_size.observe(len(batch))
         try:
-            images = self._draw(batch[0].style, [task.prompt for task in batch], [task.seed for task in batch])
-            if len(images) != len(batch):
-                raise RuntimeError(f"{len(images)} images were drawn for {len(batch)} prompts")
+            self._draw_together(batch)
         except Exception as error:
-            if len(batch) > 1:
-                log.warning("a batch of %d failed and is drawn one by one: %s", len(batch), error)
-                for task in batch:
-                    self._run([task])
+            if len(batch) == 1:
+                self._fail(batch[0], error)
                 return
-            log.exception("drawing failed")
-            _settle(batch[0].future, error)
-            return
+            log.warning("a batch of %d failed and is drawn one by one: %s", len(batch), error)
+            for task in batch:
+                try:
+                    self._draw_together([task])
+                except Exception as own_error:
+                    self._fail(task, own_error)
+
+    def _draw_together(self, batch: list[_Task]) -> None:
+        """Draws the images of ``batch`` in one call and hands them out; raises what the drawing raises."""
+        began = time.monotonic()
+        self.metrics.batch_size.observe(len(batch))
+        images = self._draw(batch[0].style, [task.prompt for task in batch], [task.seed for task in batch])
+        if len(images) != len(batch):
+            raise RuntimeError(f"{len(images)} images were drawn for {len(batch)} prompts")
         took = time.monotonic() - began
         self._batch_seconds += 0.3 * (took - self._batch_seconds)
         self.metrics.batch_seconds.observe(took)
         self.metrics.images.inc(len(batch))
         for task, image in zip(batch, images, strict=True):
             _settle(task.future, image)
+
+    @staticmethod
+    def _fail(task: _Task, error: Exception) -> None:
+        log.error("drawing failed", exc_info=error)
+        _settle(task.future, error)
 
 
 def _settle(future: "Future[Any]", outcome: Any) -> None:

@@ -175,6 +175,21 @@ def test_an_image_that_fails_does_not_take_its_neighbours_along(gate: Gate) -> N
         assert engine.ready
 
 
+def test_an_image_of_a_failed_batch_waited_once(gate: Gate) -> None:
+    def draw(style: Style, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+        if len(prompts) > 1:
+            raise RuntimeError("one at a time, please")
+        return gate(style, prompts, seeds)
+
+    gate.open.set()
+    with ready(draw, max_batch=3, window=30) as engine:
+        for future in engine.submit("a", [0, 1, 2], SMALL):
+            future.result(30)
+    assert [seeds for _, _, seeds in gate.batches] == [[0], [1], [2]]
+    assert value(engine, "fp4dit_queue_seconds_count") == 3
+    assert value(engine, "fp4dit_images_total") == 3
+
+
 def test_images_that_go_missing_are_an_error() -> None:
     with ready(lambda *_: []) as engine, pytest.raises(RuntimeError, match="0 images were drawn for 1 prompts"):
         engine.submit("a", [0], SMALL)[0].result(30)
