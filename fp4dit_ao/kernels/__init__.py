@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from fp4dit_ao.formats import NumberFormat, parse
-from fp4dit_ao.kernels import attention, gelu, gpu, int8, reference  # noqa: F401, some only register operators
+from fp4dit_ao.kernels import attention, codebook_linear, gelu, gpu, int8, reference  # noqa: F401, some only register operators
 
 Linear = Callable[[Tensor, Tensor, Tensor, Sequence[int], NumberFormat, NumberFormat | None, Tensor | None], Tensor]
 

@@ -1,0 +1,82 @@
+/* A linear with codebook groups: what every instruction set implements, and all that differs between them.
+ *
+ * A weight is row_scale[n] * codebooks[index[n][k / group]][code[n][k]]. A strip is up to TOKENS tokens, a panel up to FEATURES
+ * output features, both over all input features. A panel is decoded once for the strips of a block; sums are int32 to the end.
+ * In which order a strip and a panel have the input features is the instruction set's own affair: it packs the tokens, too.
+ */
+#ifndef FP4DIT_CODEBOOK_H
+#define FP4DIT_CODEBOOK_H
+
+/* No fused multiply-add: every instruction set rounds as the specification in PyTorch does. */
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Compilers that know tile registers; Linux grants their use. */
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define FP4DIT_AMX 1
+#endif
+
+enum {
+    FEATURES = 32,
+    TOKENS = 32,
+    STEP = 64 /* input features; a strip is padded to a multiple, with zeros */
+};
+
+typedef struct {
+    const uint8_t *codes;        /* [features][depth / 2], two a byte, the first in the low nibble */
+    const uint8_t *index;        /* [features][(depth / group + 1) / 2], likewise */
+    const uint8_t (*tables)[16]; /* the sixteen codebooks, with the kernel's offset */
+    int64_t features, depth, group;
+} codebook_weights;
+
+typedef struct {
+    const int32_t *sums; /* [digits][TOKENS][FEATURES] */
+    const float *token_scale, *row_scale, *bias; /* of the first token and feature; bias may be NULL */
+    void *out;
+    ptrdiff_t stride; /* bytes from token to token */
+    int tokens, features, digits, type;
+    int past; /* the whole output is too large to stay in a cache */
+} codebook_output;
+
+typedef struct {
+    const char *name;
+    int offset; /* added to every level in the tables: 128 where the instruction wants weights unsigned */
+    int group;  /* a group's size is a multiple of this */
+    int least;  /* rows from which it is quicker than the next kernel */
+    /* Some state of a thread, set and released; NULL if there is none. */
+    void (*begin)(void), (*end)(void);
+    /* Lay out `rows` rows of `depth` levels as a strip; start[row] = -offset * sum of the row. */
+    void (*pack)(const int8_t *tokens, int64_t depth, int rows, int8_t *strip, int32_t *start);
+    /* Look up the levels of FEATURES features from the `feature`-th; what lies past the last feature is anything. */
+    void (*decode)(const codebook_weights *weights, int64_t feature, uint8_t *panel);
+    /* sums[row][FEATURES] = start[row] + strip . panel */
+    void (*multiply)(const int8_t *strip, const uint8_t *panel, int64_t depth, int rows, const int32_t *start, int32_t *sums);
+    /* out[token][features] = float(sums) * token_scale * row_scale + bias, rounded after each operation. */
+    void (*write)(const codebook_output *output);
+} codebook_kernel;
+
+/* Bytes that a token takes in a strip, and a feature in a panel. */
+static inline int64_t padded_depth(int64_t depth) { return (depth + STEP - 1) / STEP * STEP; }
+
+/* Number of the codebook of feature n's g-th group. */
+static inline int book(const codebook_weights *w, int64_t n, int64_t g) {
+    int64_t groups = w->depth / w->group;
+    return w->index[n * ((groups + 1) / 2) + g / 2] >> (g % 2 * 4) & 15;
+}
+
+extern const codebook_kernel codebook_portable;
+#if defined(__x86_64__)
+extern const codebook_kernel codebook_avx2, codebook_avxvnni, codebook_avx512vnni;
+#ifdef FP4DIT_AMX
+extern const codebook_kernel codebook_amx;
+int codebook_amx_allowed(void); /* by the processor and the system, for this process */
+#endif
+#endif
+
+#endif

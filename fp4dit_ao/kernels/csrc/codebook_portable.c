@@ -1,0 +1,27 @@
+/* Plain C, for any processor; the compiler vectorises it as it can. The specification of the other kernels. */
+#include "codebook.h"
+
+#include "codebook_epilogue.h"
+
+static void decode(const codebook_weights *w, int64_t feature, uint8_t *panel) {
+    for (int64_t n = feature; n < feature + FEATURES && n < w->features; n++, panel += padded_depth(w->depth))
+        for (int64_t k = 0; k < w->depth; k++) {
+            uint8_t code = w->codes[(n * w->depth + k) / 2] >> (k % 2 * 4) & 15;
+            panel[k] = w->tables[book(w, n, k / w->group)][code];
+        }
+}
+
+static void multiply(const int8_t *strip, const uint8_t *panel, int64_t depth, int rows, const int32_t *start, int32_t *sums) {
+    const int64_t stride = padded_depth(depth);
+    for (int m = 0; m < rows; m++, strip += stride)
+        for (int n = 0; n < FEATURES; n++) {
+            const int8_t *w = (const int8_t *)panel + n * stride;
+            int32_t sum = start[m];
+            for (int64_t k = 0; k < depth; k++) sum += strip[k] * w[k];
+            sums[m * FEATURES + n] = sum;
+        }
+}
+
+const codebook_kernel codebook_portable = {
+    .name = "portable", .group = 1, .pack = pack_without_offset, .decode = decode, .multiply = multiply, .write = write_output,
+};
