@@ -64,11 +64,11 @@ typedef struct {
 /* Bytes that a token takes in a strip, and a feature in a panel. */
 static inline int64_t padded_depth(int64_t depth) { return (depth + STEP - 1) / STEP * STEP; }
 
-/* Number of the codebook of feature n's g-th group. */
-static inline int book(const codebook_weights *w, int64_t n, int64_t g) {
-    int64_t groups = w->depth / w->group;
-    return w->index[n * ((groups + 1) / 2) + g / 2] >> (g % 2 * 4) & 15;
+/* The indices of feature n's groups, and of these the g-th. */
+static inline const uint8_t *index_row(const codebook_weights *w, int64_t n) {
+    return w->index + n * ((w->depth / w->group + 1) / 2);
 }
+static inline int nibble(const uint8_t *packed, int64_t g) { return packed[g / 2] >> (g % 2 * 4) & 15; }
 
 extern const codebook_kernel codebook_portable;
 #if defined(__x86_64__)

@@ -42,15 +42,14 @@ static void end(void) { _tile_release(); }
 static void pack(const int8_t *tokens, int64_t depth, int rows, int8_t *strip, int32_t *start) {
     const __m512i halves = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
     (void)start;
-    for (int first = 0; first < rows; first += SIDE)
-        for (int64_t k = 0; k < depth; k += STEP, strip += TILE) {
-            const __mmask64 mask = depth - k < STEP ? (1ull << (depth - k)) - 1 : ~0ull;
-            for (int m = 0; m < SIDE; m++) {
-                const int8_t *from = tokens + (first + m) * depth + k;
-                __m512i levels = _mm512_maskz_loadu_epi8(first + m < rows ? mask : 0, from);
-                _mm512_store_si512(strip + m * STEP, _mm512_shuffle_epi8(levels, halves));
-            }
+    for (int m = 0; m < (rows + SIDE - 1) / SIDE * SIDE; m++, tokens += depth) {
+        int8_t *to = strip + m / SIDE * SIDE * padded_depth(depth) + m % SIDE * STEP;
+        for (int64_t k = 0; k < depth; k += STEP, to += TILE) {
+            const __mmask64 mask = m >= rows ? 0 : depth - k < STEP ? (1ull << (depth - k)) - 1 : ~0ull;
+            __m512i levels = _mm512_maskz_loadu_epi8(mask, tokens + k);
+            _mm512_store_si512(to, _mm512_shuffle_epi8(levels, halves));
         }
+    }
 }
 
 /* Lane l is sixteen bytes of row 4 * l + i of sixteen rows. */
@@ -74,15 +73,19 @@ INLINE void store_transposed(const __m512i x[4], uint8_t *to) {
 /* Sixteen features to tiles that lie 2 * TILE apart. */
 static void decode_tiles(const codebook_weights *w, int64_t feature, uint8_t *to) {
     const __m512i low = _mm512_set1_epi8(15);
-    const int64_t row_bytes = w->depth / 2, last = w->features - 1;
-    const uint8_t *rows[SIDE], *tables[SIDE];
-    for (int n = 0; n < SIDE; n++) rows[n] = w->codes + (feature + n < last ? feature + n : last) * row_bytes;
-    for (int64_t k = 0; k < w->depth;) {
+    const uint8_t *rows[SIDE], *index[SIDE], *tables[SIDE];
+    for (int n = 0; n < SIDE; n++) {
+        const int64_t row = feature + n < w->features ? feature + n : w->features - 1;
+        rows[n] = w->codes + row * w->depth / 2;
+        index[n] = index_row(w, row);
+    }
+    for (int64_t g = 0, k = 0; k < w->depth; g++) {
         __m512i table[4];
         for (int n = 0; n < SIDE; n++) {
-            tables[n] = w->tables[book(w, feature + n < last ? feature + n : last, k / w->group)];
-            __builtin_prefetch(rows[n] + k / 2 + FEATURES * row_bytes);
+            tables[n] = w->tables[nibble(index[n], g)];
+            __builtin_prefetch(rows[n] + k / 2 + FEATURES * w->depth / 2);
         }
+#pragma GCC unroll 4
         for (int i = 0; i < 4; i++) table[i] = every_fourth(tables, i, 0);
         for (const int64_t end = k + w->group; k < end; k += 32) {
             __m512i even[4], odd[4];

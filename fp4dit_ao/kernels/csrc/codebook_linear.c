@@ -4,11 +4,11 @@
  * Threads take a block of tokens and some panels of features at a time. They lay the block out once, in their second-level cache,
  * and decode each panel for it. Digits of a token are strips of their own, whose sums are added at the end. */
 #include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "codebook.h"
 
+#include "scratch.h"
 #include "threads.h"
 #include "tile.h"
 
@@ -121,7 +121,7 @@ static void worker(void *argument) {
     const int64_t depth = padded_depth(p->weights.depth), rows = p->block * p->digits;
     const int64_t panel = (FEATURES + 1) * depth; /* decoding may write STEP bytes past the last feature */
     const int64_t sums = p->digits * TOKENS * FEATURES * sizeof(int32_t), starts = rows * sizeof(int32_t);
-    uint8_t *memory = aligned_alloc(64, panel + sums + starts + rows * depth);
+    uint8_t *memory = thread_scratch(panel + sums + starts + rows * depth);
     if (!memory) {
         atomic_store(&p->failed, 1);
         return;
@@ -139,7 +139,6 @@ static void worker(void *argument) {
             multiply_panel(p, &s, n * FEATURES, first, count);
     }
     if (p->kernel->end) p->kernel->end();
-    free(memory);
 }
 
 /* Blocks of tokens that fit into a cache, as many as there are threads if that leaves enough to do; and parts of the panels. */

@@ -4,11 +4,13 @@
 #include "codebook_epilogue.h"
 
 static void decode(const codebook_weights *w, int64_t feature, uint8_t *panel) {
-    for (int64_t n = feature; n < feature + FEATURES && n < w->features; n++, panel += padded_depth(w->depth))
-        for (int64_t k = 0; k < w->depth; k++) {
-            uint8_t code = w->codes[(n * w->depth + k) / 2] >> (k % 2 * 4) & 15;
-            panel[k] = w->tables[book(w, n, k / w->group)][code];
+    for (int64_t n = feature; n < feature + FEATURES && n < w->features; n++, panel += padded_depth(w->depth)) {
+        const uint8_t *codes = w->codes + n * w->depth / 2, *index = index_row(w, n);
+        for (int64_t g = 0, k = 0; k < w->depth; g++) {
+            const uint8_t *table = w->tables[nibble(index, g)];
+            for (const int64_t end = k + w->group; k < end; k++) panel[k] = table[nibble(codes, k)];
         }
+    }
 }
 
 static void multiply(const int8_t *strip, const uint8_t *panel, int64_t depth, int rows, const int32_t *start, int32_t *sums) {

@@ -8,9 +8,9 @@
 /* Rows of levels, one after another. A group that is no multiple of WIDTH spills into the next, which is written later. */
 static void decode(const codebook_weights *w, int64_t feature, uint8_t *panel) {
     for (int64_t n = feature; n < feature + FEATURES && n < w->features; n++, panel += padded_depth(w->depth)) {
-        const uint8_t *codes = w->codes + n * w->depth / 2;
+        const uint8_t *codes = w->codes + n * w->depth / 2, *index = index_row(w, n);
         for (int64_t g = 0, k = 0; k < w->depth; g++) {
-            const VECTOR table = broadcast(w->tables[book(w, n, g)]);
+            const VECTOR table = broadcast(w->tables[nibble(index, g)]);
             const int64_t end = k + w->group;
             __builtin_prefetch(codes + k / 2 + FEATURES * w->depth / 2);
             for (; k + WIDTH <= end; k += WIDTH) store(panel + k, look_up(codes + k / 2, table));
