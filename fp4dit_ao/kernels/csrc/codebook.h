@@ -25,7 +25,8 @@
 enum {
     FEATURES = 32,
     TOKENS = 32,
-    STEP = 64 /* input features; a strip is padded to a multiple, with zeros */
+    STEP = 64, /* input features; a strip is padded to a multiple, with zeros */
+    MOST_DIGITS = 3
 };
 
 typedef struct {
@@ -36,13 +37,22 @@ typedef struct {
 } codebook_weights;
 
 typedef struct {
-    const int32_t *sums; /* [digits][TOKENS][FEATURES] */
-    const float *token_scale, *row_scale, *bias; /* of the first token and feature; bias may be NULL */
-    void *out;
-    ptrdiff_t stride; /* bytes from token to token */
-    int tokens, features, digits, type;
-    int past; /* the whole output is too large to stay in a cache */
-} codebook_output;
+    codebook_weights weights;
+    const float *token_scale, *row_scale, *bias; /* bias may be NULL */
+    void *out;                                   /* [rows][features] of `type` */
+    int64_t rows;
+    int32_t digits, type;
+    int past; /* the output is written past the caches, whose space the tokens need */
+} codebook_problem;
+
+/* Some tokens, laid out, and memory to multiply them. */
+typedef struct {
+    int64_t first, count; /* tokens */
+    int8_t *strips;       /* [strip][digit] */
+    int32_t *start;       /* [strip][digit][TOKENS]: what sums start at, to undo `offset` */
+    int32_t *sums;        /* [digit][TOKENS][FEATURES] */
+    uint8_t *panel;       /* [FEATURES][padded_depth], and STEP bytes */
+} codebook_block;
 
 typedef struct {
     const char *name;
@@ -53,22 +63,18 @@ typedef struct {
     void (*begin)(void), (*end)(void);
     /* Lay out `rows` rows of `depth` levels as a strip; start[row] = -offset * sum of the row. */
     void (*pack)(const int8_t *tokens, int64_t depth, int rows, int8_t *strip, int32_t *start);
-    /* Look up the levels of FEATURES features from the `feature`-th; what lies past the last feature is anything. */
-    void (*decode)(const codebook_weights *weights, int64_t feature, uint8_t *panel);
-    /* sums[row][FEATURES] = start[row] + strip . panel */
-    void (*multiply)(const int8_t *strip, const uint8_t *panel, int64_t depth, int rows, const int32_t *start, int32_t *sums);
-    /* out[token][features] = float(sums) * token_scale * row_scale + bias, rounded after each operation. */
-    void (*write)(const codebook_output *output);
+    /* The block's outputs of panels `panel` to `end`. */
+    void (*multiply)(const codebook_problem *p, const codebook_block *b, int64_t panel, int64_t end);
 } codebook_kernel;
 
 /* Bytes that a token takes in a strip, and a feature in a panel. */
 static inline int64_t padded_depth(int64_t depth) { return (depth + STEP - 1) / STEP * STEP; }
 
-/* The indices of feature n's groups, and of these the g-th. */
+/* The indices of feature n's groups, and of these, or of codes, the i-th. */
 static inline const uint8_t *index_row(const codebook_weights *w, int64_t n) {
     return w->index + n * ((w->depth / w->group + 1) / 2);
 }
-static inline int nibble(const uint8_t *packed, int64_t g) { return packed[g / 2] >> (g % 2 * 4) & 15; }
+static inline int nibble(const uint8_t *packed, int64_t i) { return packed[i / 2] >> (i % 2 * 4) & 15; }
 
 extern const codebook_kernel codebook_portable;
 #if defined(__x86_64__)

@@ -4,7 +4,7 @@
  * transposed in registers. Of every eight input features, the even ones come first, then the odd ones, as codes lie in bytes. */
 #include "codebook.h"
 #ifdef FP4DIT_AMX
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-int8")
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -83,7 +83,7 @@ static void decode_tiles(const codebook_weights *w, int64_t feature, uint8_t *to
         __m512i table[4];
         for (int n = 0; n < SIDE; n++) {
             tables[n] = w->tables[nibble(index[n], g)];
-            __builtin_prefetch(rows[n] + k / 2 + FEATURES * w->depth / 2);
+            __builtin_prefetch(rows[n] + (k + FEATURES * w->depth) / 2, 0, 2); /* of the next panel */
         }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) table[i] = every_fourth(tables, i, 0);
@@ -118,19 +118,6 @@ static void multiply(const int8_t *strip, const uint8_t *panel, int64_t depth, i
     MEMORY_BARRIER();
     _tile_zero(0);
     _tile_zero(1);
-    if (rows <= SIDE) {
-        for (int64_t k = 0; k < depth; k += STEP, strip += TILE, panel += 2 * TILE) {
-            _tile_loadd(4, strip, STEP);
-            _tile_loadd(6, panel, STEP);
-            _tile_dpbssd(0, 4, 6);
-            _tile_loadd(7, panel + TILE, STEP);
-            _tile_dpbssd(1, 4, 7);
-        }
-        _tile_stored(0, sums, row);
-        _tile_stored(1, sums + SIDE, row);
-        MEMORY_BARRIER();
-        return;
-    }
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += STEP, strip += TILE, lower += TILE, panel += 2 * TILE) {
@@ -139,6 +126,7 @@ static void multiply(const int8_t *strip, const uint8_t *panel, int64_t depth, i
         _tile_dpbssd(0, 4, 6);
         _tile_loadd(7, panel + TILE, STEP);
         _tile_dpbssd(1, 4, 7);
+        if (rows <= SIDE) continue;
         _tile_stream_loadd(5, lower, STEP);
         _tile_dpbssd(2, 5, 6);
         _tile_dpbssd(3, 5, 7);
@@ -150,8 +138,41 @@ static void multiply(const int8_t *strip, const uint8_t *panel, int64_t depth, i
     MEMORY_BARRIER();
 }
 
+/* As write_tile. The instruction takes subnormal numbers for 0 and keeps a NaN's bits: then the tile is written as others. */
+static int write_bfloat16(const tile_output *o) {
+    enum { NAN_OR_SUBNORMAL = 0x01 | 0x20 | 0x80 };
+    const int past = o->past && !(((uintptr_t)o->out | (uintptr_t)o->stride) % 64);
+    __m512 scale[2], bias[2], y[2];
+    __mmask16 special = 0;
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        scale[i] = _mm512_loadu_ps(o->row_scale + i * SIDE);
+        bias[i] = o->bias ? _mm512_loadu_ps(o->bias + i * SIDE) : _mm512_set1_ps(-0.0f);
+    }
+    char *out = o->out;
+    for (int token = 0; token < o->tokens; token++, out += o->stride) {
+        const __m512 token_scale = _mm512_set1_ps(o->token_scale[token]);
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(o->sums + token * FEATURES + i * SIDE));
+            y[i] = _mm512_add_ps(_mm512_mul_ps(_mm512_mul_ps(sum, token_scale), scale[i]), bias[i]);
+            special = _kor_mask16(special, _mm512_fpclass_ps_mask(y[i], NAN_OR_SUBNORMAL));
+        }
+        __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(y[1], y[0]);
+        if (past) _mm512_stream_si512((__m512i *)out, halves);
+        else _mm512_storeu_si512(out, halves);
+    }
+    return !special;
+}
+
+static void write_output(const tile_output *o) {
+    if (o->type == BFLOAT16 && o->digits == 1 && o->features == FEATURES && write_bfloat16(o)) return;
+    write_tile(o);
+}
+
+#include "codebook_panels.h"
+
 const codebook_kernel codebook_amx = {
-    .name = "amx", .group = 32, .least = 16, .begin = begin, .end = end, .pack = pack, .decode = decode,
-    .multiply = multiply, .write = write_output,
+    .name = "amx", .group = 32, .least = 16, .begin = begin, .end = end, .pack = pack, .multiply = multiply_panels,
 };
 #endif

@@ -10,10 +10,11 @@ static inline VECTOR dot_product(VECTOR sum, VECTOR w, VECTOR t) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
+#define OFFSET 0
 #define DOT(sum, w, t) sum = dot_product(sum, w, t)
 #include "codebook_rows.h"
 
 const codebook_kernel codebook_avx2 = {
-    .name = "avx2", .group = 1, .pack = pack_without_offset, .decode = decode, .multiply = multiply, .write = write_output,
+    .name = "avx2", .offset = OFFSET, .group = 1, .pack = pack, .multiply = multiply_panels,
 };
 #endif

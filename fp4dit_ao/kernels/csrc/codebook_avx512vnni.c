@@ -32,11 +32,11 @@ static inline __m128i add_lanes(VECTOR a, VECTOR b, VECTOR c, VECTOR d) {
 }
 
 /* In assembly, because GCC 12 spills the sums around the intrinsic. */
+#define OFFSET 128
 #define DOT(sum, w, t) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(t))
 #include "codebook_rows.h"
 
 const codebook_kernel codebook_avx512vnni = {
-    .name = "avx512vnni", .offset = 128, .group = 1, .pack = pack_with_offset, .decode = decode, .multiply = multiply,
-    .write = write_output,
+    .name = "avx512vnni", .offset = OFFSET, .group = 1, .pack = pack, .multiply = multiply_panels,
 };
 #endif

@@ -4,11 +4,11 @@
 #pragma GCC target("avx2,fma,avxvnni")
 #include "codebook_256.h"
 
+#define OFFSET 128
 #define DOT(sum, w, t) sum = _mm256_dpbusd_avx_epi32(sum, w, t)
 #include "codebook_rows.h"
 
 const codebook_kernel codebook_avxvnni = {
-    .name = "avxvnni", .offset = 128, .group = 1, .pack = pack_with_offset, .decode = decode, .multiply = multiply,
-    .write = write_output,
+    .name = "avxvnni", .offset = OFFSET, .group = 1, .pack = pack, .multiply = multiply_panels,
 };
 #endif

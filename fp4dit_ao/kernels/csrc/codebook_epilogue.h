@@ -34,34 +34,63 @@ INLINE void stream(void *out, const void *line) {
 #endif
 }
 
-INLINE void write_as(const codebook_output *o, const int digits, const int type) {
-    float scale[FEATURES] = {0}, bias[FEATURES] = {0};
+/* Sums of up to TOKENS tokens and FEATURES features, and where they go. */
+typedef struct {
+    const int32_t *sums; /* [digit][TOKENS][FEATURES] */
+    const float *token_scale, *row_scale, *bias;
+    char *out;
+    int64_t stride; /* bytes from token to token */
+    int tokens, features, digits, type;
+    int past; /* see codebook_problem */
+} tile_output;
+
+static tile_output output_at(const codebook_problem *p, int64_t token, int64_t end, int64_t feature, const int32_t *sums) {
+    const int64_t features = p->weights.features, size = p->type == FLOAT32 ? 4 : 2;
+    return (tile_output){
+        .sums = sums, .token_scale = p->token_scale + token, .row_scale = p->row_scale + feature,
+        .bias = p->bias ? p->bias + feature : NULL, .out = (char *)p->out + (token * features + feature) * size,
+        .stride = features * size, .tokens = end - token < TOKENS ? (int)(end - token) : TOKENS,
+        .features = features - feature < FEATURES ? (int)(features - feature) : FEATURES, .digits = p->digits, .type = p->type,
+        .past = p->past,
+    };
+}
+
+/* `features` is FEATURES where it is a constant: then nothing is copied. */
+INLINE void write_as(const tile_output *o, const int features, const int digits, const int type) {
     const int size = type == FLOAT32 ? 4 : 2;
-    const int past = o->past && size == 2 && o->features == FEATURES && !(((uintptr_t)o->out | (uintptr_t)o->stride) % 64);
-    memcpy(scale, o->row_scale, o->features * sizeof *scale);
-    if (o->bias) memcpy(bias, o->bias, o->features * sizeof *bias);
+    const int past = o->past && size == 2 && features == FEATURES && !(((uintptr_t)o->out | (uintptr_t)o->stride) % 64);
+    float scale[FEATURES] = {0}, bias[FEATURES];
+    for (int n = 0; n < FEATURES; n++) bias[n] = -0.0f; /* changes no number, not even 0 */
+    memcpy(scale, o->row_scale, features * sizeof *scale);
+    if (o->bias) memcpy(bias, o->bias, features * sizeof *bias);
     char *out = o->out;
-    for (int m = 0; m < o->tokens; m++, out += o->stride) {
-        float y[FEATURES], s = o->token_scale[m];
+    for (int token = 0; token < o->tokens; token++, out += o->stride) {
+        const float s = o->token_scale[token];
+        float y[FEATURES];
         uint16_t half[FEATURES];
-        to_float(o->sums + m * FEATURES, digits, y);
-        for (int n = 0; n < FEATURES; n++) y[n] = y[n] * s * scale[n];
-        if (o->bias) /* not always: -0 + 0 is 0 */
-            for (int n = 0; n < FEATURES; n++) y[n] += bias[n];
+        to_float(o->sums + token * FEATURES, digits, y);
+        for (int n = 0; n < FEATURES; n++) y[n] = y[n] * s * scale[n] + bias[n];
         for (int n = 0; n < FEATURES; n++) half[n] = type == BFLOAT16 ? bfloat16(y[n]) : type == FLOAT16 ? float16(y[n]) : 0;
         const void *line = type == FLOAT32 ? (const void *)y : (const void *)half;
         if (past) stream(out, line);
-        else if (o->features == FEATURES) memcpy(out, line, FEATURES * size);
-        else memcpy(out, line, o->features * size);
+        else memcpy(out, line, features * size);
     }
+}
+
+/* Streamed stores come before whatever the thread stores next. */
+INLINE void end_streams(void) {
 #if defined(__x86_64__)
-    if (past) _mm_sfence();
+    _mm_sfence();
 #endif
 }
 
-static void write_output(const codebook_output *o) {
+/* out = float(sums) * token_scale * row_scale + bias, rounded after each operation. */
+static void write_tile(const tile_output *o) {
 #define CASE(type, digits) \
-    case 3 * type + digits: write_as(o, digits, type); return
+    case 3 * type + digits: \
+        if (o->features == FEATURES) write_as(o, FEATURES, digits, type); \
+        else write_as(o, o->features, digits, type); \
+        return
     switch (3 * o->type + o->digits) {
         CASE(FLOAT32, 1);
         CASE(FLOAT32, 2);
@@ -74,28 +103,6 @@ static void write_output(const codebook_output *o) {
         CASE(FLOAT16, 3);
     }
 #undef CASE
-}
-
-/* Rows as they are, padded with zeros; for kernels whose panels are rows, too. */
-static __attribute__((unused)) void pack_rows(const int8_t *tokens, int64_t depth, int rows, int8_t *strip, int32_t *sum) {
-    for (int m = 0; m < rows; m++, tokens += depth, strip += padded_depth(depth)) {
-        memcpy(strip, tokens, depth);
-        memset(strip + depth, 0, padded_depth(depth) - depth);
-        sum[m] = 0;
-        for (int64_t k = 0; k < depth; k++) sum[m] += tokens[k];
-    }
-}
-
-static __attribute__((unused)) void pack_without_offset(const int8_t *tokens, int64_t depth, int rows, int8_t *strip,
-                                                        int32_t *start) {
-    pack_rows(tokens, depth, rows, strip, start);
-    for (int m = 0; m < rows; m++) start[m] = 0;
-}
-
-static __attribute__((unused)) void pack_with_offset(const int8_t *tokens, int64_t depth, int rows, int8_t *strip,
-                                                     int32_t *start) {
-    pack_rows(tokens, depth, rows, strip, start);
-    for (int m = 0; m < rows; m++) start[m] = (int32_t)(-128u * (uint32_t)start[m]); /* sums wrap, and end exact */
 }
 
 #endif

@@ -4,7 +4,6 @@
  * Threads take a block of tokens and some panels of features at a time. They lay the block out once, in their second-level cache,
  * and decode each panel for it. Digits of a token are strips of their own, whose sums are added at the end. */
 #include <stdatomic.h>
-#include <string.h>
 
 #include "codebook.h"
 
@@ -15,23 +14,19 @@
 enum {
     CACHED_TOKENS = 1200 << 10, /* bytes of a block, beside a panel in the second-level cache */
     LEAST_STRIPS = 4,           /* of a block, when there are more threads than work: decoding takes a fifth of the time then */
-    CACHED_OUTPUT = 4 << 20,    /* bytes of output that may stay in a cache until they are read */
+    CACHED_OUTPUT = 4 << 20,  /* bytes of a thread's output that may stay there until they are read */
     TURNS = 3                   /* tasks for every thread, so that all end together */
 };
 
 typedef struct {
-    codebook_weights weights;
+    codebook_problem problem;
     const codebook_kernel *kernel;
     const int8_t *tokens;
-    const float *token_scale, *row_scale, *bias;
-    void *out;
-    int64_t rows, block; /* tokens, and those of a block */
-    int64_t blocks, parts, panels;
-    int32_t digits, type;
+    int64_t block, blocks, parts, panels; /* block: tokens */
     uint8_t tables[16][16];
     atomic_llong next;
     atomic_int failed;
-} problem;
+} work;
 
 static const codebook_kernel *const kernels[] = {
 #if defined(__x86_64__)
@@ -49,7 +44,7 @@ static int supported(const codebook_kernel *kernel) {
     int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #ifdef FP4DIT_AMX
-    if (kernel == &codebook_amx) return avx512 && codebook_amx_allowed();
+    if (kernel == &codebook_amx) return avx512 && __builtin_cpu_supports("avx512bf16") && codebook_amx_allowed();
 #endif
     if (kernel == &codebook_avx512vnni) return avx512 && __builtin_cpu_supports("avx512vnni");
     if (kernel == &codebook_avxvnni) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni");
@@ -76,83 +71,57 @@ static const codebook_kernel *choose(int asked, int64_t rows, int64_t group) {
     return NULL;
 }
 
-typedef struct {
-    int8_t *strips; /* [block / TOKENS][digits][a strip] */
-    int32_t *start; /* [block / TOKENS][digits][TOKENS] */
-    int32_t *sums;
-    uint8_t *panel;
-    int64_t block; /* which one is in `strips` */
-} scratch;
-
-/* Lay out a block, whose `count` tokens begin at `first`. */
-static void pack_block(const problem *p, scratch *s, int64_t first, int64_t count) {
+static void pack_block(const work *w, const codebook_block *b) {
+    const codebook_problem *p = &w->problem;
     const int64_t depth = p->weights.depth;
-    int8_t *strip = s->strips;
-    int32_t *start = s->start;
-    for (int64_t m = 0; m < count; m += TOKENS)
+    int8_t *strip = b->strips;
+    int32_t *start = b->start;
+    for (int64_t m = 0; m < b->count; m += TOKENS)
         for (int d = 0; d < p->digits; d++, strip += TOKENS * padded_depth(depth), start += TOKENS)
-            p->kernel->pack(p->tokens + (d * p->rows + first + m) * depth, depth,
-                            count - m < TOKENS ? (int)(count - m) : TOKENS, strip, start);
-}
-
-static void multiply_panel(const problem *p, scratch *s, int64_t feature, int64_t first, int64_t count) {
-    const codebook_weights *w = &p->weights;
-    const int64_t size = p->type == FLOAT32 ? 4 : 2;
-    const int8_t *strip = s->strips;
-    const int32_t *start = s->start;
-    codebook_output o = {.sums = s->sums, .row_scale = p->row_scale + feature, .bias = p->bias ? p->bias + feature : NULL,
-                         .stride = w->features * size, .digits = p->digits, .type = p->type,
-                         .features = w->features - feature < FEATURES ? (int)(w->features - feature) : FEATURES,
-                         .past = p->rows * w->features * size > CACHED_OUTPUT};
-    if (o.features < FEATURES) memset(s->panel, 0, FEATURES * padded_depth(w->depth));
-    p->kernel->decode(w, feature, s->panel);
-    for (int64_t m = first; m < first + count; m += TOKENS) {
-        o.tokens = first + count - m < TOKENS ? (int)(first + count - m) : TOKENS;
-        for (int d = 0; d < p->digits; d++, strip += TOKENS * padded_depth(w->depth), start += TOKENS)
-            p->kernel->multiply(strip, s->panel, w->depth, o.tokens, start, s->sums + d * TOKENS * FEATURES);
-        o.token_scale = p->token_scale + m;
-        o.out = (char *)p->out + (m * w->features + feature) * size;
-        p->kernel->write(&o);
-    }
+            w->kernel->pack(w->tokens + (d * p->rows + b->first + m) * depth, depth,
+                            b->count - m < TOKENS ? (int)(b->count - m) : TOKENS, strip, start);
 }
 
 static void worker(void *argument) {
-    problem *p = argument;
-    const int64_t depth = padded_depth(p->weights.depth), rows = p->block * p->digits;
-    const int64_t panel = (FEATURES + 1) * depth; /* decoding may write STEP bytes past the last feature */
-    const int64_t sums = p->digits * TOKENS * FEATURES * sizeof(int32_t), starts = rows * sizeof(int32_t);
+    work *w = argument;
+    const codebook_problem *p = &w->problem;
+    const int64_t depth = padded_depth(p->weights.depth), rows = w->block * p->digits;
+    const int64_t panel = FEATURES * depth + STEP, sums = p->digits * TOKENS * FEATURES * sizeof(int32_t);
+    const int64_t starts = rows * sizeof(int32_t);
     uint8_t *memory = thread_scratch(panel + sums + starts + rows * depth);
     if (!memory) {
-        atomic_store(&p->failed, 1);
+        atomic_store(&w->failed, 1);
         return;
     }
-    scratch s = {.panel = memory, .sums = (int32_t *)(memory + panel), .start = (int32_t *)(memory + panel + sums),
-                 .strips = (int8_t *)(memory + panel + sums + starts), .block = -1};
-    if (p->kernel->begin) p->kernel->begin();
+    codebook_block b = {.first = -1, .panel = memory, .sums = (int32_t *)(memory + panel),
+                        .start = (int32_t *)(memory + panel + sums), .strips = (int8_t *)(memory + panel + sums + starts)};
+    if (w->kernel->begin) w->kernel->begin();
     for (;;) {
-        int64_t task = atomic_fetch_add(&p->next, 1), block = task / p->parts, part = task % p->parts;
-        if (block >= p->blocks) break;
-        int64_t first = block * p->block, count = p->rows - first < p->block ? p->rows - first : p->block;
-        if (s.block != block) pack_block(p, &s, first, count);
-        s.block = block;
-        for (int64_t n = part * p->panels / p->parts; n < (part + 1) * p->panels / p->parts; n++)
-            multiply_panel(p, &s, n * FEATURES, first, count);
+        const int64_t task = atomic_fetch_add(&w->next, 1), part = task % w->parts, first = task / w->parts * w->block;
+        if (task >= w->blocks * w->parts) break;
+        if (b.first != first) {
+            b.first = first;
+            b.count = p->rows - first < w->block ? p->rows - first : w->block;
+            pack_block(w, &b);
+        }
+        w->kernel->multiply(p, &b, part * w->panels / w->parts, (part + 1) * w->panels / w->parts);
     }
-    if (p->kernel->end) p->kernel->end();
+    if (w->kernel->end) w->kernel->end();
 }
 
 /* Blocks of tokens that fit into a cache, as many as there are threads if that leaves enough to do; and parts of the panels. */
-static void share_out(problem *p, int threads) {
+static void share_out(work *w, int threads) {
+    const codebook_problem *p = &w->problem;
     const int64_t strips = (p->rows + TOKENS - 1) / TOKENS, bytes = p->digits * TOKENS * padded_depth(p->weights.depth);
     const int64_t most = CACHED_TOKENS / bytes > 1 ? CACHED_TOKENS / bytes : 1;
     const int64_t least = (strips + most - 1) / most, fair = strips / LEAST_STRIPS;
-    p->panels = (p->weights.features + FEATURES - 1) / FEATURES;
-    p->blocks = threads < fair ? threads : fair;
-    p->blocks = p->blocks < least ? least : p->blocks;
-    p->block = (strips + p->blocks - 1) / p->blocks * TOKENS;
-    p->blocks = (p->rows + p->block - 1) / p->block;
-    p->parts = (TURNS * threads + p->blocks - 1) / p->blocks;
-    p->parts = p->parts > p->panels ? p->panels : p->parts;
+    w->panels = (p->weights.features + FEATURES - 1) / FEATURES;
+    w->blocks = threads < fair ? threads : fair;
+    w->blocks = w->blocks < least ? least : w->blocks;
+    w->block = (strips + w->blocks - 1) / w->blocks * TOKENS;
+    w->blocks = (p->rows + w->block - 1) / w->block;
+    w->parts = (TURNS * threads + w->blocks - 1) / w->blocks;
+    w->parts = w->parts > w->panels ? w->panels : w->parts;
 }
 
 /* All arrays are contiguous: tokens [digits][rows][depth] of 1 to 3 digits, the highest first, token_scale [rows], codes
@@ -164,14 +133,16 @@ int fp4dit_codebook_linear(const int8_t *tokens, const float *token_scale, const
                            const int8_t *codebooks, const float *row_scale, const float *bias, void *out, int64_t rows,
                            int64_t features, int64_t depth, int64_t group, int32_t digits, int32_t out_type, int32_t kernel,
                            parallel_function parallel, int32_t threads) {
-    problem p = {.weights = {.codes = codes, .index = index, .features = features, .depth = depth, .group = group},
-                 .kernel = choose(kernel, rows * digits, group), .tokens = tokens, .token_scale = token_scale,
-                 .row_scale = row_scale, .bias = bias, .out = out, .rows = rows, .digits = digits, .type = out_type};
-    if (!p.kernel) return 2;
+    work w = {.problem = {.weights = {.codes = codes, .index = index, .features = features, .depth = depth, .group = group},
+                          .token_scale = token_scale, .row_scale = row_scale, .bias = bias, .out = out, .rows = rows,
+                          .digits = digits, .type = out_type},
+              .kernel = choose(kernel, rows * digits, group), .tokens = tokens};
+    if (!w.kernel) return 2;
     if (!rows || !features) return 0;
-    for (int i = 0; i < 256; i++) p.tables[i / 16][i % 16] = (uint8_t)(codebooks[i] + p.kernel->offset);
-    p.weights.tables = p.tables;
-    share_out(&p, threads);
-    run_on_threads(worker, &p, parallel, threads, p.blocks * p.parts);
-    return atomic_load(&p.failed);
+    for (int i = 0; i < 256; i++) w.tables[i / 16][i % 16] = (uint8_t)(codebooks[i] + w.kernel->offset);
+    w.problem.weights.tables = w.tables;
+    w.problem.past = rows * features * (out_type == FLOAT32 ? 4 : 2) > (int64_t)CACHED_OUTPUT * threads;
+    share_out(&w, threads);
+    run_on_threads(worker, &w, parallel, threads, w.blocks * w.parts);
+    return atomic_load(&w.failed);
 }

@@ -24,6 +24,11 @@ static void multiply(const int8_t *strip, const uint8_t *panel, int64_t depth, i
         }
 }
 
-const codebook_kernel codebook_portable = {
-    .name = "portable", .group = 1, .pack = pack_without_offset, .decode = decode, .multiply = multiply, .write = write_output,
-};
+#define write_output write_tile
+#include "codebook_panels.h"
+
+static void pack(const int8_t *tokens, int64_t depth, int rows, int8_t *strip, int32_t *start) {
+    pack_rows(tokens, depth, rows, strip, start, 0);
+}
+
+const codebook_kernel codebook_portable = {.name = "portable", .group = 1, .pack = pack, .multiply = multiply_panels};

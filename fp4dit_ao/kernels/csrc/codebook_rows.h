@@ -2,6 +2,7 @@
  *   VECTOR, WIDTH        a register and its bytes; AT_ONCE tokens fit beside four features
  *   load, look_up        WIDTH bytes; the levels of WIDTH codes in a table
  *   DOT(sum, w, t)       sums of four products added to each int32
+ *   OFFSET               of the levels in a table
  *   add_lanes            the sums over each of four registers */
 #include "codebook_epilogue.h"
 
@@ -62,4 +63,11 @@ static void multiply(const int8_t *strip, const uint8_t *panel, int64_t depth, i
                 default: tile(t, panel, stride, AT_ONCE, start + m, to);
             }
         }
+}
+
+#define write_output write_tile
+#include "codebook_panels.h"
+
+static void pack(const int8_t *tokens, int64_t depth, int rows, int8_t *strip, int32_t *start) {
+    pack_rows(tokens, depth, rows, strip, start, OFFSET);
 }
