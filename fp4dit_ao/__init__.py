@@ -37,6 +37,7 @@ _HOME = {
     "quantize_modules": "diffusers_integration.module_conversion",
     "FP4DiTConfig": "diffusers_integration.hf_quantizer",
     "export_single_file": "checkpoint.single_file",
+    "methods": "plugin_points",
     "read_single_file": "checkpoint.single_file",
 }
 """Module of each public name, imported on first use, so that importing the package stays quick."""
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from fp4dit_ao.passes.lowering import lower
     from fp4dit_ao.passes.reconstruction import reconstruct
     from fp4dit_ao.passes.weight_unpacking import unpack_weights
+    from fp4dit_ao.plugin_points import methods
     from fp4dit_ao.quantizer import FP4DiTQuantizer
     from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
