@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS
 from fp4dit_ao.util.markdown import markdown_table
 from fp4dit_ao.util.registry import MethodInfo, Registry
 
-POINTS: tuple[Registry[Any], ...] = (ALLOCATIONS,)
+POINTS: tuple[Registry[Any], ...] = (ALLOCATIONS, FINE_TUNINGS)
 """Registries of the plug-in points, in the order in which a pipeline meets them."""
 
 
