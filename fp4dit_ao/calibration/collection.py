@@ -4,9 +4,10 @@ A sample is the keyword arguments of one ``pipe.transformer`` forward, exactly a
 guidance in one batch where the pipeline batches them, its scheduler's timesteps, its text embeddings.
 """
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fp4dit_ao.calibration import sample_cache
 from fp4dit_ao.calibration.observation import device_of
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
 from fp4dit_ao.calibration.sample_cache import Sample
+from fp4dit_ao.calibration.sample_selection import SELECTIONS, check_chosen
 from fp4dit_ao.graph_capture.sample_description import tensors
 
 _LABELS = "class_labels"
@@ -35,15 +37,17 @@ def collect_samples(
     seed: int = 0,
     samples: int | None = 128,
     batch_size: int = 1,
+    selection: str = "uniform",
     cache_dir: str | Path | None = None,
     memory_limit_bytes: int = MEMORY_LIMIT,
     progress: bool = True,
     **call: Any,
 ) -> list[Sample]:
-    """Run the pipeline's denoising loop on ``prompts`` and keep the inputs of some of its transformer calls.
+    """Runs the pipeline's denoising loop on ``prompts`` and keeps the inputs of some of its transformer calls.
 
-    Every timestep is represented equally and prompts take turns, so ``samples`` of them are spread evenly over prompts and
-    timesteps; the choice is deterministic. Each batch of prompts starts from noise of its own seed. Nothing is decoded.
+    With uniform selection every timestep is represented equally and prompts take turns, so ``samples`` calls are spread
+    evenly over prompts and timesteps. The choice is deterministic. Each batch of prompts starts from noise of its own seed.
+    No image is decoded.
 
     Args:
         pipe: a diffusers pipeline with a float transformer.
@@ -51,9 +55,10 @@ def collect_samples(
             row a prompt, tensors with one row shared by all), so that the text encoder need not be in memory; or if
             ``class_labels`` are, as for ``DiTPipeline``.
         steps: denoising steps; the pipeline's own default if None.
-        samples: how many transformer calls to keep; None keeps all.
+        samples: number of transformer calls to keep; None keeps all, 1 keeps the first.
         batch_size: prompts in one call of the pipeline, and so in one sample.
-        cache_dir: keep the samples there, and reuse them when weights, prompts and settings are the same.
+        selection: which calls are kept; a name in :data:`fp4dit_ao.calibration.sample_selection.SELECTIONS`.
+        cache_dir: folder for the samples, which are reused while weights, prompts and settings stay the same.
         memory_limit_bytes: ceiling for the samples. If they would exceed it, fewer are kept, evenly spread as before, with a
             warning; if not even one fits, it is an error. Tensors that several samples share count once.
         progress: show a progress bar with the time left.
@@ -63,8 +68,10 @@ def collect_samples(
         Keyword arguments of ``pipe.transformer.forward``, on the pipeline's device.
 
     Raises:
-        ValueError: no transformer, no prompts, an unknown argument, or a limit too small for one sample.
+        ValueError: no transformer, no prompts, an unknown argument or selection, a selection that needs the features of
+            blocks in a transformer without any, or a limit too small for one sample.
     """
+    SELECTIONS.find(selection)
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(transformer, nn.Module):
         raise ValueError(
@@ -86,12 +93,13 @@ def collect_samples(
             "samples": samples,
             "batch": batch_size,
             "limit": memory_limit_bytes,
+            "selection": selection,
         }
         key = sample_cache.fingerprint(pipe, settings, arguments)
         found = sample_cache.load(cache_dir, key, device_of(transformer))
         if found is not None:
             return found
-    kept = _collect(pipe, transformer, batches, seed, samples, memory_limit_bytes, progress)
+    kept = _collect(pipe, transformer, batches, seed, samples, selection, memory_limit_bytes, progress)
     if cache_dir is not None and key is not None:
         sample_cache.save(cache_dir, key, kept)
     return kept
@@ -164,9 +172,11 @@ def _collect(
     batches: list[dict[str, Any]],
     seed: int,
     samples: int | None,
+    selection: str,
     limit: int,
     progress: bool,
 ) -> list[Sample]:
+    choose = SELECTIONS.find(selection)
     bar = tqdm(desc="calibration data", unit="call", disable=not progress)
     bar_settings = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
@@ -185,12 +195,14 @@ def _collect(
 
     try:
         with torch.no_grad():
-            first = run(0, {0} if samples == 1 else None)
+            with _features_kept(transformer, choose.needs_features) as features:
+                first = run(0, {0} if samples == 1 else None)
             if not first.calls:
                 raise ValueError(f"{type(pipe).__name__} made no transformer call; is num_inference_steps above zero?")
             wanted = len(batches) * first.calls if samples is None else min(samples, len(batches) * first.calls)
             wanted = _fit(list(first.kept.values()), wanted, len(batches), limit)
-            chosen = plan(first.calls, len(batches), wanted)
+            chosen = choose(first.calls, len(batches), wanted, torch.stack(features) if features else None)
+            check_chosen(chosen, first.calls, len(batches), wanted, selection)
             bar.total = first.calls + sum(max(calls) + 1 for index, calls in chosen.items() if index)
             bar.refresh()
             kept = []
@@ -203,20 +215,38 @@ def _collect(
     return kept
 
 
-def plan(calls: int, batches: int, samples: int) -> dict[int, list[int]]:
-    """Which transformer calls of which batch of prompts to keep: ``{batch: [call, …]}``, batches without any left out.
+@contextlib.contextmanager
+def _features_kept(transformer: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """While open, keeps the features of every call: the middle block's output, averaged over tokens, as float32 on the CPU.
 
-    ``samples`` of the ``calls * batches`` cells, every call equally often (±1, the surplus evenly spread), batches in turn.
+    Args:
+        transformer: its longest ``nn.ModuleList`` holds the blocks.
+        wanted: False keeps nothing.
+
+    Raises:
+        ValueError: features are wanted and there are no blocks.
     """
-    chosen: dict[int, list[int]] = {}
-    turn = 0
-    for call in range(calls):
-        share = (call + 1) * samples // calls - call * samples // calls
-        for _ in range(share):
-            chosen.setdefault(turn % batches, []).append(call)
-            turn += 1
-    # batches in turn: within one call `share <= batches` of them are distinct
-    return chosen
+    features: list[Tensor] = []
+    if not wanted:
+        yield features
+        return
+    blocks: Sequence[nn.Module] = max(
+        ([*m] for m in transformer.modules() if isinstance(m, nn.ModuleList)), key=len, default=[]
+    )
+    if not blocks:
+        raise ValueError(
+            f"{type(transformer).__name__} has no nn.ModuleList of blocks to take features from; use selection='uniform'"
+        )
+
+    def keep(module: nn.Module, args: object, output: object) -> None:
+        x = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)).float()
+        features.append((x.flatten(1, -2).mean(1) if x.ndim > 2 else x).flatten().cpu())
+
+    hook = blocks[len(blocks) // 2].register_forward_hook(keep)
+    try:
+        yield features
+    finally:
+        hook.remove()
 
 
 def size_in_bytes(samples: Sequence[Mapping[str, Any]]) -> int:

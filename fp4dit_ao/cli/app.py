@@ -107,6 +107,9 @@ def quantize(
     samples: Annotated[
         int, typer.Option(min=1, help="Calibration samples: transformer calls of real generations.")
     ] = 128,
+    selection: Annotated[
+        str, typer.Option(help="Which calls become samples: 'uniform' over timesteps, or 'density_diversity'.")
+    ] = "uniform",
     seed: Annotated[int, typer.Option(help="Seed of the calibration noise.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")] = False,
     device: Device = None,
@@ -116,7 +119,7 @@ def quantize(
 
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, rounding=rounding, iters=iters, skip=skip or [], steps=steps,
-        samples=samples, seed=seed, resume=resume, device=device,
+        samples=samples, selection=selection, seed=seed, resume=resume, device=device,
     )  # fmt: skip
 
 

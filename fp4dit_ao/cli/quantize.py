@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from fp4dit_ao.calibration import read_prompts
+from fp4dit_ao.calibration import SELECTIONS, read_prompts
 from fp4dit_ao.config import AdaRoundConfig, QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.pipeline_quantization import ROUNDINGS, quantize_pipeline
@@ -18,7 +18,7 @@ CALIBRATION_PROMPTS = 64
 
 def quantize(
     model: str, out: Path, *, recipe: str, prompts: Path | None, rounding: str, iters: int | None, skip: Sequence[str],
-    steps: int | None, samples: int, seed: int, resume: bool, device: str | None,
+    steps: int | None, samples: int, selection: str, seed: int, resume: bool, device: str | None,
 ) -> None:  # fmt: skip
     """Quantize ``model`` and save it to ``out``; a killed run leaves ``<out>.unfinished``, and ``resume`` continues it.
 
@@ -30,6 +30,7 @@ def quantize(
         raise ValueError(f"unknown --rounding {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
     if iters is not None and rounding == "nearest":
         raise ValueError("--iters is the length of learned rounding; leave it out with --rounding nearest")
+    SELECTIONS.find(selection)
     named_models.folder_of(model)
     texts = read_prompts(prompts) if prompts else named_models.default_prompts(model, CALIBRATION_PROMPTS)
     if out.exists() and any(out.iterdir()):
@@ -40,7 +41,7 @@ def quantize(
     pipe = named_models.open_pipeline(model, device)
     start = time.perf_counter()
     try:
-        quantized = _quantize(pipe, recipe, texts, rounding, iters, skip, steps, samples, seed, unfinished)
+        quantized = _quantize(pipe, recipe, texts, rounding, iters, skip, steps, samples, selection, seed, unfinished)
         quantized.save_pretrained(out)
     except Exception:
         if not any(unfinished.glob("blocks/block-*")):
@@ -59,11 +60,11 @@ def quantize(
 
 def _quantize(
     pipe: Any, recipe: str, texts: list[str], rounding: str, iters: int | None, skip: Sequence[str],
-    steps: int | None, samples: int, seed: int, unfinished: Path,
+    steps: int | None, samples: int, selection: str, seed: int, unfinished: Path,
 ) -> Any:  # fmt: skip
     learned = rounding == "adaround"
     return quantize_pipeline(
-        pipe, recipe, prompts=texts, steps=steps, samples=samples, skip=skip, seed=seed,
+        pipe, recipe, prompts=texts, steps=steps, samples=samples, selection=selection, skip=skip, seed=seed,
         rounding=cast(Literal["adaround", "nearest"], rounding),
         adaround=AdaRoundConfig() if iters is None else AdaRoundConfig(iters=iters),
         checkpoint_dir=unfinished / "blocks" if learned else None,

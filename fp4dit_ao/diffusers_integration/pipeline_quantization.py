@@ -29,6 +29,7 @@ def quantize_pipeline(
     prompts: Sequence[str] | None = None,
     steps: int | None = None,
     samples: int | None = 128,
+    selection: str = "uniform",
     rounding: Literal["adaround", "nearest"] = "adaround",
     adaround: AdaRoundConfig | None = None,
     skip: Sequence[str] = (),
@@ -41,18 +42,19 @@ def quantize_pipeline(
     progress: bool = True,
     **call: Any,
 ) -> Any:
-    """Quantize the transformer of a diffusers pipeline.
+    """Quantizes the transformer of a diffusers pipeline: calibrate, learn the rounding, convert and lower in one call.
 
     Args:
         pipe: the float pipeline; it stays usable, and shares every component but the transformer with the result.
-        recipe: a name in ``config.RECIPES``, taken as it is for the model's family; or a config, taken as it is.
-        prompts: calibration prompts; see :func:`fp4dit_ao.collect_samples`, also for ``steps``, ``samples``, ``batch_size``,
-            ``seed``, ``cache_dir``, ``memory_limit_bytes`` and for text embeddings in place of prompts.
+        recipe: a name in ``config.RECIPES``, adapted to the model's family; or a config, used unchanged.
+        prompts: calibration prompts; see :func:`fp4dit_ao.collect_samples`, also for ``steps``, ``samples``,
+            ``selection``, ``batch_size``, ``seed``, ``cache_dir``, ``memory_limit_bytes`` and for text embeddings in place
+            of prompts.
         rounding: ``"adaround"`` learns the rounding of weights; ``"nearest"`` takes seconds.
-        adaround: how it is learned; the default is ``AdaRoundConfig()``.
+        adaround: settings of learned rounding; ``AdaRoundConfig()`` if None.
         skip: globs over module names that stay in high precision, besides the recipe's own.
         compile: run the quantized graph under ``torch.compile``.
-        checkpoint_dir: keep the state of the reconstruction there, so that a killed run resumes.
+        checkpoint_dir: folder for the state of the reconstruction, from which a killed run resumes.
         progress: show progress bars with the time left.
         call: further arguments of the pipeline while calibrating, on top of its ``generation.json``.
 
@@ -61,7 +63,8 @@ def quantize_pipeline(
         its ``save_pretrained(dir)`` writes what :func:`load_pipeline` reads.
 
     Raises:
-        ValueError: no transformer, one that is already quantized, an unknown recipe or rounding, or bad data.
+        ValueError: the pipeline has no transformer or one that is already quantized, the recipe, rounding or selection is
+            unknown, or the calibration data is bad.
     """
     model = _float_transformer(pipe)
     config = recipe_for(model, recipe)
@@ -71,7 +74,7 @@ def quantize_pipeline(
     needs_data = needs_calibration or rounding != "nearest"
     data = collect_samples(
         pipe, prompts, steps=steps, seed=seed, samples=samples if needs_data else 1, batch_size=batch_size,
-        cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
+        selection=selection, cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
     )  # fmt: skip
     quantizer = quantizer_for(model, recipe, skip)
     with torch.no_grad():
