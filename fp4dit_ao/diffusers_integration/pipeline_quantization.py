@@ -18,6 +18,8 @@ from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind, capture
 from fp4dit_ao.passes.lowering import lower
 from fp4dit_ao.passes.reconstruction import reconstruct
+from fp4dit_ao.passes.transforming import resolve_transforms, transform
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 
 ROUNDINGS = ("adaround", "nearest")
 
@@ -31,6 +33,7 @@ def quantize_pipeline(
     samples: int | None = 128,
     rounding: Literal["adaround", "nearest"] = "adaround",
     adaround: AdaRoundConfig | None = None,
+    transforms: Sequence[str | GraphTransform] = (),
     skip: Sequence[str] = (),
     seed: int = 0,
     batch_size: int = 1,
@@ -50,6 +53,7 @@ def quantize_pipeline(
             ``seed``, ``cache_dir``, ``memory_limit_bytes`` and for text embeddings in place of prompts.
         rounding: ``"adaround"`` learns the rounding of weights; ``"nearest"`` takes seconds.
         adaround: how it is learned; the default is ``AdaRoundConfig()``.
+        transforms: graph transforms before quantization, by name (``"smoothquant"``) or as objects, in order.
         skip: globs over module names that stay in high precision, besides the recipe's own.
         compile: run the quantized graph under ``torch.compile``.
         checkpoint_dir: keep the state of the reconstruction there, so that a killed run resumes.
@@ -61,14 +65,16 @@ def quantize_pipeline(
         its ``save_pretrained(dir)`` writes what :func:`load_pipeline` reads.
 
     Raises:
-        ValueError: no transformer, one that is already quantized, an unknown recipe or rounding, or bad data.
+        ValueError: no transformer, one that is already quantized, an unknown recipe, rounding or transform, or bad data.
     """
     model = _float_transformer(pipe)
     config = recipe_for(model, recipe)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r}; choose one of {', '.join(ROUNDINGS)}")
     needs_calibration = bool(config.weight_candidates) or config.activation_granularity == "tensor"
+    transforms = resolve_transforms(transforms)
     needs_data = needs_calibration or rounding != "nearest"
+    needs_data = needs_data or any(found.needs_data for found in transforms)
     data = collect_samples(
         pipe, prompts, steps=steps, seed=seed, samples=samples if needs_data else 1, batch_size=batch_size,
         cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
@@ -77,7 +83,8 @@ def quantize_pipeline(
     for glob in skip:
         quantizer.set_module_name(glob, None)
     with torch.no_grad():
-        prepared = prepare_pt2e(capture(model, data[0]), quantizer)
+        captured = transform(capture(model, data[0]), data, transforms, quantizer, progress)
+        prepared = prepare_pt2e(captured, quantizer)
         if needs_calibration:
             calibrate(prepared, data, progress=progress)
     report = None
