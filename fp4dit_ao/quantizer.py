@@ -28,7 +28,7 @@ from fp4dit_ao.observers import (
     TokenActivationObserver,
     WeightObserver,
 )
-from fp4dit_ao.passes.transforms.split_inputs import part_name, split_linears, whole_name
+from fp4dit_ao.passes.transforms.split_inputs import SplitInputs, part_name, whole_name
 
 ANNOTATION = "quantization_annotation"
 _ATEN = torch.ops.aten
@@ -94,7 +94,10 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Split the linears whose config says ``split_inputs``."""
-        split_linears(model, self._splits)
+        split = SplitInputs(wanted=self._splits)
+        split.fit(model)
+        if split.parts:
+            split.apply(model)
         return model
 
     def annotate(self, model: GraphModule) -> GraphModule:

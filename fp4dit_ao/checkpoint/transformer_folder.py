@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fp4dit_ao._registration import METHOD
 from fp4dit_ao.checkpoint import tensor_files
 from fp4dit_ao.checkpoint.empty_model import empty_model
-from fp4dit_ao.checkpoint.quantization_record import FORMAT_VERSION, Record, check_model
+from fp4dit_ao.checkpoint.quantization_record import Record, check_model
 from fp4dit_ao.checkpoint.tensor_files import Entry
 from fp4dit_ao.util.atomic_files import whole_folder
 
@@ -44,7 +44,7 @@ def save(
         OSError: it cannot be written.
     """
     with whole_folder(folder, replaceable=is_quantized(folder), own=_OWN) as partial:
-        metadata = {"quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
+        metadata = {"quant_method": METHOD, "format_version": str(record.format_version)}
         tensor_files.write(tensors, partial, metadata, max_shard_size)
         record.tensors = {name: Entry.of(x) for name, x in tensors.items()}
         config = record.model | {"quantization_config": record.to_json()}

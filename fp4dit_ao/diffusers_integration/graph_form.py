@@ -30,7 +30,7 @@ from fp4dit_ao.diffusers_integration.saving import refuse_unsaveable, save_pretr
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.passes import compilation
 from fp4dit_ao.passes.device_placement import convert_tensors, move_to
-from fp4dit_ao.passes.transforms.split_inputs import part_sizes
+from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.quantizer import Decision
 from fp4dit_ao.tensors.levels import refuse_unpacked
 
@@ -218,7 +218,13 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             quantized = isinstance(x, TorchAOBaseTensor)
             parts = graph_tensors.flatten(name, x.detach())
             stored |= {k: v.to(dtype) if v.is_floating_point() and not quantized else v for k, v in parts.items()}
-        graph = graph_rebuilding.build(empty_model(dict(self.config)), self.description, self.decisions, dtype)
+        graph = graph_rebuilding.build(
+            empty_model(dict(self.config)),
+            self.description,
+            self.decisions,
+            dtype,
+            transforms=applied_transforms(self.graph),
+        )
         graph_tensors.fill(graph, stored)
         self.graph = graph
 
@@ -261,9 +267,9 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def quantization_record(self) -> Record:
         """How this transformer was quantized."""
-        parts = part_sizes(self.graph.named_parameters())
+        transforms = applied_transforms(self.graph)
         own = model_config(self.config)
-        return Record(self.decisions, self.dtype, self.recipe, self.source, self.description, parts, model=own)
+        return Record(self.decisions, self.dtype, self.recipe, self.source, self.description, transforms, model=own)
 
     def tensors_to_save(self) -> dict[str, Tensor]:
         """Every tensor that the graph reads, codes and scales apart."""
@@ -336,7 +342,9 @@ def load_graph(folder: str | Path) -> QuantizedTransformer:
     own = dict(graph_tensors.tensors_of(model))
     try:
         dtypes = {name: x.dtype for name, x in stored.items()}
-        graph = graph_rebuilding.build(model, record.sample, record.decisions, record.dtype, dtypes)
+        graph = graph_rebuilding.build(
+            model, record.sample, record.decisions, record.dtype, dtypes, transforms=record.transforms
+        )
         read = graph_tensors.state_of(graph)
         # a model may also have tensors that it does not use in calls like the captured one
         graph_tensors.fill(graph, {name: x for name, x in stored.items() if name in read or name not in own})

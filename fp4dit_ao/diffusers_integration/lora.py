@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.passes.transforms.scaled_linear import INPUT_SCALE
 from fp4dit_ao.schemes.low_bit_weight import low_bit_weight
 from fp4dit_ao.tensors.levels import refuse_unpacked
 
@@ -84,7 +85,10 @@ def _merge(
     weight = base.weight.detach()
     total = weight.dequantize(torch.float32)
     for adapter in wanted:
-        total += layer.get_delta_weight(adapter).to(total)
+        delta = layer.get_delta_weight(adapter).to(total)
+        if (scale := getattr(base, INPUT_SCALE, None)) is not None:
+            delta = delta / scale.to(total)  # the weight's input is multiplied by it, that of the LoRA is not
+        total += delta
     fused = low_bit_weight(name, total, config).to(weight.dtype)
     if not layer.merged:
         layer.unfused_weight = weight

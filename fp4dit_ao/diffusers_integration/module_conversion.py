@@ -14,7 +14,6 @@ from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig, FP4DiTDiffusersQuantizer
 from fp4dit_ao.diffusers_integration.module_form import decide, finish, quantize_linear
 from fp4dit_ao.diffusers_integration.module_slots import Slots, check_online, quantized_linears
-from fp4dit_ao.passes.transforms.split_inputs import split_modules
 
 BUFFER_LIMIT = 1 << 30
 """Bytes of the largest tables, such as those of positions, that a model may make while it is loaded."""
@@ -45,7 +44,8 @@ def quantize_modules(
         ValueError: an unknown recipe, one that needs calibration data, or a model that it does not fit.
     """
     record = decide(model, recipe, skip=skip, sample=sample, source=source)
-    split_modules(model, record.parts)
+    for transform in record.transforms:
+        transform.apply_to_modules(model)
     for name, config in quantized_linears(record):
         quantize_linear(model, name, config)
     quantizer = FP4DiTDiffusersQuantizer(FP4DiTConfig(recipe, skip=skip), record, pre_quantized=False)

@@ -27,7 +27,7 @@ from fp4dit_ao.families import example_inputs, family_of, quantizer_for, recipe_
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.passes.device_placement import convert_tensors
-from fp4dit_ao.passes.transforms.split_inputs import part_sizes
+from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer, fit_group
 from fp4dit_ao.schemes.low_bit_weight import low_bit_weight
 
@@ -56,7 +56,7 @@ def decide(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if sample is None and family_of(model).sample is not None:
         sample = example_inputs(model, dtype=dtype)
-    description, parts = None, {}
+    description, transforms = None, []
     if sample is None:
         decisions = _decisions_by_name(model, quantizer)
     else:
@@ -64,8 +64,8 @@ def decide(
         empty = empty_model(dict(model.config), cls=type(model))
         prepared = graph_rebuilding.prepare(empty, description, dtype, quantizer)
         decisions = graph_rebuilding.resolve(quantizer.decisions.values(), prepared)
-        parts = part_sizes(prepared.named_parameters())
-    record = Record(decisions, dtype, config, source, description, parts)
+        transforms = applied_transforms(prepared)
+    record = Record(decisions, dtype, config, source, description, transforms)
     if not any(True for _ in quantized_linears(record)):
         raise ValueError(f"nothing in this {type(model).__name__} would be quantized; check the skip globs")
     return record
@@ -154,7 +154,11 @@ def record_of(model: Any) -> Record:
 
 def tensors_to_save(model: Any) -> dict[str, Tensor]:
     """Every tensor of a model in the module form, by the name that it has in a graph; codes and scales apart."""
-    every = dict(model.named_parameters()) | dict(model.named_buffers()) | model.hf_quantizer.record.constants
+    record: Record = model.hf_quantizer.record
+    every = dict(model.named_parameters()) | dict(model.named_buffers()) | record.constants
+    for transform in record.transforms:
+        for name in transform.shared_tensors():
+            every.pop(name, None)
     return {part: y for name, x in every.items() for part, y in graph_tensors.flatten(name, x.detach()).items()}
 
 

@@ -10,7 +10,6 @@ from fp4dit_ao import _compat
 from fp4dit_ao.checkpoint import graph_tensors
 from fp4dit_ao.checkpoint.quantization_record import Record
 from fp4dit_ao.config import QuantConfig
-from fp4dit_ao.passes.transforms.split_inputs import split_modules
 from fp4dit_ao.schemes.low_bit_weight import empty_parts, from_parts
 
 
@@ -49,7 +48,8 @@ class Slots:
 
     def __init__(self, model: Any, record: Record):
         self.model, self.record = model, record
-        split_modules(model, record.parts)
+        for transform in record.transforms:
+            transform.apply_to_modules(model)
         self._linears = dict(quantized_linears(record))
         for name, config in self._linears.items():
             self._open(name, config)
@@ -109,6 +109,9 @@ class Slots:
             del linear.weight
             weight = from_parts(parts, config, dtype or self.record.dtype)
             linear.weight = nn.Parameter(weight, requires_grad=False)
+        for transform in self.record.transforms:
+            for name, original in transform.shared_tensors().items():
+                graph_tensors.put_tensor(self.model, name, graph_tensors.tensor_at(self.model, original))
         _compat.make_buffers_transient(self._transient)
         for name in self._constants:
             self.record.constants[name] = graph_tensors.tensor_at(self.model, name)

@@ -16,8 +16,12 @@ from fp4dit_ao.diffusers_integration.pipeline_folder import with_transformer
 from fp4dit_ao.families import quantizer_for, recipe_for
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind, capture
+from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, run_fine_tuning
 from fp4dit_ao.passes.lowering import lower
+from fp4dit_ao.passes.mixed_precision import ALLOCATIONS, choose_formats
 from fp4dit_ao.passes.reconstruction import reconstruct
+from fp4dit_ao.passes.transforming import resolve_transforms, transform
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 
 ROUNDINGS = ("adaround", "nearest")
 
@@ -32,6 +36,10 @@ def quantize_pipeline(
     selection: str = "uniform",
     rounding: Literal["adaround", "nearest"] = "adaround",
     adaround: AdaRoundConfig | None = None,
+    transforms: Sequence[str | GraphTransform] = (),
+    allocation: str = "least_error",
+    budget_bits: float | None = None,
+    fine_tuning: str | None = None,
     skip: Sequence[str] = (),
     seed: int = 0,
     batch_size: int = 1,
@@ -52,6 +60,10 @@ def quantize_pipeline(
             of prompts.
         rounding: ``"adaround"`` learns the rounding of weights; ``"nearest"`` takes seconds.
         adaround: settings of learned rounding; ``AdaRoundConfig()`` if None.
+        transforms: graph transforms before quantization, by name (``"smoothquant"``) or as objects, in order.
+        allocation: how layers choose among ``QuantConfig.weight_candidates``; see ``passes.mixed_precision``.
+        budget_bits: largest mean of stored bits per weight that the allocation may spend; None for no limit.
+        fine_tuning: method of fine-tuning after rounding, such as ``"scales"``; see ``passes.fine_tuning``.
         skip: globs over module names that stay in high precision, besides the recipe's own.
         compile: run the quantized graph under ``torch.compile``.
         checkpoint_dir: folder for the state of the reconstruction, from which a killed run resumes.
@@ -63,7 +75,7 @@ def quantize_pipeline(
         its ``save_pretrained(dir)`` writes what :func:`load_pipeline` reads.
 
     Raises:
-        ValueError: the pipeline has no transformer or one that is already quantized, the recipe, rounding or selection is
+        ValueError: the pipeline has no transformer or one that is already quantized, the name of a recipe or method is
             unknown, or the calibration data is bad.
     """
     model = _float_transformer(pipe)
@@ -71,21 +83,35 @@ def quantize_pipeline(
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r}; choose one of {', '.join(ROUNDINGS)}")
     needs_calibration = bool(config.weight_candidates) or config.activation_granularity == "tensor"
+    transforms = resolve_transforms(transforms)
     needs_data = needs_calibration or rounding != "nearest"
+    needs_data = needs_data or any(found.needs_data for found in transforms) or fine_tuning is not None
+    ALLOCATIONS.find(allocation)
+    if fine_tuning is not None:
+        FINE_TUNINGS.find(fine_tuning)
+    if budget_bits is not None and not config.weight_candidates:
+        raise ValueError(
+            "budget_bits is shared out among weight_candidates, and this recipe has none; choose w4a6_auto"
+        )
     data = collect_samples(
         pipe, prompts, steps=steps, seed=seed, samples=samples if needs_data else 1, batch_size=batch_size,
         selection=selection, cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
     )  # fmt: skip
     quantizer = quantizer_for(model, recipe, skip)
     with torch.no_grad():
-        prepared = prepare_pt2e(capture(model, data[0]), quantizer)
+        captured = transform(capture(model, data[0]), data, transforms, quantizer, progress)
+        prepared = prepare_pt2e(captured, quantizer)
         if needs_calibration:
             calibrate(prepared, data, progress=progress)
+        choose_formats(prepared, allocation, budget_bits)
     report = None
     if rounding == "adaround":
         report = reconstruct(
             prepared, data, adaround or AdaRoundConfig(), checkpoint_dir=checkpoint_dir, progress=progress
         )
+    if fine_tuning is not None:
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir) / "fine_tuning"
+        run_fine_tuning(prepared, data, fine_tuning, checkpoint_dir=folder, progress=progress)
     with torch.no_grad():
         graph = lower(convert_pt2e(prepared, fold_quantize=False))
     source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path, if it was loaded from one
