@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fp4dit_ao.config import QuantConfig
-from fp4dit_ao.schemes.low_bit_weight import low_bit_weight
+from fp4dit_ao.schemes import scheme_of
 from fp4dit_ao.tensors.levels import refuse_unpacked
 
 
@@ -85,7 +85,7 @@ def _merge(
     total = weight.dequantize(torch.float32)
     for adapter in wanted:
         total += layer.get_delta_weight(adapter).to(total)
-    fused = low_bit_weight(name, total, config).to(weight.dtype)
+    fused = scheme_of(config).round_to_nearest(name, total, config).to(weight.dtype)
     if not layer.merged:
         layer.unfused_weight = weight
     base.weight = nn.Parameter(fused, requires_grad=False)

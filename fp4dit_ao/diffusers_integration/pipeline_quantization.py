@@ -18,6 +18,7 @@ from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind, capture
 from fp4dit_ao.passes.lowering import lower
 from fp4dit_ao.passes.reconstruction import reconstruct
+from fp4dit_ao.schemes import scheme_of
 
 ROUNDINGS = ("adaround", "nearest")
 
@@ -67,7 +68,7 @@ def quantize_pipeline(
     config = recipe_for(model, recipe)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r}; choose one of {', '.join(ROUNDINGS)}")
-    needs_calibration = bool(config.weight_candidates) or config.activation_granularity == "tensor"
+    needs_calibration = bool(config.weight_candidates) or not scheme_of(config).quantizes_online(config)
     needs_data = needs_calibration or rounding != "nearest"
     data = collect_samples(
         pipe, prompts, steps=steps, seed=seed, samples=samples if needs_data else 1, batch_size=batch_size,
