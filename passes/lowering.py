@@ -88,7 +88,7 @@ def _lower_attention(model: GraphModule, node: Node) -> None:
     if found is None:
         return
     *tensors, mask, scale = found
-    inputs = [found for x in tensors if (found := token_wise_input(x)) is not None]
+    inputs = [value for x in tensors if (value := token_wise_input(x)) is not None]
     formats = {x.fmt for x in inputs}
     if len(inputs) < len(tensors) or len(formats) > 1:
         return

@@ -59,7 +59,11 @@ def export_single_file(folder: str | Path, out: str | Path) -> None:
         scheme, attends = scheme_of(config), decision.kind == "attention"
         inputs = config.attention if attends else config.activation
         inputs = None if inputs is None else str(parse(inputs))
-        layer = {"kind": decision.kind, "input": inputs, "input_scale": scheme.input_scale(config, attends)}
+        layer: dict[str, Any] = {
+            "kind": decision.kind,
+            "input": inputs,
+            "input_scale": scheme.input_scale(config, attends),
+        }
         if inputs is not None:
             formats[inputs] = describe_format(inputs)
         if not attends:

@@ -90,7 +90,7 @@ class GroupedScheme:
             return None
         found = token_wise_input(linear.args[0])
         weight = MinifloatTensor.from_codes(
-            stored.codes, stored.scales[0], stored.block_size, stored.fmt, found and found.fmt, stored.dtype
+            stored.codes, stored.scales[0], stored.block_size, stored.fmt, found.fmt if found else None, stored.dtype
         )
         x = linear.args[0] if found is None else found.source
         assert isinstance(x, Node)
