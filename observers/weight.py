@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, PerTensor
 
-from fp4dit_ao.formats import NumberFormat, parse
+from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.observers.activation import ActivationObserver
-from fp4dit_ao.observers.base import FloatObserver, add_buffer, refuse_non_finite, replace_observer
+from fp4dit_ao.observers.base import FloatObserver, add_buffer, known, refuse_non_finite, replace_observer
 from fp4dit_ao.observers.scale_search import SEARCHES
-from fp4dit_ao.ops import dequantize, quantize
+from fp4dit_ao.ops import dequantize, full_block, quantize
 
 _OPS = torch.ops.fp4dit_ao
 
@@ -23,10 +23,13 @@ class WeightObserver(FloatObserver):
     Args:
         fmt: the format, or several: then :meth:`resolve` takes the one with the least output error.
         granularity: torchao's ``PerTensor()``, ``PerAxis(0)`` or ``PerGroup(n)``.
-        search: a name in ``range_search.SEARCHES``.
+        search: a name in ``scale_search.SEARCHES``.
         scale_dtype: type of the stored scales.
         name: the parameter's fully qualified name, such as ``blocks.0.fc.weight``: for messages, and for the buffers
             ``…weight_codes`` and ``…weight_scale`` that ``convert`` creates beside it.
+
+    Raises:
+        ValueError: an unknown format or search.
 
     Attributes:
         scale: ``(out_features or 1, groups)``, set by the first forward.
@@ -47,11 +50,12 @@ class WeightObserver(FloatObserver):
         **spec: Any,
     ):
         names = [fmt] if isinstance(fmt, str | NumberFormat) else fmt
-        candidates = tuple(parse(f) if isinstance(f, str) else f for f in names)
+        candidates = tuple(known(f) for f in names)
         super().__init__(candidates[0], **spec)
         self.candidates = candidates
         self.resolved = len(candidates) == 1
         self.granularity, self.search, self.scale_dtype, self.name = granularity, search, scale_dtype, name
+        self.find_scale = SEARCHES.find(search)
         self.rounding: nn.Module | None = None
         self.register_buffer("scale", None)
         self.register_buffer("codes", None)
@@ -81,7 +85,7 @@ class WeightObserver(FloatObserver):
         return self.dequantized(weight)
 
     def _search(self, weight: Tensor) -> Tensor:
-        return SEARCHES[self.search](weight, self.block_size(weight), self.fmt, self.scale_dtype)
+        return self.find_scale(weight, self.block_size(weight), self.fmt, self.scale_dtype)
 
     def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(codes, scale): the learned codes if there are any, else to nearest."""
@@ -140,6 +144,13 @@ class WeightObserver(FloatObserver):
             return
         errors = self.candidate_errors(weight, gram)
         self.choose(min(errors, key=errors.__getitem__), weight)
+
+    def pretend_observed(self, weight: Tensor) -> None:
+        """Gives the observer scales and codes without values, shaped as for ``weight``, so that a graph of fake tensors can be
+        converted."""
+        blocks = [n // b for n, b in zip(weight.shape, full_block(weight.shape, self.block_size(weight)), strict=True)]
+        self.scale = torch.empty(blocks, dtype=self.scale_dtype)
+        self.codes = torch.empty(weight.shape, dtype=torch.uint8)
 
     def scale_node(self, model: GraphModule, weight: Tensor, scale: Tensor) -> Node:
         """The node of the stored scale, at the current insertion point."""

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fp4dit_ao.config import RECIPES, QuantConfig
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.token_quantization import quantize_tokens
-from fp4dit_ao.tensors.minifloat import MinifloatTensor
+from fp4dit_ao.schemes import scheme_of
 
 SHAPES: dict[str, list[tuple[int, int]]] = {
     "pixart-xl": [(1152, 1152), (4608, 1152), (1152, 4608)],
@@ -173,10 +174,7 @@ def _to_int8(x: Tensor) -> Tensor:
 
 
 def low_bit(weight: Tensor, recipe: str) -> Any:
-    """``weight`` as the recipe's first linear holds it."""
+    """``weight`` as the recipe's first linear holds it, rounded to nearest."""
     config = QuantConfig.from_name(recipe)
-    fmt = config.weight or config.weight_candidates[0]
-    block_size = [1, config.group_size if config.weight_granularity == "group" else -1]
-    return MinifloatTensor.from_hp(
-        weight.bfloat16(), block_size, fmt, config.activation, getattr(torch, config.scale_dtype)
-    )
+    config = replace(config, weight=config.weight or config.weight_candidates[0], weight_candidates=())
+    return scheme_of(config).round_to_nearest("linear", weight.bfloat16(), config)

@@ -28,6 +28,7 @@ from fp4dit_ao.families import quantizer_for, recipe_for
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind, capture
 from fp4dit_ao.passes.lowering import lower
+from fp4dit_ao.schemes import scheme_of
 
 TEXT_TOKENS = 300
 PIXART_XL: dict[str, Any] = {
@@ -93,7 +94,7 @@ def quantized(model: nn.Module, given: dict[str, Any], recipe: str) -> Any:
     config = recipe_for(model, recipe)
     quantizer = quantizer_for(model, recipe)
     prepared = prepare_pt2e(capture(model, given), quantizer)
-    if config.weight_candidates or config.activation_granularity == "tensor":
+    if config.weight_candidates or not scheme_of(config).quantizes_online(config):
         calibrate(prepared, [given], progress=False)
     graph = lower(convert_pt2e(prepared))
     decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)

@@ -20,7 +20,6 @@ from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import capture
 from fp4dit_ao.observers import StaticActivationObserver, WeightObserver
 from fp4dit_ao.observers.weight import weight_of
-from fp4dit_ao.ops import full_block
 from fp4dit_ao.passes.lowering import lower
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer
@@ -127,11 +126,6 @@ def _pretend_calibrated(prepared: GraphModule) -> None:
     for node in prepared.graph.nodes:
         observer = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(observer, WeightObserver):
-            weight = weight_of(prepared, node)
-            blocks = [
-                n // b for n, b in zip(weight.shape, full_block(weight.shape, observer.block_size(weight)), strict=True)
-            ]
-            observer.scale = torch.empty(blocks, dtype=observer.scale_dtype)
-            observer.codes = torch.empty(weight.shape, dtype=torch.uint8)
+            observer.pretend_observed(weight_of(prepared, node))
         elif isinstance(observer, StaticActivationObserver):
             observer.scale = lambda rank: torch.empty([1] * rank)  # type: ignore[method-assign]

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor
 from fp4dit_ao._registration import METHOD
 from fp4dit_ao.checkpoint.tensor_files import Entry
 from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.formats import CODEBOOKS, CodebookFormat, register_codebook
+from fp4dit_ao.formats.registry import BUILT_IN
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.registry import from_records
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs
@@ -87,6 +89,7 @@ class Record:
             "dtype": str(self.dtype).removeprefix("torch."),
             "sample": self.sample,
             "configs": [dataclasses.asdict(config) for config in configs],
+            "codebooks": _custom_codebooks(configs),
             "layers": layers,
             **self._transforms_to_json(),
             "model": self.model,
@@ -127,6 +130,7 @@ class Record:
             raise ValueError(
                 f"{where} was altered since it was saved: its SHA-256 is not the recorded one; copy it again"
             )
+        _register_codebooks(data.get("codebooks", {}), where)
         try:
             configs = [QuantConfig.from_dict(config) for config in data["configs"]]
             dtype = getattr(torch, data["dtype"])
@@ -153,6 +157,31 @@ def _transforms_from_json(data: Mapping[str, Any]) -> list[GraphTransform]:
     if data["format_version"] != 2:
         return from_records(data["transforms"])
     return [SplitInputs.from_record({"parts": data["parts"]})] if data["parts"] else []
+
+
+def _custom_codebooks(configs: Iterable[QuantConfig]) -> dict[str, list[int]]:
+    """Levels of the codebooks that ``configs`` name and that are not built in, by name: whoever reads the record needs them."""
+    names = {name for config in configs for name in (config.weight, config.activation, config.attention)}
+    custom = sorted(name for name in names if name in CODEBOOKS and name not in BUILT_IN)
+    return {name: list(CODEBOOKS[name].levels) for name in custom}
+
+
+def _register_codebooks(codebooks: Any, where: str) -> None:
+    """Makes the codebooks of a record known to ``formats.parse``.
+
+    Raises:
+        ValueError: they are none, or this process knows another codebook by one of their names.
+    """
+    if not isinstance(codebooks, Mapping):
+        raise ValueError(f"{where} is damaged: its codebooks are {codebooks!r:.60}; copy it again")
+    for name, levels in codebooks.items():
+        try:
+            register_codebook(CodebookFormat(name, tuple(int(level) for level in levels)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{where} was quantized with a codebook {name!r} that cannot be used here: {error}; load it in a process that "
+                "did not register another codebook of that name"
+            ) from error
 
 
 def digest(data: Any) -> str:

@@ -13,7 +13,7 @@ from fp4dit_ao.diffusers_integration.graph_form import LayerSummary, QuantizedTr
 from fp4dit_ao.evaluation import plots
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import pick
-from fp4dit_ao.ops import quantize
+from fp4dit_ao.schemes import owner_of
 from fp4dit_ao.tensors.minifloat import MinifloatTensor
 from fp4dit_ao.util.markdown import markdown_table
 
@@ -111,9 +111,10 @@ def _errors(weight: Any, original: Tensor) -> list[str]:
     original = original.float()
     error = weight.dequantize(torch.float32) - original
     sqnr = 10 * torch.log10(original.square().sum() / error.square().sum().clamp(min=1e-30))
-    if not isinstance(weight, MinifloatTensor):
+    scheme = owner_of(weight)
+    if scheme is None:
         return [f"{sqnr:.2f}", ""]
-    nearest = quantize(original, weight.block_size, weight.scale, weight.fmt)
+    nearest = scheme.nearest_codes(weight, original)
     return [f"{sqnr:.2f}", f"{float((nearest != weight.codes).float().mean()):.1%}"]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.passes.transforms.scaled_linear import INPUT_SCALE
-from fp4dit_ao.schemes.low_bit_weight import low_bit_weight
+from fp4dit_ao.schemes import scheme_of
 from fp4dit_ao.tensors.levels import refuse_unpacked
 
 
@@ -89,7 +89,7 @@ def _merge(
         if (scale := getattr(base, INPUT_SCALE, None)) is not None:
             delta = delta / scale.to(total)  # the weight's input is multiplied by it, that of the LoRA is not
         total += delta
-    fused = low_bit_weight(name, total, config).to(weight.dtype)
+    fused = scheme_of(config).round_to_nearest(name, total, config).to(weight.dtype)
     if not layer.merged:
         layer.unfused_weight = weight
     base.weight = nn.Parameter(fused, requires_grad=False)

@@ -29,7 +29,7 @@ from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.passes.device_placement import convert_tensors
 from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer, fit_group
-from fp4dit_ao.schemes.low_bit_weight import low_bit_weight
+from fp4dit_ao.schemes import scheme_of
 
 
 def decide(
@@ -43,7 +43,7 @@ def decide(
     """What :func:`quantize_modules` would do with ``model``, whose tensors may be on the meta device; nothing is changed."""
     config = recipe_for(model, recipe)
     asked = recipe if isinstance(recipe, str) else config
-    if config.activation_granularity == "tensor":
+    if not scheme_of(config).quantizes_online(config):
         raise ValueError(
             f"recipe {asked} needs calibration data for static input ranges, which only the graph form computes; "
             "use quantize_pipeline, or a recipe that quantizes inputs online"
@@ -97,7 +97,8 @@ def quantize_linear(model: Any, name: str, config: QuantConfig) -> None:
         ValueError: NaN or Inf in it, or a group size that does not divide it.
     """
     linear = model.get_submodule(name)
-    linear.weight = nn.Parameter(low_bit_weight(name, linear.weight, config), requires_grad=False)
+    weight = scheme_of(config).round_to_nearest(name, linear.weight, config)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def finish(model: Any, quantizer: Any) -> Any:

@@ -10,13 +10,13 @@ from fp4dit_ao import _compat
 from fp4dit_ao.checkpoint import graph_tensors
 from fp4dit_ao.checkpoint.quantization_record import Record
 from fp4dit_ao.config import QuantConfig
-from fp4dit_ao.schemes.low_bit_weight import empty_parts, from_parts
+from fp4dit_ao.schemes import scheme_of
 
 
 def check_online(record: Record) -> None:
     """Raise ``ValueError`` if something was quantized in a way that only a graph can execute."""
     for decision in record.decisions:
-        if decision.config is not None and decision.config.activation_granularity == "tensor":
+        if decision.config is not None and not scheme_of(decision.config).quantizes_online(decision.config):
             raise ValueError(
                 f"{decision.name} quantizes its input in a static range, which only the graph form computes; use "
                 "form='graph', or a recipe that quantizes inputs online"
@@ -77,7 +77,7 @@ class Slots:
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{type(self.model).__name__} has no linear {name}, which was quantized")
         parts = nn.Module()
-        for part, x in empty_parts(linear.weight.shape, config).items():
+        for part, x in scheme_of(config).empty_parts(linear.weight.shape, config).items():
             parts.register_buffer(part, x)
         del linear.weight
         linear.add_module("weight", parts)
@@ -107,7 +107,7 @@ class Slots:
             linear = self.model.get_submodule(name)
             parts = dict(linear.weight.named_buffers())  # type: ignore[union-attr,operator]
             del linear.weight
-            weight = from_parts(parts, config, dtype or self.record.dtype)
+            weight = scheme_of(config).from_parts(parts, config, dtype or self.record.dtype)
             linear.weight = nn.Parameter(weight, requires_grad=False)
         for transform in self.record.transforms:
             for name, original in transform.shared_tensors().items():

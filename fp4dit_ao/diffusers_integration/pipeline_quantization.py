@@ -22,6 +22,7 @@ from fp4dit_ao.passes.mixed_precision import ALLOCATIONS, choose_formats
 from fp4dit_ao.passes.reconstruction import reconstruct
 from fp4dit_ao.passes.transforming import resolve_transforms, transform
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
+from fp4dit_ao.schemes import scheme_of
 
 ROUNDINGS = ("adaround", "nearest")
 
@@ -82,7 +83,7 @@ def quantize_pipeline(
     config = recipe_for(model, recipe)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r}; choose one of {', '.join(ROUNDINGS)}")
-    needs_calibration = bool(config.weight_candidates) or config.activation_granularity == "tensor"
+    needs_calibration = bool(config.weight_candidates) or not scheme_of(config).quantizes_online(config)
     transforms = resolve_transforms(transforms)
     needs_data = needs_calibration or rounding != "nearest"
     needs_data = needs_data or any(found.needs_data for found in transforms) or fine_tuning is not None

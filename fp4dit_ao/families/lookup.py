@@ -15,6 +15,7 @@ from fp4dit_ao.families import sample_inputs
 from fp4dit_ao.families.family import Family
 from fp4dit_ao.families.table import E2M1_THROUGHOUT, FAMILIES
 from fp4dit_ao.quantizer import FP4DiTQuantizer
+from fp4dit_ao.schemes import scheme_of
 
 _PAPER = ("w4a6", "w4a8", "w4a6_static", "w4a6_mse")
 """Recipes that are the paper's, and so may mean other formats for another family; all others say their formats themselves."""
@@ -81,7 +82,7 @@ def _set_family_rules(quantizer: FP4DiTQuantizer, model: nn.Module, config: Quan
     family = family_of(model)
     names = [name for name, _ in model.named_modules()]
     for glob, fields in family.layers.items():
-        if "activation" in fields and (config.activation is None or config.activation_granularity == "block"):
+        if "activation" in fields and (config.activation is None or scheme_of(config).one_format):
             continue  # a recipe for weights alone, or of a block format, which is one for all layers
         if any(fnmatchcase(name, glob) for name in names):
             quantizer.set_module_name(glob, dataclasses.replace(config, **fields))

@@ -6,6 +6,8 @@ from fp4dit_ao.formats.number_format import NumberFormat
 
 CODEBOOKS: dict[str, CodebookFormat] = {"nf4": NF4}
 """Registered codebooks; :func:`register_codebook` adds to them."""
+BUILT_IN = frozenset(CODEBOOKS)
+"""Names of the codebooks that come with the package; others travel in the record of a checkpoint."""
 
 
 def parse(name: str) -> NumberFormat:

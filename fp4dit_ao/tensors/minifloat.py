@@ -92,8 +92,8 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
                 native.VERSION if native.shared_object() is not None else None,
                 parts,
                 list(self.block_size),
-                self.fmt,
-                self.act_fmt,
+                parse(self.fmt),  # a codebook with its levels: another process may know other ones by that name
+                self.act_fmt and parse(self.act_fmt),
                 self.dtype,
             )
         )
