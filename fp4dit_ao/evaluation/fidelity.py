@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fp4dit_ao import _compat
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
 from fp4dit_ao.evaluation import metrics
 from fp4dit_ao.evaluation.environment import environment, one_line
@@ -76,7 +77,7 @@ def generate(
 @contextlib.contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
     """Without the pipeline's own progress bar."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    before = _compat.progress_bar_config(pipe)
     pipe.set_progress_bar_config(disable=True)
     try:
         yield
