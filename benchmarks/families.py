@@ -183,7 +183,7 @@ def _stages(name: str, recipe: str, compile: bool, row: dict[str, Any]) -> Itera
     yield "compile"
     sample = example_inputs(model, other_size(name), seed=1)
     expected, uncompiled = model(**sample, return_dict=False)[0], quantized(**sample).sample
-    torch._dynamo.reset()
+    torch.compiler.reset()
     quantized.compile_graph()
     began = time.perf_counter()
     compiled = quantized(**sample).sample

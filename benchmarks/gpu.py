@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from fp4dit_ao import FloatFormat, MinifloatTensor, unpack_weights
+from fp4dit_ao import FloatFormat, MinifloatTensor, _compat, unpack_weights
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.benchmark.memory import weight_bytes
 from fp4dit_ao.benchmark.transformers import PIXART_XL, quantized, random_model, sample
 from fp4dit_ao.evaluation.environment import environment, one_line
@@ -79,8 +79,8 @@ def variants(rows: int, features: int, depth: int, device: str) -> dict[str, Var
         "ours, int8": lambda: ops.level_linear(tokens, token_scale, int8.qdata, int8.scale, None, out),
         "ours, packed fp8": packed_fp8,
         "ours, fp8": lambda: ops.level_linear(eights, token_scale, fp8.qdata, fp8.scale, None, out),
-        "_int_mm": lambda: torch._int_mm(padded, int8.qdata.T),
-        "_scaled_mm fp8": lambda: torch._scaled_mm(eights, fp8.qdata.T, token_scale, columns, out_dtype=out),
+        "_int_mm": lambda: _compat.int8_product(padded, int8.qdata.T),
+        "_scaled_mm fp8": lambda: _compat.fp8_product(eights, fp8.qdata.T, token_scale, columns, out),
         "scaled_mm fp8, blocks of 128": block_wise_fp8,
     }
 

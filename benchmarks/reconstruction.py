@@ -22,12 +22,12 @@ import torch
 import typer
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks.eager_reconstruction import EagerLoop
 from fp4dit_ao import AdaRoundConfig, capture, collect_samples, quantizer_for, reconstruct, reference
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.benchmark import memory
 from fp4dit_ao.evaluation.environment import environment, one_line
 from fp4dit_ao.families import recipe_for

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
+from fp4dit_ao import _compat
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.passes.partition import Segment, partition
 
 
@@ -41,7 +42,7 @@ def outline(model: GraphModule) -> GraphModule:
                 values[name] = graph.call_function(operator.getitem, (call, index))
     [output] = [node for node in model.graph.nodes if node.op == "output"]
     graph.output(pytree.tree_map_only(Node, lambda node: values[node.name], output.args[0]))
-    graph.set_codegen(model.graph._codegen)
+    _compat.copy_calling_convention(graph, model.graph)
     for node in graph.nodes:
         if node.op == "get_attr":
             attributes[str(node.target)] = operator.attrgetter(str(node.target))(model)

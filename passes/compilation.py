@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from fp4dit_ao import _compat
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.passes.block_outlining import kinds_of_blocks, outline
 
 
@@ -56,4 +56,4 @@ def _plain(x: Any) -> Any:
     if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
         return x
     x = x.contiguous()
-    return x.data if x._is_view() and not x.requires_grad else x
+    return x.data if _compat.is_view_of_another(x) and not x.requires_grad else x

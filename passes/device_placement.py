@@ -5,7 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
+
+from fp4dit_ao import _compat
+from fp4dit_ao._compat import pytree
 
 
 def move_to(model: GraphModule, device: torch.device | str) -> GraphModule:
@@ -34,11 +36,11 @@ def convert_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> No
     """
     done: dict[int, tuple[Tensor, Tensor]] = {}  # by id; holding the old one keeps its id from being used again
     for module in model.modules():
-        for slots in (module._parameters, module._buffers):
+        for slots in _compat.slots(module):
             for name, x in slots.items():
                 if x is None:
                     continue
                 if id(x) not in done:
                     y = convert(x.detach())
                     done[id(x)] = x, nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
-                slots[name] = done[id(x)][1]  # type: ignore[assignment]
+                slots[name] = done[id(x)][1]

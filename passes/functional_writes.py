@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from fp4dit_ao import _compat
+
 _ATEN = torch.ops.aten
 
 
@@ -33,12 +35,7 @@ def _slices(view: Any) -> list[Node]:
 
 def _is_fresh(node: Node) -> bool:
     """Whether an operator made it, with memory of its own."""
-    return node.op == "call_function" and not _is_view(node)
-
-
-def _is_view(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(result.alias_info is not None for result in schema.returns)
+    return node.op == "call_function" and not _compat.is_view(node.target)
 
 
 def _fits(copy: Node) -> bool:
@@ -52,13 +49,13 @@ def _fits(copy: Node) -> bool:
 def _seen_otherwise(base: Node, copy: Node) -> bool:
     """Whether a view of ``base`` that was made before ``copy`` is read after it."""
     order = {node: position for position, node in enumerate(copy.graph.nodes)}
-    views = [user for user in base.users if _is_view(user) and order[user] < order[copy]]
+    views = [user for user in base.users if _compat.is_view(user.target) and order[user] < order[copy]]
     while views:
         view = views.pop()
         for user in view.users:
             if order[user] > order[copy]:
                 return True
-            if _is_view(user):
+            if _compat.is_view(user.target):
                 views.append(user)
     return False
 

@@ -4,6 +4,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from fp4dit_ao import _compat
 from fp4dit_ao.tensors.levels import LevelTensor
 from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
@@ -28,7 +29,7 @@ def unpack_weights(model: Module, to: str = "int8") -> Module:
     """
     found: dict[tuple[nn.Module, str], LevelTensor] = {}
     for path, owner in model.named_modules():
-        for name, parameter in owner._parameters.items():
+        for name, parameter in _compat.slots(owner)[0].items():
             weight = None if parameter is None else parameter.detach()
             if isinstance(weight, MinifloatTensor) and weight.act_fmt is not None:
                 try:
@@ -41,5 +42,5 @@ def unpack_weights(model: Module, to: str = "int8") -> Module:
             "packed by lower(converted), with a recipe that quantizes inputs"
         )
     for (owner, name), weight in found.items():
-        owner._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        _compat.slots(owner)[0][name] = nn.Parameter(weight, requires_grad=False)
     return model

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fp4dit_ao import _compat
 from fp4dit_ao.benchmark.worker import Workload, timed
 
 _PRODUCTS = [(512, 1152, 4608), (1024, 1152, 4608), (1024, 4608, 1152), (1024, 4096, 4096), (2048, 2048, 2048)]
@@ -32,7 +33,7 @@ class Ceilings(Workload):
         for rows, depth, features in _PRODUCTS:
             a = torch.ones(rows, depth, dtype=dtype, device=self.device)
             b = torch.ones(features, depth, dtype=dtype, device=self.device).T
-            multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+            multiply = _compat.int8_product if dtype == torch.int8 else torch.mm
             best = max(best, rows * depth * features / self._seconds(functools.partial(multiply, a, b)))
         return best
 

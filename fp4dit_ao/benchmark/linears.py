@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fp4dit_ao import _compat
 from fp4dit_ao.benchmark import exact, memory
 from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.variants import Variant
@@ -113,7 +114,7 @@ class Linear(Workload):
         pairs = [numbers(*size, case["tokens"], seed) for seed in range(self.per_run)]
         if self.method == INT_MM.method:
             products = [(_to_int8(x).to(self.device), _to_int8(weight).to(self.device).T) for weight, x in pairs]
-            self.call = lambda: [torch._int_mm(x, weight) for x, weight in products]
+            self.call = lambda: [_compat.int8_product(x, weight) for x, weight in products]
             self.call()
             return {"bits": 8.0}
         if self.method.endswith(PRODUCT):

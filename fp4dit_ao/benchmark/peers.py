@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fp4dit_ao import _compat
 from fp4dit_ao.families import family_of
 
 GROUP = 128
@@ -82,16 +81,18 @@ def _int8(device: str) -> Any:
 
 def _int4(device: str) -> Any:
     if device == "cpu":  # the released configs need a GPU
-        return _compat.int4_cpu_config(GROUP)
+        from fp4dit_ao._compat.torchao_prototype import int4_cpu_config
+
+        return int4_cpu_config(GROUP)
     from torchao.quantization import Int4WeightOnlyConfig
 
     return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
 
 
 def _int8_int4_packed(device: str) -> Any:
-    from torchao.prototype.quantization.int4.inference_workflow import Int8DynamicActivationInt4WeightConfig
+    from fp4dit_ao._compat.torchao_prototype import int8_int4_config
 
-    return Int8DynamicActivationInt4WeightConfig(group_size=GROUP)
+    return int8_int4_config(GROUP)
 
 
 def _int8_int4(device: str) -> Any:

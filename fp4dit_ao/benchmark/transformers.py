@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.benchmark import exact, memory
 from fp4dit_ao.benchmark.peers import PEERS, quantizable
 from fp4dit_ao.benchmark.variants import Variant

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from fp4dit_ao import _compat
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.calibration import sample_cache
 from fp4dit_ao.calibration.observation import device_of
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
@@ -178,7 +179,7 @@ def _collect(
 ) -> list[Sample]:
     choose = SELECTIONS.find(selection)
     bar = tqdm(desc="calibration data", unit="call", disable=not progress)
-    bar_settings = dict(getattr(pipe, "_progress_bar_config", {}))
+    bar_settings = _compat.progress_bar_config(pipe)
     pipe.set_progress_bar_config(disable=True)
 
     def run(index: int, wanted: set[int] | None) -> _Recorder:
@@ -211,7 +212,7 @@ def _collect(
                 kept += [recorded[call] for call in calls]
     finally:
         bar.close()
-        pipe._progress_bar_config = bar_settings
+        pipe.set_progress_bar_config(**bar_settings)
     return kept
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.graph_capture.sample_description import tensors
 from fp4dit_ao.observers import set_fake_quantize

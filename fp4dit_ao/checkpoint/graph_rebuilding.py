@@ -111,7 +111,7 @@ def _prepare(
 
 def _fake(model: nn.Module, mode: Any, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype) -> None:
     for prefix, module in model.named_modules():
-        for slots in (module._parameters, module._buffers):
+        for slots in _compat.slots(module):
             for leaf, x in slots.items():
                 if x is None:
                     continue

@@ -70,7 +70,8 @@ def put_tensor(root: nn.Module, path: str, value: Tensor) -> None:
     """Put ``value`` in the place of the parameter or buffer at a dotted path."""
     parent, _, leaf = path.rpartition(".")
     owner = root.get_submodule(parent)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    parameters, buffers = _compat.slots(owner)
+    if leaf in parameters:
+        parameters[leaf] = nn.Parameter(value, requires_grad=False)
     else:
-        owner._buffers[leaf] = value
+        buffers[leaf] = value

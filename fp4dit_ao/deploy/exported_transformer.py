@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from fp4dit_ao import _compat, kernels  # noqa: F401, kernels registers the operators that exported graphs call
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.deploy.signature import Signature, as_length, signature_of
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.passes.numbers_to_lengths import numbers_to_lengths
@@ -80,7 +80,7 @@ def save_package(model: "QuantizedTransformer", path: str | Path) -> None:
         exported = export_program(model)
         options = {"aot_inductor.metadata": {_NOTE: json.dumps(_note(model, exported))}}
         with torch.no_grad(), _compat.distinct_sizes(), _compat.types_in_packages():
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(partial), inductor_configs=options)
+            _compat.compile_package(exported, partial, options)
 
 
 class ExportedTransformer:
@@ -134,7 +134,7 @@ def load(path: str | Path) -> ExportedTransformer:
     note: dict[str, Any]
     try:
         if package:
-            run = torch._inductor.aoti_load_package(str(path))
+            run = _compat.load_package(path)
             note = json.loads(run.get_metadata()[_NOTE])
             return ExportedTransformer("package", run, note)
         extra = {_NOTE: ""}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
+from fp4dit_ao import _compat
 from fp4dit_ao.checkpoint import graph_rebuilding, graph_tensors
 from fp4dit_ao.checkpoint.empty_model import empty_model
 from fp4dit_ao.checkpoint.quantization_record import Record, model_config
@@ -116,13 +117,12 @@ def finish(model: Any, quantizer: Any) -> Any:
     model.quantization_method = quantizer.quantization_config.quant_method
     model.is_quantized = False  # diffusers refuses .to(dtype) where this is True; here that casts what is not quantized
     model.register_to_config(quantization_config=quantizer.quantization_config)
-    if not getattr(model, "_repeated_blocks", None):  # what compile_repeated_blocks() compiles
-        blocks = (block for module in model.children() if isinstance(module, nn.ModuleList) for block in module)
-        model._repeated_blocks = sorted({type(block).__name__ for block in blocks})
+    blocks = (block for module in model.children() if isinstance(module, nn.ModuleList) for block in module)
+    _compat.name_repeated_blocks(model, (type(block).__name__ for block in blocks))
     model.save_pretrained = functools.partial(save_module_form, model)
     model.fuse_lora = functools.partial(lora.fuse_lora, model, dict(quantized_linears(quantizer.record)))
     model.unfuse_lora = functools.partial(lora.unfuse_lora, model)
-    model._apply = functools.partial(_apply, model)
+    _compat.replace_apply(model, functools.partial(_apply, model))
     return model.eval()
 
 
@@ -205,6 +205,7 @@ def dequantize_modules(model: Any) -> Any:
         if isinstance(weight, TorchAOBaseTensor):
             module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
     restore_attention(model.modules())
-    model._internal_dict = type(model.config)({k: v for k, v in model.config.items() if k != "quantization_config"})
-    del model.save_pretrained, model.fuse_lora, model.unfuse_lora, model.quantization_method, model._apply
+    _compat.replace_config(model, {k: v for k, v in model.config.items() if k != "quantization_config"})
+    _compat.replace_apply(model, None)
+    del model.save_pretrained, model.fuse_lora, model.unfuse_lora, model.quantization_method
     return model

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from fp4dit_ao import _compat
 from fp4dit_ao.calibration import pipeline_arguments
 from fp4dit_ao.calibration.pipeline_arguments import generation_defaults
 from fp4dit_ao.checkpoint import transformer_folder
@@ -135,7 +136,7 @@ def resolve_folder(name: str | Path) -> Path:
 def with_transformer(pipe: Any, transformer: nn.Module, defaults: dict[str, Any]) -> Any:
     """A shallow copy of ``pipe`` with another transformer, which saves itself whole or not at all."""
     new = copy.copy(pipe)
-    new._progress_bar_config = dict(getattr(pipe, "_progress_bar_config", {}))
+    new.set_progress_bar_config(**_compat.progress_bar_config(pipe))
     new.register_modules(transformer=transformer)
     new.generation_defaults = defaults
     new.save_pretrained = functools.partial(save_pipeline, new)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from fp4dit_ao import _compat
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
 from fp4dit_ao.evaluation import metrics
 from fp4dit_ao.evaluation.environment import environment, one_line
@@ -78,7 +79,7 @@ def generate(
 @contextlib.contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
     """Without the pipeline's own progress bar."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    before = _compat.progress_bar_config(pipe)
     pipe.set_progress_bar_config(disable=True)
     try:
         yield

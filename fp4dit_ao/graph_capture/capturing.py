@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from fp4dit_ao import _compat
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.families import family_of
 from fp4dit_ao.families.forward_rewrites import methods_replaced
 from fp4dit_ao.passes.functional_writes import make_functional

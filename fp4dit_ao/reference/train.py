@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5TokenizerFast
 
+from fp4dit_ao import _compat
 from fp4dit_ao.reference.data import Emoji, read_package, write_sheet
 from fp4dit_ao.util.atomic_files import write_text
 
@@ -175,7 +176,7 @@ class Run:
             self.step += 1
             weight = 1 - min(EMA, (self.step + 1) / (self.step + 10))
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.params.values()], weight)
+                _compat.lerp_(list(self.ema.values()), [p.detach() for p in self.params.values()], weight)
             self.seconds += time.monotonic() - start
             self.smooth = self.loss if self.smooth is None else 0.98 * self.smooth + 0.02 * self.loss
             if self.step % 20 == 0:

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.observers import FloatObserver
 from fp4dit_ao.observers.weight import weight_of
 from fp4dit_ao.passes.partition import Segment, weight_observers
