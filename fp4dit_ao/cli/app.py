@@ -71,7 +71,9 @@ Weights = Annotated[
     str,
     typer.Option(help="Of a quantized MODEL: 'packed'; or 'int8' or 'fp8', twice the memory and nothing to look up."),
 ]
-Iterations = Annotated[int | None, typer.Option(min=1, help="Iterations of learned rounding per block.")]
+Iterations = Annotated[
+    int | None, typer.Option(min=1, help="Iterations of learned rounding per block, layer or window.")
+]
 
 
 @app.command()
@@ -98,7 +100,11 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder of the quantized pipeline; must be new or empty.")],
     recipe: Annotated[str, typer.Option(help="w4a6, w4a8, w4a6_auto, …; see README.")] = "w4a6",
     prompts: Prompts = None,
-    rounding: Annotated[str, typer.Option(help="'adaround' learns it; 'nearest' takes seconds.")] = "adaround",
+    rounding: Annotated[
+        str, typer.Option(help="'adaround' learns it; 'gptq' takes minutes, 'nearest' seconds; see docs/methods.md.")
+    ] = "adaround",
+    objective: Annotated[str, typer.Option(help="What learned rounding minimises.")] = "mse",
+    scope: Annotated[str, typer.Option(help="What is rounded together: 'block', 'layer' or 'window'.")] = "block",
     iters: Iterations = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Glob of modules to leave in high precision; repeatable.")
@@ -113,13 +119,26 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Seed of the calibration noise.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")] = False,
     device: Device = None,
+    transform: Annotated[
+        list[str] | None, typer.Option(help="Graph transform before quantization, such as 'smoothquant'; repeatable.")
+    ] = None,
+    allocation: Annotated[
+        str, typer.Option(help="How layers choose among a recipe's candidate formats, such as 'integer_programme'.")
+    ] = "least_error",
+    budget_bits: Annotated[
+        float | None, typer.Option(help="Mean of stored bits per weight that the allocation may spend.")
+    ] = None,
+    fine_tuning: Annotated[str | None, typer.Option(help="Fine-tuning after rounding, such as 'scales'.")] = None,
 ) -> None:
-    """Quantize MODEL and save it."""
+    """Quantize MODEL and save it. `fp4dit-ao methods` lists the names that options for methods take."""
     from fp4dit_ao.cli import quantize as run
 
+    methods = run.Methods(
+        rounding, objective, scope, iters, selection, tuple(transform or ()), allocation, budget_bits, fine_tuning
+    )
     run.quantize(
-        model, out, recipe=recipe, prompts=prompts, rounding=rounding, iters=iters, skip=skip or [], steps=steps,
-        samples=samples, selection=selection, seed=seed, resume=resume, device=device,
+        model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], steps=steps, samples=samples,
+        seed=seed, resume=resume, device=device,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao.calibration import MEMORY_LIMIT, calibrate, collect_samples, pipeline_arguments
 from fp4dit_ao.checkpoint import graph_rebuilding
-from fp4dit_ao.config import AdaRoundConfig, QuantConfig
+from fp4dit_ao.config import AdaRoundConfig, QuantConfig, ReconstructionConfig
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.pipeline_folder import with_transformer
 from fp4dit_ao.families import quantizer_for, recipe_for
@@ -19,12 +19,11 @@ from fp4dit_ao.graph_capture.capturing import bind, capture
 from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, run_fine_tuning
 from fp4dit_ao.passes.lowering import lower
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS, choose_formats
-from fp4dit_ao.passes.reconstruction import reconstruct
+from fp4dit_ao.passes.reconstruction import ROUNDINGS, reconstruct
+from fp4dit_ao.passes.reconstruction.choice import chosen_config
 from fp4dit_ao.passes.transforming import resolve_transforms, transform
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.schemes import scheme_of
-
-ROUNDINGS = ("adaround", "nearest")
 
 
 def quantize_pipeline(
@@ -35,11 +34,14 @@ def quantize_pipeline(
     steps: int | None = None,
     samples: int | None = 128,
     selection: str = "uniform",
-    rounding: Literal["adaround", "nearest"] = "adaround",
-    adaround: AdaRoundConfig | None = None,
     transforms: Sequence[str | GraphTransform] = (),
     allocation: str = "least_error",
     budget_bits: float | None = None,
+    rounding: str | None = None,
+    objective: str | None = None,
+    scope: str | None = None,
+    adaround: AdaRoundConfig | None = None,
+    reconstruction: ReconstructionConfig | None = None,
     fine_tuning: str | None = None,
     skip: Sequence[str] = (),
     seed: int = 0,
@@ -53,21 +55,27 @@ def quantize_pipeline(
 ) -> Any:
     """Quantizes the transformer of a diffusers pipeline: calibrate, learn the rounding, convert and lower in one call.
 
+    Names of methods are those that ``fp4dit_ao.methods()`` lists.
+
     Args:
         pipe: the float pipeline; it stays usable, and shares every component but the transformer with the result.
         recipe: a name in ``config.RECIPES``, adapted to the model's family; or a config, used unchanged.
         prompts: calibration prompts; see :func:`fp4dit_ao.collect_samples`, also for ``steps``, ``samples``,
             ``selection``, ``batch_size``, ``seed``, ``cache_dir``, ``memory_limit_bytes`` and for text embeddings in place
             of prompts.
-        rounding: ``"adaround"`` learns the rounding of weights; ``"nearest"`` takes seconds.
-        adaround: settings of learned rounding; ``AdaRoundConfig()`` if None.
         transforms: graph transforms before quantization, by name (``"smoothquant"``) or as objects, in order.
-        allocation: how layers choose among ``QuantConfig.weight_candidates``; see ``passes.mixed_precision``.
+        allocation: how layers choose among ``QuantConfig.weight_candidates``.
         budget_bits: largest mean of stored bits per weight that the allocation may spend; None for no limit.
-        fine_tuning: method of fine-tuning after rounding, such as ``"scales"``; see ``passes.fine_tuning``.
+        rounding: how weights are rounded: ``"nearest"`` takes seconds, ``"gptq"`` minutes; ``"adaround"``, the default, learns
+            it as ``adaround`` says.
+        objective: what learned rounding minimises; ``"mse"`` by default.
+        scope: what is rounded together; ``"block"`` by default.
+        adaround: settings of learned rounding; ``AdaRoundConfig()``, scale-aware AdaRound, if None.
+        reconstruction: rounding, objective, scope and their settings in one config, in place of those four.
+        fine_tuning: method of fine-tuning after rounding, such as ``"scales"``; None for none.
         skip: globs over module names that stay in high precision, besides the recipe's own.
         compile: run the quantized graph under ``torch.compile``.
-        checkpoint_dir: folder for the state of the reconstruction, from which a killed run resumes.
+        checkpoint_dir: folder for the state of reconstruction and fine-tuning, from which a killed run resumes.
         progress: show progress bars with the time left.
         call: further arguments of the pipeline while calibrating, on top of its ``generation.json``.
 
@@ -81,19 +89,13 @@ def quantize_pipeline(
     """
     model = _float_transformer(pipe)
     config = recipe_for(model, recipe)
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding={rounding!r}; choose one of {', '.join(ROUNDINGS)}")
-    needs_calibration = bool(config.weight_candidates) or not scheme_of(config).quantizes_online(config)
+    rounded = chosen_config(rounding, objective, scope, adaround, reconstruction)
     transforms = resolve_transforms(transforms)
-    needs_data = needs_calibration or rounding != "nearest"
-    needs_data = needs_data or any(found.needs_data for found in transforms) or fine_tuning is not None
-    ALLOCATIONS.find(allocation)
-    if fine_tuning is not None:
-        FINE_TUNINGS.find(fine_tuning)
-    if budget_bits is not None and not config.weight_candidates:
-        raise ValueError(
-            "budget_bits is shared out among weight_candidates, and this recipe has none; choose w4a6_auto"
-        )
+    _check_methods(config, allocation, budget_bits, fine_tuning)
+    rounds_on_data = ROUNDINGS.find(rounded.rounding).needs_samples
+    needs_calibration = bool(config.weight_candidates) or not scheme_of(config).quantizes_online(config)
+    needs_data = needs_calibration or rounds_on_data or fine_tuning is not None
+    needs_data = needs_data or any(found.needs_data for found in transforms)
     data = collect_samples(
         pipe, prompts, steps=steps, seed=seed, samples=samples if needs_data else 1, batch_size=batch_size,
         selection=selection, cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
@@ -106,10 +108,8 @@ def quantize_pipeline(
             calibrate(prepared, data, progress=progress)
         choose_formats(prepared, allocation, budget_bits)
     report = None
-    if rounding == "adaround":
-        report = reconstruct(
-            prepared, data, adaround or AdaRoundConfig(), checkpoint_dir=checkpoint_dir, progress=progress
-        )
+    if rounds_on_data:
+        report = reconstruct(prepared, data, rounded, checkpoint_dir=checkpoint_dir, progress=progress)
     if fine_tuning is not None:
         folder = None if checkpoint_dir is None else Path(checkpoint_dir) / "fine_tuning"
         run_fine_tuning(prepared, data, fine_tuning, checkpoint_dir=folder, progress=progress)
@@ -121,6 +121,18 @@ def quantize_pipeline(
     quantized.report = report
     quantized.compile_graph(compile)
     return with_transformer(pipe, quantized, pipeline_arguments.defaults_of(pipe))
+
+
+def _check_methods(config: QuantConfig, allocation: str, budget_bits: float | None, fine_tuning: str | None) -> None:
+    """Raises ``ValueError`` early for names that are not registered, and a budget that nothing could spend."""
+    ALLOCATIONS.find(allocation)
+    if fine_tuning is not None:
+        FINE_TUNINGS.find(fine_tuning)
+    if budget_bits is not None and not config.weight_candidates:
+        raise ValueError(
+            "budget_bits is shared out among weight_candidates, and this recipe has none; choose a recipe with candidates, "
+            "such as w4a6_auto"
+        )
 
 
 def _float_transformer(pipe: Any) -> nn.Module:
