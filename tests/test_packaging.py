@@ -25,7 +25,6 @@ NOT_IMPORTED = {
     "build": "a command",
     "pre-commit": "a command",
     "import-linter": "a command",
-    "mkdocs": "a command",
     "mkdocs-material": "the theme in mkdocs.yml",
     "mkdocstrings": "a plug-in in mkdocs.yml",
     "ipykernel": "nbclient starts it",
