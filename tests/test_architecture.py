@@ -127,9 +127,3 @@ def test_every_module_has_a_place_in_the_order_of_imports() -> None:
         "add the new module to the layers in pyproject.toml, at the level that it belongs to"
     )
     assert rooms <= MODULES.keys(), "pyproject.toml names a module that does not exist"
-
-
-def test_importable_packages_are_installed() -> None:
-    """A folder that pyproject.toml's list of packages forgets would be missing from the wheel."""
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    assert set(setuptools["packages"]) == {name for name, path in MODULES.items() if path.name == "__init__.py"}

@@ -31,6 +31,8 @@ import typer
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
+import fp4dit_ao
+from docs.tools import architecture_figure
 from fp4dit_ao.cli.app import app
 from tests.conftest import ROOT
 from tests.diffusers_integration.test_diffusers import Hub
@@ -65,9 +67,9 @@ ELSEWHERE = {
     "pip install -c constraints.txt '.[peers]'": "nothing here needs other packages; those missing are listed as such",
     "pip install 'fp4dit-ao[serve]'": "a part of dev, so installed by .ci/run",
     "pip install 'fp4dit-ao[ray]'": "a part of dev, so installed by .ci/run",
-    "serve run fp4dit_ao.serving.ray:build model=DIR replicas=4 gpus=1": "needs GPUs; test_serving_ray.py runs two replicas",
-    "python benchmarks/quality.py": "hours; test_evaluate.py tests its parts",
-    "fp4dit-ao benchmark --out benchmarks/results/cpu.json": "40 minutes; test_cli.py and test_benchmark.py run its parts",
+    "serve run fp4dit_ao.serving.ray:build model=DIR replicas=4 gpus=1": "needs GPUs; tests/serving/test_ray.py runs two",
+    "python benchmarks/quality.py": "hours; tests/evaluation/test_evaluate.py tests its parts",
+    "fp4dit-ao benchmark --out benchmarks/results/cpu.json": "40 minutes; tests/cli and tests/benchmark run its parts",
     "npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz": "needs npm",
     "python -m fp4dit_ao.reference.train autoencoder --package package --work work": "hours, and what npm gets",
     "python -m fp4dit_ao.reference.train transformer --package package --work work --steps 4600": "likewise",
@@ -85,7 +87,9 @@ class Block:
 
 
 def markdown() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "fp4dit_ao").rglob("*.md"))]
+    """Every page of the repository, but those that other tools read."""
+    folders = ("docs", "fp4dit_ao", "passes", "observers", "benchmarks", "tutorials", "tests")
+    return [*sorted(ROOT.glob("*.md")), *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.md")))]
 
 
 def pages() -> list[str]:
@@ -217,6 +221,54 @@ def test_page(page: str, things: Path, tmp_path: Path, monkeypatch: pytest.Monke
                         shell.run(command)
                     except Exception as error:
                         raise AssertionError(f"{where}: {command}") from error
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+def links(text: str) -> list[str]:
+    """Targets of links and pictures, but for the web's."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(text: str) -> set[str]:
+    """Headings as GitHub and mkdocs name them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [str(path.relative_to(ROOT)) for path in markdown()])
+def test_links_and_paths_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    missing = []
+    for target in links(text):
+        path, _, anchor = target.partition("#")
+        found = (ROOT / page).parent / path if path else ROOT / page
+        if not found.exists() or (anchor and anchor not in anchors(found.read_text(encoding="utf-8"))):
+            missing.append(target)
+    tops = "fp4dit_ao|passes|observers|tests|docs|benchmarks|tutorials"
+    for path in re.findall(rf"`((?:{tops})/[\w./-]*)`", re.sub(r"\[[^\]]*\]\([^)]*\)", "", text)):
+        if not (ROOT / path).exists():
+            missing.append(path)
+    assert not missing
+
+
+def test_every_public_name_is_in_the_api_reference() -> None:
+    listed = re.findall(r"^::: fp4dit_ao\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(fp4dit_ao.__all__)
+
+
+def test_the_figure_of_the_architecture_is_the_checked_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its rooms are those of the contract in pyproject.toml."""
+    monkeypatch.setattr(architecture_figure, "OUT", tmp_path / "architecture.svg")
+    architecture_figure.main()
+    shown, drawn = (
+        re.findall(r">([^<>]+)</text>", path.read_text(encoding="utf-8"))
+        for path in (ROOT / "docs" / "architecture.svg", tmp_path / "architecture.svg")
+    )
+    assert shown == drawn, "draw it again: python docs/tools/architecture_figure.py"
 
 
 # --- what runs elsewhere, and what stands in a sentence --------------------------------------------------------------

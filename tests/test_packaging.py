@@ -1,0 +1,114 @@
+"""What is installed: packages, sources of the C library, and what other packages they need."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_architecture import MODULES
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
+
+NOT_IMPORTED = {
+    "sentencepiece": "transformers reads T5's tokenizers with it",
+    "pytest-timeout": "pytest's option timeout",
+    "pytest-xdist": "pytest's option -n",
+    "pytest-cov": "pytest's option --cov",
+    "ruff": "a command",
+    "mypy": "a command",
+    "build": "a command",
+    "pre-commit": "a command",
+    "import-linter": "a command",
+    "mkdocs-material": "the theme in mkdocs.yml",
+    "mkdocstrings": "a plug-in in mkdocs.yml",
+    "ipykernel": "nbclient starts it",
+    "optimum-quanto": "a peer in the benchmark, imported by name if it is there",
+    "sdnq": "likewise",
+    "bitsandbytes": "likewise",
+}
+"""Requirements that no file imports, and what they are for."""
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def required(*extras: str) -> set[str]:
+    """Distributions that pyproject.toml names: the package's own, and those of ``extras``."""
+    listed = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
+    names = (re.match(r"[\w.-]+", line) for line in listed)
+    return {canonical(name[0]) for name in names if name} - {"fp4dit-ao"}
+
+
+def imported(*folders: str) -> set[str]:
+    """Distributions that the files of these folders import, for type checkers included."""
+    distributions = metadata.packages_distributions()
+    found = set()
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names:
+                if not (ROOT / top).is_dir():
+                    assert top in distributions, f"{path.relative_to(ROOT)} imports {top}, which is not installed"
+                    found.add(canonical(distributions[top][0]))
+    return found
+
+
+EXTRAS = tuple(PROJECT["optional-dependencies"])
+
+
+def test_what_the_package_imports_is_declared() -> None:
+    users = [extra for extra in EXTRAS if extra not in {"dev", "docs", "peers"}]
+    optional_compiler = {"triton"}  # comes with CUDA builds of torch; the tests install it everywhere
+    assert imported("fp4dit_ao", "passes", "observers") <= required(*users) | optional_compiler
+
+
+def test_what_tests_and_tools_import_is_declared() -> None:
+    assert imported("tests", "benchmarks", "tutorials", "docs", ".ci") <= required(*EXTRAS)
+
+
+def test_what_is_declared_is_used() -> None:
+    everywhere = imported("fp4dit_ao", "passes", "observers", "tests", "benchmarks", "tutorials", "docs", ".ci")
+    assert required(*EXTRAS) == everywhere | set(NOT_IMPORTED)
+    assert not everywhere & set(NOT_IMPORTED)
+
+
+def test_every_requirement_is_pinned_for_ci() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+]+", line) for line in pins)
+    names = [canonical(line.split("==")[0]) for line in pins]
+    assert len(set(names)) == len(names)
+    assert required(*EXTRAS) <= set(names)
+
+
+def test_every_package_is_installed() -> None:
+    """A folder that pyproject.toml's list of packages forgets would be missing from the wheel."""
+    assert set(SETUPTOOLS["packages"]) == {name for name, path in MODULES.items() if path.name == "__init__.py"}
+
+
+@pytest.mark.parametrize("suffix", ["c", "h"])
+def test_every_source_of_the_library_is_built_and_shipped(suffix: str) -> None:
+    """Headers are in ``depends``, for rebuilding; MANIFEST.in puts them into the sdist by a pattern."""
+    [library] = SETUPTOOLS["ext-modules"]
+    listed = library["sources"] if suffix == "c" else library["depends"]
+    found = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "fp4dit_ao" / "kernels" / "cpu" / "csrc").glob(f"*.{suffix}")
+    }
+    assert set(listed) == found
+    assert "include fp4dit_ao/kernels/cpu/csrc/*.h" in (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()
+
+
+def test_files_beside_the_code_are_matched_by_package_data() -> None:
+    folder = ROOT / "fp4dit_ao" / "reference"
+    patterns = SETUPTOOLS["package-data"]["fp4dit_ao.reference"]
+    data = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in {".py", ".pyc"}}
+    assert data == {path for pattern in patterns for path in folder.glob(pattern)}
+    assert Path(ROOT / "fp4dit_ao" / "py.typed").is_file()
