@@ -4,13 +4,16 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from fp4dit_ao.calibration import SELECTIONS, read_prompts
 from fp4dit_ao.config import AdaRoundConfig, QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.pipeline_quantization import ROUNDINGS, quantize_pipeline
 from fp4dit_ao.util.atomic_files import write_text
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 CALIBRATION_PROMPTS = 64
 """Taken from the reference pipeline's own where the user gives none."""
@@ -59,9 +62,9 @@ def quantize(
 
 
 def _quantize(
-    pipe: Any, recipe: str, texts: list[str], rounding: str, iters: int | None, skip: Sequence[str],
+    pipe: "DiffusionPipeline", recipe: str, texts: list[str], rounding: str, iters: int | None, skip: Sequence[str],
     steps: int | None, samples: int, selection: str, seed: int, unfinished: Path,
-) -> Any:  # fmt: skip
+) -> "DiffusionPipeline":  # fmt: skip
     learned = rounding == "adaround"
     return quantize_pipeline(
         pipe, recipe, prompts=texts, steps=steps, samples=samples, selection=selection, skip=skip, seed=seed,

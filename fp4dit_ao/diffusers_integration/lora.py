@@ -4,7 +4,7 @@ PEFT's own merging knows only torchao's configs, and undoes itself by subtractin
 """
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,9 +13,12 @@ from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.schemes.low_bit_weight import low_bit_weight
 from fp4dit_ao.tensors.levels import refuse_unpacked
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
 
 def fuse_lora(
-    model: Any,
+    model: "ModelMixin",
     configs: dict[str, QuantConfig],
     lora_scale: float = 1.0,
     safe_fusing: bool = False,
@@ -58,7 +61,7 @@ def fuse_lora(
         layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names)
 
 
-def unfuse_lora(model: Any) -> None:
+def unfuse_lora(model: "ModelMixin") -> None:
     """Undo :func:`fuse_lora`: low-bit weights have their former codes and scales again, bit for bit."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

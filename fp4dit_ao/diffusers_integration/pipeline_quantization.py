@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -19,11 +19,14 @@ from fp4dit_ao.graph_capture.capturing import bind, capture
 from fp4dit_ao.passes.lowering import lower
 from fp4dit_ao.passes.reconstruction import reconstruct
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 ROUNDINGS = ("adaround", "nearest")
 
 
 def quantize_pipeline(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     recipe: str | QuantConfig = "w4a6",
     *,
     prompts: Sequence[str] | None = None,
@@ -41,7 +44,7 @@ def quantize_pipeline(
     memory_limit_bytes: int = MEMORY_LIMIT,
     progress: bool = True,
     **call: Any,
-) -> Any:
+) -> "DiffusionPipeline":
     """Quantizes the transformer of a diffusers pipeline: calibrate, learn the rounding, convert and lower in one call.
 
     Args:
@@ -96,7 +99,7 @@ def quantize_pipeline(
     return with_transformer(pipe, quantized, pipeline_arguments.defaults_of(pipe))
 
 
-def _float_transformer(pipe: Any) -> nn.Module:
+def _float_transformer(pipe: "DiffusionPipeline") -> nn.Module:
     model = getattr(pipe, "transformer", None)
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -111,5 +114,5 @@ def _float_transformer(pipe: Any) -> nn.Module:
     return model
 
 
-def _description(model: nn.Module, sample: dict[str, Any]) -> Any:
+def _description(model: nn.Module, sample: dict[str, Any]) -> dict[str, Any]:
     return sample_description.describe(bind(model, sample))
