@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.evaluation.fidelity import Comparison, Evaluation, Fidelity, timed_generate
 from fp4dit_ao.evaluation.metrics import Images
 from fp4dit_ao.util.atomic_files import write_text
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Rounding = Literal["nearest", "plain", "scale-aware"]
 
@@ -196,7 +199,7 @@ class Run:
         shutil.rmtree(self.work / "blocks" / key, ignore_errors=True)
         return fidelity
 
-    def original(self, row: Row) -> Any:
+    def original(self, row: Row) -> "DiffusionPipeline":
         if row.batch_size is None or not self.compile:
             return self.pipe
         pipe = copy.copy(self.pipe)
@@ -209,7 +212,7 @@ class Run:
         stored: Images = np.load(self.work / "full.npz")["images"]
         return stored
 
-    def quantized(self, key: str, row: Row) -> Any:
+    def quantized(self, key: str, row: Row) -> "DiffusionPipeline":
         """The compiled pipeline of a row; what reconstruction reports goes into the work folder."""
         assert row.config is not None
         pipe = quantize_pipeline(

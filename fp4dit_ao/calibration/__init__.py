@@ -1,4 +1,4 @@
-"""Calibration data: where it comes from, and how observers see it."""
+"""Calibration: collecting samples from a pipeline, and running them through observers."""
 
 from fp4dit_ao.calibration.collection import MEMORY_LIMIT, collect_samples, size_in_bytes
 from fp4dit_ao.calibration.observation import calibrate, check_finite

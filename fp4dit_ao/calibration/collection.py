@@ -1,7 +1,7 @@
-"""Calibration data from a pipeline's own denoising trajectories, and the pass that shows them to the observers.
+"""Calibration samples from a pipeline's own denoising trajectories.
 
-A sample is the keyword arguments of one ``pipe.transformer`` forward, exactly as the pipeline makes it: both halves of
-guidance in one batch where the pipeline batches them, its scheduler's timesteps, its text embeddings.
+A sample is the keyword arguments of one ``pipe.transformer`` forward, exactly as the pipeline passes them: both halves
+of guidance in one batch if the pipeline batches them, the scheduler's timesteps, the text embeddings.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,17 @@ from fp4dit_ao.calibration.sample_cache import Sample
 from fp4dit_ao.calibration.sample_selection import SELECTIONS, check_chosen
 from fp4dit_ao.graph_capture.sample_description import tensors
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 _LABELS = "class_labels"
-"""The argument of class-conditional pipelines that stands where others have prompts."""
+"""Argument of class-conditional pipelines that takes the place of prompts."""
 MEMORY_LIMIT = 4 * 2**30
-"""Default ceiling, in bytes, for all samples together."""
+"""Default limit of all samples together, in bytes."""
 
 
 def collect_samples(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     prompts: Sequence[str] | None = None,
     *,
     steps: int | None = None,
@@ -47,21 +50,21 @@ def collect_samples(
     """Runs the pipeline's denoising loop on ``prompts`` and keeps the inputs of some of its transformer calls.
 
     With uniform selection every timestep is represented equally and prompts take turns, so ``samples`` calls are spread
-    evenly over prompts and timesteps. The choice is deterministic. Each batch of prompts starts from noise of its own seed.
-    No image is decoded.
+    evenly over prompts and timesteps. The choice is deterministic. Each batch of prompts starts from noise of its own
+    seed. No image is decoded.
 
     Args:
         pipe: a diffusers pipeline with a float transformer.
-        prompts: None if precomputed embeddings are given in ``call`` (``prompt_embeds``, ``prompt_attention_mask``, …; one
-            row a prompt, tensors with one row shared by all), so that the text encoder need not be in memory; or if
+        prompts: None if precomputed embeddings are given in ``call`` (``prompt_embeds``, ``prompt_attention_mask``, …;
+            one row a prompt, tensors with one row shared by all), so that the text encoder need not be in memory; or if
             ``class_labels`` are, as for ``DiTPipeline``.
         steps: denoising steps; the pipeline's own default if None.
         samples: number of transformer calls to keep; None keeps all, 1 keeps the first.
         batch_size: prompts in one call of the pipeline, and so in one sample.
         selection: which calls are kept; a name in :data:`fp4dit_ao.calibration.sample_selection.SELECTIONS`.
         cache_dir: folder for the samples, which are reused while weights, prompts and settings stay the same.
-        memory_limit_bytes: ceiling for the samples. If they would exceed it, fewer are kept, evenly spread as before, with a
-            warning; if not even one fits, it is an error. Tensors that several samples share count once.
+        memory_limit_bytes: limit of all samples together. If they would exceed it, fewer are selected, with a warning;
+            if not even one fits, it is an error. Tensors that several samples share count once.
         progress: show a progress bar with the time left.
         call: further arguments of the pipeline (``guidance_scale``, ``height``, …), on top of its ``generation.json``.
 
@@ -106,8 +109,10 @@ def collect_samples(
     return kept
 
 
-def _batches(pipe: Any, prompts: Sequence[str] | None, arguments: dict[str, Any], size: int) -> list[dict[str, Any]]:
-    """The pipeline's keyword arguments for every batch of prompts."""
+def _batches(
+    pipe: "DiffusionPipeline", prompts: Sequence[str] | None, arguments: dict[str, Any], size: int
+) -> list[dict[str, Any]]:
+    """Keyword arguments of the pipeline for every batch of prompts."""
     if isinstance(prompts, str):
         prompts = [prompts]
     embeddings = {name: v for name, v in arguments.items() if "prompt" in name and isinstance(v, Tensor) and v.ndim}
@@ -137,11 +142,11 @@ def _batches(pipe: Any, prompts: Sequence[str] | None, arguments: dict[str, Any]
 
 
 class _Enough(Exception):
-    """Ends a trajectory whose remaining calls are not wanted."""
+    """Raised to end a trajectory whose remaining calls are not wanted."""
 
 
 class _Recorder:
-    """A forward pre-hook that keeps the inputs of chosen calls; ``wanted`` None keeps them all."""
+    """Forward pre-hook that keeps the inputs of the calls in ``wanted``, of all calls if None."""
 
     def __init__(self, transformer: nn.Module, bar: "tqdm[Any]", wanted: set[int] | None = None):
         self.names = list(inspect.signature(transformer.forward).parameters)
@@ -155,7 +160,7 @@ class _Recorder:
         if self.wanted is None or self.calls in self.wanted:
             sample = dict(zip(self.names, args, strict=False)) | kwargs
             sample.pop("return_dict", None)
-            # a scheduler or pipeline may overwrite in place what it passed; shared embeddings stay shared
+            # copied, since the pipeline may overwrite the latent in place; embeddings stay shared between samples
             self.kept[self.calls] = {
                 name: _own(value) if name == self.names[0] else value for name, value in sample.items()
             }
@@ -168,7 +173,7 @@ def _own(value: Any) -> Any:
 
 
 def _collect(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     transformer: nn.Module,
     batches: list[dict[str, Any]],
     seed: int,
@@ -186,7 +191,7 @@ def _collect(
         recorder = _Recorder(transformer, bar, wanted)
         hook = transformer.register_forward_pre_hook(recorder, with_kwargs=True)
         try:
-            # on the CPU, so that the noise does not depend on the device
+            # a CPU generator, so that the noise does not depend on the device
             pipe(**batches[index], generator=torch.Generator().manual_seed(seed + index))
         except _Enough:
             pass
@@ -218,7 +223,8 @@ def _collect(
 
 @contextlib.contextmanager
 def _features_kept(transformer: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
-    """While open, keeps the features of every call: the middle block's output, averaged over tokens, as float32 on the CPU.
+    """While open, keeps the features of every call: the middle block's output, averaged over tokens, as float32 on the
+    CPU.
 
     Args:
         transformer: its longest ``nn.ModuleList`` holds the blocks.
@@ -251,16 +257,16 @@ def _features_kept(transformer: nn.Module, wanted: bool) -> Iterator[list[Tensor
 
 
 def size_in_bytes(samples: Sequence[Mapping[str, Any]]) -> int:
-    """Bytes of all tensors, those that several samples share counted once."""
+    """Bytes of all tensors of ``samples``; tensors that several samples share count once."""
     seen = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for s in samples for _, x in tensors(s)}
     return sum(seen.values())
 
 
 def _fit(trajectory: list[Sample], wanted: int, batches: int, limit: int) -> int:
-    """How many samples fit into ``limit`` bytes, judging by one trajectory.
+    """Number of samples, at most ``wanted``, that fit into ``limit`` bytes, estimated from one trajectory.
 
     Raises:
-        ValueError: not even one.
+        ValueError: not even one sample fits.
     """
     one, all_ = size_in_bytes(trajectory[:1]), size_in_bytes(trajectory)
     each = (all_ - one) // (len(trajectory) - 1) if len(trajectory) > 1 else one

@@ -20,11 +20,12 @@ Chosen = dict[int, list[int]]
 
 
 class SampleSelection(Protocol):
-    """Chooses calibration samples among the cells of a table: one row per batch of prompts, one column per transformer call.
+    """Chooses calibration samples among the cells of a table: one row per batch of prompts, one column per transformer
+    call.
 
     Attributes:
-        needs_features: whether the choice depends on what the model computes. If so, the first batch's trajectory is run
-            with a hook on the middle transformer block, and its pooled outputs are passed as ``features``.
+        needs_features: whether the choice depends on what the model computes. If so, the first batch's trajectory is
+            run with a hook on the middle transformer block, and its pooled outputs are passed as ``features``.
     """
 
     @property
@@ -34,23 +35,24 @@ class SampleSelection(Protocol):
         """Chooses exactly ``samples`` cells; the same for equal arguments (no global random state).
 
         Args:
-            calls: transformer calls of one trajectory, at least 1. Call 0 is the noisiest timestep. Pipelines that do not
-                batch guidance make two calls per timestep.
+            calls: transformer calls of one trajectory, at least 1. Call 0 is the noisiest timestep. Pipelines that do
+                not batch guidance make two calls per timestep.
             batches: batches of prompts, at least 1; each is one trajectory.
             samples: wanted number of cells, from 1 to ``calls * batches``.
-            features: float32 ``(calls, n)``, the output of the middle transformer block in every call of the first batch,
-                averaged over tokens; None unless :attr:`needs_features`.
+            features: float32 ``(calls, n)``, the output of the middle transformer block in every call of the first
+                batch, averaged over tokens; None unless :attr:`needs_features`.
 
         Returns:
-            ``{batch: [call, …]}``: batches from 0 to ``batches - 1``, without those of which nothing is kept; calls from 0
-            to ``calls - 1``, ascending, each at most once.
+            ``{batch: [call, …]}``: batches from 0 to ``batches - 1``, without those of which nothing is kept; calls
+            from 0 to ``calls - 1``, ascending, each at most once.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Every call equally often (±1, the surplus evenly spread), batches in turn: Q-Diffusion's and FP4DiT's calibration."""
+    """Every call equally often (±1, the surplus evenly spread), batches in turn: Q-Diffusion's and FP4DiT's
+    calibration."""
 
     needs_features: bool = False
 
@@ -66,7 +68,8 @@ class DensityDiversity:
     ``D_t = #{j : mse(f_t, f_j) <= radius}`` and the diversity ``V_t = sum_j (1 - cos(f_t, f_j))``.
 
     Attributes:
-        radius: relative to the mean square of all features. (The paper's, 0.3 for LDM-4, is in units of one model's features.)
+        radius: relative to the mean square of all features. (The paper's, 0.3 for LDM-4, is in units of one model's
+            features.)
         diversity: weight λ of the diversity; the paper takes 1.0 to 5.0.
     """
 
@@ -103,8 +106,8 @@ def _unit(x: Tensor) -> Tensor:
 def apportion(weights: Sequence[float], total: int, most: int) -> list[int]:
     """Whole numbers in proportion to ``weights`` that sum to ``total``, each at most ``most``.
 
-    Each is less than 1 from its exact share. What the limit cuts off goes to the others in proportion to their weights, and
-    in equal parts if those are all zero.
+    Each is less than 1 from its exact share. What the limit cuts off goes to the others in proportion to their weights,
+    and in equal parts if those are all zero.
     """
     quotas = [0.0] * len(weights)
     uncut, left = list(range(len(weights))), total

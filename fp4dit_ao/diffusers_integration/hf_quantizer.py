@@ -7,7 +7,7 @@ quantized while it is read, weight by weight.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.quantizers import auto
@@ -21,6 +21,9 @@ from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration import module_form
 from fp4dit_ao.diffusers_integration.module_slots import Slots, quantized_linears
 from fp4dit_ao.passes.transforms.split_inputs import split_modules, whole_name
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 class _Method(StrEnum):
@@ -82,7 +85,7 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._slots: Slots | None = None
         self._linears: dict[str, QuantConfig] = {}
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: "ModelMixin", **kwargs: Any) -> None:
         config = self.quantization_config
         if self.pre_quantized:
             self.record = Record.from_json(config.stored or {}, "its config.json")

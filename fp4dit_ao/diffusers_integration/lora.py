@@ -4,7 +4,7 @@ PEFT's own merging knows only torchao's configs, and undoes itself by subtractin
 """
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,9 +14,12 @@ from fp4dit_ao.passes.transforms.scaled_linear import INPUT_SCALE
 from fp4dit_ao.schemes import scheme_of
 from fp4dit_ao.tensors.levels import refuse_unpacked
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
 
 def fuse_lora(
-    model: Any,
+    model: "ModelMixin",
     configs: dict[str, QuantConfig],
     lora_scale: float = 1.0,
     safe_fusing: bool = False,
@@ -59,7 +62,7 @@ def fuse_lora(
         layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names)
 
 
-def unfuse_lora(model: Any) -> None:
+def unfuse_lora(model: "ModelMixin") -> None:
     """Undo :func:`fuse_lora`: low-bit weights have their former codes and scales again, bit for bit."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

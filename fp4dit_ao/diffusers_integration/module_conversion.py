@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,18 +15,21 @@ from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig, FP4DiTDif
 from fp4dit_ao.diffusers_integration.module_form import decide, finish, quantize_linear
 from fp4dit_ao.diffusers_integration.module_slots import Slots, check_online, quantized_linears
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
 BUFFER_LIMIT = 1 << 30
 """Bytes of the largest tables, such as those of positions, that a model may make while it is loaded."""
 
 
 def quantize_modules(
-    model: Any,
+    model: "ModelMixin",
     recipe: str | QuantConfig = "w4a6",
     *,
     skip: Sequence[str] = (),
     sample: Mapping[str, Any] | None = None,
     source: str | None = None,
-) -> Any:
+) -> "ModelMixin":
     """Quantize a diffusers model in place with nearest rounding: no graph to run, no calibration, one weight at a time.
 
     Args:
@@ -52,7 +55,7 @@ def quantize_modules(
     return finish(model, quantizer)
 
 
-def from_graph(record: Record, tensors: Mapping[str, Tensor]) -> Any:
+def from_graph(record: Record, tensors: Mapping[str, Tensor]) -> "ModelMixin":
     """A quantized graph in the module form; tensors are shared, learned roundings included.
 
     Args:
@@ -69,7 +72,7 @@ def from_graph(record: Record, tensors: Mapping[str, Tensor]) -> Any:
     return finish(slots.close(), _quantizer_of(record))
 
 
-def load_modules(folder: str | Path) -> Any:
+def load_modules(folder: str | Path) -> "ModelMixin":
     """The transformer in ``folder`` as the diffusers model that it was, on the CPU, in the module form.
 
     What ``from_pretrained`` of its class gives, in the type that it was saved in.

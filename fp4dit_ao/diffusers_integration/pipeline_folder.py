@@ -32,7 +32,7 @@ _LOADERS: dict[str, Callable[[Path], Any]] = {"graph": load_graph, "module": loa
 """What loads a transformer, by its form."""
 
 
-def save_pipeline(pipe: Any, folder: str | Path, **kwargs: Any) -> None:
+def save_pipeline(pipe: DiffusionPipeline, folder: str | Path, **kwargs: Any) -> None:
     """Write a quantized pipeline into ``folder``, whole or not at all; a quantized pipeline that is there is replaced.
 
     ``pipe.save_pretrained`` of a pipeline made here does this. ``kwargs`` are those of diffusers' ``save_pretrained``.
@@ -60,7 +60,7 @@ def load_pipeline(
     compile: bool = False,
     form: Literal["graph", "module"] = "graph",
     weights: Weights = "packed",
-) -> Any:
+) -> DiffusionPipeline:
     """The quantized pipeline in ``folder``, which draws what the saved one drew, bit for bit.
 
     Args:
@@ -133,7 +133,7 @@ def resolve_folder(name: str | Path) -> Path:
     raise FileNotFoundError(f"there is no folder {name}")
 
 
-def with_transformer(pipe: Any, transformer: nn.Module, defaults: dict[str, Any]) -> Any:
+def with_transformer(pipe: DiffusionPipeline, transformer: nn.Module, defaults: dict[str, Any]) -> DiffusionPipeline:
     """A shallow copy of ``pipe`` with another transformer, which saves itself whole or not at all."""
     new = copy.copy(pipe)
     new.set_progress_bar_config(**_compat.progress_bar_config(pipe))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,9 +25,12 @@ from fp4dit_ao.passes.transforming import resolve_transforms, transform
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.schemes import scheme_of
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 def quantize_pipeline(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     recipe: str | QuantConfig = "w4a6",
     *,
     prompts: Sequence[str] | None = None,
@@ -52,7 +55,7 @@ def quantize_pipeline(
     memory_limit_bytes: int = MEMORY_LIMIT,
     progress: bool = True,
     **call: Any,
-) -> Any:
+) -> "DiffusionPipeline":
     """Quantizes the transformer of a diffusers pipeline: calibrate, learn the rounding, convert and lower in one call.
 
     Names of methods are those that ``fp4dit_ao.methods()`` lists.
@@ -150,5 +153,5 @@ def _float_transformer(pipe: Any) -> nn.Module:
     return model
 
 
-def _description(model: nn.Module, sample: dict[str, Any]) -> Any:
+def _description(model: nn.Module, sample: dict[str, Any]) -> dict[str, Any]:
     return sample_description.describe(bind(model, sample))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -10,6 +10,9 @@ from fp4dit_ao.checkpoint import transformer_folder
 from fp4dit_ao.checkpoint.quantization_record import Record
 from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.tensors.levels import refuse_unpacked
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 def refuse_unsaveable(model: nn.Module) -> None:
@@ -24,7 +27,7 @@ def refuse_unsaveable(model: nn.Module) -> None:
 
 
 def save_pretrained(
-    model: Any,
+    model: "ModelMixin",
     record: Record,
     tensors: Mapping[str, Tensor],
     save_directory: str | Path,

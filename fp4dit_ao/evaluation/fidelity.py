@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from fp4dit_ao.reference.accuracy import prompt_accuracy
 from fp4dit_ao.util.atomic_files import write_text
 from fp4dit_ao.util.markdown import markdown_table
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 _SEED_STRIDE = 1_000_003
 """A prime larger than any number of prompts: (seed, prompt) pairs get distinct generator seeds."""
 
@@ -32,7 +35,7 @@ def image_seed(seed: int, prompt_index: int) -> int:
 
 
 def generate(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -77,7 +80,7 @@ def generate(
 
 
 @contextlib.contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
+def _quiet(pipe: "DiffusionPipeline") -> Iterator[None]:
     """Without the pipeline's own progress bar."""
     before = _compat.progress_bar_config(pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -229,7 +232,9 @@ def _psnr_text(estimate: Estimate) -> str:
     return "identical" if estimate.low >= metrics.PSNR_CAP else estimate.text(2)
 
 
-def timed_generate(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> tuple[Images, float]:
+def timed_generate(
+    pipe: "DiffusionPipeline", prompts: Sequence[str], seeds: Sequence[int], **options: Any
+) -> tuple[Images, float]:
     """:func:`generate`, and the seconds it took per image."""
     start = time.perf_counter()
     images = generate(pipe, prompts, seeds, **options)

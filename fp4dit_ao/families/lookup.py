@@ -1,4 +1,4 @@
-"""A model's family, and what follows from it: its recipe, its quantizer, an example of its inputs."""
+"""Looks up a model's family, and the recipe, quantizer and example inputs that follow from it."""
 
 import dataclasses
 import re
@@ -18,13 +18,13 @@ from fp4dit_ao.quantizer import FP4DiTQuantizer
 from fp4dit_ao.schemes import scheme_of
 
 _PAPER = ("w4a6", "w4a8", "w4a6_static", "w4a6_mse")
-"""Recipes that are the paper's, and so may mean other formats for another family; all others say their formats themselves."""
+"""Recipes of the paper, whose formats depend on the family; all other recipes name their formats outright."""
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of ``model``; one of safe defaults, named after its class, if the table has none.
+    """Family of ``model``; if the table has none, one with safe defaults, named after the model's class.
 
-    Those defaults leave every linear outside of the numbered blocks in high precision, and what :data:`HIGH_PRECISION` names.
+    The defaults keep in high precision every linear outside numbered blocks and every module in :data:`HIGH_PRECISION`.
     """
     config = getattr(model, "config", None)
     kind = type(model).__name__
@@ -40,7 +40,7 @@ def _in_block(name: str) -> bool:
 
 
 def recipe_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> QuantConfig:
-    """A recipe as it is for ``model``'s family. A config that is given rather than named stays as it is.
+    """Config of a named recipe, adapted to ``model``'s family; a config is returned unchanged.
 
     Raises:
         ValueError: no such recipe.
@@ -56,13 +56,13 @@ def recipe_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> QuantCon
 
 
 def quantizer_for(model: nn.Module, recipe: str | QuantConfig = "w4a6", skip: Sequence[str] = ()) -> FP4DiTQuantizer:
-    """A quantizer for ``model``, set up with a recipe as it is for its family; further rules may be added.
+    """Quantizer for ``model``, set up with a recipe adapted to its family; callers may add rules.
 
-    A model of no known family is quantized with safe defaults, and a warning says which.
+    A model of an unknown family is quantized with safe defaults, and a warning says which.
 
     Args:
         model: the float model.
-        recipe: a name in ``config.RECIPES``; or a config, which is used as it is.
+        recipe: a name in ``config.RECIPES``; or a config, which is used unchanged.
         skip: globs over module names that stay in high precision, besides the recipe's own.
 
     Raises:
@@ -99,16 +99,16 @@ def _set_family_rules(quantizer: FP4DiTQuantizer, model: nn.Module, config: Quan
 def example_inputs(
     model: nn.Module, size: sample_inputs.Size | None = None, *, seed: int = 0, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """Random keyword arguments of ``model.forward``, as its pipeline would pass them: enough to capture it.
+    """Random keyword arguments of ``model.forward`` with the shapes that its pipeline passes, for capturing the model.
 
     Args:
         model: a float model of a known family.
-        size: how large; small if None.
-        seed: of the numbers.
-        dtype: of floating-point tensors; the model's if None.
+        size: sizes of the tensors; small ones if None.
+        seed: seed of the random numbers.
+        dtype: type of floating-point tensors; the model's if None.
 
     Raises:
-        ValueError: the table does not know the model's family.
+        ValueError: the model's family is not in the table.
     """
     family = family_of(model)
     if family.sample is None:

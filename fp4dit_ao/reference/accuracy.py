@@ -8,7 +8,7 @@ trained emoji apart, coarse enough to forgive the autoencoder's blur.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -17,6 +17,9 @@ from scipy import stats  # type: ignore[import-untyped]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fp4dit_ao import reference
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 CELLS = 16
 
@@ -68,7 +71,7 @@ def spread_out(count: int) -> list[int]:
 
 
 def batches(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 16, **call: Any
+    pipe: "DiffusionPipeline", prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 16, **call: Any
 ) -> Iterator[NDArray[np.uint8]]:
     """Generates the prompts batch by batch: uint8 ``(b, 64, 64, 3)`` each.
 

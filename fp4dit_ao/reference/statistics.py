@@ -13,7 +13,7 @@ tails;
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from fp4dit_ao import reference
 from fp4dit_ao.reference.accuracy import batches, spread_out
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Floats = NDArray[np.float32]
 
@@ -53,7 +56,7 @@ def excess_kurtosis(weight: Tensor) -> float:
     return float((w**4).mean() / (w**2).mean() ** 2 - 3)
 
 
-def token_maxima(pipe: Any, prompts: list[str], **call: Any) -> dict[str, Floats]:
+def token_maxima(pipe: "DiffusionPipeline", prompts: list[str], **call: Any) -> dict[str, Floats]:
     """Per linear layer of the transformer, the largest magnitude of every input token met while generating ``prompts``.
 
     A row of the last dimension is a token; the adaLN and timestep layers have one per image.

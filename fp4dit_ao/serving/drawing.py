@@ -3,13 +3,16 @@
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
 from fp4dit_ao.serving.engine import Image, Style
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 class Painter:
@@ -30,7 +33,7 @@ class Painter:
         ValueError: not a text-to-image pipeline.
     """
 
-    def __init__(self, pipe: Any, max_batch: int = 1, same_bits: bool = False):
+    def __init__(self, pipe: "DiffusionPipeline", max_batch: int = 1, same_bits: bool = False):
         self._pipe, self._max_batch, self._same_bits = pipe, max_batch, same_bits
         parameters = inspect.signature(type(pipe).__call__).parameters
         needed = {"prompt", "height", "width", "num_inference_steps", "generator", "output_type"}

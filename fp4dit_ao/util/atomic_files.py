@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 
 @contextlib.contextmanager
 def whole_folder(target: str | Path, replaceable: bool = False, own: Sequence[str] = ()) -> Iterator[Path]:
-    """New folder to write into, ``<target>.partial-…``, which is renamed to ``target`` at the end; removed if anything fails.
+    """New folder to write into, ``<target>.partial-…``, which is renamed to ``target`` at the end; removed if anything
+    fails.
 
     Args:
         target: the final place of the folder; it may exist if it is empty.
@@ -22,7 +23,8 @@ def whole_folder(target: str | Path, replaceable: bool = False, own: Sequence[st
 
     Raises:
         FileExistsError: ``target`` exists and may not be replaced.
-        OSError: the folder cannot be written (permissions, disk full); one sentence, and an existing folder is as it was.
+        OSError: the folder cannot be written (permissions, disk full); one sentence, and an existing folder is as it
+            was.
     """
     target = Path(target)
     if target.is_symlink() or target.exists():

@@ -16,7 +16,8 @@ class MethodInfo:
         name: that configs and the command line take.
         summary: what the method does, in one sentence.
         source: paper, and equation or section, where it comes from; ``""`` for a baseline without one.
-        cost: what it takes beside nearest rounding, such as ``"seconds"`` or ``"a Hessian for each linear, then seconds"``.
+        cost: what it takes beside nearest rounding, such as ``"seconds"`` or
+            ``"a Hessian for each linear, then seconds"``.
     """
 
     point: str
