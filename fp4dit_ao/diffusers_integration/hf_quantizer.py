@@ -127,6 +127,7 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
+        assert self.record is not None  # made before weights are loaded
         if self._slots is not None:
             if unexpected_keys:
                 raise ValueError(

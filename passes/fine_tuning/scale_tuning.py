@@ -237,7 +237,7 @@ class _Store:
 
     def save(self, optimizer: torch.optim.Adam, parameters: Sequence[nn.Parameter], step: int) -> None:
         """Writes the state after ``step`` steps, whole or not at all."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for index, parameter in enumerate(parameters):
             state = optimizer.state[parameter]
             parts = {"delta": parameter.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}

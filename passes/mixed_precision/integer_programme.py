@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import lil_array
+from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
+from scipy.sparse import lil_array  # type: ignore[import-untyped]
 
 from fp4dit_ao.passes.mixed_precision.allocation import ALLOCATIONS, LayerChoices, check_budget
 
