@@ -11,9 +11,7 @@ def progress_bar_config(pipe: Any) -> dict[str, Any]:
 
 def replace_config(model: Any, config: Mapping[str, Any]) -> None:
     """Make ``config`` all of ``model.config``; ``register_to_config`` would only add to it."""
-    from diffusers.configuration_utils import FrozenDict
-
-    model._internal_dict = FrozenDict(config)
+    model._internal_dict = type(model.config)(config)
 
 
 def name_repeated_blocks(model: Any, classes: Iterable[str]) -> None:
