@@ -155,14 +155,14 @@ class Linear(Workload):
 
     def _product(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
         from fp4dit_ao.formats import parse
-        from fp4dit_ao.kernels.cpu import native
+        from fp4dit_ao.kernels.cpu.int8_linear import level_table
         from fp4dit_ao.kernels.token_quantization import quantize_tokens
 
         arguments = []
         for weight, x in pairs:
             quantized = low_bit(weight.to(self.device), self.method.removesuffix(PRODUCT))
             tokens = quantize_tokens(x.to(self.device, torch.bfloat16), quantized.act_fmt)
-            table = native.levels(parse(quantized.fmt))
+            table = level_table(parse(quantized.fmt))
             arguments.append((*tokens, quantized.qdata, quantized.scale, table, None, torch.bfloat16))
         self.call = lambda: [torch.ops.fp4dit_ao.int8_linear(*each) for each in arguments]
         self.call()
