@@ -28,7 +28,7 @@ from fp4dit_ao._compat import pytree
 from fp4dit_ao.benchmark.memory import weight_bytes
 from fp4dit_ao.benchmark.transformers import PIXART_XL, quantized, random_model, sample
 from fp4dit_ao.evaluation.environment import environment, one_line
-from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels.cpu.int8_linear import level_table
 from fp4dit_ao.kernels.token_quantization import quantize_tokens
 from fp4dit_ao.tensors.levels import LevelTensor
 from fp4dit_ao.util.atomic_files import write_text
@@ -56,7 +56,7 @@ def variants(rows: int, features: int, depth: int, device: str) -> dict[str, Var
     int8, fp8 = LevelTensor.from_packed(packed, "int8"), LevelTensor.from_packed(packed, "fp8")
     tokens, token_scale = quantize_tokens(half, "e2m3")
     eights = tokens.to(torch.float8_e4m3fn)
-    table = native.levels(FloatFormat.parse("e2m1"))
+    table = level_table(FloatFormat.parse("e2m1"))
     columns = torch.ones(1, features, device=device)
     ops = torch.ops.fp4dit_ao
     out = torch.bfloat16

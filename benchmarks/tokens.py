@@ -49,7 +49,9 @@ def main(
         x = torch.randn(count, features, generator=torch.Generator().manual_seed(0)).bfloat16()
         ways = {
             "alone": torch.compile(before, dynamic=True),
-            "fused": torch.compile(lambda x, before=before: token_quantization._quantize(before(x), fmt), dynamic=True),
+            "fused": torch.compile(
+                lambda x, before=before: token_quantization.operator_tokens(before(x), fmt), dynamic=True
+            ),
             "loop": torch.compile(
                 lambda x, before=before: torch.ops.fp4dit_ao.int8_tokens(before(x), fmt), dynamic=True
             ),

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fp4dit_ao.config.quant_config import WEIGHT_SEARCHES
 from fp4dit_ao.formats import NumberFormat
-from fp4dit_ao.kernels.cpu import candidate_search
-from fp4dit_ao.ops import choose_scale, fake_quantize, to_scale_dtype
+from fp4dit_ao.kernels.candidate_search import best_candidate, squared_error
+from fp4dit_ao.ops import choose_scale, to_scale_dtype
 from fp4dit_ao.util.registry import Registry
 
 
@@ -53,30 +53,11 @@ def mse(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale_dtyp
     Source: the clip search of arXiv 2408.06995 (LBFP), with its 0.1 to 1.2 grid narrowed to where minima occur.
     """
     base = choose_scale(weight, block_size, str(fmt), torch.float32)
-    candidates = [to_scale_dtype(base * clip, scale_dtype) for clip in (1.0, *CLIPS)]
-    if candidate_search.supports(weight, block_size, fmt):
-        scales = torch.stack(candidates)
-        return scales.gather(0, candidate_search.best_candidate(weight, scales, fmt)[None]).squeeze(0)
-    best, *others = candidates
-    least = squared_error(weight, block_size, fmt, best)
-    for scale in others:
-        error = squared_error(weight, block_size, fmt, scale)
-        best = torch.where(error < least, scale, best)
-        least = torch.minimum(error, least)
-    return best
+    scales = torch.stack([to_scale_dtype(base * clip, scale_dtype) for clip in (1.0, *CLIPS)])
+    return scales.gather(0, best_candidate(weight, block_size, scales, fmt)[None]).squeeze(0)
 
 
-def squared_error(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale: Tensor) -> Tensor:
-    """Squared error of rounding to nearest, summed over each block: float32, shaped like ``scale``."""
-    rounded = fake_quantize(weight, block_size, scale, str(fmt), torch.float32)
-    return _sum_blocks((rounded - weight.float()).square(), scale.shape)
-
-
-def _sum_blocks(x: Tensor, blocks: Sequence[int]) -> Tensor:
-    """Sum ``x`` over equal blocks: the result has shape ``blocks``."""
-    shape = [part for size, count in zip(x.shape, blocks, strict=True) for part in (count, size // count)]
-    return x.reshape(shape).sum(dim=list(range(1, 2 * len(blocks), 2)))
-
+__all__ = ["CLIPS", "SEARCHES", "ScaleSearch", "absmax", "mse", "register_search", "squared_error"]
 
 SEARCHES: Registry[ScaleSearch] = Registry("scale search")
 """By the name that ``QuantConfig.weight_search`` and ``WeightObserver(search=...)`` take."""

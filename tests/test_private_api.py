@@ -19,7 +19,7 @@ UNSTABLE = {"prototype", "_inductor"}
 """Public in spelling, but without a promise of stability: packages that may change with every release."""
 OVERRIDES = {
     "_stable_hash_for_caching": "torch's compile caches ask tensor subclasses for it (torch._inductor.codecache says so)",
-    "_quantization_type": "torchao's hook for what prints a tensor",
+    "_apply": "what to(), half() and cuda() of a module call; swapping contents in place fails on weights of a compiled graph",
 }
 """Methods that our classes define under private names of their bases, and why they may."""
 

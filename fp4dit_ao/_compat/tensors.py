@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
 
 Subclass = TypeVar("Subclass", bound=Tensor)
 
@@ -22,6 +23,11 @@ def wrapper_tensor(
         cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
     )
     return made
+
+
+def aliased(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    """``result`` of a subclass's own ``func``, sharing storage with ``args`` where the operator's schema says so."""
+    return return_and_correct_aliasing(func, args, kwargs, result)
 
 
 def int8_product(x: Tensor, y: Tensor) -> Tensor:
@@ -58,7 +64,7 @@ def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -
 
 
 def fake_mode() -> FakeTensorMode:
-    """Under it, operators compute shapes and types but no values."""
+    """A mode in which operators compute shapes and types but no values."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -68,7 +74,7 @@ def is_traced(x: Tensor) -> bool:
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:
-    """What a size is while a graph is made: of a dynamic one, that of the example; None if it has none."""
+    """A size while a graph is made: a dynamic one has the example's, or None where there is no example."""
     hint = size.node.hint if isinstance(size, torch.SymInt) else size
     return hint if isinstance(hint, int) else None
 

@@ -16,7 +16,7 @@ from fp4dit_ao.benchmark.variants import Variant
 from fp4dit_ao.benchmark.worker import Workload
 from fp4dit_ao.config import RECIPES, QuantConfig
 from fp4dit_ao.formats import parse
-from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels.cpu.int8_linear import level_table
 from fp4dit_ao.kernels.token_quantization import quantize_tokens
 from fp4dit_ao.schemes import scheme_of
 
@@ -163,7 +163,7 @@ class Linear(Workload):
         for weight, x in pairs:
             quantized = low_bit(weight.to(self.device), self.method.removesuffix(PRODUCT))
             tokens = quantize_tokens(x.to(self.device, torch.bfloat16), quantized.act_fmt)
-            table = native.levels(parse(quantized.fmt))
+            table = level_table(parse(quantized.fmt))
             arguments.append((*tokens, quantized.qdata, quantized.scale, table, None, torch.bfloat16))
         self.call = lambda: [torch.ops.fp4dit_ao.int8_linear(*each) for each in arguments]
         self.call()

@@ -191,13 +191,14 @@ def inspect(
         str | None, typer.Option(help="MODEL that it was made from: adds the error of each weight.")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="PNG of the levels that the weights use.")] = None,
+    device: Device = None,
 ) -> None:
-    """Say, layer by layer, what became of MODEL: format, bytes, error, and what was left in high precision and why."""
+    """Say, layer by layer, what became of MODEL: format, what it runs on here, bytes, error; what was left alone and why."""
     if picture is not None:
         _writable_file(picture)
     from fp4dit_ao.cli import inspect as run
 
-    run.inspect(model, against, picture)
+    run.inspect(model, against, picture, device)
 
 
 @app.command()
