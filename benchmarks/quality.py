@@ -15,24 +15,23 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from fp4dit_ao import AdaRoundConfig, QuantConfig, collect_samples, quantize_pipeline, reference
+from fp4dit_ao import QuantConfig, ReconstructionConfig, collect_samples, quantize_pipeline, reference
 from fp4dit_ao.config import RECIPES
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.evaluation.fidelity import Comparison, Evaluation, Fidelity, timed_generate
 from fp4dit_ao.evaluation.metrics import Images
+from fp4dit_ao.passes.reconstruction import ROUNDINGS
 from fp4dit_ao.util.atomic_files import write_text
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-Rounding = Literal["nearest", "plain", "scale-aware"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ class Row:
 
     label: str
     config: QuantConfig | None = None
-    rounding: Rounding = "nearest"
+    rounding: str = "nearest"
+    scope: str = "block"
     batch_size: int | None = None
     """Other than the run's, and compiled: the floor below which a difference means nothing."""
 
@@ -55,21 +55,23 @@ ROWS: dict[str, Row] = {
     "full": Row("full precision"),
     "floor": Row("full precision, compiled, other batch size", batch_size=20),
     "int-nearest": Row("INT4/INT6, nearest", INT),
-    "int-adaround": Row("INT4/INT6, AdaRound", INT, "plain"),
+    "int-adaround": Row("INT4/INT6, AdaRound", INT, "adaround"),
     "w4a6-nearest": Row("W4A6, nearest", W4A6),
-    "w4a6-plain": Row("W4A6, plain AdaRound", W4A6, "plain"),
-    "w4a6": Row("W4A6, scale-aware AdaRound", W4A6, "scale-aware"),
+    "w4a6-plain": Row("W4A6, plain AdaRound", W4A6, "adaround"),
+    "w4a6": Row("W4A6, scale-aware AdaRound", W4A6, "scale_aware"),
     "e2m1-nearest": Row("W4A6 without E3M0, nearest", E2M1),
-    "e2m1": Row("W4A6 without E3M0, scale-aware", E2M1, "scale-aware"),
+    "e2m1-gptq": Row("W4A6 without E3M0, GPTQ", E2M1, "gptq"),
+    "e2m1": Row("W4A6 without E3M0, scale-aware", E2M1, "scale_aware"),
+    "e2m1-window": Row("W4A6 without E3M0, scale-aware, two blocks at a time", E2M1, "scale_aware", "window"),
     "auto-nearest": Row("W4A6 auto, nearest", AUTO),
-    "auto": Row("W4A6 auto, scale-aware", AUTO, "scale-aware"),
+    "auto": Row("W4A6 auto, scale-aware", AUTO, "scale_aware"),
     "auto16-nearest": Row("W4A6 auto, float16 scales, nearest", replace(AUTO, scale_dtype="float16")),
     "nf4-nearest": Row("W4A6 with NF4, scales searched, nearest", NF4),
-    "nf4": Row("W4A6 with NF4, scales searched, scale-aware", NF4, "scale-aware"),
+    "nf4": Row("W4A6 with NF4, scales searched, scale-aware", NF4, "scale_aware"),
     "static-nearest": Row("W4A6 static per tensor, nearest", STATIC),
-    "static": Row("W4A6 static per tensor, scale-aware", STATIC, "scale-aware"),
+    "static": Row("W4A6 static per tensor, scale-aware", STATIC, "scale_aware"),
     "w4a8-nearest": Row("W4A8, nearest", W4A8),
-    "w4a8": Row("W4A8, scale-aware", W4A8, "scale-aware"),
+    "w4a8": Row("W4A8, scale-aware", W4A8, "scale_aware"),
     "w4a8-int8-nearest": Row("W4A8 with INT8 tokens, nearest", RECIPES["w4a8_int8"]()),
 }
 """The table of the README."""
@@ -82,13 +84,17 @@ WHY: dict[str, Row] = {
     "e2m1-mse": Row("W4A6 without E3M0, scales searched, nearest", replace(E2M1, weight_search="mse")),
     "nf4-absmax": Row("W4A6 with NF4, nearest", replace(NF4, weight_search="absmax")),
     "e2m3": Row("INT4 weights, E2M3 activations", replace(INT, activation="e2m3", attention="e2m3")),
+    "e2m1-gptq-act-order": Row("W4A6 without E3M0, GPTQ, largest inputs first", E2M1, "gptq_act_order"),
+    "e2m1-layer": Row("W4A6 without E3M0, scale-aware, one linear at a time", E2M1, "scale_aware", "layer"),
     "int6": Row("E2M1 weights, INT6 activations", replace(E2M1, activation="int6", attention="int6")),
 }
-"""What explains the table: weights alone, and formats of weights and activations exchanged."""
+"""What explains the table: weights alone, formats of weights and activations exchanged, and other ways to round."""
 
 PAIRS = [
     ("w4a6-nearest", "int-nearest"), ("int-adaround", "int-nearest"), ("w4a6-plain", "w4a6-nearest"),
     ("w4a6", "w4a6-nearest"), ("w4a6", "w4a6-plain"), ("w4a6", "int-adaround"), ("e2m1-nearest", "w4a6-nearest"),
+    ("e2m1-gptq", "e2m1-nearest"), ("e2m1", "e2m1-nearest"), ("e2m1", "e2m1-gptq"), ("e2m1-window", "e2m1-nearest"),
+    ("e2m1-window", "e2m1"), ("e2m1-gptq-act-order", "e2m1-gptq"), ("e2m1-layer", "e2m1"),
     ("e2m1", "w4a6"), ("auto-nearest", "w4a6-nearest"), ("auto", "w4a6"), ("auto", "int-adaround"),
     ("auto16-nearest", "auto-nearest"), ("nf4-nearest", "e2m1-nearest"), ("nf4", "nf4-nearest"), ("nf4", "e2m1"),
     ("nf4", "auto"), ("nf4", "int-adaround"),
@@ -217,9 +223,8 @@ class Run:
         assert row.config is not None
         pipe = quantize_pipeline(
             self.pipe, row.config, prompts=self.calibration, samples=self.samples, cache_dir=self.work / "samples",
-            rounding="nearest" if row.rounding == "nearest" else "adaround",
-            adaround=AdaRoundConfig(iters=self.iters, scale_aware=row.rounding == "scale-aware"),
-            checkpoint_dir=self.work / "blocks" / key if row.rounding != "nearest" else None,
+            reconstruction=ReconstructionConfig(row.rounding, scope=row.scope, iters=self.iters),
+            checkpoint_dir=self.work / "blocks" / key if ROUNDINGS[row.rounding].needs_samples else None,
             compile=self.compile, **self.call,
         )  # fmt: skip
         if pipe.transformer.report is not None:
