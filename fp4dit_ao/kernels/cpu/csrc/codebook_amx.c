@@ -173,6 +173,6 @@ static void write_output(const tile_output *o) {
 #include "codebook_panels.h"
 
 const codebook_kernel codebook_amx = {
-    .name = "amx", .group = 32, .least = 16, .begin = begin, .end = end, .pack = pack, .multiply = multiply_panels,
+    .name = "amx", .group = 32, .least = 9, .begin = begin, .end = end, .pack = pack, .multiply = multiply_panels,
 };
 #endif

@@ -32,9 +32,7 @@ static __attribute__((unused)) void pack_rows(const int8_t *tokens, int64_t dept
     for (int m = 0; m < rows; m++, tokens += depth, strip += padded_depth(depth)) {
         memcpy(strip, tokens, depth);
         memset(strip + depth, 0, padded_depth(depth) - depth);
-        int32_t sum = 0;
-        for (int64_t k = 0; offset && k < depth; k++) sum += tokens[k];
-        start[m] = (int32_t)(-(uint32_t)offset * (uint32_t)sum);
+        start[m] = offset ? (int32_t)(-(uint32_t)offset * (uint32_t)sum_row(tokens, (int)depth)) : 0;
     }
 }
 
