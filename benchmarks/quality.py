@@ -40,6 +40,8 @@ class Row:
     rounding: Rounding = "nearest"
     batch_size: int | None = None
     """Other than the run's, and compiled: the floor below which a difference means nothing."""
+    transforms: tuple[str, ...] = ()
+    """Graph transforms before quantization."""
 
 
 W4A6, INT = RECIPES["w4a6"](), RECIPES["int_w4a6"]()
@@ -57,6 +59,7 @@ ROWS: dict[str, Row] = {
     "w4a6": Row("W4A6, scale-aware AdaRound", W4A6, "scale-aware"),
     "e2m1-nearest": Row("W4A6 without E3M0, nearest", E2M1),
     "e2m1": Row("W4A6 without E3M0, scale-aware", E2M1, "scale-aware"),
+    "e2m1-smooth": Row("W4A6 without E3M0, SmoothQuant, nearest", E2M1, transforms=("smoothquant",)),
     "auto-nearest": Row("W4A6 auto, nearest", AUTO),
     "auto": Row("W4A6 auto, scale-aware", AUTO, "scale-aware"),
     "auto16-nearest": Row("W4A6 auto, float16 scales, nearest", replace(AUTO, scale_dtype="float16")),
@@ -85,7 +88,8 @@ WHY: dict[str, Row] = {
 PAIRS = [
     ("w4a6-nearest", "int-nearest"), ("int-adaround", "int-nearest"), ("w4a6-plain", "w4a6-nearest"),
     ("w4a6", "w4a6-nearest"), ("w4a6", "w4a6-plain"), ("w4a6", "int-adaround"), ("e2m1-nearest", "w4a6-nearest"),
-    ("e2m1", "w4a6"), ("auto-nearest", "w4a6-nearest"), ("auto", "w4a6"), ("auto", "int-adaround"),
+    ("e2m1", "w4a6"), ("e2m1-smooth", "e2m1-nearest"),
+    ("auto-nearest", "w4a6-nearest"), ("auto", "w4a6"), ("auto", "int-adaround"),
     ("auto16-nearest", "auto-nearest"), ("nf4-nearest", "e2m1-nearest"), ("nf4", "nf4-nearest"), ("nf4", "e2m1"),
     ("nf4", "auto"), ("nf4", "int-adaround"),
     ("w4a6-nearest", "static-nearest"), ("w4a6", "static"), ("w4a8-nearest", "w4a6-nearest"), ("w4a8", "w4a6"),
@@ -216,6 +220,7 @@ class Run:
             rounding="nearest" if row.rounding == "nearest" else "adaround",
             adaround=AdaRoundConfig(iters=self.iters, scale_aware=row.rounding == "scale-aware"),
             checkpoint_dir=self.work / "blocks" / key if row.rounding != "nearest" else None,
+            transforms=row.transforms,
             compile=self.compile, **self.call,
         )  # fmt: skip
         if pipe.transformer.report is not None:
