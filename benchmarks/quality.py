@@ -44,6 +44,8 @@ class Row:
     scope: str = "block"
     batch_size: int | None = None
     """Other than the run's, and compiled: the floor below which a difference means nothing."""
+    transforms: tuple[str, ...] = ()
+    """Graph transforms before quantization."""
 
 
 W4A6, INT = RECIPES["w4a6"](), RECIPES["int_w4a6"]()
@@ -63,6 +65,7 @@ ROWS: dict[str, Row] = {
     "e2m1-gptq": Row("W4A6 without E3M0, GPTQ", E2M1, "gptq"),
     "e2m1": Row("W4A6 without E3M0, scale-aware", E2M1, "scale_aware"),
     "e2m1-window": Row("W4A6 without E3M0, scale-aware, two blocks at a time", E2M1, "scale_aware", "window"),
+    "e2m1-smooth": Row("W4A6 without E3M0, SmoothQuant, nearest", E2M1, transforms=("smoothquant",)),
     "auto-nearest": Row("W4A6 auto, nearest", AUTO),
     "auto": Row("W4A6 auto, scale-aware", AUTO, "scale_aware"),
     "auto16-nearest": Row("W4A6 auto, float16 scales, nearest", replace(AUTO, scale_dtype="float16")),
@@ -95,7 +98,7 @@ PAIRS = [
     ("w4a6", "w4a6-nearest"), ("w4a6", "w4a6-plain"), ("w4a6", "int-adaround"), ("e2m1-nearest", "w4a6-nearest"),
     ("e2m1-gptq", "e2m1-nearest"), ("e2m1", "e2m1-nearest"), ("e2m1", "e2m1-gptq"), ("e2m1-window", "e2m1-nearest"),
     ("e2m1-window", "e2m1"), ("e2m1-gptq-act-order", "e2m1-gptq"), ("e2m1-layer", "e2m1"),
-    ("e2m1", "w4a6"), ("auto-nearest", "w4a6-nearest"), ("auto", "w4a6"), ("auto", "int-adaround"),
+    ("e2m1-smooth", "e2m1-nearest"), ("e2m1", "w4a6"), ("auto-nearest", "w4a6-nearest"), ("auto", "w4a6"), ("auto", "int-adaround"),
     ("auto16-nearest", "auto-nearest"), ("nf4-nearest", "e2m1-nearest"), ("nf4", "nf4-nearest"), ("nf4", "e2m1"),
     ("nf4", "auto"), ("nf4", "int-adaround"),
     ("w4a6-nearest", "static-nearest"), ("w4a6", "static"), ("w4a8-nearest", "w4a6-nearest"), ("w4a8", "w4a6"),
@@ -225,6 +228,7 @@ class Run:
             self.pipe, row.config, prompts=self.calibration, samples=self.samples, cache_dir=self.work / "samples",
             reconstruction=ReconstructionConfig(row.rounding, scope=row.scope, iters=self.iters),
             checkpoint_dir=self.work / "blocks" / key if ROUNDINGS[row.rounding].needs_samples else None,
+            transforms=row.transforms,
             compile=self.compile, **self.call,
         )  # fmt: skip
         if pipe.transformer.report is not None:
