@@ -12,6 +12,30 @@ import torch.compiler.config
 from tests.tiny import CALL, tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
+
+SLOW = (
+    "tests/benchmark",
+    "tests/checkpoint/test_checkpoint_fuzz.py",
+    "tests/cli",
+    "tests/deploy",
+    "tests/diffusers_integration",
+    "tests/families",
+    "tests/formats/test_formats.py::test_wild_floats",
+    "tests/kernels/test_native.py::test_the_benchmark_of_tokens_prints_its_table",
+    "tests/kernels/test_triton_linear.py",
+    "tests/ops/test_ops.py::test_blocks_may_be_symbols",
+    "tests/reference",
+    "tests/serving/test_ray.py",
+    "tests/tensors/test_block_scaled.py",
+    "tests/tensors/test_levels.py::test_memory_or_speed_is_chosen_when_a_pipeline_is_loaded",
+    "tests/test_compat.py",
+)
+"""Folders, files and tests that take longer than the fast set can wait for; so does every test with ``compile`` in its name."""
+DOCS = ("tests/test_docs.py::test_page", "tests/test_docs.py::test_docstring", "tests/test_tutorials.py")
+"""Tests that execute the documentation."""
+GPU = ("tests/ops/test_ops.py::test_cuda_agrees_with_cpu",)
+"""Tests that need a GPU, and are skipped without one."""
+
 PACKAGES = ("torch", "torchao", "diffusers", "transformers", "triton", "numpy")
 
 
@@ -25,6 +49,22 @@ def _sources() -> str:
 
 
 torch.compiler.config.cache_key_tag = _sources()  # what a run compiled serves the next one only if nothing changed
+
+
+def _among(item: pytest.Item, table: tuple[str, ...]) -> bool:
+    whole = item.nodeid.partition("[")[0]
+    return any(whole == entry or whole.startswith((f"{entry}/", f"{entry}::")) for entry in table)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks every test ``slow``, ``docs`` or ``gpu`` by the tables above, and ``fast`` if it is none of them."""
+    for item in items:
+        slow = _among(item, SLOW) or "compile" in item.name.partition("[")[0]
+        marks = [
+            name for name, holds in (("docs", _among(item, DOCS)), ("gpu", _among(item, GPU)), ("slow", slow)) if holds
+        ]
+        for mark in marks or ["fast"]:
+            item.add_marker(mark)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
