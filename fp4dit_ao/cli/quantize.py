@@ -1,4 +1,4 @@
-"""``fp4dit-ao quantize``: a float pipeline in, a quantized one saved."""
+"""``fp4dit-ao quantize``: quantizes a float pipeline and saves it."""
 
 import shutil
 import time
@@ -16,19 +16,20 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 CALIBRATION_PROMPTS = 64
-"""Taken from the reference pipeline's own where the user gives none."""
+"""Number of the reference pipeline's own prompts that are used if the user gives none."""
 
 
 def quantize(
     model: str, out: Path, *, recipe: str, prompts: Path | None, rounding: str, iters: int | None, skip: Sequence[str],
     steps: int | None, samples: int, selection: str, seed: int, resume: bool, device: str | None,
 ) -> None:  # fmt: skip
-    """Quantize ``model`` and save it to ``out``; a killed run leaves ``<out>.unfinished``, and ``resume`` continues it.
+    """Quantizes ``model`` and saves it to ``out``; a killed run leaves ``<out>.unfinished``, from which ``resume``
+    continues.
 
     Raises:
-        ValueError, OSError: wrong input, all of it checked before the model is loaded as far as that is possible.
+        ValueError, OSError: wrong input; as much of it as possible is checked before the model is loaded.
     """
-    QuantConfig.from_name(recipe)  # refused here if unknown; what it means for the model is the family table's to say
+    QuantConfig.from_name(recipe)  # refuses an unknown name; the table of families decides what it means for the model
     if rounding not in ROUNDINGS:
         raise ValueError(f"unknown --rounding {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
     if iters is not None and rounding == "nearest":
@@ -48,7 +49,7 @@ def quantize(
         quantized.save_pretrained(out)
     except Exception:
         if not any(unfinished.glob("blocks/block-*")):
-            shutil.rmtree(unfinished, ignore_errors=True)  # nothing in it that would save time
+            shutil.rmtree(unfinished, ignore_errors=True)  # holds nothing that a resumed run would reuse
         raise
     if quantized.transformer.report is not None:
         print(quantized.transformer.report.to_markdown(), end="\n\n")

@@ -1,4 +1,4 @@
-"""From a float diffusers pipeline to a quantized one in one call."""
+"""``quantize_pipeline``: quantizes a diffusers pipeline in one call."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,8 +51,8 @@ def quantize_pipeline(
         pipe: the float pipeline; it stays usable, and shares every component but the transformer with the result.
         recipe: a name in ``config.RECIPES``, adapted to the model's family; or a config, used unchanged.
         prompts: calibration prompts; see :func:`fp4dit_ao.collect_samples`, also for ``steps``, ``samples``,
-            ``selection``, ``batch_size``, ``seed``, ``cache_dir``, ``memory_limit_bytes`` and for text embeddings in place
-            of prompts.
+            ``selection``, ``batch_size``, ``seed``, ``cache_dir``, ``memory_limit_bytes`` and for text embeddings in
+            place of prompts.
         rounding: ``"adaround"`` learns the rounding of weights; ``"nearest"`` takes seconds.
         adaround: settings of learned rounding; ``AdaRoundConfig()`` if None.
         skip: globs over module names that stay in high precision, besides the recipe's own.
@@ -62,12 +62,12 @@ def quantize_pipeline(
         call: further arguments of the pipeline while calibrating, on top of its ``generation.json``.
 
     Returns:
-        A pipeline of the same class. Its ``transformer`` is a ``QuantizedTransformer`` with ``.summary()`` and ``.report``;
-        its ``save_pretrained(dir)`` writes what :func:`load_pipeline` reads.
+        A pipeline of the same class. Its ``transformer`` is a ``QuantizedTransformer`` with ``.summary()`` and
+        ``.report``; its ``save_pretrained(dir)`` writes what :func:`load_pipeline` reads.
 
     Raises:
-        ValueError: the pipeline has no transformer or one that is already quantized, the recipe, rounding or selection is
-            unknown, or the calibration data is bad.
+        ValueError: the pipeline has no transformer or one that is already quantized, the recipe, rounding or selection
+            is unknown, or the calibration data is bad.
     """
     model = _float_transformer(pipe)
     config = recipe_for(model, recipe)
@@ -91,7 +91,7 @@ def quantize_pipeline(
         )
     with torch.no_grad():
         graph = lower(convert_pt2e(prepared, fold_quantize=False))
-    source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path, if it was loaded from one
+    source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path if the pipeline was loaded from one
     decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
     quantized = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
     quantized.report = report
