@@ -113,9 +113,7 @@ def _stages(model: GraphModule) -> tuple[dict[Node, int], dict[int, str]]:
         after = max((stages.get(source, 0) for source in node.all_input_nodes), default=0)
         label = labels.get(node)
         if label is None:
-            stages[node] = (
-                after + after % 2 if node.users else after
-            )  # assertions stay with their value
+            stages[node] = after + after % 2 if node.users else after  # assertions stay with their value
         elif after > order[label]:
             return _one_segment(model)
         else:

@@ -1,4 +1,4 @@
-"""Attention alone: quantized q, k and v beside PyTorch's attention on what they were quantized from."""
+"""Workload: attention with quantized q, k and v, compared with PyTorch's attention on the float tensors."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fp4dit_ao.kernels.attention  # noqa: F401, registers the operator
 from fp4dit_ao.benchmark import exact
 from fp4dit_ao.benchmark.variants import Variant
 from fp4dit_ao.benchmark.worker import Workload
@@ -17,12 +18,13 @@ CASES = [
     {"heads": 16, "dim": 72, "queries": queries, "keys": keys}
     for queries, keys in ((1024, 1024), (4096, 4096), (1024, 300))
 ]
-"""PixArt-XL's self-attention at 512 and 1024 px, and its cross-attention at 512 px."""
+"""Default cases: PixArt-XL's self-attention at 512 and 1024 px, and its cross-attention at 512 px."""
 _JUDGED_QUERIES = 64
+"""Queries whose outputs are compared with float32."""
 
 
 class Attention(Workload):
-    """One variant: a float type (PyTorch's attention) or a recipe; q, k and v of guidance batch 2 are in its type."""
+    """Attention by one variant: a float type (PyTorch's attention) or a recipe; batch 2, as with guidance."""
 
     def __init__(self, method: str, mode: str, device: str, threads: int):
         torch.set_num_threads(threads)
@@ -39,8 +41,6 @@ class Attention(Workload):
         )
         attend: Callable[..., Tensor] = F.scaled_dot_product_attention
         if self.method in RECIPES:
-            import fp4dit_ao.kernels.attention  # noqa: F401, registers the operator
-
             fmt = QuantConfig.from_name(self.method).attention
             attend = lambda q, k, v: torch.ops.fp4dit_ao.attention(q, k, v, None, None, fmt)  # noqa: E731
         if self.mode == "compiled":
