@@ -43,7 +43,7 @@ def main(recipe: str = "w4a6", layers: int = 28, pixels: int = 1024, out: Path =
         began = time.perf_counter(), time.process_time()
 
     done("import")
-    model: Any = random_model(PIXART_XL | {"num_layers": layers}, pixels, torch.float32)
+    model = random_model(PIXART_XL | {"num_layers": layers}, pixels, torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     done("random weights")
     graph: Any = capture(model, example_inputs(model, Size(height=pixels // 8, width=pixels // 8, text=300)))

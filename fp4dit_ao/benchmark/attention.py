@@ -11,7 +11,7 @@ from torch import Tensor
 import fp4dit_ao.kernels.attention  # noqa: F401, registers the operator
 from fp4dit_ao.benchmark import exact
 from fp4dit_ao.benchmark.variants import Variant
-from fp4dit_ao.benchmark.worker import Workload
+from fp4dit_ao.benchmark.worker import Facts, Workload
 from fp4dit_ao.config import RECIPES, QuantConfig
 
 CASES = [
@@ -33,7 +33,7 @@ class Attention(Workload):
         self.call: Callable[[], Any] = lambda: None
 
     @torch.no_grad()
-    def prepare(self, **case: Any) -> dict[str, Any]:
+    def prepare(self, **case: Any) -> Facts:
         generator = torch.Generator().manual_seed(0)
         q, k, v = (
             torch.randn(2, case[tokens], case["heads"], case["dim"], generator=generator).transpose(1, 2)

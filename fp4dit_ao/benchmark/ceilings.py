@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fp4dit_ao.benchmark.worker import Workload, timed
+from fp4dit_ao.benchmark.worker import Facts, Workload, timed
 
 _PRODUCTS = [(512, 1152, 4608), (1024, 1152, 4608), (1024, 4608, 1152), (1024, 4096, 4096), (2048, 2048, 2048)]
 """Sizes of the matrix products that are tried, (rows, in_features, out_features); the fastest counts."""
@@ -22,7 +22,7 @@ class Ceilings(Workload):
         torch.set_num_threads(threads)
         self.device, self.repeats = device, repeats
 
-    def prepare(self, **case: Any) -> dict[str, Any]:
+    def prepare(self, **case: Any) -> Facts:
         products = {name: self._products(dtype) for name, dtype in _TYPES.items()}
         copies = {str(megabytes): self._copy(int(megabytes * 1e6)) for megabytes in _COPIES_MB}
         return {"products": products, "bytes": copies}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fp4dit_ao.benchmark import exact, memory
 from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.variants import Variant
-from fp4dit_ao.benchmark.worker import Workload
+from fp4dit_ao.benchmark.worker import Facts, Workload
 from fp4dit_ao.config import RECIPES, QuantConfig
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels.cpu import native
@@ -104,10 +104,10 @@ class Linear(Workload):
         torch.set_num_threads(threads)
         self.method, self.mode, self.device = method, mode, device
         self.call: Callable[[], Any] = lambda: None
-        self._made: tuple[tuple[int, int, int], Callable[[list[Tensor]], list[Tensor]], dict[str, Any]] | None = None
+        self._made: tuple[tuple[int, int, int], Callable[[list[Tensor]], list[Tensor]], Facts] | None = None
 
     @torch.no_grad()
-    def prepare(self, **case: Any) -> dict[str, Any]:
+    def prepare(self, **case: Any) -> Facts:
         size = case["out_features"], case["in_features"]
         self.per_run = max(1, min(MOST_LINEARS, MOST_TOKENS // case["tokens"]))
         pairs = [numbers(*size, case["tokens"], seed) for seed in range(self.per_run)]
@@ -137,13 +137,13 @@ class Linear(Workload):
         dtype: torch.dtype = getattr(torch, Variant(self.method).dtype)
         return dtype
 
-    def _make(self, weights: Sequence[Tensor]) -> tuple[Callable[[list[Tensor]], list[Tensor]], dict[str, Any]]:
+    def _make(self, weights: Sequence[Tensor]) -> tuple[Callable[[list[Tensor]], list[Tensor]], Facts]:
         torch.compiler.reset()  # drops the guards of earlier sizes, which every call would check
         out_features, in_features = weights[0].shape
         linears = Linears(weights, self._dtype, self.device)
         model: nn.Module = linears
         names = [f"linears.{index}" for index in range(len(weights))]
-        facts: dict[str, Any] = {}
+        facts: Facts = {}
         if self.method in PEERS:
             model = PEERS[self.method].convert(model, names)
         elif self.method in RECIPES:
@@ -157,10 +157,11 @@ class Linear(Workload):
         facts["bits"] = memory.bits_per_weight(model, dict.fromkeys(names, (out_features, in_features)))
         return torch.compile(model, dynamic=True) if self.mode == "compiled" else model, facts
 
-    def _product(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    def _product(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Facts:
         arguments = []
         for weight, x in pairs:
             quantized = low_bit(weight.to(self.device), self.method.removesuffix(PRODUCT))
+            assert quantized.act_fmt is not None
             tokens = quantize_tokens(x.to(self.device, torch.bfloat16), quantized.act_fmt)
             table = native.levels(parse(quantized.fmt))
             arguments.append((*tokens, quantized.qdata, quantized.scale, table, None, torch.bfloat16))

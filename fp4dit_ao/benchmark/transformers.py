@@ -3,9 +3,9 @@
 Models are loaded from files as a user would load them, so that the memory peak of loading is measured, too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +16,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from fp4dit_ao.benchmark import exact, memory
 from fp4dit_ao.benchmark.peers import PEERS, quantizable
 from fp4dit_ao.benchmark.variants import Variant
-from fp4dit_ao.benchmark.worker import Workload, timed
+from fp4dit_ao.benchmark.worker import Facts, Workload, timed
 from fp4dit_ao.calibration import calibrate
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
 from fp4dit_ao.checkpoint import graph_rebuilding
@@ -28,6 +28,9 @@ from fp4dit_ao.families import quantizer_for, recipe_for
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind, capture
 from fp4dit_ao.passes.lowering import lower
+
+if TYPE_CHECKING:
+    from diffusers import PixArtTransformer2DModel
 
 TEXT_TOKENS = 300
 """Text tokens of a prompt, as in PixArt-Σ."""
@@ -53,7 +56,7 @@ def sample(pixels: int, dtype: torch.dtype, config: Mapping[str, Any] = PIXART_X
     }
 
 
-def random_model(config: dict[str, Any], pixels: int, dtype: torch.dtype) -> nn.Module:
+def random_model(config: dict[str, Any], pixels: int, dtype: torch.dtype) -> "PixArtTransformer2DModel":
     """PixArt transformer with normally distributed parameters of deviation 0.02, as after initialisation."""
     from diffusers import PixArtTransformer2DModel
 
@@ -66,8 +69,7 @@ def random_model(config: dict[str, Any], pixels: int, dtype: torch.dtype) -> nn.
     torch.manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
-    made: nn.Module = model.eval().requires_grad_(False)
-    return made
+    return model.eval().requires_grad_(False)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -80,8 +82,8 @@ class StepFiles(Workload):
         self.folder, self.config, self.pixels, self.recipes = Path(folder), config, pixels, recipes
 
     @torch.no_grad()
-    def prepare(self, **case: Any) -> dict[str, Any]:
-        model: Any = random_model(self.config, self.pixels, torch.bfloat16)
+    def prepare(self, **case: Any) -> Facts:
+        model = random_model(self.config, self.pixels, torch.bfloat16)
         model.save_pretrained(self.folder / FLOAT)
         given = sample(self.pixels, torch.bfloat16, self.config)
         for recipe in self.recipes:
@@ -116,7 +118,7 @@ class GenerationFiles(Workload):
         self.folder, self.model, self.prompts, self.recipes = Path(folder), model, prompts, recipes
         self.device, self.call = device, call
 
-    def prepare(self, **case: Any) -> dict[str, Any]:
+    def prepare(self, **case: Any) -> Facts:
         pipe = named_models.open_pipeline(self.model, self.device).to(torch.bfloat16)
         for recipe in self.recipes:
             options = {"rounding": "nearest", "samples": 8, "progress": False, **self.call}
@@ -127,7 +129,7 @@ class GenerationFiles(Workload):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def ready(model: nn.Module, variant: Variant) -> tuple[nn.Module, dict[str, Any]]:
+def ready(model: nn.Module, variant: Variant) -> tuple[Callable[..., Any], Facts]:
     """Converts and compiles ``model``, which is on its device, for ``variant``; returns it and the bytes of its
     weights.
 
@@ -135,28 +137,32 @@ def ready(model: nn.Module, variant: Variant) -> tuple[nn.Module, dict[str, Any]
         model: a float model, or a ``QuantizedTransformer`` if the variant is a recipe.
         variant: decides the conversion and the mode.
     """
-    if variant.is_recipe:
+    shapes: dict[str, tuple[int, ...]]
+    stored: nn.Module
+    run: Callable[..., Any]
+    if isinstance(model, QuantizedTransformer):
         rows = [row for row in model.summary() if row.kind == "linear" and row.quantized]
-        shapes = {row.name: row.shape for row in rows}
-        stored = model.graph
+        shapes = {row.name: row.shape for row in rows if row.shape is not None}
+        stored, run = model.graph, model
         if variant.mode == "compiled":
             model.compile_graph()
         elif variant.mode == "by block":
             model.compile_blocks()
     else:
         names = quantizable(model)
-        shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in names}
+        linears = {name: model.get_submodule(name) for name in names}
+        shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items() if isinstance(linear, nn.Linear)}
         if variant.is_peer:
             model = PEERS[variant.method].convert(model, names)
-        stored = model
+        stored = run = model
         if variant.mode == "by block":
             for block in repeated_blocks(model):
                 block.compile()
     facts = {"bytes": memory.weight_bytes(stored), "bits": memory.bits_per_weight(stored, shapes)}
     if variant.mode == "compiled" and not variant.is_recipe:
         # after the facts, since the state_dict of a compiled module has other names
-        model = torch.compile(model)
-    return model, facts
+        run = torch.compile(model)
+    return run, facts
 
 
 def repeated_blocks(model: nn.Module) -> Sequence[nn.Module]:
@@ -178,12 +184,12 @@ class _Model(Workload):
         self.dtype: torch.dtype = getattr(torch, self.variant.dtype)
         self.output = torch.empty(0)
 
-    def load(self, **case: Any) -> dict[str, Any]:
+    def load(self, **case: Any) -> Facts:
         """Loads and prepares the model of :meth:`run`; returns facts."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def prepare(self, **case: Any) -> dict[str, Any]:
+    def prepare(self, **case: Any) -> Facts:
         """Loads the model, unless a former call did; returns facts.
 
         They are bytes, bits, error, ``load bytes`` and ``first`` (seconds of the first call, compilation included).
@@ -204,7 +210,7 @@ class _Model(Workload):
         self.before = before
         return facts
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Facts:
         return {"run bytes": memory.peak() - self.before}
 
 
@@ -216,7 +222,7 @@ class Step(_Model):
         super().__init__(**options)
         self.folder, self.config = Path(folder), config
 
-    def load(self, **case: Any) -> dict[str, Any]:
+    def load(self, **case: Any) -> Facts:
         from diffusers import PixArtTransformer2DModel
 
         cls, name = (
@@ -240,7 +246,7 @@ class Generation(_Model):
         super().__init__(**options)
         self.folder, self.name, self.prompts, self.call = Path(folder), model, prompts, call
 
-    def load(self, **case: Any) -> dict[str, Any]:
+    def load(self, **case: Any) -> Facts:
         if self.variant.is_recipe:
             pipe = load_pipeline(self.folder / self.variant.method, device=self.device)
         else:

@@ -16,9 +16,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO, TypeVar
 
 from fp4dit_ao.benchmark.variants import Variant
+from fp4dit_ao.benchmark.worker import Facts
 
 LIMIT_SECONDS = 1800.0
 """Time limit of one answer, after which a variant is given up."""
@@ -128,7 +129,7 @@ class Worker:
         return f"{how}; last said: {lines[-1][:200]}" if lines else how
 
 
-def _listen(stream: Any, answers: "queue.Queue[str]") -> None:
+def _listen(stream: TextIO, answers: "queue.Queue[str]") -> None:
     try:
         for line in stream:
             answers.put(line)
@@ -155,7 +156,7 @@ class Measured:
 
     variant: Variant
     case: dict[str, Any]
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     beside: dict[str, list[float]] = field(default_factory=dict)
     error: str | None = None
@@ -194,6 +195,7 @@ class Ratio:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
+Result = TypeVar("Result")
 Progress = Callable[[str], None]
 """Takes a description of the current work."""
 
@@ -255,7 +257,7 @@ def _one_case(
 ) -> list[Measured]:  # fmt: skip
     found = {variant: Measured(variant, case) for variant in workers}
 
-    def attempt(variant: Variant, do: Callable[[], Any]) -> Any:
+    def attempt(variant: Variant, do: Callable[[], Result]) -> Result | None:
         if found[variant].error is None:
             try:
                 return do()

@@ -13,6 +13,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+Facts = dict[str, Any]
+"""Facts about a variant in one case, by name, which JSON can hold."""
 TURN_SECONDS = 0.02
 """Least duration of a turn; shorter calls are repeated."""
 
@@ -23,7 +25,7 @@ class Workload:
     per_run: int = 1
     """Number of measured units per :meth:`run`."""
 
-    def prepare(self, **case: Any) -> dict[str, Any]:
+    def prepare(self, **case: Any) -> Facts:
         """Prepares for a case, first calls included; returns facts for the table, which JSON can hold."""
         raise NotImplementedError
 
@@ -31,7 +33,7 @@ class Workload:
         """Runs the timed computation."""
         raise NotImplementedError
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Facts:
         """Returns facts that are known after the last turn."""
         return {}
 

@@ -15,13 +15,13 @@ EXPECTED = (ValueError, OSError, RuntimeError)
 class OneSentence(TyperGroup):
     """Group of commands that end an expected failure with one sentence on stderr and exit status 1."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Takes ``--debug`` out of the arguments, wherever it stands."""
         ctx.obj = {"debug": "--debug" in args}
         rest: list[str] = super().parse_args(ctx, [arg for arg in args if arg != "--debug"])
         return rest
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Runs the command; see the class."""
         debug = ctx.obj["debug"]
         if not debug:

@@ -129,6 +129,7 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
+        assert self.record is not None, "diffusers prepares the model before it loads weights"
         if self._slots is not None:
             if unexpected_keys:
                 raise ValueError(
