@@ -1,9 +1,10 @@
-"""How far the lowered model is from the converted graph: ``python -m benchmarks.exactness``.
+"""Difference between the lowered model and the converted graph: ``python -m benchmarks.exactness``.
 
-Prints, for each recipe on the reference transformer: the largest error of any lowered linear against float64 on the same
-quantized operands (relative to the sum of magnitudes, the natural unit of float32 rounding); the same for the converted
-graph's own linears; the whole model's difference between the two in one call; and how many of the activation codes
-differ, because a last-bit difference moved a value across a rounding boundary. Writes ``exactness.json`` beside the table.
+Prints, for each recipe on the reference transformer: the largest error of any lowered linear against float64 on the
+same quantized operands (relative to the sum of magnitudes, the natural unit of float32 rounding); the same for the
+converted graph's own linears; the whole model's difference between the two in one call; and how many of the activation
+codes differ, because a last-bit difference moved a value across a rounding boundary. Writes ``exactness.json`` beside
+the table.
 """
 
 import json
@@ -26,7 +27,7 @@ _LINEAR = torch.ops.aten.linear.default
 
 
 class Linears(Interpreter):
-    """Runs a graph and keeps every linear's input, weight, bias and output."""
+    """Interpreter that keeps the input, weight, bias and output of every linear."""
 
     def __init__(self, graph: GraphModule):
         super().__init__(graph)
@@ -41,6 +42,7 @@ class Linears(Interpreter):
 
 
 def lowered_errors(seen: list[tuple[Tensor, Any, Tensor | None, Tensor]]) -> Iterator[tuple[float, Tensor]]:
+    """Yields the error of every quantized linear in ``seen``, and its quantized input."""
     for x, weight, bias, got in seen:
         if isinstance(weight, MinifloatTensor):
             x_hat = token_wise(x, weight.act_fmt)
@@ -49,6 +51,7 @@ def lowered_errors(seen: list[tuple[Tensor, Any, Tensor | None, Tensor]]) -> Ite
 
 @torch.no_grad()
 def measure(recipe: str, transformer: torch.nn.Module, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the table: largest errors over ``samples``."""
     graph = capture(transformer, samples[0])
     prepared = prepare_pt2e(graph, quantizer_for(transformer, recipe))
     for sample in samples:
@@ -83,7 +86,7 @@ def main(
     samples: int = 4,
     out: Path = Path("benchmarks/results"),
 ) -> None:
-    """Measure and print."""
+    """Measures and prints."""
     from diffusers import PixArtSigmaPipeline
 
     pipe = PixArtSigmaPipeline.from_pretrained(reference.path(), torch_dtype=torch.float32)

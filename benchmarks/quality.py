@@ -1,9 +1,9 @@
-"""How much quality each recipe costs, on the pipeline that ships: ``python benchmarks/quality.py``.
+"""Loss of image quality by recipe, on the reference pipeline: ``python benchmarks/quality.py``.
 
-Prints the table of the README and writes ``benchmarks/results/quality.{md,json}``. Every row is quantized with the same
-calibration samples, generates the same prompts with the same seeds, and is judged image by image against full precision.
-A finished row is kept in the work folder: a run that is killed resumes at the row where it was. Rows are shared out among
-worker processes, which is faster than one process with as many threads.
+Prints the table of the README and writes ``benchmarks/results/quality.{md,json}``. Every row uses the same
+calibration samples, prompts and seeds, and is compared image by image with full precision. Finished rows are kept in
+the work folder, so that a killed run resumes at its current row. Rows are distributed over worker processes, which is
+faster than one process with as many threads.
 """
 
 import copy
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """One row of the table."""
 
     label: str
     config: QuantConfig | None = None
     rounding: str = "nearest"
     scope: str = "block"
     batch_size: int | None = None
-    """Other than the run's, and compiled: the floor below which a difference means nothing."""
+    """If given, the model stays float, and is compiled with this batch size: the noise floor of the comparison."""
     transforms: tuple[str, ...] = ()
     """Graph transforms before quantization."""
 
@@ -77,7 +77,7 @@ ROWS: dict[str, Row] = {
     "w4a8": Row("W4A8, scale-aware", W4A8, "scale_aware"),
     "w4a8-int8-nearest": Row("W4A8 with INT8 tokens, nearest", RECIPES["w4a8_int8"]()),
 }
-"""The table of the README."""
+"""Rows of the table in the README."""
 
 WHY: dict[str, Row] = {
     "only-e2m1": Row("weights E2M1 alone", replace(E2M1, activation=None, attention=None)),
@@ -91,7 +91,7 @@ WHY: dict[str, Row] = {
     "e2m1-layer": Row("W4A6 without E3M0, scale-aware, one linear at a time", E2M1, "scale_aware", "layer"),
     "int6": Row("E2M1 weights, INT6 activations", replace(E2M1, activation="int6", attention="int6")),
 }
-"""What explains the table: weights alone, formats of weights and activations exchanged, and other ways to round."""
+"""Rows that explain the table: quantized weights alone, exchanged formats, and other ways to round."""
 
 PAIRS = [
     ("w4a6-nearest", "int-nearest"), ("int-adaround", "int-nearest"), ("w4a6-plain", "w4a6-nearest"),
@@ -105,15 +105,15 @@ PAIRS = [
     ("w4a8-int8-nearest", "w4a8-nearest"),
     ("e2m3", "int-nearest"), ("int6", "e2m1-nearest"), ("only-e2m1", "only-e3m0-gelu"), ("only-e2m1", "only-int4"),
 ]  # fmt: skip
-"""Paired differences worth printing: the same images, so much narrower intervals than those of two rows."""
+"""Pairs of rows whose paired difference is printed; its interval is much narrower than those of the two rows."""
 
 
 CALIBRATION = 128
-"""Calibration prompts; none is among those that are evaluated."""
+"""Number of calibration prompts, none of which is evaluated."""
 
 
 class Run:
-    """One table in the making; everything finished is in ``work``.
+    """One table; everything that is finished is kept in ``work``.
 
     Raises:
         ValueError: the folder holds rows of other settings.
@@ -150,17 +150,17 @@ class Run:
         self.calibration = others[:: max(1, len(others) // CALIBRATION)][:CALIBRATION]
 
     def share_out(self, keys: list[str], workers: int) -> None:
-        """Make the rows that are missing in ``workers`` processes, a log file each; what remains is for the caller.
+        """Makes the missing rows in ``workers`` processes, with one log file each; the caller makes those that remain.
 
         Raises:
-            RuntimeError: a worker failed; it names the log.
+            RuntimeError: a worker failed; the message names its log.
         """
         missing = [key for key in keys if not (self.work / f"{key}.json").exists()]
         if workers < 2 or len(missing) < 2:
             return
-        # what all rows need, before they ask for it at once
+        # made first, since all rows need it at once
         collect_samples(self.pipe, self.calibration, samples=self.samples, cache_dir=self.work / "samples", **self.call)
-        missing.sort(key=lambda key: (ROWS | WHY)[key].rounding == "nearest")  # the slow ones first, dealt out in turns
+        missing.sort(key=lambda key: (ROWS | WHY)[key].rounding == "nearest")  # slow rows first, distributed in turn
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
         running: dict[Path, subprocess.Popen[bytes]] = {}
         for number in range(min(workers, len(missing))):
@@ -185,7 +185,7 @@ class Run:
             )
 
     def row(self, key: str) -> Fidelity:
-        """The finished row, made now if it is not in the work folder."""
+        """Result of a row, from the work folder or made now."""
         path = self.work / f"{key}.json"
         if path.exists():
             return Fidelity.from_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -193,7 +193,7 @@ class Run:
         start = time.perf_counter()
         pipe = self.original(row) if row.config is None else self.quantized(key, row)
         prepared = time.perf_counter() - start
-        # compilation stays outside of what is timed
+        # compiles before timing starts
         timed_generate(pipe, self.texts[:2], [0], progress=None, num_inference_steps=2)
         batch_size = row.batch_size or self.batch_size
         images, seconds = timed_generate(
@@ -222,7 +222,7 @@ class Run:
         return stored
 
     def quantized(self, key: str, row: Row) -> "DiffusionPipeline":
-        """The compiled pipeline of a row; what reconstruction reports goes into the work folder."""
+        """Quantized pipeline of a row, compiled if asked; the report of its reconstruction goes to the work folder."""
         assert row.config is not None
         pipe = quantize_pipeline(
             self.pipe, row.config, prompts=self.calibration, samples=self.samples, cache_dir=self.work / "samples",
@@ -260,7 +260,7 @@ def main(
     compile: Annotated[bool, typer.Option(help="Generate under torch.compile.")] = True,
     workers: Annotated[int, typer.Option(min=1, help="Processes that make rows.")] = min(4, os.cpu_count() or 1),
 ) -> None:
-    """Print the table, and write it as Markdown and JSON."""
+    """Prints the table, and writes it as Markdown and JSON."""
     sets = {"all": list(ROWS), "why": ["full", *WHY]}
     keys = sets.get(rows) or ["full", *(key for key in rows.split(",") if key != "full")]
     unknown = sorted(set(keys) - set(ROWS | WHY))
@@ -276,7 +276,7 @@ def main(
 
 
 def show(run: Run, done: dict[str, Fidelity], out: Path, name: str) -> str:
-    """Write what is finished so far, and return it as Markdown."""
+    """Writes the rows that are finished, and returns them as Markdown."""
     pairs = [Comparison.of(done[a], done[b]) for a, b in PAIRS if a in done and b in done]
     evaluation = Evaluation(list(done.values()), run.settings, pairs)
     evaluation.save(out / f"{name}.json")

@@ -1,8 +1,9 @@
-"""What reconstruction costs, beside a plain eager loop: ``python -m benchmarks.reconstruction``.
+"""Time and memory of reconstruction, compared with a plain eager loop: ``python -m benchmarks.reconstruction``.
 
-Both learn the rounding of the same block from the same calibration rows, one iteration of each in turns, so that a busy
-machine disturbs both alike. The eager loop is what one writes first: modules that round softly through autograd, fake
-quantization by logarithm and floor, stock Adam. Peak memory is that of a process which does one of the two.
+Both learn the rounding of the same block from the same calibration rows, one iteration of each in turns, so that load
+on the machine affects both alike. The eager loop is the straightforward implementation: modules that round softly
+through autograd, fake quantization by logarithm and floor, stock Adam. Peak memory is that of a process that runs one
+of the two.
 
 Writes ``reconstruction.json`` beside the table.
 """
@@ -42,7 +43,7 @@ VARIANTS = {"eager loop": None, "reconstruct": False, "reconstruct, compiled": T
 
 
 class Turns:
-    """Stands in for a progress bar: what calls ``update`` after each of its iterations is timed, in turns with ``other``."""
+    """Replaces a progress bar in order to time the iterations between calls of ``update``, in turns with ``other``."""
 
     def __init__(self, other: Callable[[], None] | None, total: int):
         self.other, self.own_seconds, self.other_seconds = other, list[float](), list[float]()
@@ -75,7 +76,7 @@ def _now() -> float:
 
 
 def pixart_xl_block() -> tuple[nn.Module, list[dict[str, Any]]]:
-    """PixArt-XL's width, one block deep, random weights; 256 tokens, 120 text tokens."""
+    """Model of PixArt-XL's width with one block and random weights, and samples of 256 tokens and 120 text tokens."""
     from diffusers import PixArtTransformer2DModel
 
     torch.manual_seed(0)
@@ -95,7 +96,7 @@ def pixart_xl_block() -> tuple[nn.Module, list[dict[str, Any]]]:
 
 
 def reference_block(rows: int) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """The transformer that ships, and calibration samples of guidance batch 2."""
+    """Reference transformer, and calibration samples of batch 2, as with guidance."""
     from diffusers import PixArtSigmaPipeline
 
     pipe = PixArtSigmaPipeline.from_pretrained(reference.path(), torch_dtype=torch.float32)
@@ -115,7 +116,7 @@ def prepare(model: nn.Module, samples: list[Any], recipe: str, device: str) -> t
 def measure(
     model: nn.Module, samples: list[Any], config: AdaRoundConfig, recipe: str, device: str, variant: str, both: bool
 ) -> dict[str, Any]:
-    """Run one variant, in turns with the eager loop if ``both``."""
+    """Runs one variant, in turns with the eager loop if ``both``."""
     prepared, data = prepare(model, samples, recipe, device)
     compiled = VARIANTS[variant]
     resident = memory.reset_peak()
@@ -140,7 +141,7 @@ def measure(
 
 
 def only_first_block(prepared: GraphModule) -> GraphModule:
-    """Leave one block to learn."""
+    """Removes the weight observers outside of :data:`BLOCK`, so that only this block is learned."""
     for node, observer in list(weight_observers(prepared)):
         if isinstance(observer, WeightObserver) and not observer.name.startswith(BLOCK + "."):
             node.replace_all_uses_with(node.args[0])
@@ -158,7 +159,7 @@ def main(
     out: Path = Path("benchmarks/results"),
     only: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Measure and print."""
+    """Measures and prints."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = AdaRoundConfig(iters=iters, batch_size=batch_size)
 
@@ -189,7 +190,7 @@ def main(
 
 
 def line(variant: str, found: dict[str, Any]) -> list[str]:
-    """A row of the table; the first iterations warm up."""
+    """Row of the table; the first three iterations, which warm up, are left out."""
     own = found["own"][3:]
     ratios = [e / o for e, o in zip(found.get("eager", found["own"])[3:], own, strict=True)]
     ratio = (

@@ -1,4 +1,4 @@
-"""Memory or speed: packed codes, or a byte a level."""
+"""Trades memory for speed: turns packed codes into one byte per weight."""
 
 from typing import TypeVar
 
@@ -12,20 +12,20 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def unpack_weights(model: Module, to: str = "int8") -> Module:
-    """Turn every packed weight whose input is quantized into bytes, in place; no value changes.
+    """Unpacks every packed weight whose input is quantized to bytes, in place; no value changes.
 
-    A weight of N levels takes N bytes instead of N / 2 (its scales stay). ``"int8"`` computes what packed weights do, to the
-    last bit but for the order of sums. ``"fp8"`` runs on FP8 tensor cores, of which Hopper's add up with about 14 bits.
+    N weights take N bytes instead of N / 2 (scales stay). Results of ``"int8"`` differ from those of packed weights
+    only by the order of sums. ``"fp8"`` runs on FP8 tensor cores; Hopper's accumulate with about 14 bits.
 
     Args:
-        model: a lowered graph, or a quantized pipeline's transformer. Save it before: bytes are not saved.
+        model: a lowered graph, or a quantized pipeline's transformer. Save it before: unpacked weights cannot be saved.
         to: ``"int8"`` or ``"fp8"``.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: no weight can be unpacked, or one has levels that the type does not hold exactly (which one is said).
+        ValueError: no weight can be unpacked, or the type cannot hold the levels of one exactly; the message names it.
     """
     found: dict[tuple[nn.Module, str], LevelTensor] = {}
     for path, owner in model.named_modules():

@@ -1,4 +1,4 @@
-"""The tensors of a quantized graph or model, by name: read, taken apart into plain tensors, put back."""
+"""Tensors of a quantized graph or model by name: reading them, splitting them into plain tensors, putting them back."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,13 +11,13 @@ from fp4dit_ao import _compat
 
 
 def state_of(graph: GraphModule) -> dict[str, Tensor]:
-    """Every tensor that the graph reads, by name: parameters, buffers and constants."""
+    """Tensors that the graph reads, by name: parameters, buffers and constants."""
     names = dict.fromkeys(str(node.target) for node in graph.graph.nodes if node.op == "get_attr")
     return {name: value for name in names if isinstance(value := tensor_at(graph, name), Tensor)}
 
 
 def flatten(name: str, x: Tensor) -> dict[str, Tensor]:
-    """The plain tensors that ``x`` is made of: itself, or ``name.qdata``, ``name.scale`` and so on."""
+    """Plain tensors that ``x`` consists of, by name: ``x`` itself, or ``name.qdata``, ``name.scale`` and so on."""
     if not isinstance(x, TorchAOBaseTensor):
         return {name: x}
     parts = {part: getattr(x, part) for part in _compat.parts(type(x))}
@@ -25,11 +25,11 @@ def flatten(name: str, x: Tensor) -> dict[str, Tensor]:
 
 
 def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
-    """Put stored tensors in the places of the fake ones.
+    """Replaces the fake tensors of ``graph`` by stored ones, in place.
 
     Args:
-        graph: from :func:`build`; changed.
-        stored: plain tensors, as :func:`flatten` named them.
+        graph: a graph from ``graph_rebuilding.build``.
+        stored: plain tensors, named by :func:`flatten`.
 
     Raises:
         ValueError: a tensor is missing, left over, or has another shape or type than the graph's.
@@ -55,19 +55,19 @@ def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer of a model, by name."""
+    """Yields (name, tensor) for every parameter and buffer of a model."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 def tensor_at(root: nn.Module, path: str) -> Any:
-    """The attribute at a dotted path."""
+    """Attribute of ``root`` at a dotted path."""
     parent, _, leaf = path.rpartition(".")
     return getattr(root.get_submodule(parent), leaf)
 
 
 def put_tensor(root: nn.Module, path: str, value: Tensor) -> None:
-    """Put ``value`` in the place of the parameter or buffer at a dotted path."""
+    """Replaces the parameter or buffer of ``root`` at a dotted path by ``value``."""
     parent, _, leaf = path.rpartition(".")
     owner = root.get_submodule(parent)
     parameters, buffers = _compat.slots(owner)

@@ -1,4 +1,4 @@
-"""``fp4dit-ao generate``: prompts into one picture, beside another model's if asked."""
+"""``fp4dit-ao generate``: draws prompts into one picture, beside another model's images if asked."""
 
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,15 @@ def generate(
     model: str, prompts: list[str], out: Path, compare: str | None, seed: int, steps: int | None, batch_size: int,
     compile: bool, device: str | None, weights: str,
 ) -> None:  # fmt: skip
-    """Draw ``prompts`` with one seed, ``model`` with these ``weights``; print how close its images are to ``compare``'s."""
+    """Draws ``prompts`` with one seed, ``model`` with ``weights``; prints how close its images are to those of
+    ``compare``."""
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("--prompt is empty; say what to draw")
     call: dict[str, Any] = {"batch_size": batch_size} | ({} if steps is None else {"num_inference_steps": steps})
     asked = [(compare, "packed")] if compare else []
     asked.append((model, weights))
     for name, form in asked:
-        named_models.weights_of(name, form)  # both, before either is loaded
+        named_models.weights_of(name, form)  # checks both before either is loaded
     columns = {}
     for name, form in asked:
         pipe = named_models.open_pipeline(name, device, compile=compile, weights=form)

@@ -1,4 +1,4 @@
-"""``fp4dit-ao quantize``: a float pipeline in, a quantized one saved."""
+"""``fp4dit-ao quantize``: quantizes a float pipeline and saves it."""
 
 import shutil
 import time
@@ -20,7 +20,7 @@ from fp4dit_ao.passes.transforming import resolve_transforms
 from fp4dit_ao.util.atomic_files import write_text
 
 CALIBRATION_PROMPTS = 64
-"""Prompts taken from the reference pipeline's own where the user gives none."""
+"""Number of the reference pipeline's own prompts that are used if the user gives none."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,13 @@ def quantize(
     model: str, out: Path, *, recipe: str, prompts: Path | None, methods: Methods, skip: Sequence[str], steps: int | None,
     samples: int, seed: int, resume: bool, device: str | None,
 ) -> None:  # fmt: skip
-    """Quantizes ``model`` and saves it to ``out``; a killed run leaves ``<out>.unfinished``, and ``resume`` continues it.
+    """Quantizes ``model`` and saves it to ``out``; a killed run leaves ``<out>.unfinished``, from which ``resume``
+    continues.
 
     Raises:
-        ValueError, OSError: wrong input, all of it checked before the model is loaded as far as that is possible.
+        ValueError, OSError: wrong input; as much of it as possible is checked before the model is loaded.
     """
-    QuantConfig.from_name(recipe)  # refused here if unknown; what it means for the model is the family table's to say
+    QuantConfig.from_name(recipe)  # refuses an unknown name; the table of families decides what it means for the model
     arguments = methods.arguments()
     named_models.folder_of(model)
     texts = read_prompts(prompts) if prompts else named_models.default_prompts(model, CALIBRATION_PROMPTS)
@@ -94,7 +95,7 @@ def quantize(
         quantized.save_pretrained(out)
     except Exception:
         if not any(unfinished.glob("blocks/*")):
-            shutil.rmtree(unfinished, ignore_errors=True)  # nothing in it that would save time
+            shutil.rmtree(unfinished, ignore_errors=True)  # holds nothing that a resumed run would reuse
         raise
     if quantized.transformer.report is not None:
         print(quantized.transformer.report.to_markdown(), end="\n\n")

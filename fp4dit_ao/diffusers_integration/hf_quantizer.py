@@ -1,7 +1,7 @@
-"""This package as diffusers sees it: a quantization config and the quantizer that ``from_pretrained`` calls.
+"""Plug-in for diffusers: a quantization config, and the quantizer that ``from_pretrained`` calls.
 
-``import fp4dit_ao`` registers both with diffusers; see ``_registration``. What is saved comes back as it was. A float model is
-quantized while it is read, weight by weight.
+``import fp4dit_ao`` registers both; see ``_registration``. Quantized models load as they were saved. Float models are
+quantized while they are read, weight by weight.
 """
 
 import dataclasses
@@ -31,9 +31,10 @@ class _Method(StrEnum):
 
 
 class FP4DiTConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How ``from_pretrained`` quantizes a float transformer: to nearest, without calibration data.
+    """Config with which ``from_pretrained`` quantizes a float transformer: nearest rounding, without calibration data.
 
-    ``PipelineQuantizationConfig(quant_mapping={"transformer": FP4DiTConfig("w4a6")})`` does it to one component of a pipeline.
+    ``PipelineQuantizationConfig(quant_mapping={"transformer": FP4DiTConfig("w4a6")})`` quantizes one component of a
+    pipeline.
 
     Args:
         recipe: a name in ``config.RECIPES``, or a config.
@@ -41,7 +42,7 @@ class FP4DiTConfig(QuantizationConfigMixin):  # type: ignore[misc]
         sample: keyword arguments of one ``forward``, for models of families that the package does not know.
 
     Raises:
-        ValueError: an unknown recipe.
+        ValueError: the recipe is unknown.
     """
 
     def __init__(
@@ -52,17 +53,17 @@ class FP4DiTConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = _Method.FP4DIT_AO
         self.recipe, self.skip, self.sample = recipe, tuple(skip), sample
         self.stored: dict[str, Any] | None = None
-        """The ``quantization_config`` of a model that is already quantized."""
+        """``quantization_config`` of a model that is already quantized, else None."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From what a ``config.json`` holds, which is checked when it is used."""
+        """Config from the content of ``config.json``, which is checked when it is used."""
         config = cls()
         config.stored = dict(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """In short; ``save_pretrained`` of the quantized model writes all that is needed to load it."""
+        """Short form for printing; ``save_pretrained`` of the quantized model writes the full record."""
         recipe = self.recipe if isinstance(self.recipe, str) else dataclasses.asdict(self.recipe)
         return {"quant_method": METHOD, "recipe": recipe, "skip": list(self.skip)}
 
@@ -71,10 +72,11 @@ class FP4DiTConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
-    """Puts stored codes and scales into a model that diffusers is loading, or quantizes its float weights on the way in.
+    """Puts stored codes and scales into a model that diffusers is loading, or quantizes its float weights on the way
+    in.
 
     Attributes:
-        record: what was done to the model.
+        record: how the model was quantized.
     """
 
     required_packages = ("accelerate",)
@@ -127,13 +129,13 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        assert self.record is not None  # made before weights are loaded
+        assert self.record is not None, "diffusers prepares the model before it loads weights"
         if self._slots is not None:
             if unexpected_keys:
                 raise ValueError(
                     f"the weights hold tensor {unexpected_keys[0]}, which config.json does not know; copy the folder again"
                 )
-            x = state_dict[param_name].clone()  # param_value is cast, scales too; memory as weights.read has it
+            x = state_dict[param_name].clone()  # param_value is cast, scales too; cloned as in tensor_files.read
             self.record.tensors[param_name].check(param_name, x)
             self._slots.put(param_name, x.to(target_device), param_value.dtype)
         else:
@@ -155,10 +157,10 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     @property
     def is_serializable(self) -> bool:
-        """Asked by diffusers' own ``save_pretrained`` alone, which could only find that codes have no storage.
+        """Read only by diffusers' own ``save_pretrained``, which would fail because codes have no storage.
 
         Raises:
-            ValueError: always.
+            ValueError: always, with the call that works.
         """
         raise ValueError(
             "diffusers' own save_pretrained cannot write low-bit weights; call the instance's, model.save_pretrained(folder)"

@@ -1,6 +1,6 @@
-"""Fusing a LoRA into low-bit weights: their values and its product are added, and rounded anew.
+"""Fusing a LoRA into low-bit weights: its product is added to their values, and the sum is rounded again.
 
-PEFT's own merging knows only torchao's configs, and undoes itself by subtracting; here the former codes come back.
+PEFT's own merging supports only torchao's configs and unmerges by subtracting; here unfusing restores the former codes.
 """
 
 import functools
@@ -25,20 +25,20 @@ def fuse_lora(
     safe_fusing: bool = False,
     adapter_names: list[str] | None = None,
 ) -> None:
-    """diffusers' ``fuse_lora`` of a model in the module form. Weights are rounded to nearest, in their own format and groups.
+    """``fuse_lora`` of a model in the module form: rounds the sums to nearest, in the format and groups of each weight.
 
-    What is fused costs no time, and the error of one more rounding. The former codes are kept for :func:`unfuse_lora`. After
-    ``unload_lora`` what was fused stays, and is saved with the model.
+    A fused LoRA costs no time, but one more rounding error. The former codes are kept for :func:`unfuse_lora`. A fused
+    LoRA stays after ``unload_lora``, and is saved with the model.
 
     Args:
-        model: with one or more LoRAs loaded.
-        configs: of its low-bit linears, by name.
+        model: a model with one or more LoRAs loaded.
+        configs: configs of its low-bit linears, by name.
         lora_scale: factor of every LoRA.
         safe_fusing: as in diffusers; low-bit weights always refuse NaN and Inf.
-        adapter_names: which; those that are set if None.
+        adapter_names: LoRAs to fuse; the active ones if None.
 
     Raises:
-        ValueError: weights were unpacked, or a LoRA is of a kind that does more than add a product (aLoRA, …).
+        ValueError: weights were unpacked, or a LoRA does more than add a product (aLoRA, …).
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -63,7 +63,7 @@ def fuse_lora(
 
 
 def unfuse_lora(model: "ModelMixin") -> None:
-    """Undo :func:`fuse_lora`: low-bit weights have their former codes and scales again, bit for bit."""
+    """Undoes :func:`fuse_lora`: low-bit weights get their former codes and scales back, bit for bit."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for layer in model.modules():

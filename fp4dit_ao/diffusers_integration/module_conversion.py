@@ -1,4 +1,4 @@
-"""Ways into the module form: from a float model, from a graph, from a folder."""
+"""Conversion to the module form: from a float model, from a graph, and from a folder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 BUFFER_LIMIT = 1 << 30
-"""Bytes of the largest tables, such as those of positions, that a model may make while it is loaded."""
+"""Most bytes of buffers, such as position tables, that a model may compute while it is loaded."""
 
 
 def quantize_modules(
@@ -30,21 +30,21 @@ def quantize_modules(
     sample: Mapping[str, Any] | None = None,
     source: str | None = None,
 ) -> "ModelMixin":
-    """Quantize a diffusers model in place with nearest rounding: no graph to run, no calibration, one weight at a time.
+    """Quantizes a diffusers model in place with nearest rounding, one weight at a time, without calibration.
 
     Args:
         model: the float model.
-        recipe: a name in ``config.RECIPES``, taken as it is for the model's family; or a config, taken as it is.
+        recipe: a name in ``config.RECIPES``, adapted to the model's family; or a config, used unchanged.
         skip: globs over module names that stay in high precision, besides the recipe's own.
-        sample: keyword arguments of one ``forward``; of a family that the package knows, it makes them up. With them the
-            linears before a gate are found in the model's graph.
-        source: name or path of the float model, to be written down.
+        sample: keyword arguments of one ``forward``, with which linears before a gate are found in the model's graph;
+            random ones if None and the family is known.
+        source: name or path of the float model, for the record.
 
     Returns:
         ``model``; its ``save_pretrained`` writes what ``from_pretrained`` and ``load_pipeline`` read.
 
     Raises:
-        ValueError: an unknown recipe, one that needs calibration data, or a model that it does not fit.
+        ValueError: the recipe is unknown, needs calibration data, or does not fit the model.
     """
     record = decide(model, recipe, skip=skip, sample=sample, source=source)
     for transform in record.transforms:
@@ -56,14 +56,14 @@ def quantize_modules(
 
 
 def from_graph(record: Record, tensors: Mapping[str, Tensor]) -> "ModelMixin":
-    """A quantized graph in the module form; tensors are shared, learned roundings included.
+    """Converts a quantized graph to the module form; tensors, and so learned roundings, are shared.
 
     Args:
         record: how the graph was quantized.
         tensors: its plain tensors, by name.
 
     Raises:
-        ValueError: it has static input ranges, which only the graph form computes.
+        ValueError: the graph has static input ranges, which only the graph form computes.
     """
     record.tensors = {name: Entry.unchecked(x) for name, x in tensors.items()}
     slots = Slots(empty_model(record.model, buffers=True), record)
@@ -73,13 +73,13 @@ def from_graph(record: Record, tensors: Mapping[str, Tensor]) -> "ModelMixin":
 
 
 def load_modules(folder: str | Path) -> "ModelMixin":
-    """The transformer in ``folder`` as the diffusers model that it was, on the CPU, in the module form.
+    """Loads the transformer in ``folder`` in the module form, on the CPU, in the type that it was saved in.
 
-    What ``from_pretrained`` of its class gives, in the type that it was saved in.
+    Equal to ``from_pretrained`` of its class.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: as for :func:`load`, or it has static input ranges, which only a graph computes.
+        ValueError: as for ``graph_form.load_graph``, or the model has static input ranges, which only a graph computes.
     """
     folder = Path(folder)
     record = transformer_folder.read_record(folder)
@@ -101,5 +101,5 @@ def load_modules(folder: str | Path) -> "ModelMixin":
 
 
 def _quantizer_of(record: Record) -> FP4DiTDiffusersQuantizer:
-    """The diffusers quantizer of a model that was quantized as ``record`` says."""
+    """Diffusers quantizer of a model that was quantized according to ``record``."""
     return FP4DiTDiffusersQuantizer(FP4DiTConfig(record.recipe or "w4a6"), record=record)

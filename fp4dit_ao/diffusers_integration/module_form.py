@@ -1,7 +1,7 @@
 """The module form: a diffusers model stays what it is, and its linears' weights become ``MinifloatTensor``.
 
-The graph form (:func:`fp4dit_ao.lower`) computes the same; this one keeps the module hierarchy, and with it LoRA, offloading,
-``.to()`` and whatever else looks for modules. q, k and v are quantized by wrapped attention processors.
+The graph form (:func:`fp4dit_ao.lower`) computes the same; this one keeps the module hierarchy, and with it LoRA,
+offloading, ``.to()`` and whatever else looks for modules. q, k and v are quantized by wrapped attention processors.
 """
 
 import dataclasses
@@ -41,7 +41,8 @@ def decide(
     sample: Mapping[str, Any] | None = None,
     source: str | None = None,
 ) -> Record:
-    """What :func:`quantize_modules` would do with ``model``, whose tensors may be on the meta device; nothing is changed."""
+    """Decides how :func:`quantize_modules` would quantize ``model``, without changing it; tensors may be on the meta
+    device."""
     config = recipe_for(model, recipe)
     asked = recipe if isinstance(recipe, str) else config
     if not scheme_of(config).quantizes_online(config):
@@ -73,7 +74,8 @@ def decide(
 
 
 def _decisions_by_name(model: Any, quantizer: FP4DiTQuantizer) -> list[Decision]:
-    """Of a model whose graph nobody can capture: every ``nn.Linear`` and every attention module, by the quantizer's rules."""
+    """Decisions for a model that cannot be captured: every ``nn.Linear`` and attention module, by the quantizer's
+    rules."""
     decisions = []
     for name, module in model.named_modules():
         kind: Any = "linear" if isinstance(module, nn.Linear) else "attention" if hasattr(module, "processor") else None
@@ -92,10 +94,10 @@ def _decisions_by_name(model: Any, quantizer: FP4DiTQuantizer) -> list[Decision]
 
 
 def quantize_linear(model: Any, name: str, config: QuantConfig) -> None:
-    """Round the weight of a linear to nearest, in place.
+    """Quantizes the weight of a linear with nearest rounding, in place.
 
     Raises:
-        ValueError: NaN or Inf in it, or a group size that does not divide it.
+        ValueError: the weight holds NaN or Inf, or the group size does not divide its inputs.
     """
     linear = model.get_submodule(name)
     weight = scheme_of(config).round_to_nearest(name, linear.weight, config)
@@ -103,11 +105,11 @@ def quantize_linear(model: Any, name: str, config: QuantConfig) -> None:
 
 
 def finish(model: Any, quantizer: Any) -> Any:
-    """Wrap attention processors, and let ``model`` save itself in this package's format.
+    """Wraps attention processors, and makes ``model`` save itself in this package's format.
 
     Args:
-        model: with its linears quantized.
-        quantizer: an ``FP4DiTDiffusersQuantizer`` with the record of what was done.
+        model: a model whose linears are quantized.
+        quantizer: an ``FP4DiTDiffusersQuantizer`` with the model's quantization record.
     """
     for decision in quantizer.record.decisions:
         if decision.kind == "attention" and decision.config is not None and decision.config.attention is not None:
@@ -127,7 +129,7 @@ def finish(model: Any, quantizer: Any) -> Any:
 
 
 def _apply(model: Any, convert: Any, recurse: bool = True) -> Any:
-    """``nn.Module._apply``, which otherwise fails on weights that a compiled model holds weak references to."""
+    """Replaces ``nn.Module._apply``, which fails on weights that a compiled model holds weak references to."""
     convert_tensors(model, convert)
     return model
 
@@ -138,10 +140,10 @@ def is_module_form(model: Any) -> bool:
 
 
 def record_of(model: Any) -> Record:
-    """How a model in the module form was quantized, with its config and dtype as they are now.
+    """Record of how a model in the module form was quantized, with its current config and dtype.
 
     Raises:
-        ValueError: it is not quantized.
+        ValueError: the model was not quantized by this package.
     """
     if not is_module_form(model):
         raise ValueError(f"this {type(model).__name__} was not quantized by fp4dit_ao")
@@ -154,7 +156,7 @@ def record_of(model: Any) -> Record:
 
 
 def tensors_to_save(model: Any) -> dict[str, Tensor]:
-    """Every tensor of a model in the module form, by the name that it has in a graph; codes and scales apart."""
+    """Plain tensors of a model in the module form, by their names in a graph, with codes and scales as separate tensors."""
     record: Record = model.hf_quantizer.record
     every = dict(model.named_parameters()) | dict(model.named_buffers()) | record.constants
     for transform in record.transforms:
@@ -193,10 +195,10 @@ def save_module_form(
 
 
 def dequantize_modules(model: Any) -> Any:
-    """The float model again, in place, with weights as they were rounded.
+    """Turns a model in the module form back into a float model, in place; weights keep their rounded values.
 
     Raises:
-        ValueError: a LoRA is fused, which could not be undone any more.
+        ValueError: a LoRA is fused, which could not be unfused afterwards.
     """
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise ValueError("the transformer carries a fused LoRA; call unfuse_lora() or unload_lora() first")

@@ -1,4 +1,4 @@
-"""Filling a float model with stored codes and scales: :class:`Slots`."""
+""":class:`Slots`: fills a float model with stored codes and scales."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +14,7 @@ from fp4dit_ao.schemes import scheme_of
 
 
 def check_online(record: Record) -> None:
-    """Raise ``ValueError`` if something was quantized in a way that only a graph can execute."""
+    """Raises ``ValueError`` if a layer was quantized in a way that only the graph form can execute."""
     for decision in record.decisions:
         if decision.config is not None and not scheme_of(decision.config).quantizes_online(decision.config):
             raise ValueError(
@@ -24,10 +24,10 @@ def check_online(record: Record) -> None:
 
 
 def quantized_linears(record: Record) -> Iterable[tuple[str, QuantConfig]]:
-    """(name, config) of every linear with a low-bit weight.
+    """Yields (name, config) of every linear with a low-bit weight.
 
     Raises:
-        ValueError: a config that only a graph can execute.
+        ValueError: only the graph form can execute a config.
     """
     check_online(record)
     for decision in record.decisions:
@@ -36,14 +36,14 @@ def quantized_linears(record: Record) -> Iterable[tuple[str, QuantConfig]]:
 
 
 class Slots:
-    """A float model, opened so that its state dict has the names of stored tensors, until it is closed.
+    """Float model that is opened, so that its state dict has the names of the stored tensors, filled, and closed.
 
     Args:
-        model: on the meta device; changed: every quantized weight becomes a module of codes and scales.
-        record: what will be put in.
+        model: a model on the meta device; it is changed: every quantized weight becomes a module of codes and scales.
+        record: record of the tensors that will be put in.
 
     Raises:
-        ValueError: the record is not one of such a model.
+        ValueError: the record does not fit the model.
     """
 
     def __init__(self, model: Any, record: Record):
@@ -83,7 +83,8 @@ class Slots:
         linear.add_module("weight", parts)
 
     def put(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> None:
-        """Put ``x``, one of the record's tensors, in its place, as ``dtype`` unless it is quantized or whole numbers."""
+        """Puts ``x``, one of the record's tensors, in its place, cast to ``dtype`` unless it is quantized or
+        integer."""
         quantized = name.rpartition(".weight.")[0] in self._linears
         if dtype is not None and x.is_floating_point() and not quantized:
             x = x.to(dtype)
@@ -91,13 +92,13 @@ class Slots:
         self._waiting.pop(name, None)
 
     def close(self, dtype: torch.dtype | None = None) -> Any:
-        """The model in the module form, but for what :func:`finish` does.
+        """Builds the quantized weights and returns the model, ready for ``module_form.finish``.
 
         Args:
-            dtype: that quantized weights present themselves as; the record's if None.
+            dtype: reported dtype of quantized weights; the record's if None.
 
         Raises:
-            ValueError: not everything was put in.
+            ValueError: a tensor was not put in.
         """
         if self._waiting:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""From a float diffusers pipeline to a quantized one in one call."""
+"""``quantize_pipeline``: quantizes a diffusers pipeline in one call."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,8 +83,8 @@ def quantize_pipeline(
         call: further arguments of the pipeline while calibrating, on top of its ``generation.json``.
 
     Returns:
-        A pipeline of the same class. Its ``transformer`` is a ``QuantizedTransformer`` with ``.summary()`` and ``.report``;
-        its ``save_pretrained(dir)`` writes what :func:`load_pipeline` reads.
+        A pipeline of the same class. Its ``transformer`` is a ``QuantizedTransformer`` with ``.summary()`` and
+        ``.report``; its ``save_pretrained(dir)`` writes what :func:`load_pipeline` reads.
 
     Raises:
         ValueError: the pipeline has no transformer or one that is already quantized, the name of a recipe or method is
@@ -118,7 +118,7 @@ def quantize_pipeline(
         run_fine_tuning(prepared, data, fine_tuning, checkpoint_dir=folder, progress=progress)
     with torch.no_grad():
         graph = lower(convert_pt2e(prepared, fold_quantize=False))
-    source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path, if it was loaded from one
+    source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path if the pipeline was loaded from one
     decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
     quantized = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
     quantized.report = report

@@ -1,4 +1,4 @@
-"""``save_pretrained`` of quantized transformers, whatever their form."""
+"""``save_pretrained`` of quantized transformers in either form."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def refuse_unsaveable(model: nn.Module) -> None:
-    """Raise ``ValueError`` if ``model`` carries a LoRA, or weights that were unpacked to bytes."""
+    """Raises ``ValueError`` if ``model`` carries a LoRA, or weights that were unpacked to bytes."""
     adapters = sorted(name for name, _ in model.named_parameters() if ".lora_" in name)
     if adapters:
         raise ValueError(
@@ -42,12 +42,12 @@ def save_pretrained(
     """Writes a quantized transformer, with the arguments of diffusers' ``save_pretrained``.
 
     Args:
-        model: that is saved; its ``push_to_hub`` is called if asked for.
-        record: how it was quantized.
-        tensors: plain tensors, by name.
+        model: the model; its ``push_to_hub`` is called if requested.
+        record: how the model was quantized.
+        tensors: its plain tensors, by name.
 
     Raises:
-        ValueError: pickles, FlashPack or a variant are asked for.
+        ValueError: pickles, FlashPack or a variant are requested.
         OSError: the folder cannot be written.
     """
     if not safe_serialization or use_flashpack:

@@ -1,7 +1,8 @@
-"""How close images are to their originals, and how sure the answer is.
+"""Image metrics against originals (PSNR, SSIM), and means with 95 % intervals.
 
-Quality is compared at equal prompts and seeds. The images of one prompt resemble each other, so the unit that is drawn
-at random is the *prompt*: intervals come from a bootstrap that resamples prompts and keeps all seeds of each together.
+Quality is compared at equal prompts and seeds. The images of one prompt resemble each other, so the sampling unit is
+the
+*prompt*: intervals come from a bootstrap that resamples prompts and keeps all seeds of each together.
 """
 
 from collections.abc import Callable
@@ -15,10 +16,12 @@ Floats = NDArray[np.float64]
 Images = NDArray[np.uint8]
 
 PSNR_CAP = 100.0
-"""dB given to identical images, whose PSNR is infinite; half a grey level of error everywhere gives 54 dB."""
+"""PSNR in dB of identical images, instead of infinity; an error of half a grey level everywhere gives 54 dB."""
 RESAMPLES = 4000
+"""Bootstrap resamples per interval."""
 BOOTSTRAP_SEED = 0
 _CHUNK = 64
+"""Images that are compared together, to bound memory."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Estimate:
     high: float
 
     def text(self, digits: int = 2, percent: bool = False) -> str:
-        """``"25.31 (24.80 to 25.85)"``."""
+        """Formats the estimate, such as ``"25.31 (24.80 to 25.85)"``; ``percent`` multiplies by 100."""
         factor = 100 if percent else 1
         value, low, high = (f"{factor * x:.{digits}f}" for x in (self.value, self.low, self.high))
         return f"{value}{' %' if percent else ''} ({low} to {high})"
@@ -41,10 +44,13 @@ def psnr(images: Images, originals: Images) -> Floats:
 
     Args:
         images: uint8 ``(..., h, w, 3)``.
-        originals: the same shape.
+        originals: uint8, of the same shape.
 
     Returns:
-        ``(...)``.
+        float64 ``(...)``.
+
+    Raises:
+        ValueError: the shapes differ.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -81,7 +87,7 @@ def _per_image(chunk: Callable[..., Floats], images: Images, originals: Images) 
             f"images of shape {images.shape} cannot be compared with originals of shape {originals.shape}; "
             "generate both with the same prompts, seeds and size"
         )
-    # float64: SSIM subtracts squares, and float32 calls two identical white squares different
+    # float64, since SSIM subtracts squares: in float32 the SSIM of two identical white images is below 1
     flat, flat_originals = (x.reshape(-1, *x.shape[-3:]) for x in (images, originals))
     parts = []
     for start in range(0, len(flat), _CHUNK):
@@ -91,7 +97,7 @@ def _per_image(chunk: Callable[..., Floats], images: Images, originals: Images) 
 
 
 def estimate(values: NDArray[np.generic]) -> Estimate:
-    """Mean and 95 % percentile-bootstrap interval over prompts, the same for equal values (the bootstrap is seeded).
+    """Mean and 95 % percentile-bootstrap interval over prompts; equal values give equal intervals (fixed seed).
 
     Args:
         values: ``(seeds, prompts)``, float or bool. A proportion that is 0 or 1 throughout gets the Wilson interval of

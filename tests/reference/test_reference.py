@@ -143,9 +143,9 @@ def package(tmp_path: Path) -> Path:
 def test_a_killed_training_run_resumes_to_the_same_bits(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fp4dit_ao.reference import train
+    from fp4dit_ao.reference import train, training_run
 
-    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    monkeypatch.setattr(training_run, "SAVE_EVERY", 2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.autoencoder(package, whole, steps=2, batch=2)
     train.autoencoder(package, killed, steps=2, batch=2)

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4dit_ao.serving.drawing import Painter
-from fp4dit_ao.serving.engine import Batching, Engine, Image, NotReady, QueueFull, Style
+from fp4dit_ao.serving.engine import Engine
+from fp4dit_ao.serving.engine_types import Batching, Image, NotReady, QueueFull, Style
 
 SMALL, LARGE = Style(8, 8, 1), Style(16, 8, 1)
 

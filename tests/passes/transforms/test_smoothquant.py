@@ -420,11 +420,11 @@ def test_refusals() -> None:
     def smooth(samples: Any, *transforms: Any) -> None:
         transform(graph, samples, transforms or ["smoothquant"], E2M1, progress=False)
 
-    with pytest.raises(ValueError, match="needs a list of samples, .*; found none; see collect_samples"):
+    with pytest.raises(ValueError, match=r"needs a list of samples, .*; found none; see collect_samples"):
         smooth([])
     with pytest.raises(ValueError, match="found a single dict"):
         smooth(sample)
-    with pytest.raises(ValueError, match="calibration sample 1 does not fit the graph: missing .* 'x'"):
+    with pytest.raises(ValueError, match=r"calibration sample 1 does not fit the graph: missing .* 'x'"):
         smooth([sample, {"y": sample["x"]}])
     with pytest.raises(ValueError, match="calibration data at x holds NaN or Inf; run the pipeline in a wider type"):
         smooth([{"x": sample["x"] * math.inf}])
