@@ -27,7 +27,7 @@ _HOME = {
     "compile_blocks": "passes.compilation",
     "unpack_weights": "passes.weight_unpacking",
     "capture": "graph_capture.capturing",
-    "transform": "passes.transforming",
+    "transform": "graph_capture.transforming",
     "quantizer_for": "families",
     "example_inputs": "families",
     "calibrate": "calibration",
@@ -62,10 +62,10 @@ if TYPE_CHECKING:
     from fp4dit_ao.families import example_inputs, quantizer_for
     from fp4dit_ao.formats import FloatFormat
     from fp4dit_ao.graph_capture.capturing import capture
+    from fp4dit_ao.graph_capture.transforming import transform
     from fp4dit_ao.passes.compilation import compile_blocks
     from fp4dit_ao.passes.lowering import lower
     from fp4dit_ao.passes.reconstruction import reconstruct
-    from fp4dit_ao.passes.transforming import transform
     from fp4dit_ao.passes.weight_unpacking import unpack_weights
     from fp4dit_ao.plugin_points import methods
     from fp4dit_ao.quantizer import FP4DiTQuantizer

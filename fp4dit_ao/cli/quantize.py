@@ -11,12 +11,12 @@ from fp4dit_ao.calibration import SELECTIONS, read_prompts
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
+from fp4dit_ao.graph_capture.transforming import resolve_transforms
 from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS
 from fp4dit_ao.passes.reconstruction import ROUNDINGS
 from fp4dit_ao.passes.reconstruction.choice import chosen_config
 from fp4dit_ao.passes.reconstruction.rounding import ClosedFormRounding
-from fp4dit_ao.passes.transforming import resolve_transforms
 from fp4dit_ao.util.atomic_files import write_text
 
 CALIBRATION_PROMPTS = 64

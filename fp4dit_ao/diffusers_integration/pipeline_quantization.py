@@ -16,12 +16,12 @@ from fp4dit_ao.diffusers_integration.pipeline_folder import with_transformer
 from fp4dit_ao.families import quantizer_for, recipe_for
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind, capture
+from fp4dit_ao.graph_capture.transforming import resolve_transforms, transform
 from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, run_fine_tuning
 from fp4dit_ao.passes.lowering import lower
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS, choose_formats
 from fp4dit_ao.passes.reconstruction import ROUNDINGS, reconstruct
 from fp4dit_ao.passes.reconstruction.choice import chosen_config
-from fp4dit_ao.passes.transforming import resolve_transforms, transform
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.schemes import scheme_of
 
