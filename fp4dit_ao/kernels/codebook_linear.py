@@ -129,9 +129,9 @@ def run(
         )
     _check(tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size)
     rows, features = token_scale.numel(), qdata.shape[0]
-    scales = [token_scale.float().contiguous(), row_scale.float().contiguous()]
-    arrays = [tokens.contiguous(), scales[0], qdata.contiguous(), index.contiguous(), codebooks.contiguous(), scales[1]]
-    added = None if bias is None else bias.float().contiguous()
+    added = None if bias is None else _contiguous(bias.float())
+    arrays = tokens, token_scale.float(), qdata, index, codebooks, row_scale.float()
+    arrays = tuple(map(_contiguous, arrays))  # what is copied lives until the call returns
     out = torch.empty((rows, features), dtype=output_dtype)
     failed = opened.fp4dit_codebook_linear(
         *(array.data_ptr() for array in arrays), None if added is None else added.data_ptr(), out.data_ptr(),
@@ -142,6 +142,10 @@ def run(
         reason = ("out of memory", f"kernel {kernel} cannot take groups of {group_size}")[failed - 1]
         raise RuntimeError(f"codebook_linear: {reason}")
     return out
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.contiguous()
 
 
 @functools.cache

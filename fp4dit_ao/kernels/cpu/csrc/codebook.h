@@ -14,6 +14,16 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
+/* Functions between these two are compiled for the instruction sets that `features` names. */
+#define PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define END_TARGET PRAGMA(GCC pop_options)
+#endif
+
 #include <stddef.h>
 #include <stdint.h>
 

@@ -1,6 +1,4 @@
 /* Registers of 256 bits for codebook_rows.h. */
-#include <immintrin.h>
-
 #define VECTOR __m256i
 enum { WIDTH = 32 };
 #define AT_ONCE 2

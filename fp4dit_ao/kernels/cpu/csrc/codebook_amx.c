@@ -4,12 +4,12 @@
  * transposed in registers. Of every eight input features, the even ones come first, then the odd ones, as codes lie in bytes. */
 #include "codebook.h"
 #ifdef FP4DIT_AMX
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-int8")
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-int8")
 #include "codebook_epilogue.h"
 
 enum {
@@ -175,4 +175,5 @@ static void write_output(const tile_output *o) {
 const codebook_kernel codebook_amx = {
     .name = "amx", .group = 32, .least = 9, .begin = begin, .end = end, .pack = pack, .multiply = multiply_panels,
 };
+END_TARGET
 #endif

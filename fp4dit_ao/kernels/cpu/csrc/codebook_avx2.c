@@ -2,7 +2,9 @@
  * products, at most 32512, does not saturate. */
 #include "codebook.h"
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma")
+#include <immintrin.h>
+
+BEGIN_TARGET("avx2,fma")
 #include "codebook_256.h"
 
 static inline VECTOR dot_product(VECTOR sum, VECTOR w, VECTOR t) {
@@ -17,4 +19,5 @@ static inline VECTOR dot_product(VECTOR sum, VECTOR w, VECTOR t) {
 const codebook_kernel codebook_avx2 = {
     .name = "avx2", .offset = OFFSET, .group = 1, .pack = pack, .multiply = multiply_panels,
 };
+END_TARGET
 #endif

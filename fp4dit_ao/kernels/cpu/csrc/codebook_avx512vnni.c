@@ -1,8 +1,9 @@
 /* AVX-512 VNNI: 64 products an instruction, sixteen sums in registers. */
 #include "codebook.h"
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 #include <immintrin.h>
+
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
 #define VECTOR __m512i
 enum { WIDTH = 64 };
@@ -39,4 +40,5 @@ static inline __m128i add_lanes(VECTOR a, VECTOR b, VECTOR c, VECTOR d) {
 const codebook_kernel codebook_avx512vnni = {
     .name = "avx512vnni", .offset = OFFSET, .group = 1, .pack = pack, .multiply = multiply_panels,
 };
+END_TARGET
 #endif

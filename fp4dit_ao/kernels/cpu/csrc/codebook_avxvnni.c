@@ -1,7 +1,9 @@
 /* AVX-VNNI: VNNI's dot product in 256-bit registers, for processors without AVX-512. */
 #include "codebook.h"
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,avxvnni")
+#include <immintrin.h>
+
+BEGIN_TARGET("avx2,fma,avxvnni")
 #include "codebook_256.h"
 
 #define OFFSET 128
@@ -11,4 +13,5 @@
 const codebook_kernel codebook_avxvnni = {
     .name = "avxvnni", .offset = OFFSET, .group = 1, .pack = pack, .multiply = multiply_panels,
 };
+END_TARGET
 #endif

@@ -13,8 +13,7 @@
 
 enum {
     CACHED_TOKENS = 1200 << 10, /* bytes of a block, beside a panel in the second-level cache */
-    LEAST_STRIPS = 4,           /* of a block, when there are more threads than work: decoding takes a fifth of the time then */
-    CACHED_OUTPUT = 4 << 20,  /* bytes of a thread's output that may stay there until they are read */
+    CACHED_OUTPUT = 2 << 20,    /* bytes of a thread's output that may stay there until they are read */
     TURNS = 3                   /* tasks for every thread, so that all end together */
 };
 
@@ -109,15 +108,15 @@ static void worker(void *argument) {
     if (w->kernel->end) w->kernel->end();
 }
 
-/* Blocks of tokens that fit into a cache, as many as there are threads if that leaves enough to do; and parts of the panels. */
+/* Blocks of tokens that fit into a cache, and parts of the panels for each. A thread lays out strips / blocks strips and decodes
+ * panels * blocks / threads panels, which take about as long: their sum is least where they are equal. */
 static void share_out(work *w, int threads) {
     const codebook_problem *p = &w->problem;
     const int64_t strips = (p->rows + TOKENS - 1) / TOKENS, bytes = p->digits * TOKENS * padded_depth(p->weights.depth);
-    const int64_t most = CACHED_TOKENS / bytes > 1 ? CACHED_TOKENS / bytes : 1;
-    const int64_t least = (strips + most - 1) / most, fair = strips / LEAST_STRIPS;
+    const int64_t most = CACHED_TOKENS / bytes > 1 ? CACHED_TOKENS / bytes : 1; /* strips of a block */
     w->panels = (p->weights.features + FEATURES - 1) / FEATURES;
-    w->blocks = threads < fair ? threads : fair;
-    w->blocks = w->blocks < least ? least : w->blocks;
+    w->blocks = (strips + most - 1) / most;
+    while (w->blocks * w->blocks * w->panels < strips * threads) w->blocks++;
     w->block = (strips + w->blocks - 1) / w->blocks * TOKENS;
     w->blocks = (p->rows + w->block - 1) / w->block;
     w->parts = (TURNS * threads + w->blocks - 1) / w->blocks;
