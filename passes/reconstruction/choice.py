@@ -1,13 +1,15 @@
 """The config that names of methods, given one by one, stand for: what ``quantize_pipeline`` and the command line take."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 from fp4dit_ao.config import AdaRoundConfig, ReconstructionConfig
 from fp4dit_ao.passes.reconstruction.objectives import OBJECTIVES
 from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS
 from fp4dit_ao.passes.reconstruction.scopes import SCOPES
+from fp4dit_ao.util.registry import Registry
 
-_REGISTRIES = {"rounding": ROUNDINGS, "objective": OBJECTIVES, "scope": SCOPES}
+_REGISTRIES: dict[str, Registry[Any]] = {"rounding": ROUNDINGS, "objective": OBJECTIVES, "scope": SCOPES}
 
 
 def chosen_config(
@@ -32,7 +34,7 @@ def chosen_config(
     if adaround is not None and reconstruction is not None:
         raise ValueError("adaround and reconstruction both say how weights are rounded; give one of the two")
     names = {"rounding": rounding, "objective": objective, "scope": scope}
-    given = {name: value for name, value in names.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in names.items() if value is not None}
     for name, value in given.items():
         _REGISTRIES[name].find(value)
     if reconstruction is not None:
