@@ -91,15 +91,28 @@ def test_quantize_says_what_it_did(quantized):
     assert not list(quantized.rglob("*.bin"))
 
 
-def test_learned_rounding_leaves_a_report(folders):
+@pytest.mark.parametrize(
+    ("method", "unit"),
+    [
+        (["--iters", 2], "| transformer_blocks.1 |"),
+        (["--rounding", "gptq"], "| transformer_blocks.1 |"),
+        (
+            ["--rounding", "adaround", "--scope", "window", "--iters", 2],
+            "| transformer_blocks.0 … transformer_blocks.1 |",
+        ),
+    ],
+    ids=["default", "gptq", "window"],
+)
+def test_rounding_on_data_leaves_a_report(folders, method, unit):
+    out = folders / "-".join(map(str, method))
     result = run(
-        "quantize", folders / "float", "--iters", 2, "--samples", 4, "--recipe", "w4a8", "--skip", "*attn2*",
-        "--prompts", folders / "prompts.txt", "--out", folders / "learned",
+        "quantize", folders / "float", *method, "--samples", 4, "--recipe", "w4a8", "--skip", "*attn2*",
+        "--prompts", folders / "prompts.txt", "--out", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "transformer_blocks.1" in (folders / "learned" / "reconstruction.md").read_text()
-    assert not (folders / "learned.unfinished").exists()
-    kept = run("inspect", folders / "learned").stdout
+    assert unit in (out / "reconstruction.md").read_text()
+    assert not out.with_name(out.name + ".unfinished").exists()
+    kept = run("inspect", out).stdout
     assert re.search(r"attn2\.to_q .*name matches '\*attn2\*'", kept)
 
 

@@ -11,7 +11,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 from fp4dit_ao import ReconstructionConfig, reconstruct, w4a6
 from fp4dit_ao.config import int_w4a6, mxfp4, nvfp4
 from fp4dit_ao.observers import Grid
-from fp4dit_ao.passes.partition import partition, weight_observers
+from fp4dit_ao.passes.partition import partition
 from fp4dit_ao.passes.reconstruction.closed_form_rounding import groups_by_input
 from fp4dit_ao.passes.reconstruction.rounding import GPTQ, ROUNDINGS, ClosedFormRounding
 from tests.passes.reconstruction.test_reconstruct import codes, error, prepare
@@ -30,8 +30,12 @@ def registered(monkeypatch):
     return register
 
 
-@pytest.mark.parametrize("recipe", [w4a6(), int_w4a6(), nvfp4(), mxfp4()], ids=["float", "int", "nvfp4", "mxfp4"])
-def test_gptq_beats_nearest(recipe) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "factor"), [(w4a6(), 0.7), (int_w4a6(), 0.7), (nvfp4(), 0.7), (mxfp4(), 0.9)],
+    ids=["float", "int", "nvfp4", "mxfp4"],
+)  # fmt: skip
+def test_gptq_beats_nearest(recipe, factor) -> None:
+    """By less where activations of 4 bits leave an error of their own."""
     prepared, data, model = prepare(recipe, layers=2)
     nearest = error(convert_pt2e(copy.deepcopy(prepared)), model, data)
     report = reconstruct(prepared, data, GPTQ_BLOCK, progress=False)
@@ -39,9 +43,9 @@ def test_gptq_beats_nearest(recipe) -> None:
     for row in report.rows:
         assert row.kept == "solved"
         assert row.layers == 6
-        assert row.loss_after < 0.7 * row.loss_before
+        assert row.loss_after < factor * row.loss_before
         assert 0 < row.changed < 0.5
-    assert error(convert_pt2e(prepared), model, data) < 0.7 * nearest
+    assert error(convert_pt2e(prepared), model, data) < factor * nearest
 
 
 def test_linears_that_share_an_input_share_a_hessian_in_topological_order() -> None:
@@ -84,7 +88,7 @@ def test_hessians_are_of_quantized_inputs_behind_weights_that_are_rounded_alread
 
     with torch.no_grad():
         Catch(converted).run(*(torch.cat([s[k] for s in data]) for k in data[0]), True)
-    assert set(rule.seen) == {o.name for _, o in weight_observers(prepared)} or len(rule.seen) == 12
+    assert len(rule.seen) == 12
     for name, hessian in rule.seen.items():
         assert hessian.dtype == torch.float64
         assert torch.allclose(

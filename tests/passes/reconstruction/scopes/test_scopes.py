@@ -87,11 +87,12 @@ def test_windows_advance_by_what_they_do_not_share(four_blocks, settings, expect
 def test_a_window_of_one_block_is_block_scope() -> None:
     first, data, _ = prepare(layers=2)
     second = copy.deepcopy(first)
-    common = {"iters": 20, "batch_size": 8, "relative_lr": 0.2}
+    common = {"iters": 60, "batch_size": 8, "relative_lr": 0.2}
     one = reconstruct(first, data, ReconstructionConfig(scope="block", **common), progress=False)
     other = reconstruct(
         second, data, ReconstructionConfig(scope="window", window=1, overlap=0, **common), progress=False
     )
+    assert [row.kept for row in one.rows] == ["learned", "learned"]
     assert all(torch.equal(a, b) for a, b in zip(codes(first), codes(second), strict=True))
     assert one.stream_bytes == other.stream_bytes
     assert [(r.block, r.loss_before, r.loss_after) for r in one.rows] == [
