@@ -101,7 +101,8 @@ class LevelTensor(QuantizedWeight):
         return {"qdata": (1, 1), "scale": (rows, columns)}
 
     def attributes_of_part(self, rows: int, columns: int) -> dict[str, Any]:
-        return {"block_size": [min(block, size) for block, size in zip(self.block_size, (rows, columns), strict=True)]}
+        sizes = zip(self.block_size, (rows, columns), strict=True)
+        return {"block_size": [min(block, size) or block for block, size in sizes]}
 
     def stored_values(self, output_dtype: torch.dtype) -> Tensor:
         groups = self.qdata.float().unflatten(1, (self.scale.shape[1], -1))

@@ -99,7 +99,8 @@ class MinifloatTensor(QuantizedWeight):
         return {"qdata": (1, _codes_a_byte(self.fmt)), "scale": (rows, columns)}
 
     def attributes_of_part(self, rows: int, columns: int) -> dict[str, Any]:
-        return {"block_size": [min(block, size) for block, size in zip(self.block_size, (rows, columns), strict=True)]}
+        sizes = zip(self.block_size, (rows, columns), strict=True)
+        return {"block_size": [min(block, size) or block for block, size in sizes]}
 
     def stored_values(self, output_dtype: torch.dtype) -> Tensor:
         return dequantize(self.codes, self.block_size, self.scale, self.fmt, output_dtype)

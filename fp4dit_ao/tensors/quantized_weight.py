@@ -5,6 +5,10 @@ A weight ``(out_features, in_features)`` is stored in tensors of which each elem
 begins and ends between two tiles. So rows can always be taken and put together where scales belong to rows, and columns at
 multiples of the group size; nothing is computed, so nothing changes.
 
+DTensor shards weights by the same slices. Split over rows (``ColwiseParallel``), a linear gives the same bits. Split over
+columns (``RowwiseParallel``), every process has a part of each token, and quantizes that with a scale of its own: finer than
+unsharded, not equal. Without quantized input it is equal up to the order of float32 sums.
+
 A subclass lists its stored tensors and attributes (``tensor_data_names``, ``tensor_attribute_names``, as torchao asks) and
 defines :meth:`QuantizedWeight.tiles`, :meth:`~QuantizedWeight.stored_values`, :meth:`~QuantizedWeight.stored_linear` and
 :meth:`~QuantizedWeight.unit`.
@@ -304,6 +308,25 @@ def _is_pinned(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
 @_overrides(_ATEN._pin_memory.default)
 def _pin_memory(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
     return args[0].map_data(Tensor.pin_memory)
+
+
+# --- sharding by torch.distributed.tensor --------------------------------------------------------------------------
+
+
+def _collective(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """A collective that sends weights: one of every stored tensor, in order."""
+    first = next(x for x in _compat.pytree.tree_leaves(args) if isinstance(x, QuantizedWeight))
+    work = None
+    for name in first.tensor_data_names:
+        if work is not None:
+            work.wait()
+        parts = _compat.pytree.tree_map_only(QuantizedWeight, lambda x, name=name: getattr(x, name), args)
+        _, work = func(*parts, **kwargs)
+    return args[0], work
+
+
+if torch.distributed.is_available():  # distribute_tensor and parallelize_module, where one process has the weights
+    _OVERRIDES |= dict.fromkeys((torch.ops.c10d.scatter_.default, torch.ops.c10d.broadcast_.default), _collective)
 
 
 def _view(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
