@@ -100,6 +100,10 @@ def quantize(
     prompts: Prompts = None,
     rounding: Annotated[str, typer.Option(help="'adaround' learns it; 'nearest' takes seconds.")] = "adaround",
     iters: Iterations = None,
+    transform: Annotated[
+        list[str] | None,
+        typer.Option(help="Graph transform before quantization, such as smoothquant; repeatable, in order."),
+    ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Glob of modules to leave in high precision; repeatable.")
     ] = None,
@@ -117,6 +121,7 @@ def quantize(
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, rounding=rounding, iters=iters, skip=skip or [], steps=steps,
         samples=samples, seed=seed, resume=resume, device=device,
+        transforms=transform or [],
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.pipeline_quantization import ROUNDINGS
 from fp4dit_ao.evaluation.fidelity import write_text
+from fp4dit_ao.passes.transforming import resolve_transforms
 
 CALIBRATION_PROMPTS = 64
 """Taken from the reference pipeline's own where the user gives none."""
@@ -19,6 +20,7 @@ CALIBRATION_PROMPTS = 64
 def quantize(
     model: str, out: Path, *, recipe: str, prompts: Path | None, rounding: str, iters: int | None, skip: Sequence[str],
     steps: int | None, samples: int, seed: int, resume: bool, device: str | None,
+    transforms: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Quantize ``model`` and save it to ``out``; a killed run leaves ``<out>.unfinished``, and ``resume`` continues it.
 
@@ -26,6 +28,7 @@ def quantize(
         ValueError, OSError: wrong input, all of it checked before the model is loaded as far as that is possible.
     """
     config = QuantConfig.from_name(recipe)
+    resolve_transforms(transforms)
     if rounding not in ROUNDINGS:
         raise ValueError(f"unknown --rounding {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
     if iters is not None and rounding == "nearest":
@@ -40,7 +43,7 @@ def quantize(
     pipe = named_models.open_pipeline(model, device)
     start = time.perf_counter()
     try:
-        quantized = _quantize(pipe, config, texts, rounding, iters, skip, steps, samples, seed, unfinished)
+        quantized = _quantize(pipe, config, texts, rounding, iters, skip, steps, samples, seed, unfinished, transforms)
         quantized.save_pretrained(out)
     except Exception:
         if not any(unfinished.glob("blocks/block-*")):
@@ -60,6 +63,7 @@ def quantize(
 def _quantize(
     pipe: Any, config: QuantConfig, texts: list[str], rounding: str, iters: int | None, skip: Sequence[str],
     steps: int | None, samples: int, seed: int, unfinished: Path,
+    transforms: Sequence[str],
 ) -> Any:  # fmt: skip
     from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
     from fp4dit_ao.passes.reconstruction.engine import AdaRoundConfig
@@ -67,6 +71,7 @@ def _quantize(
     learned = rounding == "adaround"
     return quantize_pipeline(
         pipe, config, prompts=texts, steps=steps, samples=samples, skip=skip, seed=seed,
+        transforms=transforms,
         rounding=cast(Literal["adaround", "nearest"], rounding),
         adaround=AdaRoundConfig() if iters is None else AdaRoundConfig(iters=iters),
         checkpoint_dir=unfinished / "blocks" if learned else None,

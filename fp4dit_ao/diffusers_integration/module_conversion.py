@@ -14,6 +14,7 @@ from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig, FP4DiTDiffusersQuantizer
 from fp4dit_ao.diffusers_integration.module_form import decide, finish, quantize_linear
 from fp4dit_ao.diffusers_integration.module_slots import Slots, check_online, quantized_linears
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 
 BUFFER_LIMIT = 1 << 30
 """Bytes of the largest tables, such as those of positions, that a model may make while it is loaded."""
@@ -26,6 +27,7 @@ def quantize_modules(
     skip: Sequence[str] = (),
     sample: Mapping[str, Any] | None = None,
     source: str | None = None,
+    transforms: Sequence[str | GraphTransform] = (),
 ) -> Any:
     """Quantize a diffusers model in place with nearest rounding: no graph to run, no calibration, one weight at a time.
 
@@ -36,14 +38,15 @@ def quantize_modules(
         sample: keyword arguments of one ``forward``; of a family that the package knows, it makes them up. With them the
             linears before a gate are found in the model's graph.
         source: name or path of the float model, to be written down.
+        transforms: graph transforms that need no calibration data: ``"split_inputs"``.
 
     Returns:
         ``model``; its ``save_pretrained`` writes what ``from_pretrained`` and ``load_pipeline`` read.
 
     Raises:
-        ValueError: an unknown recipe, one that needs calibration data, or a model that it does not fit.
+        ValueError: an unknown recipe, one (or a transform) that needs calibration data, or a model that it does not fit.
     """
-    record = decide(model, recipe, skip=skip, sample=sample, source=source)
+    record = decide(model, recipe, skip=skip, sample=sample, source=source, transforms=transforms)
     for transform in record.transforms:
         transform.apply_to_modules(model)
     for name, config in quantized_linears(record):

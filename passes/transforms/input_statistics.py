@@ -85,7 +85,9 @@ def input_statistics(
             values = _compat.flat_inputs(graph, sample)
         except (TypeError, ValueError) as error:
             raise ValueError(f"calibration sample {index} does not fit the graph: {error}") from error
-        watch.run(*pytree.tree_map_only(Tensor, lambda x: x.to(device), list(values.values())), enable_io_processing=False)
+        watch.run(
+            *pytree.tree_map_only(Tensor, lambda x: x.to(device), list(values.values())), enable_io_processing=False
+        )
     for node, seen in statistics.items():
         if seen.absmax is None or not bool(torch.isfinite(seen.absmax).all()):
             raise ValueError(

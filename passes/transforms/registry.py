@@ -36,7 +36,8 @@ def from_records(records: Iterable[Mapping[str, Any]]) -> list[GraphTransform]:
         ValueError, LookupError, TypeError: a record of an unknown transform, or a damaged one.
     """
     return [
-        TRANSFORMS.find(record["name"]).from_record({k: v for k, v in record.items() if k != "name"}) for record in records
+        TRANSFORMS.find(record["name"]).from_record({k: v for k, v in record.items() if k != "name"})
+        for record in records
     ]
 
 

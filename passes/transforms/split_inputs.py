@@ -140,6 +140,10 @@ class SplitInputs(GraphTransform):
                 if sizes is not None:
                     self.parts[linear_name(node)] = sizes
 
+    @property
+    def changes(self) -> bool:
+        return bool(self.parts)
+
     def rewrite(self, graph: GraphModule) -> None:
         left = dict(self.parts)
         for node in list(graph.graph.nodes):
@@ -147,7 +151,9 @@ class SplitInputs(GraphTransform):
             if name in self.parts:
                 sizes = left.pop(name, self.parts[name])
                 if sum(sizes) != node.args[1].meta["val"].shape[-1]:
-                    raise ValueError(f"linear {name} has {node.args[1].meta['val'].shape[-1]} input features, not {sizes}")
+                    raise ValueError(
+                        f"linear {name} has {node.args[1].meta['val'].shape[-1]} input features, not {sizes}"
+                    )
                 _split(graph, node, sizes)
         if left:
             raise ValueError(f"the graph has no linear {next(iter(left))}, which was split; it is of another model")

@@ -297,7 +297,8 @@ def test_folded_and_multiplied_are_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    "why", ["", "parameter read elsewhere", "input read elsewhere", "attention of grouped heads", "heads not joined", "gate"]
+    "why",
+    ["", "parameter read elsewhere", "input read elsewhere", "attention of grouped heads", "heads not joined", "gate"],
 )
 @torch.no_grad()
 def test_what_cannot_be_folded_exactly_is_not(why: str) -> None:
@@ -321,7 +322,9 @@ def test_what_cannot_be_folded_exactly_is_not(why: str) -> None:
             return self.fc(y) * y if why == "input read elsewhere" else self.fc(y)
 
     graph = capture(Other().eval(), {"x": torch.randn(2, 24, 128)})
-    [node] = [node for node in graph.graph.nodes if "fc.weight" in {str(source.target) for source in node.all_input_nodes}]
+    [node] = [
+        node for node in graph.graph.nodes if "fc.weight" in {str(source.target) for source in node.all_input_nodes}
+    ]
     found = foldable_parameters(graph, node.args[0], [node])
     assert found == ([] if why else ["v.weight", "v.bias"])
 
@@ -331,7 +334,16 @@ def test_what_cannot_be_folded_exactly_is_not(why: str) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "factor"),
-    [("w4a6_e2m1", 4), ("w4a6_nf4", 4), ("int_w4a6", 4), ("w4a6_static", 4), ("w4a6_auto", 4), ("w4a8", 1.2), ("nvfp4", 1), ("mxfp4", 1)],
+    [
+        ("w4a6_e2m1", 4),
+        ("w4a6_nf4", 4),
+        ("int_w4a6", 4),
+        ("w4a6_static", 4),
+        ("w4a6_auto", 4),
+        ("w4a8", 1.2),
+        ("nvfp4", 1),
+        ("mxfp4", 1),
+    ],
 )
 @torch.no_grad()
 def test_outliers_of_channels_lose_their_effect(recipe: str, factor: float) -> None:
@@ -408,11 +420,11 @@ def test_refusals() -> None:
     def smooth(samples: Any, *transforms: Any) -> None:
         transform(graph, samples, transforms or ["smoothquant"], E2M1, progress=False)
 
-    with pytest.raises(ValueError, match="needs a list of samples, .*; found none; see collect_samples"):
+    with pytest.raises(ValueError, match=r"needs a list of samples, .*; found none; see collect_samples"):
         smooth([])
     with pytest.raises(ValueError, match="found a single dict"):
         smooth(sample)
-    with pytest.raises(ValueError, match="calibration sample 1 does not fit the graph: missing .* 'x'"):
+    with pytest.raises(ValueError, match=r"calibration sample 1 does not fit the graph: missing .* 'x'"):
         smooth([sample, {"y": sample["x"]}])
     with pytest.raises(ValueError, match="calibration data at x holds NaN or Inf; run the pipeline in a wider type"):
         smooth([{"x": sample["x"] * math.inf}])
