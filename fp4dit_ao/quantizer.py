@@ -86,8 +86,7 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         """Split the linears whose config says ``split_inputs``."""
         split = SplitInputs(wanted=self._splits)
         split.fit(model)
-        if split.parts:
-            split.apply(model)
+        split.apply(model)
         return model
 
     def annotate(self, model: GraphModule) -> GraphModule:

@@ -81,6 +81,9 @@ def export_single_file(folder: str | Path, out: str | Path) -> None:
         "formats": formats,
         "layers": layers,
         "parts": record.parts,
+        "input_scales": {
+            name: scale for transform in record.transforms for name, scale in transform.input_scales().items()
+        },
         "sha256": {name: entry.sha256 for name, entry in record.tensors.items()},
     }
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")

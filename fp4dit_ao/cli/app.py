@@ -60,6 +60,10 @@ def quantize(
     objective: Annotated[str, typer.Option(help="What learned rounding minimises.")] = "mse",
     scope: Annotated[str, typer.Option(help="What is rounded together: 'block', 'layer' or 'window'.")] = "block",
     iters: Iterations = None,
+    transform: Annotated[
+        list[str] | None,
+        typer.Option(help="Graph transform before quantization, such as smoothquant; repeatable, in order."),
+    ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Glob of modules to leave in high precision; repeatable.")
     ] = None,
@@ -73,9 +77,6 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Seed of the calibration noise.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")] = False,
     device: Device = None,
-    transform: Annotated[
-        list[str] | None, typer.Option(help="Graph transform before quantization, such as 'smoothquant'; repeatable.")
-    ] = None,
     allocation: Annotated[
         str, typer.Option(help="How layers choose among a recipe's candidate formats, such as 'integer_programme'.")
     ] = "least_error",

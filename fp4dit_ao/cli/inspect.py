@@ -13,6 +13,7 @@ from fp4dit_ao.diffusers_integration.graph_form import LayerSummary, QuantizedTr
 from fp4dit_ao.evaluation import plots
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels.attention import ATTENTION, LARGEST_HEAD, AttentionOperands
+from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.schemes import owner_of
 from fp4dit_ao.util.markdown import markdown_table
 
@@ -35,7 +36,7 @@ def inspect(model: str, against: str | None, out: Path | None, device: str | Non
             f"{model} is not quantized by fp4dit_ao, there is nothing to inspect; see 'fp4dit-ao quantize'"
         )
     transformer = load_graph(Path(named_models.folder_of(model)) / "transformer")
-    originals = _float_weights(against) if against else {}
+    originals = _transformed(_float_weights(against), transformer) if against else {}
     print(layer_table(transformer, originals, place))
     print()
     print(kept_table(transformer))
@@ -134,6 +135,14 @@ def _errors(weight: Any, original: Tensor) -> list[str]:
         return [f"{sqnr:.2f}", ""]
     nearest = scheme.nearest_codes(weight, original)
     return [f"{sqnr:.2f}", f"{float((nearest != weight.codes).float().mean()):.1%}"]
+
+
+def _transformed(weights: dict[str, Tensor], transformer: QuantizedTransformer) -> dict[str, Tensor]:
+    """Float weights as graph transforms left them, without those of which that is not known."""
+    for transform in applied_transforms(transformer.graph):
+        changed = {name: transform.float_weight(name, x, transformer.graph) for name, x in weights.items()}
+        weights = {name: x for name, x in changed.items() if x is not None}
+    return weights
 
 
 def _float_weights(name: str) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from fp4dit_ao.checkpoint.quantization_record import Record, check_model
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration import module_form
 from fp4dit_ao.diffusers_integration.module_slots import Slots, quantized_linears
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.split_inputs import split_modules, whole_name
 
 if TYPE_CHECKING:
@@ -40,18 +41,25 @@ class FP4DiTConfig(QuantizationConfigMixin):  # type: ignore[misc]
         recipe: a name in ``config.RECIPES``, or a config.
         skip: globs over module names that stay in high precision, besides the recipe's own.
         sample: keyword arguments of one ``forward``, for models of families that the package does not know.
+        transforms: graph transforms that need no calibration data: ``"split_inputs"``.
 
     Raises:
-        ValueError: the recipe is unknown.
+        ValueError: the recipe or a transform is unknown, or a transform needs calibration data.
     """
 
     def __init__(
-        self, recipe: str | QuantConfig = "w4a6", skip: Sequence[str] = (), sample: Mapping[str, Any] | None = None
+        self,
+        recipe: str | QuantConfig = "w4a6",
+        skip: Sequence[str] = (),
+        sample: Mapping[str, Any] | None = None,
+        transforms: Sequence[str | GraphTransform] = (),
     ):
+        module_form.without_data(transforms)
         if isinstance(recipe, str):
             QuantConfig.from_name(recipe)
         self.quant_method = _Method.FP4DIT_AO
         self.recipe, self.skip, self.sample = recipe, tuple(skip), sample
+        self.transforms = tuple(transforms)
         self.stored: dict[str, Any] | None = None
         """``quantization_config`` of a model that is already quantized, else None."""
 
@@ -95,7 +103,9 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             check_model(self.record, dict(model.config) | {"_class_name": type(model).__name__}, "its config.json")
             self._slots = Slots(model, self.record)
         else:
-            self.record = module_form.decide(model, config.recipe, skip=config.skip, sample=config.sample)
+            self.record = module_form.decide(
+                model, config.recipe, skip=config.skip, sample=config.sample, transforms=config.transforms
+            )
             self._linears = dict(quantized_linears(self.record))
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:

@@ -4,6 +4,7 @@ PEFT's own merging supports only torchao's configs and unmerges by subtracting; 
 """
 
 import functools
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +70,35 @@ def unfuse_lora(model: "ModelMixin") -> None:
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer) and layer.merged:
             layer.unmerge()
+
+
+def adding_refused_on(add: Callable[..., Any], model: Any, folded: Collection[str]) -> Callable[..., Any]:
+    """``add``, one of diffusers' methods that load a LoRA, with a refusal of LoRAs on linears that a transform changed.
+
+    Args:
+        add: ``model.load_lora_adapter`` or ``model.add_adapter``.
+        model: that it belongs to.
+        folded: names of linears whose inputs or outputs are other ones than the float model's.
+    """
+
+    @functools.wraps(add)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        before = set(getattr(model, "peft_config", {}))
+        result = add(*args, **kwargs)
+        layers = [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer) and name in folded]
+        if layers:
+            model.delete_adapters(sorted(set(model.peft_config) - before))
+            if not before:
+                model.unload_lora()
+            raise ValueError(
+                f"this LoRA changes {layers[0]}, whose smoothing factors were folded into other layers' weights: it would compute "
+                "something else there than in the float model; quantize with SmoothQuant(fold=False) to use it"
+            )
+        return result
+
+    return checked
 
 
 @torch.no_grad()

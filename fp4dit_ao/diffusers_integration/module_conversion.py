@@ -14,6 +14,7 @@ from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig, FP4DiTDiffusersQuantizer
 from fp4dit_ao.diffusers_integration.module_form import decide, finish, quantize_linear
 from fp4dit_ao.diffusers_integration.module_slots import Slots, check_online, quantized_linears
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -29,6 +30,7 @@ def quantize_modules(
     skip: Sequence[str] = (),
     sample: Mapping[str, Any] | None = None,
     source: str | None = None,
+    transforms: Sequence[str | GraphTransform] = (),
 ) -> "ModelMixin":
     """Quantizes a diffusers model in place with nearest rounding, one weight at a time, without calibration.
 
@@ -39,14 +41,15 @@ def quantize_modules(
         sample: keyword arguments of one ``forward``, with which linears before a gate are found in the model's graph;
             random ones if None and the family is known.
         source: name or path of the float model, for the record.
+        transforms: graph transforms that need no calibration data: ``"split_inputs"``.
 
     Returns:
         ``model``; its ``save_pretrained`` writes what ``from_pretrained`` and ``load_pipeline`` read.
 
     Raises:
-        ValueError: the recipe is unknown, needs calibration data, or does not fit the model.
+        ValueError: the recipe or a transform is unknown, needs calibration data, or does not fit the model.
     """
-    record = decide(model, recipe, skip=skip, sample=sample, source=source)
+    record = decide(model, recipe, skip=skip, sample=sample, source=source, transforms=transforms)
     for transform in record.transforms:
         transform.apply_to_modules(model)
     for name, config in quantized_linears(record):

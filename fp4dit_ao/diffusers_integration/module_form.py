@@ -28,7 +28,10 @@ from fp4dit_ao.families import example_inputs, family_of, quantizer_for, recipe_
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.passes.device_placement import convert_tensors
-from fp4dit_ao.passes.transforms.registry import applied_transforms
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
+from fp4dit_ao.passes.transforms.registry import TRANSFORMS, applied_transforms
+from fp4dit_ao.passes.transforms.scaled_linear import unscale_modules
+from fp4dit_ao.passes.transforms.split_inputs import SplitInputs
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer, fit_group
 from fp4dit_ao.schemes import scheme_of
 
@@ -40,10 +43,13 @@ def decide(
     skip: Sequence[str] = (),
     sample: Mapping[str, Any] | None = None,
     source: str | None = None,
+    transforms: Sequence[str | GraphTransform] = (),
 ) -> Record:
     """Decides how :func:`quantize_modules` would quantize ``model``, without changing it; tensors may be on the meta
     device."""
     config = recipe_for(model, recipe)
+    if without_data(transforms):
+        config = recipe = dataclasses.replace(config, split_inputs=True)
     asked = recipe if isinstance(recipe, str) else config
     if not scheme_of(config).quantizes_online(config):
         raise ValueError(
@@ -58,7 +64,8 @@ def decide(
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if sample is None and family_of(model).sample is not None:
         sample = example_inputs(model, dtype=dtype)
-    description, transforms = None, []
+    description: Any = None
+    applied: list[GraphTransform] = []
     if sample is None:
         decisions = _decisions_by_name(model, quantizer)
     else:
@@ -66,11 +73,27 @@ def decide(
         empty = empty_model(dict(model.config), cls=type(model))
         prepared = graph_rebuilding.prepare(empty, description, dtype, quantizer)
         decisions = graph_rebuilding.resolve(quantizer.decisions.values(), prepared)
-        transforms = applied_transforms(prepared)
-    record = Record(decisions, dtype, config, source, description, transforms)
+        applied = applied_transforms(prepared)
+    record = Record(decisions, dtype, config, source, description, applied)
     if not any(True for _ in quantized_linears(record)):
         raise ValueError(f"nothing in this {type(model).__name__} would be quantized; check the skip globs")
     return record
+
+
+def without_data(transforms: Sequence[str | GraphTransform]) -> bool:
+    """Whether inputs are to be split: the one graph transform that needs no data and no graph.
+
+    Raises:
+        ValueError: an unknown transform, or one that needs calibration data.
+    """
+    found = [TRANSFORMS.find(t) if isinstance(t, str) else type(t) for t in transforms]
+    other = next((transform.name for transform in found if not issubclass(transform, SplitInputs)), None)
+    if other is not None:
+        raise ValueError(
+            f"transform {other!r} needs calibration data; use quantize_pipeline(…, transforms=[{other!r}]), "
+            "then load_pipeline(…, form='module')"
+        )
+    return bool(found)
 
 
 def _decisions_by_name(model: Any, quantizer: FP4DiTQuantizer) -> list[Decision]:
@@ -125,6 +148,10 @@ def finish(model: Any, quantizer: Any) -> Any:
     model.fuse_lora = functools.partial(lora.fuse_lora, model, dict(quantized_linears(quantizer.record)))
     model.unfuse_lora = functools.partial(lora.unfuse_lora, model)
     _compat.replace_apply(model, functools.partial(_apply, model))
+    folded = {name for transform in quantizer.record.transforms for name in transform.folded_linears()}
+    if folded:
+        for method in ("load_lora_adapter", "add_adapter"):
+            setattr(model, method, lora.adding_refused_on(getattr(model, method), model, folded))
     return model.eval()
 
 
@@ -206,6 +233,7 @@ def dequantize_modules(model: Any) -> Any:
         weight = getattr(module, "weight", None)
         if isinstance(weight, TorchAOBaseTensor):
             module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+    unscale_modules(model)
     restore_attention(model.modules())
     _compat.replace_config(model, {k: v for k, v in model.config.items() if k != "quantization_config"})
     _compat.replace_apply(model, None)

@@ -80,12 +80,25 @@ class GraphTransform(abc.ABC):
             ValueError: the model lacks a layer that the transform was fitted to.
         """
 
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything to change, as far as is known after fitting."""
+        return True
+
     def shared_tensors(self) -> dict[str, str]:
         """Names of tensors that changed modules have and the graph has not, each with the name of the one that it equals.
 
         They are not saved; whoever fills the modules puts the other one in their places.
         """
         return {}
+
+    def input_scales(self) -> dict[str, str]:
+        """By the name of each linear whose input is multiplied, channel by channel: the name of the tensor of factors."""
+        return {}
+
+    def folded_linears(self) -> list[str]:
+        """Names of linears whose inputs or outputs are other ones than the float model's, so that its LoRAs are wrong there."""
+        return []
 
     def float_weight(self, name: str, weight: Tensor, graph: GraphModule) -> Tensor | None:
         """What a float weight became, for comparison with what it was quantized to; None if that is not known any more.
@@ -118,7 +131,7 @@ class GraphTransform(abc.ABC):
         """
         record = {"name": self.name, **self.to_record()}
         done = records_of(graph)
-        if record in done:
+        if record in done or not self.changes:
             return
         self.rewrite(graph)
         graph.graph.eliminate_dead_code()

@@ -33,3 +33,15 @@ def scaled_input(module: Any, x: Tensor) -> Tensor:
     """The input of ``module``, times its scale if it has one."""
     scale: Tensor | None = getattr(module, INPUT_SCALE, None)
     return x if scale is None else x * scale
+
+
+def unscale_modules(model: nn.Module) -> None:
+    """Put an ``nn.Linear`` of the unscaled function in the place of every :class:`ScaledLinear` with a float weight."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ScaledLinear):
+            parent, _, leaf = name.rpartition(".")
+            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            weight = module.weight.detach()
+            plain.weight = nn.Parameter(weight * getattr(module, INPUT_SCALE).to(weight), requires_grad=False)
+            plain.bias = module.bias
+            setattr(model.get_submodule(parent), leaf, plain)

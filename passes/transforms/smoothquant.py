@@ -199,6 +199,10 @@ class SmoothQuant(GraphTransform):
                     scale = torch.ones(linear.in_features, dtype=weight.dtype, device=weight.device)
                 setattr(model.get_submodule(parent), leaf, ScaledLinear(linear, scale, stored=first))
 
+    @property
+    def changes(self) -> bool:
+        return bool(self.groups)
+
     def shared_tensors(self) -> dict[str, str]:
         return {
             f"{name}.{INPUT_SCALE}": group.scale_name
@@ -206,6 +210,14 @@ class SmoothQuant(GraphTransform):
             if not group.folded
             for name in group.linears[1:]
         }
+
+    def input_scales(self) -> dict[str, str]:
+        return {name: group.scale_name for group in self.groups if not group.folded for name in group.linears}
+
+    def folded_linears(self) -> list[str]:
+        folded = [group for group in self.groups if group.folded]
+        inputs = [name for group in folded for name in group.linears]
+        return inputs + [name.rpartition(".")[0] for group in folded for name in group.folded]
 
     def float_weight(self, name: str, weight: Tensor, graph: GraphModule) -> Tensor | None:
         owner = name.rpartition(".")[0]

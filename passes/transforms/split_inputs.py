@@ -140,6 +140,10 @@ class SplitInputs(GraphTransform):
                 if sizes is not None:
                     self.parts[linear_name(node)] = sizes
 
+    @property
+    def changes(self) -> bool:
+        return bool(self.parts)
+
     def rewrite(self, graph: GraphModule) -> None:
         left = dict(self.parts)
         for node in list(graph.graph.nodes):
