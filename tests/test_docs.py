@@ -49,6 +49,10 @@ CHANGES = {
         '"a tiger").images': ('"a tiger", use_resolution_binning=False).images', "diffusers bins no images of 32 pixels"),
         "--out DIR": ("--out DIR --iters 2 --samples 2", "half an hour"),
     },
+    "docs/extending.md": {
+        '"steps": 20}': ('"steps": 20, "samples": 2}', "minutes"),
+        "iters=2500": ("iters=2", "half an hour"),
+    },
     "docs/serving.md": {
         "4096": ("128", "the small pipeline's text encoder is narrow"),
         "fp4dit-ao serve DIR": ("fp4dit-ao serve DIR --port PORT", "8000 may be taken"),
