@@ -55,6 +55,10 @@ CHANGES = {
         "samples=32": ("samples=2", "a minute"),
         "--scope layer": ("--scope layer --samples 2", "a minute"),
     },
+    "docs/extending.md": {
+        '"steps": 20}': ('"steps": 20, "samples": 2}', "minutes"),
+        "iters=2500": ("iters=2", "half an hour"),
+    },
     "docs/serving.md": {
         "4096": ("128", "the small pipeline's text encoder is narrow"),
         "fp4dit-ao serve DIR": ("fp4dit-ao serve DIR --port PORT", "8000 may be taken"),
