@@ -43,7 +43,7 @@ class Row:
     config: QuantConfig | None = None
     rounding: Rounding = "nearest"
     batch_size: int | None = None
-    """If given, the model stays float, and is compiled with this batch size: the noise floor of the comparison."""
+    """Batch size of a float, compiled row that shows the noise floor of the comparison; None for all other rows."""
 
 
 W4A6, INT = RECIPES["w4a6"](), RECIPES["int_w4a6"]()

@@ -177,4 +177,4 @@ PEERS: dict[str, Peer] = {
         "bitsandbytes", "bitsandbytes", _bitsandbytes("Linear8bitLt", has_fp16_weights=False)
     ),
 }  # fmt: skip
-"""By the name that tables show."""
+"""All peers, by the name that tables show."""

@@ -20,7 +20,7 @@ TURN_SECONDS = 0.02
 
 
 class Workload:
-    """What a worker measures: made once, prepared for every case, then run as often as it is timed."""
+    """Base class of workloads: made once per worker, prepared for every case, then run as often as it is timed."""
 
     per_run: int = 1
     """Number of measured units per :meth:`run`."""

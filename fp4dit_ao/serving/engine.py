@@ -1,4 +1,4 @@
-"""The engine: a bounded queue, a batcher, and one thread that draws. It depends neither on HTTP nor on diffusers."""
+"""Engine of a server: a bounded queue, a batcher, and one thread that draws. It depends neither on HTTP nor on diffusers."""
 
 import collections
 import logging
