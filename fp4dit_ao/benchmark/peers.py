@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import metadata
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from fp4dit_ao import _compat
 from fp4dit_ao.families import family_of
+
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
 
 GROUP = 128
 """Group size for peers that take one; the same as in our recipes."""
@@ -64,7 +67,7 @@ def quantizable(model: nn.Module) -> list[str]:
 # --- torchao ---------------------------------------------------------------------------------------------------------
 
 
-def _torchao(config: Callable[[str], Any]) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
+def _torchao(config: Callable[[str], "AOBaseConfig"]) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
     """Converts with torchao's ``quantize_``; ``config`` makes a config for a type of device."""
 
     def convert(model: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -77,13 +80,13 @@ def _torchao(config: Callable[[str], Any]) -> Callable[[nn.Module, Sequence[str]
     return convert
 
 
-def _int8(device: str) -> Any:
+def _int8(device: str) -> "AOBaseConfig":
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     return Int8DynamicActivationInt8WeightConfig()
 
 
-def _int4(device: str) -> Any:
+def _int4(device: str) -> "AOBaseConfig":
     if device == "cpu":  # the released configs need a GPU
         return _compat.int4_cpu_config(GROUP)
     from torchao.quantization import Int4WeightOnlyConfig
@@ -91,13 +94,13 @@ def _int4(device: str) -> Any:
     return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
 
 
-def _int8_int4_packed(device: str) -> Any:
+def _int8_int4_packed(device: str) -> "AOBaseConfig":
     from torchao.prototype.quantization.int4.inference_workflow import Int8DynamicActivationInt4WeightConfig
 
     return Int8DynamicActivationInt4WeightConfig(group_size=GROUP)
 
 
-def _int8_int4(device: str) -> Any:
+def _int8_int4(device: str) -> "AOBaseConfig":
     import torch
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig
     from torchao.quantization.granularity import PerGroup
@@ -108,7 +111,7 @@ def _int8_int4(device: str) -> Any:
     )
 
 
-def _fp8(device: str) -> Any:
+def _fp8(device: str) -> "AOBaseConfig":
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
     return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())

@@ -73,7 +73,7 @@ def error_text(error: BaseException) -> str:
 
 def serve(lines: TextIO, out: TextIO) -> None:
     """Answers every line of ``lines`` on ``out``."""
-    workload: Any = None
+    workload: Workload | None = None
     for line in lines:
         message = json.loads(line)
         do = message.pop("do")
@@ -81,8 +81,9 @@ def serve(lines: TextIO, out: TextIO) -> None:
             if do == "open":
                 module, _, name = message["workload"].partition(":")
                 workload = getattr(importlib.import_module(module), name)(**message["options"])
-                result: Any = {}
+                result: object = {}
             else:
+                assert workload is not None, "'open' comes first"
                 result = turn(workload) if do == "turn" else getattr(workload, do)(**message)
             answer = {"result": result}
         except Exception as error:

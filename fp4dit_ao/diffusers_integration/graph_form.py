@@ -30,6 +30,7 @@ from fp4dit_ao.diffusers_integration.saving import refuse_unsaveable, save_pretr
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.passes import compilation
 from fp4dit_ao.passes.device_placement import convert_tensors, move_to
+from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
 from fp4dit_ao.passes.transforms.split_inputs import part_sizes
 from fp4dit_ao.quantizer import Decision
 from fp4dit_ao.tensors.levels import refuse_unpacked
@@ -64,14 +65,14 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         graph: GraphModule,
-        model: nn.Module,
-        description: Any,
+        model: ModelMixin,
+        description: sample_description.Description,
         decisions: Iterable[Decision],
         recipe: QuantConfig | None = None,
         source: str | None = None,
     ):
         super().__init__()
-        config: Any = model.config
+        config = model.config
         own = {key: value for key, value in config.items() if key not in _NOT_CONFIG}
         self._internal_dict = FrozenDict(own | {"_class_name": type(model).__name__})
         # pipelines read plain attributes of their transformer, such as Hunyuan-DiT's num_heads
@@ -87,7 +88,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.decisions = list(decisions)
         self.recipe = recipe
         self.source = source
-        self.report: Any = None
+        self.report: ReconstructionReport | None = None
         self._mode: Callable[[GraphModule], Callable[..., Any]] | None = None
         self._ready: tuple[GraphModule, torch.device] | None = None
         self._read: tuple[GraphModule, set[str], dict[str, Any]] | None = None
@@ -124,7 +125,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             self._read = (self.graph, _compat.varying_numbers(self.graph), defaults)
         return self._read[1:]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedTransformer":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedTransformer":
         convert_tensors(self, fn)
         return self
 

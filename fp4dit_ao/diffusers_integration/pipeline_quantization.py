@@ -114,5 +114,5 @@ def _float_transformer(pipe: "DiffusionPipeline") -> nn.Module:
     return model
 
 
-def _description(model: nn.Module, sample: dict[str, Any]) -> dict[str, Any]:
+def _description(model: nn.Module, sample: dict[str, Any]) -> sample_description.Description:
     return sample_description.describe(bind(model, sample))
