@@ -77,11 +77,8 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self._internal_dict = FrozenDict(own | {"_class_name": type(model).__name__})
         # pipelines read plain attributes of their transformer, such as Hunyuan-DiT's num_heads
         for name, value in vars(model).items():
-            if (
-                isinstance(value, bool | int | float | str)
-                and not name.startswith("_")
-                and name not in ("training", "report")
-            ):
+            plain = isinstance(value, bool | int | float | str) and not name.startswith("_")
+            if plain and name not in ("training", "report"):
                 setattr(self, name, value)
         self.graph = graph
         self.description = description
@@ -249,15 +246,9 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         refuse_unsaveable(self)
         save_pretrained(
-            self,
-            self.quantization_record(),
-            self.tensors_to_save(),
-            save_directory,
-            safe_serialization=safe_serialization,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            **options,
-        )
+            self, self.quantization_record(), self.tensors_to_save(), save_directory, safe_serialization=safe_serialization,
+            variant=variant, max_shard_size=max_shard_size, **options,
+        )  # fmt: skip
 
     def to_modules(self) -> nn.Module:
         """Converts to the module form, for LoRA, offloading and all else that needs the model's modules; tensors are
