@@ -9,7 +9,7 @@
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Recorder:
             if isinstance(module, nn.Linear):
                 self.hooks.append(module.register_forward_hook(self._linear(kind_of(name))))
 
-    def _next(self, *_: Any) -> None:
+    def _next(self, *_: object) -> None:
         self.calls += 1
 
     def _linear(self, kind: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

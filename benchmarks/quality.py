@@ -43,7 +43,7 @@ class Row:
     rounding: str = "nearest"
     scope: str = "block"
     batch_size: int | None = None
-    """If given, the model stays float, and is compiled with this batch size: the noise floor of the comparison."""
+    """Batch size of a float, compiled row that shows the noise floor of the comparison; None for all other rows."""
     transforms: tuple[str, ...] = ()
     """Graph transforms before quantization."""
 

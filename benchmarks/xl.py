@@ -9,7 +9,6 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import typer
@@ -46,7 +45,7 @@ def main(recipe: str = "w4a6", layers: int = 28, pixels: int = 1024, out: Path =
     model = random_model(PIXART_XL | {"num_layers": layers}, pixels, torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     done("random weights")
-    graph: Any = capture(model, example_inputs(model, Size(height=pixels // 8, width=pixels // 8, text=300)))
+    graph = capture(model, example_inputs(model, Size(height=pixels // 8, width=pixels // 8, text=300)))
     done("capture")
     quantizer = quantizer_for(model, recipe)
     del model

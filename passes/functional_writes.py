@@ -24,7 +24,7 @@ def make_functional(model: GraphModule) -> None:
     model.recompile()
 
 
-def _slices(view: Any) -> list[Node]:
+def _slices(view: object) -> list[Node]:
     """Chain of slices that ends in ``view``, innermost first."""
     found = []
     while isinstance(view, Node) and view.target is _ATEN.slice.Tensor:

@@ -10,11 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import metadata
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from fp4dit_ao.families import family_of
+
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
 
 GROUP = 128
 """Group size for peers that take one; the same as in our recipes."""
@@ -63,7 +66,7 @@ def quantizable(model: nn.Module) -> list[str]:
 # --- torchao ---------------------------------------------------------------------------------------------------------
 
 
-def _torchao(config: Callable[[str], Any]) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
+def _torchao(config: Callable[[str], "AOBaseConfig"]) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
     """Converts with torchao's ``quantize_``; ``config`` makes a config for a type of device."""
 
     def convert(model: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -76,13 +79,13 @@ def _torchao(config: Callable[[str], Any]) -> Callable[[nn.Module, Sequence[str]
     return convert
 
 
-def _int8(device: str) -> Any:
+def _int8(device: str) -> "AOBaseConfig":
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     return Int8DynamicActivationInt8WeightConfig()
 
 
-def _int4(device: str) -> Any:
+def _int4(device: str) -> "AOBaseConfig":
     if device == "cpu":  # the released configs need a GPU
         from fp4dit_ao._compat.torchao_prototype import int4_cpu_config
 
@@ -92,13 +95,13 @@ def _int4(device: str) -> Any:
     return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
 
 
-def _int8_int4_packed(device: str) -> Any:
+def _int8_int4_packed(device: str) -> "AOBaseConfig":
     from fp4dit_ao._compat.torchao_prototype import int8_int4_config
 
     return int8_int4_config(GROUP)
 
 
-def _int8_int4(device: str) -> Any:
+def _int8_int4(device: str) -> "AOBaseConfig":
     import torch
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig
     from torchao.quantization.granularity import PerGroup
@@ -109,7 +112,7 @@ def _int8_int4(device: str) -> Any:
     )
 
 
-def _fp8(device: str) -> Any:
+def _fp8(device: str) -> "AOBaseConfig":
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
     return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
@@ -178,4 +181,4 @@ PEERS: dict[str, Peer] = {
         "bitsandbytes", "bitsandbytes", _bitsandbytes("Linear8bitLt", has_fp16_weights=False)
     ),
 }  # fmt: skip
-"""By the name that tables show."""
+"""All peers, by the name that tables show."""

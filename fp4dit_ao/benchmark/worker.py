@@ -20,7 +20,7 @@ TURN_SECONDS = 0.02
 
 
 class Workload:
-    """What a worker measures: made once, prepared for every case, then run as often as it is timed."""
+    """Base class of workloads: made once per worker, prepared for every case, then run as often as it is timed."""
 
     per_run: int = 1
     """Number of measured units per :meth:`run`."""
@@ -73,7 +73,7 @@ def error_text(error: BaseException) -> str:
 
 def serve(lines: TextIO, out: TextIO) -> None:
     """Answers every line of ``lines`` on ``out``."""
-    workload: Any = None
+    workload: Workload | None = None
     for line in lines:
         message = json.loads(line)
         do = message.pop("do")
@@ -81,8 +81,9 @@ def serve(lines: TextIO, out: TextIO) -> None:
             if do == "open":
                 module, _, name = message["workload"].partition(":")
                 workload = getattr(importlib.import_module(module), name)(**message["options"])
-                result: Any = {}
+                result: object = {}
             else:
+                assert workload is not None, "'open' comes first"
                 result = turn(workload) if do == "turn" else getattr(workload, do)(**message)
             answer = {"result": result}
         except Exception as error:

@@ -51,7 +51,7 @@ def fingerprint(pipe: "DiffusionPipeline", settings: Mapping[str, Any], argument
     return digest.hexdigest()[:24]
 
 
-def _add(digest: Any, x: Tensor, full: bool = False) -> None:
+def _add(digest: "hashlib._Hash", x: Tensor, full: bool = False) -> None:
     digest.update(f"{tuple(x.shape)} {x.dtype}".encode())
     flat = x.detach().flatten()
     step = 1 if full else max(1, flat.numel() // _PROBES)

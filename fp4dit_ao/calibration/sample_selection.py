@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fp4dit_ao.util.registry import Registry
 
 Chosen = dict[int, list[int]]
-"""By number of a batch of prompts: numbers of its transformer calls, ascending."""
+"""Numbers of the chosen transformer calls, ascending, by number of the batch of prompts."""
 
 
 class SampleSelection(Protocol):
@@ -57,6 +57,7 @@ class Uniform:
     needs_features: bool = False
 
     def __call__(self, calls: int, batches: int, samples: int, features: Tensor | None = None) -> Chosen:
+        """Chooses evenly; see :meth:`SampleSelection.__call__`."""
         return in_turn([(call + 1) * samples // calls - call * samples // calls for call in range(calls)], batches)
 
 
@@ -78,7 +79,7 @@ class DensityDiversity:
     needs_features: bool = True
 
     def __call__(self, calls: int, batches: int, samples: int, features: Tensor | None = None) -> Chosen:
-        """See :meth:`SampleSelection.__call__`.
+        """Chooses by weights; see :meth:`SampleSelection.__call__`.
 
         Raises:
             ValueError: ``features`` is missing, or has another number of rows than ``calls``.

@@ -12,7 +12,7 @@ from fp4dit_ao.checkpoint.tensor_files import first_line
 
 
 def empty_model(
-    config: Mapping[str, Any], limit: int | None = None, buffers: bool = False, cls: Any = None
+    config: Mapping[str, Any], limit: int | None = None, buffers: bool = False, cls: type[nn.Module] | None = None
 ) -> nn.Module:
     """Makes the float model that ``config`` describes, on the meta device.
 
@@ -55,7 +55,7 @@ def _at_most(limit: int | None) -> Iterator[None]:
     """Context that raises ``ValueError`` once modules have registered more than ``limit`` parameters."""
     count = 0
 
-    def hook(module: nn.Module, name: str, parameter: Any) -> None:
+    def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal count
         count += 1
         if limit is not None and count > limit:

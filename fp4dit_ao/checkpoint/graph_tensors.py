@@ -1,7 +1,6 @@
 """Tensors of a quantized graph or model by name: reading them, splitting them into plain tensors, putting them back."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -60,10 +59,11 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def tensor_at(root: nn.Module, path: str) -> Any:
-    """Attribute of ``root`` at a dotted path."""
+def tensor_at(root: nn.Module, path: str) -> Tensor:
+    """Parameter or buffer of ``root`` at a dotted path."""
     parent, _, leaf = path.rpartition(".")
-    return getattr(root.get_submodule(parent), leaf)
+    found: Tensor = getattr(root.get_submodule(parent), leaf)
+    return found
 
 
 def put_tensor(root: nn.Module, path: str, value: Tensor) -> None:

@@ -32,7 +32,7 @@ class Signature:
         relations: equalities between names that every call must fulfil, in the syntax of ``size_expressions.evaluate``.
     """
 
-    inputs: Any
+    inputs: sample_description.Description
     numbers: Mapping[str, int | str]
     relations: Sequence[str]
 

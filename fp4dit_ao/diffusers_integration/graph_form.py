@@ -30,6 +30,7 @@ from fp4dit_ao.diffusers_integration.saving import refuse_unsaveable, save_pretr
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.passes import compilation
 from fp4dit_ao.passes.device_placement import convert_tensors, move_to
+from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
 from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.quantizer import Decision
 from fp4dit_ao.tensors.levels import refuse_unpacked
@@ -64,30 +65,27 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         graph: GraphModule,
-        model: nn.Module,
-        description: Any,
+        model: ModelMixin,
+        description: sample_description.Description,
         decisions: Iterable[Decision],
         recipe: QuantConfig | None = None,
         source: str | None = None,
     ):
         super().__init__()
-        config: Any = model.config
+        config = model.config
         own = {key: value for key, value in config.items() if key not in _NOT_CONFIG}
         _compat.replace_config(self, own | {"_class_name": type(model).__name__})
         # pipelines read plain attributes of their transformer, such as Hunyuan-DiT's num_heads
         for name, value in vars(model).items():
-            if (
-                isinstance(value, bool | int | float | str)
-                and not name.startswith("_")
-                and name not in ("training", "report")
-            ):
+            plain = isinstance(value, bool | int | float | str) and not name.startswith("_")
+            if plain and name not in ("training", "report"):
                 setattr(self, name, value)
         self.graph = graph
         self.description = description
         self.decisions = list(decisions)
         self.recipe = recipe
         self.source = source
-        self.report: Any = None
+        self.report: ReconstructionReport | None = None
         self._mode: Callable[[GraphModule], Callable[..., Any]] | None = None
         self._ready: tuple[GraphModule, torch.device] | None = None
         self._read: tuple[GraphModule, set[str], dict[str, Any]] | None = None
@@ -124,7 +122,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             self._read = (self.graph, _compat.varying_numbers(self.graph), defaults)
         return self._read[1:]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedTransformer":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedTransformer":
         convert_tensors(self, fn)
         return self
 
@@ -254,15 +252,9 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         refuse_unsaveable(self)
         save_pretrained(
-            self,
-            self.quantization_record(),
-            self.tensors_to_save(),
-            save_directory,
-            safe_serialization=safe_serialization,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            **options,
-        )
+            self, self.quantization_record(), self.tensors_to_save(), save_directory, safe_serialization=safe_serialization,
+            variant=variant, max_shard_size=max_shard_size, **options,
+        )  # fmt: skip
 
     def to_modules(self) -> nn.Module:
         """Converts to the module form, for LoRA, offloading and all else that needs the model's modules; tensors are

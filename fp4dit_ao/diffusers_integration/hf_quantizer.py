@@ -133,7 +133,7 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         model: nn.Module,
         param_value: Tensor,
         param_name: str,
-        target_device: Any,
+        target_device: torch.device | str | int,
         state_dict: dict[str, Any],
         unexpected_keys: list[str] | None = None,
         dtype: torch.dtype | None = None,

@@ -1,7 +1,7 @@
-"""The module form: a diffusers model stays what it is, and its linears' weights become ``MinifloatTensor``.
+"""Module form: a diffusers model keeps its modules, and the weights of its linears become low-bit tensors.
 
-The graph form (:func:`fp4dit_ao.lower`) computes the same; this one keeps the module hierarchy, and with it LoRA,
-offloading, ``.to()`` and whatever else looks for modules. q, k and v are quantized by wrapped attention processors.
+It computes the same as the graph form (:func:`fp4dit_ao.lower`), and keeps the module hierarchy that LoRA, offloading and
+``.to()`` rely on. Wrapped attention processors quantize q, k and v.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ from fp4dit_ao import _compat
 from fp4dit_ao.calibration import pipeline_arguments
 from fp4dit_ao.calibration.pipeline_arguments import generation_defaults
 from fp4dit_ao.checkpoint import transformer_folder
-from fp4dit_ao.diffusers_integration.graph_form import load_graph
+from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer, load_graph
 from fp4dit_ao.diffusers_integration.module_conversion import load_modules
 from fp4dit_ao.passes.weight_unpacking import unpack_weights
 from fp4dit_ao.util.atomic_files import whole_folder
@@ -29,7 +29,7 @@ Weights = Literal["packed", "int8", "fp8"]
 
 _HUB = ("push_to_hub", "repo_id", "commit_message", "private", "create_pr", "token")
 
-_LOADERS: dict[str, Callable[[Path], Any]] = {"graph": load_graph, "module": load_modules}
+_LOADERS: dict[str, Callable[[Path], nn.Module]] = {"graph": load_graph, "module": load_modules}
 """Functions that load a transformer from its folder, by form."""
 
 
@@ -90,7 +90,7 @@ def load_pipeline(
         raise ValueError(f"form={form!r}; choose one of {', '.join(_LOADERS)}")
     if weights not in get_args(Weights):
         raise ValueError(f"weights={weights!r}; choose one of {', '.join(get_args(Weights))}")
-    transformer: Any = _LOADERS[form](folder / "transformer")
+    transformer = _LOADERS[form](folder / "transformer")
     if dtype is not None:
         transformer.to(dtype)
     if weights != "packed":
@@ -106,7 +106,7 @@ def load_pipeline(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder}: a component besides the transformer cannot be loaded: {first}") from error
-    if form == "graph":
+    if isinstance(transformer, QuantizedTransformer):
         transformer.compile_graph(compile)
     elif compile:
         transformer.compile(dynamic=True)

@@ -153,5 +153,5 @@ def _float_transformer(pipe: Any) -> nn.Module:
     return model
 
 
-def _description(model: nn.Module, sample: dict[str, Any]) -> dict[str, Any]:
+def _description(model: nn.Module, sample: dict[str, Any]) -> sample_description.Description:
     return sample_description.describe(bind(model, sample))

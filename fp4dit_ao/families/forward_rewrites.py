@@ -6,11 +6,16 @@ Each returns what the original returns. The table of families says which methods
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel, Lumina2Transformer2DModel
+    from diffusers.models.embeddings import CogVideoXPatchEmbed, PatchEmbed
+    from diffusers.models.transformers.transformer_lumina2 import Lumina2RotaryPosEmbed
 
 Method = Callable[..., Any]
 
@@ -44,7 +49,7 @@ def _unpatchify(x: Tensor, rows: int, columns: int, patch: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-def patch_embed(self: Any, latent: Tensor) -> Tensor:
+def patch_embed(self: "PatchEmbed", latent: Tensor) -> Tensor:
     """Replaces ``PatchEmbed.forward``, which swaps the sides of its position grid, so that a graph fits one aspect
     ratio only."""
     from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid
@@ -65,7 +70,7 @@ def patch_embed(self: Any, latent: Tensor) -> Tensor:
 
 
 def dit(
-    self: Any,
+    self: "DiTTransformer2DModel",
     hidden_states: Tensor,
     timestep: Tensor,
     class_labels: Tensor,
@@ -88,7 +93,11 @@ def dit(
 
 
 def cogvideox_positions(
-    self: Any, sample_height: int, sample_width: int, sample_frames: int, device: torch.device | None = None
+    self: "CogVideoXPatchEmbed",
+    sample_height: int,
+    sample_width: int,
+    sample_frames: int,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Replaces ``CogVideoXPatchEmbed._get_positional_embeddings``, which writes into a tensor's ``.data``."""
     from diffusers.models.embeddings import get_3d_sincos_pos_embed
@@ -109,7 +118,7 @@ def cogvideox_positions(
 
 
 def lumina2(
-    self: Any,
+    self: "Lumina2Transformer2DModel",
     hidden_states: Tensor,
     timestep: Tensor,
     encoder_hidden_states: Tensor,
@@ -163,7 +172,7 @@ def lumina2(
     return (_unpatchify(x, rows, columns, patch),)
 
 
-def _rotation(embedder: Any, positions: Tensor) -> Tensor:
+def _rotation(embedder: "Lumina2RotaryPosEmbed", positions: Tensor) -> Tensor:
     """Complex rotary embeddings of positions (batch, places, axes), computed instead of looked up in a table."""
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
 

@@ -89,7 +89,7 @@ def _defaults(model: nn.Module) -> dict[str, object]:
     return defaults | ({"return_dict": False} if "return_dict" in defaults else {})
 
 
-def _dynamic(x: Any) -> Any:
+def _dynamic(x: object) -> object:
     """Dynamic shape of one value of a sample for ``torch.export``: sizes and whole numbers vary, all else is
     constant."""
     if isinstance(x, Tensor):

@@ -10,8 +10,11 @@ from torch import Tensor
 
 _CONSTANTS = (type(None), bool, int, float, str)
 
+Description = dict[str, Any]
+"""JSON of one value of a sample, such as ``{"tensor": …}`` or ``{"dict": {…}}``; see :func:`encode`."""
 
-def encode(value: Any, tensor: Callable[[Tensor], Any], where: str = "sample") -> Any:
+
+def encode(value: Any, tensor: Callable[[Tensor], Any], where: str = "sample") -> Description:
     """Encodes ``value`` as JSON: ``{"tensor": tensor(x)}``, ``{"constant": …}``, ``{"dict": {…}}``, ``{"list": […]}``
     or ``"tuple"``.
 
@@ -58,12 +61,12 @@ def decode(data: Any, tensor: Callable[[Any], Tensor]) -> Any:
     raise ValueError(f"not the description of a sample: unknown kind {kind!r}")
 
 
-def describe(sample: Mapping[str, Any]) -> Any:
+def describe(sample: Mapping[str, Any]) -> Description:
     """Describes ``sample`` as JSON, with shapes and types in place of tensors."""
     return encode(sample, lambda x: {"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")})
 
 
-def empty_like(description: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def empty_like(description: Description, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Sample of uninitialised tensors that fits ``description``.
 
     Args:
@@ -84,7 +87,7 @@ def empty_like(description: Any, dtype: torch.dtype | None = None) -> dict[str, 
     return sample
 
 
-def tensors(value: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
+def tensors(value: object, where: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yields (dotted name, tensor) for every tensor of a sample."""
     if isinstance(value, Tensor):
         yield where, value
@@ -96,7 +99,7 @@ def tensors(value: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors(item, f"{where}[{i}]")
 
 
-def difference(description: Any, value: Any, where: str) -> str | None:
+def difference(description: Description, value: object, where: str) -> str | None:
     """Reason why a captured graph cannot take ``value`` for the argument in ``description``; None if it can.
 
     Tensors may have other sizes, but not another rank; constants are part of the graph and must be equal.
@@ -122,7 +125,7 @@ def difference(description: Any, value: Any, where: str) -> str | None:
     return next((found for pair in pairs if (found := difference(*pair)) is not None), None)
 
 
-def check(description: Any, arguments: Mapping[str, Any], who: str, varying: Collection[str] = ()) -> None:
+def check(description: Description, arguments: Mapping[str, Any], who: str, varying: Collection[str] = ()) -> None:
     """Refuses arguments that a captured graph would ignore or misread.
 
     Args:
@@ -146,7 +149,7 @@ def check(description: Any, arguments: Mapping[str, Any], who: str, varying: Col
             raise ValueError(f"{who}: {wrong}; quantize again with a call like this one to change it")
 
 
-def specs(description: Any) -> dict[str, dict[str, Any]]:
+def specs(description: Description) -> dict[str, dict[str, Any]]:
     """Descriptions of the tensors in a description, by the names that :func:`tensors` gives them."""
     found: list[dict[str, Any]] = []
 
@@ -158,7 +161,7 @@ def specs(description: Any) -> dict[str, dict[str, Any]]:
     return dict(zip(names, found, strict=True))
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The operator library ``torch.ops.fp4dit_ao``."""
+"""Operator library ``torch.ops.fp4dit_ao``."""
 
 import torch
 

@@ -98,7 +98,7 @@ def finished_autoencoder(work: Path, images: Tensor) -> AutoencoderKL:
     The 1 x 1 convolutions on either side of the latent absorb the scale and shift exactly. Channels keep their relative
     sizes: one of them carries little information, and scaling it up would make the transformer learn noise.
     """
-    vae: Any = Run(work / "autoencoder", build_autoencoder(), 0.0, 0.0, 0).averaged()
+    vae: AutoencoderKL = Run(work / "autoencoder", build_autoencoder(), 0.0, 0.0, 0).averaged()
     latents = encode_all(vae, images)
     shift = latents.mean((0, 2, 3))
     scale = (latents - shift.view(-1, 1, 1)).std()
@@ -110,7 +110,7 @@ def finished_autoencoder(work: Path, images: Tensor) -> AutoencoderKL:
     back.bias += back.weight[:, :, 0, 0] @ shift
     back.weight *= scale
     vae.register_to_config(scaling_factor=1.0)
-    return vae  # type: ignore[no-any-return]
+    return vae
 
 
 @app.command()

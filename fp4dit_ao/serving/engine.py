@@ -1,4 +1,4 @@
-"""The engine: a bounded queue, a batcher, and one thread that draws. It depends neither on HTTP nor on diffusers."""
+"""Engine of a server: a bounded queue, a batcher, and one thread that draws. It depends neither on HTTP nor on diffusers."""
 
 import collections
 import logging
@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from typing import Any
 
 from fp4dit_ao.serving.engine_types import Batching, Draw, Image, NotReady, QueueFull, Style
 from fp4dit_ao.serving.metrics import Metrics
@@ -236,7 +235,8 @@ class Engine:
         _settle(task.future, error)
 
 
-def _settle(future: "Future[Any]", outcome: Any) -> None:
+def _settle(future: "Future[Image]", outcome: Image | BaseException) -> None:
+    """Sets the result or the exception of a future, unless it was cancelled."""
     try:
         if isinstance(outcome, BaseException):
             future.set_exception(outcome)

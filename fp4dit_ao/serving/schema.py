@@ -59,7 +59,7 @@ class ImageResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """The served model."""
+    """Description of the served model."""
 
     id: str
     object: Literal["model"] = "model"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from torch import nn
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from benchmarks.families import SMALL, small_model
 from fp4dit_ao import QuantConfig, quantize_pipeline
@@ -53,10 +53,13 @@ def by_command_line(name: str, recipe: str, folder: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(named_models, "open_pipeline", lambda *_, **__: pipe)
     prompts = folder / "prompts.txt"
     prompts.write_text("a cat\n")
-    arguments = ["quantize", "MODEL", "--out", folder / "out", "--recipe", recipe, "--skip", SKIP, "--prompts", prompts]
-    found = CliRunner().invoke(app, [str(argument) for argument in arguments]).exception
+    found = quantize("--out", folder / "out", "--recipe", recipe, "--skip", SKIP, "--prompts", prompts).exception
     assert isinstance(found, Decided), found
     return decisions(pipe.transformer, found.quantizer)
+
+
+def quantize(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, ["quantize", "MODEL", *map(str, arguments)])
 
 
 def by_api(name: str, recipe: str | QuantConfig) -> Decisions:
@@ -91,3 +94,24 @@ def test_the_command_line_follows_the_family_table(name, linear, field, expected
     config, _ = by_command_line(name, "w4a6", tmp_path, monkeypatch)[linear]
     assert config is not None
     assert getattr(config, field) == expected
+
+
+def test_the_sample_selection_reaches_the_calibration(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(named_models, "folder_of", lambda _: str(tmp_path))
+    monkeypatch.setattr(named_models, "open_pipeline", lambda *_, **__: SimpleNamespace(transformer=model_of("DiT")))
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    seen: list[str] = []
+
+    def collect(pipe: Any, *_: Any, selection: str, **__: Any) -> None:
+        seen.append(selection)
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(pipeline_quantization, "collect_samples", collect)
+    options = ["--out", tmp_path / "out", "--prompts", tmp_path / "prompts.txt"]
+    for chosen in ([], ["--selection", "density_diversity"]):
+        assert "seen" in quantize(*options, *chosen).stderr
+    assert seen == ["uniform", "density_diversity"]
+    refused = quantize(*options, "--selection", "best")
+    assert refused.exit_code == 1
+    assert "unknown sample selection 'best'; choose one of uniform, density_diversity" in refused.stderr
+    assert len(seen) == 2
