@@ -17,6 +17,7 @@ _HOME = {
     "FloatFormat": "formats",
     "QuantConfig": "config",
     "AdaRoundConfig": "config",
+    "ReconstructionConfig": "config",
     "w4a6": "config",
     "w4a8": "config",
     "w4a6_auto": "config",
@@ -49,7 +50,7 @@ __all__ = [*_HOME, *_MODULES]
 if TYPE_CHECKING:
     from fp4dit_ao.calibration import calibrate, collect_samples
     from fp4dit_ao.checkpoint.single_file import export_single_file, read_single_file
-    from fp4dit_ao.config import AdaRoundConfig, QuantConfig, w4a6, w4a6_auto, w4a8
+    from fp4dit_ao.config import AdaRoundConfig, QuantConfig, ReconstructionConfig, w4a6, w4a6_auto, w4a8
     from fp4dit_ao.deploy import exported_transformer as export
     from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
     from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig

@@ -11,8 +11,9 @@ from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, Per
 from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.observers.activation import ActivationObserver
 from fp4dit_ao.observers.base import FloatObserver, add_buffer, known, refuse_non_finite, replace_observer
+from fp4dit_ao.observers.grid import Grid
 from fp4dit_ao.observers.scale_search import SEARCHES
-from fp4dit_ao.ops import dequantize, full_block, quantize
+from fp4dit_ao.ops import dequantize, expand_scale, full_block, quantize
 
 _OPS = torch.ops.fp4dit_ao
 
@@ -100,6 +101,13 @@ class WeightObserver(FloatObserver):
         """The weight as the converted graph will have it."""
         codes, scale = self.quantized(weight)
         return dequantize(codes, self.block_size(weight), scale, str(self.fmt), weight.dtype)
+
+    def grid(self, weight: Tensor) -> Grid:
+        """The values that each element of ``weight`` can be rounded to: the format's levels times the element's scale."""
+        if self.scale is None:
+            self.quantized(weight)
+        assert self.scale is not None
+        return Grid(self.fmt, expand_scale(self.scale, weight, self.block_size(weight)))
 
     @torch.no_grad()
     def resolve(self, weight: Tensor, gram: Tensor | None) -> None:

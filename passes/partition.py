@@ -65,6 +65,11 @@ def _low_bit_linears(model: GraphModule) -> Iterator[Node]:
             yield node
 
 
+def cut_into_blocks(model: GraphModule) -> "Cut":
+    """The cut that :func:`partition` makes."""
+    return Cut(model, *_stages(model))
+
+
 def block_names(model: GraphModule) -> list[str]:
     """The blocks of a graph, in order: ``["transformer_blocks.0", ...]``; none if it is not made of blocks."""
     return [name for name in _stages(model)[1].values() if name != WHOLE]
@@ -77,33 +82,54 @@ def partition(model: GraphModule) -> list[Segment]:
     ``nn_module_stack``, if it holds a weight observer or a quantized weight. Without one, or if blocks interleave, the whole
     graph is one segment. What lies between blocks is named after the first linear that is quantized in it, if one is.
     """
-    stages, names = _stages(model)
-    nodes = [node for node in model.graph.nodes if node.op not in ("placeholder", "output")]
-    last = {
-        node: max((stages[user] for user in node.users if user in stages), default=-1) for node in model.graph.nodes
-    }
-    result = {node for node in model.graph.nodes for user in node.users if user.op == "output"}
-    end = max(stages.values(), default=0)
-    segments = []
-    for stage in sorted(set(stages.values())):
-        inside = [node for node in nodes if stages[node] == stage]
+    return cut_into_blocks(model).segments()
+
+
+class Cut:
+    """A graph cut into consecutive stages.
+
+    Args:
+        model: the whole graph.
+        stages: the stage of every node but placeholders and the output; no node precedes what it reads.
+        names: fully qualified names of the stages that are a block or a linear; the others lie between them.
+    """
+
+    def __init__(self, model: GraphModule, stages: dict[Node, int], names: dict[int, str]):
+        self.model, self.stages, self.names = model, stages, names
+        self._order = sorted(set(stages.values()))
+        self._nodes = [node for node in model.graph.nodes if node.op not in ("placeholder", "output")]
+        self._last = {
+            node: max((stages[user] for user in node.users if user in stages), default=-1) for node in model.graph.nodes
+        }
+        self._result = {node for node in model.graph.nodes for user in node.users if user.op == "output"}
+
+    def segments(self) -> list[Segment]:
+        """A segment for every stage, in order."""
+        return [self.merged(position, position) for position in range(len(self._order))]
+
+    def merged(self, first: int, last: int) -> Segment:
+        """One segment for the stages at positions ``first`` to ``last`` (inclusive) of :meth:`segments`."""
+        begin, end = self._order[first], self._order[last]
+        final = end == self._order[-1]
+        inside = [node for node in self._nodes if begin <= self.stages[node] <= end]
         members = set(inside)
         inputs = list(dict.fromkeys(a for node in inside for a in node.all_input_nodes if a not in members))
-        outputs = [node for node in inside if last[node] > stage or node in result]
+        outputs = [node for node in inside if self._last[node] > end or node in self._result]
         dead = [
-            node.name for node in (*inputs, *outputs) if node not in result and (last[node] <= stage or stage == end)
+            node.name for node in (*inputs, *outputs) if node not in self._result and (self._last[node] <= end or final)
         ]
-        graph = _extract(model, inside, inputs, outputs)
-        name = names.get(stage) or next((o.name.removesuffix(".weight") for _, o in weight_observers(graph)), GLUE)
-        segments.append(Segment(name, stage in names, graph, [n.name for n in inputs], [n.name for n in outputs], dead))
-    return segments
+        graph = _extract(self.model, inside, inputs, outputs)
+        named = [self.names[stage] for stage in self._order[first : last + 1] if stage in self.names]
+        linears = (observer.name.removesuffix(".weight") for _, observer in weight_observers(graph))
+        name = " … ".join(dict.fromkeys((named[0], named[-1]))) if named else next(linears, GLUE)
+        return Segment(name, bool(named), graph, [n.name for n in inputs], [n.name for n in outputs], dead)
 
 
 def _stages(model: GraphModule) -> tuple[dict[Node, int], dict[int, str]]:
     """For every node, the position of its segment: blocks at odd numbers, what lies between at even ones."""
     labels = _labels(model)
     order = {name: 2 * i + 1 for i, name in enumerate(dict.fromkeys(label for label in labels.values() if label))}
-    constants = _constants(model)
+    constants = constant_nodes(model)
     stages: dict[Node, int] = {}
     for node in model.graph.nodes:
         if node.op in ("placeholder", "output") or node in constants:
@@ -118,9 +144,7 @@ def _stages(model: GraphModule) -> tuple[dict[Node, int], dict[int, str]]:
             stages[node] = order[label]
     if not order:
         return _one_segment(model)
-    for node in reversed(model.graph.nodes):
-        if node in constants:
-            stages[node] = min((stages[user] for user in node.users if user in stages), default=0)
+    place_constants(model, stages, constants)
     return stages, {stage: name for name, stage in order.items()}
 
 
@@ -128,7 +152,14 @@ def _one_segment(model: GraphModule) -> tuple[dict[Node, int], dict[int, str]]:
     return {node: 1 for node in model.graph.nodes if node.op not in ("placeholder", "output")}, {1: WHOLE}
 
 
-def _constants(model: GraphModule) -> set[Node]:
+def place_constants(model: GraphModule, stages: dict[Node, int], constants: set[Node]) -> None:
+    """Put every constant into the first stage that uses it."""
+    for node in reversed(model.graph.nodes):
+        if node in constants:
+            stages[node] = min((stages[user] for user in node.users if user in stages), default=0)
+
+
+def constant_nodes(model: GraphModule) -> set[Node]:
     """Parameters, and what is computed from them alone (an observer's quantized weight): they go where they are used."""
     constants: set[Node] = set()
     for node in model.graph.nodes:

@@ -71,7 +71,9 @@ Weights = Annotated[
     str,
     typer.Option(help="Of a quantized MODEL: 'packed'; or 'int8' or 'fp8', twice the memory and nothing to look up."),
 ]
-Iterations = Annotated[int | None, typer.Option(min=1, help="Iterations of learned rounding per block.")]
+Iterations = Annotated[
+    int | None, typer.Option(min=1, help="Iterations of learned rounding per block, layer or window.")
+]
 
 
 @app.command()
@@ -98,7 +100,11 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder of the quantized pipeline; must be new or empty.")],
     recipe: Annotated[str, typer.Option(help="w4a6, w4a8, w4a6_auto, …; see README.")] = "w4a6",
     prompts: Prompts = None,
-    rounding: Annotated[str, typer.Option(help="'adaround' learns it; 'nearest' takes seconds.")] = "adaround",
+    rounding: Annotated[
+        str, typer.Option(help="'adaround' learns it; 'gptq' takes minutes, 'nearest' seconds; see docs/methods.md.")
+    ] = "adaround",
+    objective: Annotated[str, typer.Option(help="What learned rounding minimises.")] = "mse",
+    scope: Annotated[str, typer.Option(help="What is rounded together: 'block', 'layer' or 'window'.")] = "block",
     iters: Iterations = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Glob of modules to leave in high precision; repeatable.")
@@ -117,6 +123,7 @@ def quantize(
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, rounding=rounding, iters=iters, skip=skip or [], steps=steps,
         samples=samples, seed=seed, resume=resume, device=device,
+        objective=objective, scope=scope,
     )  # fmt: skip
 
 

@@ -3,14 +3,16 @@
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from fp4dit_ao.calibration import read_prompts
-from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.config import QuantConfig, ReconstructionConfig
 from fp4dit_ao.diffusers_integration import named_models
-from fp4dit_ao.diffusers_integration.pipeline_quantization import ROUNDINGS
 from fp4dit_ao.evaluation.fidelity import write_text
+from fp4dit_ao.passes.reconstruction.choice import chosen_config
+from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS, ClosedFormRounding
 
 CALIBRATION_PROMPTS = 64
 """Taken from the reference pipeline's own where the user gives none."""
@@ -19,6 +21,7 @@ CALIBRATION_PROMPTS = 64
 def quantize(
     model: str, out: Path, *, recipe: str, prompts: Path | None, rounding: str, iters: int | None, skip: Sequence[str],
     steps: int | None, samples: int, seed: int, resume: bool, device: str | None,
+    objective: str | None = None, scope: str | None = None,
 ) -> None:  # fmt: skip
     """Quantize ``model`` and save it to ``out``; a killed run leaves ``<out>.unfinished``, and ``resume`` continues it.
 
@@ -26,10 +29,11 @@ def quantize(
         ValueError, OSError: wrong input, all of it checked before the model is loaded as far as that is possible.
     """
     config = QuantConfig.from_name(recipe)
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"unknown --rounding {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
-    if iters is not None and rounding == "nearest":
-        raise ValueError("--iters is the length of learned rounding; leave it out with --rounding nearest")
+    rounded = chosen_config(rounding, objective, scope)
+    if iters is not None:
+        if isinstance(ROUNDINGS.find(rounded.rounding), ClosedFormRounding):
+            raise ValueError(f"--iters is the length of learned rounding; leave it out with --rounding {rounding}")
+        rounded = replace(rounded, iters=iters)
     named_models.folder_of(model)
     texts = read_prompts(prompts) if prompts else named_models.default_prompts(model, CALIBRATION_PROMPTS)
     if out.exists() and any(out.iterdir()):
@@ -40,7 +44,7 @@ def quantize(
     pipe = named_models.open_pipeline(model, device)
     start = time.perf_counter()
     try:
-        quantized = _quantize(pipe, config, texts, rounding, iters, skip, steps, samples, seed, unfinished)
+        quantized = _quantize(pipe, config, texts, rounded, skip, steps, samples, seed, unfinished)
         quantized.save_pretrained(out)
     except Exception:
         if not any(unfinished.glob("blocks/block-*")):
@@ -58,17 +62,15 @@ def quantize(
 
 
 def _quantize(
-    pipe: Any, config: QuantConfig, texts: list[str], rounding: str, iters: int | None, skip: Sequence[str],
+    pipe: Any, config: QuantConfig, texts: list[str], rounded: ReconstructionConfig, skip: Sequence[str],
     steps: int | None, samples: int, seed: int, unfinished: Path,
 ) -> Any:  # fmt: skip
     from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
-    from fp4dit_ao.passes.reconstruction.engine import AdaRoundConfig
 
-    learned = rounding == "adaround"
+    long = ROUNDINGS.find(rounded.rounding).needs_samples
     return quantize_pipeline(
         pipe, config, prompts=texts, steps=steps, samples=samples, skip=skip, seed=seed,
-        rounding=cast(Literal["adaround", "nearest"], rounding),
-        adaround=AdaRoundConfig() if iters is None else AdaRoundConfig(iters=iters),
-        checkpoint_dir=unfinished / "blocks" if learned else None,
-        cache_dir=unfinished / "samples" if learned else None,
+        reconstruction=rounded,
+        checkpoint_dir=unfinished / "blocks" if long else None,
+        cache_dir=unfinished / "samples" if long else None,
     )  # fmt: skip

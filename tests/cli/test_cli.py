@@ -253,8 +253,11 @@ def test_benchmark_refuses_before_any_work(options, words, tmp_path):
     ("options", "words"),
     [
         (["--recipe", "w3a3"], ["unknown recipe 'w3a3'", "w4a6"]),
-        (["--rounding", "up"], ["unknown --rounding 'up'", "nearest"]),
-        (["--rounding", "nearest", "--iters", 3], ["--iters"]),
+        (["--rounding", "up"], ["unknown rounding 'up'", "nearest", "gptq"]),
+        (["--objective", "beauty"], ["unknown objective 'beauty'", "mse"]),
+        (["--scope", "world"], ["unknown scope 'world'", "block, layer, window"]),
+        (["--rounding", "nearest", "--iters", 3], ["--iters", "--rounding nearest"]),
+        (["--rounding", "gptq", "--iters", 3], ["--iters", "--rounding gptq"]),
         (["--prompts", "EMPTY"], ["holds no prompts"]),
         (["--prompts", "ABSENT"], ["there is no prompt file"]),
         (["--prompts", "BINARY"], ["is not UTF-8"]),
