@@ -9,7 +9,7 @@ import ctypes
 import functools
 import importlib.machinery
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from torch import Tensor
 from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.ops import LIBRARY
 
-VERSION = 5
+VERSION = 6
 """Of the library's interface; ``fp4dit_version`` in ``csrc/linear.c`` says the same."""
 OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _LINEAR: list[Any] = [_POINTER] * 7 + [_SIZE] * 5 + [_NUMBER] * 3 + [_POINTER, _NUMBER]
 _TOKENS: list[Any] = [_POINTER] * 3 + [_SIZE] * 7 + [_NUMBER] * 3 + [ctypes.c_float, _POINTER, _NUMBER]
 _SEARCH: list[Any] = [_POINTER] * 4 + [_SIZE] * 2 + [_NUMBER] * 2 + [_POINTER, _NUMBER]
+_CODEBOOK: list[Any] = [_POINTER] * 8 + [_SIZE] * 4 + [_NUMBER] * 3 + [_POINTER, _NUMBER]
 _ATTENTION: list[Any] = [_POINTER] * 8 + [_SIZE] * 9 + [ctypes.c_float, _NUMBER, _NUMBER, _POINTER, _NUMBER]
 
 
@@ -46,7 +47,8 @@ def shared_object() -> ctypes.CDLL | None:
         opened.fp4dit_linear.argtypes, opened.fp4dit_attention.argtypes = _LINEAR, _ATTENTION
         opened.fp4dit_tokens.argtypes, opened.fp4dit_tokens.restype = _TOKENS, None
         opened.fp4dit_search.argtypes, opened.fp4dit_search.restype = _SEARCH, None
-        opened.fp4dit_kernel.restype = ctypes.c_char_p
+        opened.fp4dit_codebook_linear.argtypes = _CODEBOOK
+        opened.fp4dit_kernel.restype = opened.fp4dit_codebook_kernel.restype = ctypes.c_char_p
         return opened
     warnings.warn(
         f"fp4dit_ao has no compiled kernel ({reason}): quantized linears on the CPU run on PyTorch operators, "
@@ -67,10 +69,15 @@ def _candidates() -> Iterator[Path]:
 
 
 def kernels() -> dict[str, int]:
-    """Instruction sets that this processor has, best first, with the library's number for each."""
-    names: list[str] = []
+    """Instruction sets that this processor has for ``int8_linear``, best first, with the library's number for each."""
     opened = shared_object()
-    while opened is not None and (name := opened.fp4dit_kernel(len(names))) is not None:
+    return {} if opened is None else instruction_sets(opened.fp4dit_kernel)
+
+
+def instruction_sets(kernel: Callable[[int], bytes | None]) -> dict[str, int]:
+    """Names and numbers from a function of the library, which gives "" for what the processor lacks and NULL at the end."""
+    names: list[str] = []
+    while (name := kernel(len(names))) is not None:
         names.append(name.decode())
     return {name: number for number, name in enumerate(names) if name}
 
