@@ -16,11 +16,11 @@ from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.config.scheme_rules import CODEBOOK_GROUPS, SchemeRules
 from fp4dit_ao.formats import codebook_set
 from fp4dit_ao.formats.codebook_groups import BOOKS, LEVELS
+from fp4dit_ao.kernels import codebook_dispatch
 from fp4dit_ao.observers import CodebookWeightObserver
 from fp4dit_ao.schemes.graph_patterns import is_buffer, is_call, tensor_of, token_wise_input, weight_path
 from fp4dit_ao.schemes.grouped import INPUTS, canonical
 from fp4dit_ao.schemes.scheme import Arrays, LowBitLinear, ObserverSpec, PlainLinear
-from fp4dit_ao.tensors import codebook
 from fp4dit_ao.tensors.codebook import CodebookTensor
 
 
@@ -57,8 +57,14 @@ class CodebookGroupsScheme:
         }
 
     def from_parts(self, parts: Mapping[str, Any], config: QuantConfig, dtype: torch.dtype) -> Tensor:
-        tensors = (parts[name] for name in CodebookTensor.tensor_data_names)
-        return CodebookTensor(*tensors, config.group_size, str(config.weight), canonical(config.activation), dtype)
+        tensors = {name: parts[name] for name in CodebookTensor.tensor_data_names}
+        return CodebookTensor(
+            **tensors,
+            group_size=config.group_size,
+            fmt=str(config.weight),
+            act_fmt=canonical(config.activation),
+            dtype=dtype,
+        )
 
     @torch.no_grad()
     def round_to_nearest(self, name: str, weight: Tensor, config: QuantConfig) -> Tensor:
@@ -93,7 +99,7 @@ class CodebookGroupsScheme:
 
     def plain_linear(self, weight: Any) -> PlainLinear:
         tensors = {name: getattr(weight, name) for name in CodebookTensor.tensor_data_names}
-        return PlainLinear(codebook.linear, tensors, (weight.group_size, weight.act_fmt))
+        return PlainLinear(codebook_dispatch.linear, tensors, (weight.group_size, weight.act_fmt))
 
     def describe(self, config: QuantConfig) -> dict[str, Any]:
         return {"weight": str(config.weight), "block_size": self.block_size(config)}

@@ -5,39 +5,35 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchao.utils import TorchAOBaseTensor
 
-from fp4dit_ao import __version__
+from fp4dit_ao import _compat
 from fp4dit_ao.formats import pack, parse, unpack
-from fp4dit_ao.kernels import codebook_linear  # noqa: F401, registers the operator
-from fp4dit_ao.kernels.cpu import native
-from fp4dit_ao.kernels.token_quantization import digits, quantize_tokens
-from fp4dit_ao.ops import choose_scale, fake_quantize
+from fp4dit_ao.kernels import codebook_dispatch
+from fp4dit_ao.kernels.codebook_dispatch import CODEBOOK_LINEAR, CodebookOperands
+from fp4dit_ao.kernels.units import Unit
 from fp4dit_ao.ops.codebook import codebook_dequantize
-
-_ATEN = torch.ops.aten
-_MOST_DIGITS = 3
-"""Most int8 digits of a token's level that ``codebook_linear`` takes."""
+from fp4dit_ao.tensors.quantized_weight import QuantizedWeight
 
 
-class CodebookTensor(TorchAOBaseTensor):  # type: ignore[misc]
+class CodebookTensor(QuantizedWeight):
     """A linear weight ``(out_features, in_features)`` with codebook groups: ``row_scale * codebooks[index][codes]``.
 
     Tensor Attributes:
         qdata: uint8 codes ``(out_features, in_features / 2)``, two to a byte, the first in the low nibble.
         index: uint8 ``(out_features, ceil(groups / 2))``, each group's codebook, two to a byte likewise.
         row_scale: float32 ``(out_features,)``.
-        codebooks: int8 ``(16, 16)``, what each code stands for, by codebook.
+        codebooks: int8 ``(16, 16)``, levels by codebook and code.
 
     Non-Tensor Attributes:
         group_size: input features that share a codebook.
         fmt: name of the set of codebooks; the levels are those of ``codebooks``, whatever the name.
         act_fmt: format that ``linear`` quantizes its input to, token-wise and online; None leaves the input as it is.
-        dtype: the type this tensor presents itself as, and of ``dequantize()``.
+        dtype, transposed: as in :class:`QuantizedWeight`.
     """
 
     tensor_data_names: ClassVar[list[str]] = ["qdata", "index", "row_scale", "codebooks"]
     tensor_attribute_names: ClassVar[list[str]] = ["group_size", "fmt", "act_fmt", "dtype"]
+    format_names: ClassVar[tuple[str, ...]] = ("act_fmt",)  # the levels of the weight are data
 
     qdata: Tensor
     index: Tensor
@@ -54,12 +50,13 @@ class CodebookTensor(TorchAOBaseTensor):  # type: ignore[misc]
         fmt: str,
         act_fmt: str | None,
         dtype: torch.dtype,
+        transposed: bool = False,
+        *,
+        requires_grad: bool = False,
     ) -> "CodebookTensor":
-        shape = (qdata.shape[0], qdata.shape[1] * 2)
-        wrapper: CodebookTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
-        )
-        return wrapper
+        rows, columns = qdata.shape[0], qdata.shape[1] * 2
+        shape = (columns, rows) if transposed else (rows, columns)
+        return _compat.wrapper_tensor(cls, shape, dtype, qdata.device, requires_grad)
 
     def __init__(
         self,
@@ -71,10 +68,13 @@ class CodebookTensor(TorchAOBaseTensor):  # type: ignore[misc]
         fmt: str,
         act_fmt: str | None,
         dtype: torch.dtype,
+        transposed: bool = False,
+        *,
+        requires_grad: bool = False,
     ):
         super().__init__()
         self.qdata, self.index, self.row_scale, self.codebooks = qdata, index, row_scale, codebooks
-        self.group_size, self.fmt, self.act_fmt = group_size, fmt, act_fmt
+        self.group_size, self.fmt, self.act_fmt, self.transposed = group_size, fmt, act_fmt, transposed
 
     @classmethod
     def from_codes(
@@ -100,93 +100,29 @@ class CodebookTensor(TorchAOBaseTensor):  # type: ignore[misc]
     @property
     def books(self) -> Tensor:
         """uint8, the codebook of every group, unpacked, ``(out_features, groups)``."""
-        return unpack(self.index, 4)[:, : self.shape[1] // self.group_size]
+        return unpack(self.index, 4)[:, : self.stored_shape[1] // self.group_size]
 
-    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as a float tensor of ``dtype``."""
-        return codebook_dequantize(self.codes, self.books, self.codebooks, self.row_scale, output_dtype or self.dtype)
+    def tiles(self) -> dict[str, tuple[int, int] | None]:
+        return {"qdata": (1, 2), "index": (1, 2 * self.group_size), "row_scale": (1, -1), "codebooks": None}
 
-    def _stable_hash_for_caching(self) -> str:
-        """What torch's on-disk compile caches know this tensor by: everything that shapes the generated code."""
-        tensors = (getattr(self, name) for name in self.tensor_data_names)
-        parts = [(part.dtype, tuple(part.shape), part.stride(), part.device) for part in tensors]
-        compiled = native.VERSION if native.shared_object() is not None else None
-        act_fmt = self.act_fmt and parse(self.act_fmt)
-        return repr((__version__, "codebook", compiled, parts, self.group_size, act_fmt, self.dtype))
+    def stored_values(self, output_dtype: torch.dtype) -> Tensor:
+        return codebook_dequantize(self.codes, self.books, self.codebooks, self.row_scale, output_dtype)
+
+    def stored_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return codebook_dispatch.linear(
+            x, self.qdata, self.index, self.row_scale, self.codebooks, self.group_size, self.act_fmt, bias
+        )
+
+    def unit(self, device: torch.device | str | None = None) -> Unit[Any]:
+        activation = None if self.act_fmt is None else parse(self.act_fmt)
+        return CODEBOOK_LINEAR.pick(CodebookOperands(activation, torch.device(device or self.device)))
 
     def _quantization_type(self) -> str:
         return f"fmt={self.fmt}, act_fmt={self.act_fmt}, group_size={self.group_size}, shape={tuple(self.shape)}"
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        """One line: thousands of codes tell a reader nothing."""
+        """Formats and shape on one line, without the codes."""
         return f"CodebookTensor({self._quantization_type()}, dtype={self.dtype}, device='{self.device}')"
-
-
-def linear(
-    x: Tensor,
-    qdata: Tensor,
-    index: Tensor,
-    row_scale: Tensor,
-    codebooks: Tensor,
-    group_size: int,
-    act_fmt: str | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """``x @ W^T + bias`` with ``x`` quantized token-wise to ``act_fmt``: one product of integers, exact in int32.
-
-    Args:
-        x: float ``(..., in_features)``.
-        qdata, index, row_scale, codebooks, group_size: see :class:`CodebookTensor`.
-        act_fmt: activation format; None multiplies ``x`` as it is. Formats whose levels do not fit three int8 digits, such as
-            E5M2, are multiplied as floats, too.
-        bias: ``(out_features,)`` or None.
-
-    Returns:
-        ``(..., out_features)`` in the type of ``x``.
-    """
-    if act_fmt is not None and (count := digits(parse(act_fmt))) <= _MOST_DIGITS:
-        tokens, token_scale = quantize_tokens(x, act_fmt)
-        output_dtype = x.dtype if x.dtype in native.OUTPUTS else torch.float32
-        y = torch.ops.fp4dit_ao.codebook_linear(
-            tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, count, group_size
-        )
-        return y.to(x.dtype).reshape(*x.shape[:-1], qdata.shape[0])
-    codes = unpack(qdata, 4)
-    books = unpack(index, 4)[:, : codes.shape[1] // group_size]
-    weight = codebook_dequantize(codes, books, codebooks, row_scale, torch.float32)
-    values = x.float()
-    if act_fmt is not None:
-        block = [1] * (x.ndim - 1) + [-1]
-        values = fake_quantize(x, block, choose_scale(x, block, act_fmt, torch.float32), act_fmt, torch.float32)
-    return F.linear(values, weight, None if bias is None else bias.float()).to(x.dtype)
-
-
-@CodebookTensor.implements(_ATEN.linear.default)  # type: ignore[untyped-decorator]
-@CodebookTensor.implements_torch_function([F.linear, _ATEN.linear.default])  # type: ignore[untyped-decorator]
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    x, weight = args[0], args[1]
-    bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    tensors = (getattr(weight, name) for name in CodebookTensor.tensor_data_names)
-    return linear(x, *tensors, weight.group_size, weight.act_fmt, bias)
-
-
-@CodebookTensor.implements(_ATEN._to_copy.default)  # type: ignore[untyped-decorator]
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> CodebookTensor:
-    """``.to(device)`` moves codes and scales; ``.to(dtype)`` changes only what the tensor presents itself as."""
-    self, device = args[0], kwargs.get("device") or args[0].device
-    moved = [getattr(self, name).to(device) for name in CodebookTensor.tensor_data_names]
-    return CodebookTensor(*moved, self.group_size, self.fmt, self.act_fmt, kwargs.get("dtype") or self.dtype)
-
-
-@CodebookTensor.implements(_ATEN.is_pinned.default)  # type: ignore[untyped-decorator]
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
-    return all(getattr(args[0], name).is_pinned() for name in CodebookTensor.tensor_data_names)
-
-
-@CodebookTensor.implements(_ATEN._pin_memory.default)  # type: ignore[untyped-decorator]
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> CodebookTensor:
-    pinned: CodebookTensor = args[0]._apply_fn_to_data(lambda x: x.pin_memory())
-    return pinned
 
 
 torch.serialization.add_safe_globals([CodebookTensor])
