@@ -381,5 +381,5 @@ def test_compiled_tokens_take_any_layout(fmt: str) -> None:
             x, x[0, 0], x[0, 0, 0], x.transpose(1, 2), x.transpose(0, 2), x[:, ::2], x[:, :, 1:], x[..., ::3],
             x.expand(2, 3, 5, 7, features), x[:, :1].expand(3, 5, 7, features), torch.nn.Parameter(x),
         ):  # fmt: skip
-            assert tokens._runs_natively(view, fmt)
+            assert tokens.runs_natively(view, fmt)
             _both(view, fmt)

@@ -9,7 +9,15 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from fp4dit_ao.formats import NumberFormat, parse
-from fp4dit_ao.kernels import attention, codebook_linear, gelu, gpu, int8, reference  # noqa: F401, some only register operators
+from fp4dit_ao.kernels import (  # noqa: F401, some only register operators
+    attention,
+    codebook_linear,
+    gelu,
+    gpu,
+    int8,
+    quantized_codebook_linear,
+    reference,
+)
 
 Linear = Callable[[Tensor, Tensor, Tensor, Sequence[int], NumberFormat, NumberFormat | None, Tensor | None], Tensor]
 

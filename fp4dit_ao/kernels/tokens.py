@@ -68,17 +68,18 @@ def add_digits(y: Tensor, count: int) -> Tensor:
 
 def _shared(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     if not _compat.is_traced(x):  # a tensor with memory of its own can change without a trace
-        return _run(x, fmt) if _runs_natively(x, fmt) and not torch.compiler.is_compiling() else _quantize(x, fmt)
+        return _run(x, fmt) if runs_natively(x, fmt) and not torch.compiler.is_compiling() else _quantize(x, fmt)
     known = _TRACED.setdefault(x, {})
     version, result = known.get(fmt, (None, None))
     if result is None or version != x._version:
-        worthwhile = _runs_natively(x, fmt) and _is_large(x)
+        worthwhile = runs_natively(x, fmt) and _is_large(x)
         result = torch.ops.fp4dit_ao.int8_tokens(x, fmt) if worthwhile else _quantize(x, fmt)
         known[fmt] = (x._version, result)
     return result
 
 
-def _runs_natively(x: Tensor, fmt: str) -> bool:
+def runs_natively(x: Tensor, fmt: str) -> bool:
+    """Whether the compiled loop quantizes ``x``, as the operators do."""
     number = parse(fmt)
     simple = isinstance(number, FloatFormat) and number.mantissa_bits > 0 and digits(number) <= _MOST_DIGITS
     plain = _compat.is_traced(x) or type(x) in (Tensor, torch.nn.Parameter)
@@ -102,7 +103,7 @@ def _run(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     if x.ndim > 4 or x.stride(-1) != 1:
         x = _rows(x).contiguous()
     sizes, strides = [1, 1, 1, *x.shape][-4:], [0, 0, 0, *x.stride()][-4:-1]
-    mantissa_bits, count, largest = _numbers(fmt)
+    mantissa_bits, count, largest = numbers(fmt)
     rows = math.prod(sizes[:3])
     levels = torch.empty((count * rows, sizes[3]), dtype=torch.int8)
     scale = torch.empty((rows, 1), dtype=torch.float32)
@@ -114,7 +115,7 @@ def _run(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _numbers(fmt: str) -> tuple[int, int, float]:
+def numbers(fmt: str) -> tuple[int, int, float]:
     """Mantissa bits, digits of a level, and the largest level."""
     number = parse(fmt)
     assert isinstance(number, FloatFormat)
