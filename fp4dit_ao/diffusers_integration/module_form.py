@@ -149,8 +149,8 @@ def finish(model: Any, quantizer: Any) -> Any:
     model.unfuse_lora = functools.partial(lora.unfuse_lora, model)
     _compat.replace_apply(model, functools.partial(_apply, model))
     folded = {name for transform in quantizer.record.transforms for name in transform.folded_linears()}
-    if folded:
-        for method in ("load_lora_adapter", "add_adapter"):
+    for method in ("load_lora_adapter", "add_adapter"):
+        if folded and hasattr(model, method):
             setattr(model, method, lora.adding_refused_on(getattr(model, method), model, folded))
     return model.eval()
 
