@@ -187,7 +187,7 @@ def _matrix_product(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 def _slice(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
     """``weight[a:b]``, ``weight[:, a:b]``, ``narrow``."""
     defaults: list[Any] = [0, None, None, 1]
-    weight, dim, start, stop, step = *args, *defaults[len(args) - 1 :]
+    weight, dim, start, stop, step = list(args) + defaults[len(args) - 1 :]
     dim, size = dim % 2, weight.shape[dim]
     if step != 1:
         weight.refuse(f"a slice with step {step}; expected consecutive rows or columns")

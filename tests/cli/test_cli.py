@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from typer.testing import CliRunner
@@ -16,6 +17,9 @@ from typer.testing import CliRunner
 from fp4dit_ao import QuantizedTransformer, quantize_pipeline
 from fp4dit_ao.cli.app import app
 from fp4dit_ao.evaluation import fidelity
+from fp4dit_ao.formats import parse
+from fp4dit_ao.kernels import pick
+from fp4dit_ao.kernels.cpu import native
 from tests.tiny import CALL, tiny_pipeline
 
 
