@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from fp4dit_ao import reference
+from fp4dit_ao.config import AdaRoundConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
 from fp4dit_ao.evaluation import plots
 from fp4dit_ao.evaluation.fidelity import Evaluation, Fidelity, generate, write_text
 from fp4dit_ao.evaluation.metrics import Images
-from fp4dit_ao.passes.reconstruction.engine import AdaRoundConfig
 
 JUDGED, SHOWN = 40, 8
 """Prompts that are generated for the table, and those of them that the picture shows."""
