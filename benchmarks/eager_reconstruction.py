@@ -1,4 +1,4 @@
-"""The reconstruction that one writes first, to compare with: hooks, modules that round softly through autograd, stock Adam."""
+"""Straightforward reconstruction as a baseline: hooks, modules that round softly through autograd, stock Adam."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ from fp4dit_ao.passes.partition import weight_observers
 
 
 def fake_quantize(x: Tensor, fmt: FloatFormat) -> Tensor:
-    """Token-wise, straight through; the way fake-quantization code does it."""
+    """Fake quantization per token with a straight-through gradient, by logarithm and floor."""
     largest = float(fmt.lattice_max)
     scale = x.detach().abs().amax(-1, keepdim=True).clamp_min(1e-12) / largest
     y = (x / scale).detach()
@@ -26,13 +26,13 @@ def fake_quantize(x: Tensor, fmt: FloatFormat) -> Tensor:
 
 
 def element_step(y: Tensor, fmt: FloatFormat) -> Tensor:
-    """Distance of neighbouring levels at ``y``, in lattice steps."""
+    """Distance between neighbouring levels at ``y``, in lattice steps."""
     exponent = torch.floor(torch.log2(y.abs().clamp_min(1e-30))) - fmt.mantissa_bits
     return torch.exp2(exponent.clamp_min(0))
 
 
 class SoftLinear(nn.Module):
-    """A linear that learns its rounding: scale-aware AdaRound in plain autograd."""
+    """Linear that learns its rounding by scale-aware AdaRound in plain autograd."""
 
     def __init__(self, linear: nn.Linear, fmt: FloatFormat, group: int, activation: FloatFormat | None):
         super().__init__()
@@ -57,7 +57,7 @@ class SoftLinear(nn.Module):
 
 @contextmanager
 def quantized_attention(fmt: FloatFormat | None) -> Iterator[None]:
-    """Quantize what every attention inside reads."""
+    """Context in which every attention quantizes its q, k and v."""
     original = F.scaled_dot_product_attention
 
     def quantized(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -73,7 +73,8 @@ def quantized_attention(fmt: FloatFormat | None) -> Iterator[None]:
 
 
 class EagerLoop:
-    """The straightforward reconstruction of module ``name``: its calls recorded by hooks, its linears replaced."""
+    """Straightforward reconstruction of module ``name``: hooks record its calls, :class:`SoftLinear` replaces its
+    linears."""
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class EagerLoop:
         return (y - self.target[rows]).square().mean() / self.power
 
     def step(self) -> None:
-        """One iteration."""
+        """Runs one iteration."""
         rows = torch.randperm(len(self.target))[: self.config.batch_size]
         self.optimizer.zero_grad()
         loss = self._loss(rows) / self.before

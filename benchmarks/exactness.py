@@ -1,9 +1,10 @@
-"""How far the lowered model is from the converted graph: ``python -m benchmarks.exactness``.
+"""Difference between the lowered model and the converted graph: ``python -m benchmarks.exactness``.
 
-Prints, for each recipe on the reference transformer: the largest error of any lowered linear against float64 on the same
-quantized operands (relative to the sum of magnitudes, the natural unit of float32 rounding); the same for the converted
-graph's own linears; the whole model's difference between the two in one call; and how many of the activation codes
-differ, because a last-bit difference moved a value across a rounding boundary. Writes ``exactness.json`` beside the table.
+Prints, for each recipe on the reference transformer: the largest error of any lowered linear against float64 on the
+same quantized operands (relative to the sum of magnitudes, the natural unit of float32 rounding); the same for the
+converted graph's own linears; the whole model's difference between the two in one call; and how many of the activation
+codes differ, because a last-bit difference moved a value across a rounding boundary. Writes ``exactness.json`` beside
+the table.
 """
 
 import json
@@ -17,15 +18,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from fp4dit_ao import FP4DiTQuantizer, MinifloatTensor, QuantConfig, _compat, capture, collect_samples, lower
+from fp4dit_ao import MinifloatTensor, _compat, capture, collect_samples, lower, quantizer_for, reference
 from fp4dit_ao.benchmark.exact import error, token_wise
 from fp4dit_ao.evaluation.environment import environment
+from fp4dit_ao.util.atomic_files import write_text
 
 _LINEAR = torch.ops.aten.linear.default
 
 
 class Linears(Interpreter):
-    """Runs a graph and keeps every linear's input, weight, bias and output."""
+    """Interpreter that keeps the input, weight, bias and output of every linear."""
 
     def __init__(self, graph: GraphModule):
         super().__init__(graph)
@@ -40,6 +42,7 @@ class Linears(Interpreter):
 
 
 def lowered_errors(seen: list[tuple[Tensor, Any, Tensor | None, Tensor]]) -> Iterator[tuple[float, Tensor]]:
+    """Yields the error of every quantized linear in ``seen``, and its quantized input."""
     for x, weight, bias, got in seen:
         if isinstance(weight, MinifloatTensor):
             x_hat = token_wise(x, weight.act_fmt)
@@ -48,8 +51,9 @@ def lowered_errors(seen: list[tuple[Tensor, Any, Tensor | None, Tensor]]) -> Ite
 
 @torch.no_grad()
 def measure(recipe: str, transformer: torch.nn.Module, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the table: largest errors over ``samples``."""
     graph = capture(transformer, samples[0])
-    prepared = prepare_pt2e(graph, FP4DiTQuantizer().set_global(QuantConfig.from_name(recipe)))
+    prepared = prepare_pt2e(graph, quantizer_for(transformer, recipe))
     for sample in samples:
         prepared(**sample)
     converted = convert_pt2e(prepared)
@@ -58,9 +62,8 @@ def measure(recipe: str, transformer: torch.nn.Module, samples: list[dict[str, A
     for sample in samples:
         inputs = _compat.flat_inputs(graph, sample).values()
         a, b = Linears(lowered), Linears(converted)
-        fast, reference = a.run(*inputs), b.run(*inputs)
-        fast, reference = fast[0], reference[0]
-        output = max(output, float((fast - reference).norm() / reference.norm()))
+        fast, expected = a.run(*inputs)[0], b.run(*inputs)[0]
+        output = max(output, float((fast - expected).norm() / expected.norm()))
         pairs = [pair for pair in zip(a.seen, b.seen, strict=True) if isinstance(pair[0][1], MinifloatTensor)]
         for (found, x_hat), (_, (x, weight, bias, got)) in zip(
             lowered_errors([p[0] for p in pairs]), pairs, strict=True
@@ -83,10 +86,8 @@ def main(
     samples: int = 4,
     out: Path = Path("benchmarks/results"),
 ) -> None:
-    """Measure and print."""
+    """Measures and prints."""
     from diffusers import PixArtSigmaPipeline
-
-    from fp4dit_ao import reference
 
     pipe = PixArtSigmaPipeline.from_pretrained(reference.path(), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -103,9 +104,8 @@ def main(
             f"| {row['codes_moved']:.4%} |"
         )
     print("\n".join(lines))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "exactness.json").write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
-    (out / "exactness.md").write_text("\n".join(lines) + "\n")
+    write_text(out / "exactness.json", json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    write_text(out / "exactness.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Every family at small width, through the whole flow: ``python -m benchmarks.families``.
+"""All families at small width, through the whole flow: ``python -m benchmarks.families``.
 
-Prints one Markdown table and writes ``families.json``. Weights are random, so an error says that a family's graph is quantized
-rightly and how families compare at equal width; it says nothing about images. ``--compile`` adds ``torch.compile``. A family
-that fails is listed as such, and the exit status is 1.
+Prints one Markdown table and writes ``families.json``. Weights are random: errors show that a family's graph is
+quantized correctly, and how families compare at equal width, but nothing about images. ``--compile`` adds
+``torch.compile``. A family that fails is listed as such, and the exit status is 1.
 """
 
 import copy
@@ -24,11 +24,12 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from fp4dit_ao import QuantConfig, QuantizedTransformer, capture, lower, quantizer_for
 from fp4dit_ao.checkpoint import graph_rebuilding
 from fp4dit_ao.evaluation.environment import environment, one_line
-from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
 from fp4dit_ao.families import example_inputs
 from fp4dit_ao.families.sample_inputs import Size
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind
+from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.markdown import markdown_table
 
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 64}
 
@@ -86,14 +87,14 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         "cross_attention_dim": 128, "num_layers": 1, "caption_channels": 96,
     }),
 }  # fmt: skip
-"""Families (and variants with other inputs) as diffusers' own classes make them, narrow and shallow."""
+"""Class and config of a narrow, shallow model of each family, and of variants with other inputs."""
 
 OTHER = Size(batch=3, height=12, width=20, frames=5, text=7)
-"""Another size than the one captured. Even, for patches; not square."""
+"""Sizes that differ from the captured ones: even, for patches, and not square."""
 
 
 def small_model(name: str, seed: int = 0) -> nn.Module:
-    """A model of :data:`SMALL`, its linears scaled so that every layer's output is of the size of its input."""
+    """Model of :data:`SMALL`; its linears are scaled so that outputs of layers have the magnitude of their inputs."""
     import diffusers
 
     kind, config = SMALL[name]
@@ -106,19 +107,19 @@ def small_model(name: str, seed: int = 0) -> nn.Module:
 
 
 def other_size(name: str) -> Size:
-    """:data:`OTHER`, square where the float model draws only squares."""
+    """:data:`OTHER`, made square for models that draw only squares."""
     square = SMALL[name][0] == "DiTTransformer2DModel"
     return Size(OTHER.batch, OTHER.height, OTHER.height) if square else OTHER
 
 
 def relative(x: Tensor, reference: Tensor) -> float:
-    """Norm of the difference, relative to that of the reference."""
+    """L2 norm of the difference, relative to that of ``reference``."""
     return float((x - reference).norm() / reference.norm())
 
 
 @torch.no_grad()
 def quantize(model: nn.Module, graph: GraphModule, recipe: str = "w4a6") -> QuantizedTransformer:
-    """A captured graph through the rest of the flow, with nearest rounding."""
+    """Quantizes a captured graph with nearest rounding."""
     quantizer = quantizer_for(model, recipe)
     prepared = prepare_pt2e(copy.deepcopy(graph), quantizer)
     lowered = lower(convert_pt2e(prepared, fold_quantize=False))
@@ -130,7 +131,7 @@ def quantize(model: nn.Module, graph: GraphModule, recipe: str = "w4a6") -> Quan
 
 @torch.no_grad()
 def row_of(name: str, model: nn.Module, graph: GraphModule, quantized: QuantizedTransformer) -> dict[str, Any]:
-    """One row of the table, but for what takes time to find out."""
+    """Row of the table, without times and compilation."""
     sample = example_inputs(model, other_size(name), seed=1)
     expected = model(**sample, return_dict=False)[0]
     return {
@@ -143,13 +144,14 @@ def row_of(name: str, model: nn.Module, graph: GraphModule, quantized: Quantized
 
 
 def measure(name: str, recipe: str, compile: bool, say: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
-    """One row of the table. If a stage fails, what is known by then, and the stage and its error as ``"failed"``.
+    """Row of the table. If a stage fails, the row holds the results so far, and the stage and its error as
+    ``"failed"``.
 
     Args:
-        name: of a model in :data:`SMALL`.
-        recipe: as ``quantizer_for`` takes it.
-        compile: run it under ``torch.compile``, too.
-        say: told what is being done.
+        name: name of a model in :data:`SMALL`.
+        recipe: name of a recipe.
+        compile: also run the model under ``torch.compile``.
+        say: called with a description of the current work.
     """
     row: dict[str, Any] = {"seconds": {}}
     stage = ""
@@ -164,7 +166,7 @@ def measure(name: str, recipe: str, compile: bool, say: Callable[[str], None] = 
 
 @torch.no_grad()
 def _stages(name: str, recipe: str, compile: bool, row: dict[str, Any]) -> Iterator[str]:
-    """Fills ``row``; yields what it is about to do."""
+    """Fills ``row``; yields the name of each stage before it starts."""
     seconds: dict[str, float] = row["seconds"]
     yield "capture"
     model = small_model(name)
@@ -182,7 +184,7 @@ def _stages(name: str, recipe: str, compile: bool, row: dict[str, Any]) -> Itera
     yield "compile"
     sample = example_inputs(model, other_size(name), seed=1)
     expected, uncompiled = model(**sample, return_dict=False)[0], quantized(**sample).sample
-    torch._dynamo.reset()
+    torch.compiler.reset()
     quantized.compile_graph()
     began = time.perf_counter()
     compiled = quantized(**sample).sample
@@ -199,7 +201,7 @@ def share_quantized(quantized: QuantizedTransformer, model: nn.Module) -> float:
 
 
 def cells(name: str, row: dict[str, Any], compile: bool) -> list[str]:
-    """One row of the table as text."""
+    """Cells of one row."""
     seconds = [_number(row["seconds"].get(stage), ".1f") for stage in stages(compile)]
     if "layers" not in row:
         return [name, "failed", *[""] * 6, *[""] * 2 * compile, *seconds]
@@ -230,7 +232,7 @@ def _number(x: float | None, fmt: str) -> str:
 
 
 def stages(compile: bool) -> list[str]:
-    """What is timed."""
+    """Names of the timed stages."""
     return ["capture", "quantize", *["compile"] * compile]
 
 
@@ -242,7 +244,7 @@ def _why(reason: str) -> str:
 
 
 def table(rows: dict[str, dict[str, Any]], compile: bool = False) -> str:
-    """The rows as Markdown."""
+    """Markdown table of the rows."""
     head = [
         "family",
         "linears",
@@ -264,12 +266,12 @@ def main(
     names: Annotated[str, typer.Option(help="Separated by semicolons; all if empty.")] = "",
     out: Path = Path("benchmarks/results"),
 ) -> None:
-    """Measure and print."""
+    """Measures and prints."""
     chosen = [name.strip() for name in names.split(";")] if names else list(SMALL)
     unknown = [name for name in chosen if name not in SMALL]
     if unknown:
         raise typer.BadParameter(f"no family {'; '.join(unknown)}; choose from {'; '.join(SMALL)}")
-    QuantConfig.from_name(recipe)  # an unknown one is refused before any work
+    QuantConfig.from_name(recipe)  # refuses an unknown name before any work
     rows: dict[str, dict[str, Any]] = {}
     with tqdm(chosen, desc="families") as bar:
         for name in bar:

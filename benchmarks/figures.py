@@ -1,14 +1,15 @@
-"""The observations that FP4DiT builds on, on the pipeline that ships: ``python benchmarks/figures.py --out FOLDER``.
+"""Figures of the observations behind FP4DiT, on the reference pipeline: ``python benchmarks/figures.py --out FOLDER``.
 
-``formats.png``  where the levels of each format lie
-``gelu.png``     what reaches GELU, and where GELU is sensitive
-``gates.png``    how far a gate moves per step of its parameter: INT AdaRound, plain AdaRound in floating point, scale-aware
-``tokens.png``   token maxima: their spread in every layer, and their drift over the timesteps
+``formats.png``  levels of each format
+``gelu.png``     distribution of GELU's inputs, and GELU's derivative
+``gates.png``    motion of a gate per step of its parameter: INT AdaRound, plain AdaRound in floating point, scale-aware
+``tokens.png``   token maxima: spread in every layer, and drift over the timesteps
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
@@ -23,16 +24,20 @@ from fp4dit_ao.evaluation.fidelity import generate
 from fp4dit_ao.formats import FloatFormat
 from fp4dit_ao.passes.reconstruction.rounding.adaround import SHIFT, STRETCH
 from fp4dit_ao.reference.statistics import KINDS, kind_of
+from fp4dit_ao.util.markdown import markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 
 
 class Recorder:
-    """Forward hooks that note, step by step, what the linears of a transformer read and what reaches its GELUs.
+    """Forward hooks that record token maxima of a transformer's linears per step, and inputs of its GELUs.
 
     Attributes:
-        maxima: per kind of layer and step, the largest magnitude of every input token.
-        before_gelu: a sample of the values that enter GELU, all steps and blocks.
+        maxima: largest magnitude of every input token, by kind of layer, then by step.
+        before_gelu: a sample of the values that enter GELU, over all steps and blocks.
     """
 
     def __init__(self, transformer: nn.Module, steps: int):
@@ -44,10 +49,10 @@ class Recorder:
             if isinstance(module, nn.Linear):
                 self.hooks.append(module.register_forward_hook(self._linear(kind_of(name))))
 
-    def _next(self, *_: Any) -> None:
+    def _next(self, *_: object) -> None:
         self.calls += 1
 
-    def _linear(self, kind: str) -> Any:
+    def _linear(self, kind: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             found = self.maxima[kind][self.calls % self.steps]
             found.append(inputs[0].detach().abs().amax(-1).flatten())
@@ -61,16 +66,16 @@ class Recorder:
             hook.remove()
 
     def by_step(self, kind: str) -> list[NDArray[np.float32]]:
-        """For each step, the token maxima of all layers of that kind."""
+        """Token maxima of all layers of a kind, for each step."""
         return [torch.cat(found).numpy() for found in self.maxima[kind]]
 
 
-def formats() -> Any:
+def formats() -> "Figure":
     """Figure 1: INT4 (= E1M2) is uniform; levels crowd toward zero as exponent bits grow."""
     return plots.number_lines(["int4", "e1m2", "e2m1", "e3m0", "int6", "e2m3", "e3m2"])
 
 
-def gelu(before: NDArray[np.float32]) -> Any:
+def gelu(before: NDArray[np.float32]) -> "Figure":
     """Figure 2: the distribution of GELU's inputs, GELU, and its derivative."""
     canvas, axes = plots.figure(8, 3, 1, 2)
     left, right = axes.flat
@@ -89,8 +94,9 @@ def gelu(before: NDArray[np.float32]) -> Any:
     return canvas
 
 
-def gates(fmt: FloatFormat) -> Any:
-    """Figure 3: each binade's gate against its parameter, and how fast the *weight* moves with it (arXiv 2503.15465, 3.3)."""
+def gates(fmt: FloatFormat) -> "Figure":
+    """Figure 3: each binade's gate against its parameter, and how fast the *weight* moves with it (arXiv 2503.15465,
+    3.3)."""
     steps = sorted({float(fmt.element_step(torch.tensor([float(level)]))) for level in fmt.lattice if level > 0})
     span = 4.0
     alpha = torch.linspace(-span * steps[-1], span * steps[-1], 801)
@@ -120,7 +126,7 @@ def gates(fmt: FloatFormat) -> Any:
     return canvas
 
 
-def tokens(recorder: Recorder, timesteps: list[int]) -> Any:
+def tokens(recorder: Recorder, timesteps: list[int]) -> "Figure":
     """Figure 4: within a layer tokens differ, so one range per tensor fails; over the steps the ranges move."""
     kinds = [kind for kind in KINDS.values() if kind in recorder.maxima and ("attention" in kind or "feed" in kind)]
     rows = -(-len(kinds) // 3)
@@ -143,9 +149,7 @@ def tokens(recorder: Recorder, timesteps: list[int]) -> Any:
 
 
 def summary(recorder: Recorder) -> str:
-    """The same in numbers: within a step, the 99th percentile over the median; over the steps, how far the median moves."""
-    from fp4dit_ao.evaluation.fidelity import markdown_table
-
+    """Figure 4 as a table: 99th percentile over median within a step, and range of the median over the steps."""
     rows = []
     for kind in KINDS.values():
         if kind in recorder.maxima:
@@ -164,7 +168,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path(__file__).parent / "results" / "figures",
     prompts: Annotated[int, typer.Option(min=1, help="Prompts whose activations are looked at.")] = 8,
 ) -> None:
-    """Draw the figures and print the token statistics."""
+    """Draws the figures and prints the token statistics."""
     pipe = named_models.open_pipeline(named_models.REFERENCE, "cpu")
     steps = int(reference.generation()["num_inference_steps"])
     recorder = Recorder(pipe.transformer, steps)

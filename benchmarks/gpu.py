@@ -1,12 +1,13 @@
-"""One NVIDIA GPU: linears and a whole step, beside what else runs on it: ``python -m benchmarks.gpu``.
+"""Linears and a whole step on one NVIDIA GPU, compared with other kernels: ``python -m benchmarks.gpu``.
 
-One command, done within ``--minutes`` (what there was no time for is said). Every product is captured in a CUDA graph of ten
-calls, so that no launch from Python is timed, and graphs are replayed in turns, so that a warming chip disturbs all alike;
-printed are medians over the rounds, as ratios to cuBLAS in bfloat16. A variant that fails is listed with its error. The step
-is PixArt-XL's at 1024 px with guidance batch 2, compiled, tokens' quantization included. Writes ``gpu.json`` after each part.
+It takes at most ``--minutes``, and lists what there was no time for. Every product is captured in a CUDA graph of ten
+calls, so that launches from Python are not timed; graphs are replayed in turns, so that a warming chip affects all
+alike. Printed are medians over the rounds, as ratios to cuBLAS in bfloat16. A variant that fails is listed with its
+error. The step is PixArt-XL's at 1024 px with guidance batch 2, compiled, tokens' quantization included. Writes
+``gpu.json`` after each part.
 
-It needs torch 2.11 or newer with CUDA and Triton, torchao and diffusers. Where nothing can be fetched, bring the wheels of the
-last two and put them on PYTHONPATH.
+It needs torch 2.11 or newer with CUDA and Triton, torchao and diffusers. On machines without
+internet access, unpack the wheels of the last two onto PYTHONPATH.
 """
 
 import json
@@ -21,17 +22,18 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from fp4dit_ao import FloatFormat, MinifloatTensor, unpack_weights
+from fp4dit_ao import FloatFormat, MinifloatTensor, _compat, unpack_weights
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.benchmark.memory import weight_bytes
 from fp4dit_ao.benchmark.transformers import PIXART_XL, quantized, random_model, sample
 from fp4dit_ao.evaluation.environment import environment, one_line
-from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
-from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels.cpu.int8_linear import level_table
 from fp4dit_ao.kernels.token_quantization import quantize_tokens
 from fp4dit_ao.tensors.levels import LevelTensor
+from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.markdown import markdown_table
 
 SHAPES = {
     "FLUX": [(3072, 3072), (12288, 3072), (3072, 12288)],
@@ -39,7 +41,7 @@ SHAPES = {
     "SD3": [(1536, 1536), (6144, 1536), (1536, 6144)],
     "Hunyuan-DiT": [(1408, 1408), (6144, 1408), (1408, 6144)],
 }
-"""(out_features, in_features) of each model's attention and feed-forward linears."""
+"""Sizes of the attention and feed-forward linears of each model, (out_features, in_features)."""
 CALLS = 10
 """Calls in one CUDA graph."""
 BASE = "bfloat16"
@@ -47,7 +49,7 @@ Variant = Callable[[], Tensor]
 
 
 def variants(rows: int, features: int, depth: int, device: str) -> dict[str, Variant]:
-    """What is timed: products of tokens that are quantized already, E2M1 times E2M3 in groups of 128 for ours."""
+    """Timed products of quantized tokens, by name; ours multiply E2M1 weights in groups of 128 with E2M3 tokens."""
     torch.manual_seed(0)
     weight, x = torch.randn(features, depth, device=device), torch.randn(rows, depth, device=device)
     half, half_weight = x.bfloat16(), weight.bfloat16()
@@ -55,7 +57,7 @@ def variants(rows: int, features: int, depth: int, device: str) -> dict[str, Var
     int8, fp8 = LevelTensor.from_packed(packed, "int8"), LevelTensor.from_packed(packed, "fp8")
     tokens, token_scale = quantize_tokens(half, "e2m3")
     eights = tokens.to(torch.float8_e4m3fn)
-    table = native.levels(FloatFormat.parse("e2m1"))
+    table = level_table(FloatFormat.parse("e2m1"))
     columns = torch.ones(1, features, device=device)
     ops = torch.ops.fp4dit_ao
     out = torch.bfloat16
@@ -78,14 +80,14 @@ def variants(rows: int, features: int, depth: int, device: str) -> dict[str, Var
         "ours, int8": lambda: ops.level_linear(tokens, token_scale, int8.qdata, int8.scale, None, out),
         "ours, packed fp8": packed_fp8,
         "ours, fp8": lambda: ops.level_linear(eights, token_scale, fp8.qdata, fp8.scale, None, out),
-        "_int_mm": lambda: torch._int_mm(padded, int8.qdata.T),
-        "_scaled_mm fp8": lambda: torch._scaled_mm(eights, fp8.qdata.T, token_scale, columns, out_dtype=out),
+        "_int_mm": lambda: _compat.int8_product(padded, int8.qdata.T),
+        "_scaled_mm fp8": lambda: _compat.fp8_product(eights, fp8.qdata.T, token_scale, columns, out),
         "scaled_mm fp8, blocks of 128": block_wise_fp8,
     }
 
 
 def prepared(call: Variant, device: str) -> tuple[Callable[[], float], Tensor]:
-    """What runs ``call`` once more and says how many seconds it took; and its result."""
+    """Function that runs ``call`` and returns the seconds it took; and the result of ``call``."""
     result = call()  # tunes and compiles
     if device == "cpu":
 
@@ -113,7 +115,8 @@ def prepared(call: Variant, device: str) -> tuple[Callable[[], float], Tensor]:
 
 
 def measure(rows: int, features: int, depth: int, device: str, rounds: int) -> dict[str, Any]:
-    """Seconds of every variant, in turns; its error against float64 on the same quantized operands; why one failed."""
+    """Seconds of every variant, measured in turns; differences of ours from the int8 one; errors of those that
+    failed."""
     timers: dict[str, Callable[[], float]] = {}
     failed: dict[str, str] = {}
     results: dict[str, Tensor] = {}
@@ -136,7 +139,7 @@ def measure(rows: int, features: int, depth: int, device: str, rounds: int) -> d
 
 
 def gemm_table(results: Sequence[dict[str, Any]]) -> str:
-    """Speed as a ratio to bfloat16, and what ours reaches of 10^12 operations a second."""
+    """Table of speeds as ratios to bfloat16, and of the operations per second that our fastest variant reaches."""
     names = list(dict.fromkeys(name for result in results for name in (*result["seconds"], *result["failed"])))
     names.remove(BASE)
     rows = []
@@ -155,7 +158,7 @@ def gemm_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def gpu() -> dict[str, Any]:
-    """Name, driver and limits of the GPU."""
+    """Name, driver, clock and power limit of the GPU."""
     properties = torch.cuda.get_device_properties(0)
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
     try:
@@ -169,7 +172,8 @@ def gpu() -> dict[str, Any]:
 
 
 def step(layers: int, pixels: int, rounds: int, device: str, until: float) -> dict[str, Any]:
-    """Seconds of one compiled denoising step by each model, in turns; bytes of weights; first calls."""
+    """Seconds of one compiled denoising step of each model, measured in turns; bytes of weights; seconds of first
+    calls."""
     half = random_model(PIXART_XL | {"num_layers": layers}, pixels, torch.bfloat16).to(device)
     inputs = pytree.tree_map_only(Tensor, lambda x: x.to(device), sample(pixels, torch.bfloat16))
     makers: dict[str, Callable[[], torch.nn.Module]] = {
@@ -213,7 +217,7 @@ def _synchronize(device: str) -> None:
 
 
 def step_table(result: dict[str, Any]) -> str:
-    """Speed and bytes as ratios to bfloat16."""
+    """Table of speeds and bytes as ratios to bfloat16."""
     base = f"{BASE}, compiled"
     rows = []
     for name, taken in result["seconds"].items():
@@ -236,7 +240,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="When to stop measuring.")] = 7.5,
     out: Path = Path("benchmarks/results"),
 ) -> None:
-    """Measure and print."""
+    """Measures and prints."""
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu measures an NVIDIA GPU, and this machine has none that PyTorch can use.")
     began = time.monotonic()

@@ -1,7 +1,7 @@
-"""What the Triton kernel compiles to, on any machine: ``python -m benchmarks.gpu_compile``.
+"""Registers, spills and shared memory of the Triton kernel: ``python -m benchmarks.gpu_compile``.
 
-No GPU is needed: Triton brings NVIDIA's assembler. Printed for every configuration that may be chosen are registers a thread,
-bytes spilled and shared memory; nothing here is a measurement of speed.
+No GPU is needed, since Triton ships NVIDIA's assembler. Every configuration that may be chosen is compiled; no speed is
+measured.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ import typer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fp4dit_ao.evaluation.fidelity import markdown_table
 from fp4dit_ao.kernels.cuda.triton_linear import CONFIGS, Config, block_k, linear_kernel
+from fp4dit_ao.util.markdown import markdown_table
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One specialisation of the kernel, bfloat16 out, with a bias."""
+    """One specialisation of the kernel, with bfloat16 output and a bias."""
 
     config: Config
     capability: int
@@ -34,9 +34,10 @@ class Variant:
 
 
 def variants(capabilities: Iterable[int], every: bool = True) -> Iterator[Variant]:
-    """Every configuration with packed codes; the first of each kind also with levels, and with FP8 tokens where it exists.
+    """Every configuration with packed codes; the first of each kind also with levels, and with FP8 tokens where they
+    exist.
 
-    Not ``every``: the first of each kind alone.
+    ``every=False`` yields only the first configuration of each kind.
     """
     for capability in capabilities:
         for configs in CONFIGS.values():
@@ -90,7 +91,7 @@ def compiled(variant: Variant) -> dict[str, Any]:
 
 
 def _usage(binary: bytes) -> str:
-    """What NVIDIA's tool says about a program; a stack is what registers were spilled to."""
+    """Output of NVIDIA's cuobjdump about a program; its STACK is the memory that registers were spilled to."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary)
@@ -103,7 +104,7 @@ def main(
     every: Annotated[bool, typer.Option(help="All configurations, or the first of each kind.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
-    """Compile and print."""
+    """Compiles and prints."""
     rows = []
     for variant in dict.fromkeys(variants((int(capability) for capability in capabilities.split(",")), every)):
         result = compiled(variant)

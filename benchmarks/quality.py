@@ -1,9 +1,9 @@
-"""How much quality each recipe costs, on the pipeline that ships: ``python benchmarks/quality.py``.
+"""Loss of image quality by recipe, on the reference pipeline: ``python benchmarks/quality.py``.
 
-Prints the table of the README and writes ``benchmarks/results/quality.{md,json}``. Every row is quantized with the same
-calibration samples, generates the same prompts with the same seeds, and is judged image by image against full precision.
-A finished row is kept in the work folder: a run that is killed resumes at the row where it was. Rows are shared out among
-worker processes, which is faster than one process with as many threads.
+Prints the table of the README and writes ``benchmarks/results/quality.{md,json}``. Every row uses the same
+calibration samples, prompts and seeds, and is compared image by image with full precision. Finished rows are kept in
+the work folder, so that a killed run resumes at its current row. Rows are distributed over worker processes, which is
+faster than one process with as many threads.
 """
 
 import copy
@@ -15,31 +15,37 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from fp4dit_ao import AdaRoundConfig, QuantConfig, collect_samples, quantize_pipeline, reference
+from fp4dit_ao import QuantConfig, ReconstructionConfig, collect_samples, quantize_pipeline, reference
 from fp4dit_ao.config import RECIPES
 from fp4dit_ao.diffusers_integration import named_models
-from fp4dit_ao.evaluation.fidelity import Comparison, Evaluation, Fidelity, timed_generate, write_text
+from fp4dit_ao.evaluation.fidelity import Comparison, Evaluation, Fidelity, timed_generate
 from fp4dit_ao.evaluation.metrics import Images
+from fp4dit_ao.passes.reconstruction import ROUNDINGS
+from fp4dit_ao.util.atomic_files import write_text
 
-Rounding = Literal["nearest", "plain", "scale-aware"]
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """One row of the table."""
 
     label: str
     config: QuantConfig | None = None
-    rounding: Rounding = "nearest"
+    rounding: str = "nearest"
+    scope: str = "block"
     batch_size: int | None = None
-    """Other than the run's, and compiled: the floor below which a difference means nothing."""
+    """Batch size of a float, compiled row that shows the noise floor of the comparison; None for all other rows."""
+    transforms: tuple[str, ...] = ()
+    """Graph transforms before quantization."""
 
 
 W4A6, INT = RECIPES["w4a6"](), RECIPES["int_w4a6"]()
@@ -51,24 +57,27 @@ ROWS: dict[str, Row] = {
     "full": Row("full precision"),
     "floor": Row("full precision, compiled, other batch size", batch_size=20),
     "int-nearest": Row("INT4/INT6, nearest", INT),
-    "int-adaround": Row("INT4/INT6, AdaRound", INT, "plain"),
+    "int-adaround": Row("INT4/INT6, AdaRound", INT, "adaround"),
     "w4a6-nearest": Row("W4A6, nearest", W4A6),
-    "w4a6-plain": Row("W4A6, plain AdaRound", W4A6, "plain"),
-    "w4a6": Row("W4A6, scale-aware AdaRound", W4A6, "scale-aware"),
+    "w4a6-plain": Row("W4A6, plain AdaRound", W4A6, "adaround"),
+    "w4a6": Row("W4A6, scale-aware AdaRound", W4A6, "scale_aware"),
     "e2m1-nearest": Row("W4A6 without E3M0, nearest", E2M1),
-    "e2m1": Row("W4A6 without E3M0, scale-aware", E2M1, "scale-aware"),
+    "e2m1-gptq": Row("W4A6 without E3M0, GPTQ", E2M1, "gptq"),
+    "e2m1": Row("W4A6 without E3M0, scale-aware", E2M1, "scale_aware"),
+    "e2m1-window": Row("W4A6 without E3M0, scale-aware, two blocks at a time", E2M1, "scale_aware", "window"),
+    "e2m1-smooth": Row("W4A6 without E3M0, SmoothQuant, nearest", E2M1, transforms=("smoothquant",)),
     "auto-nearest": Row("W4A6 auto, nearest", AUTO),
-    "auto": Row("W4A6 auto, scale-aware", AUTO, "scale-aware"),
+    "auto": Row("W4A6 auto, scale-aware", AUTO, "scale_aware"),
     "auto16-nearest": Row("W4A6 auto, float16 scales, nearest", replace(AUTO, scale_dtype="float16")),
     "nf4-nearest": Row("W4A6 with NF4, scales searched, nearest", NF4),
-    "nf4": Row("W4A6 with NF4, scales searched, scale-aware", NF4, "scale-aware"),
+    "nf4": Row("W4A6 with NF4, scales searched, scale-aware", NF4, "scale_aware"),
     "static-nearest": Row("W4A6 static per tensor, nearest", STATIC),
-    "static": Row("W4A6 static per tensor, scale-aware", STATIC, "scale-aware"),
+    "static": Row("W4A6 static per tensor, scale-aware", STATIC, "scale_aware"),
     "w4a8-nearest": Row("W4A8, nearest", W4A8),
-    "w4a8": Row("W4A8, scale-aware", W4A8, "scale-aware"),
+    "w4a8": Row("W4A8, scale-aware", W4A8, "scale_aware"),
     "w4a8-int8-nearest": Row("W4A8 with INT8 tokens, nearest", RECIPES["w4a8_int8"]()),
 }
-"""The table of the README."""
+"""Rows of the table in the README."""
 
 WHY: dict[str, Row] = {
     "only-e2m1": Row("weights E2M1 alone", replace(E2M1, activation=None, attention=None)),
@@ -78,29 +87,33 @@ WHY: dict[str, Row] = {
     "e2m1-mse": Row("W4A6 without E3M0, scales searched, nearest", replace(E2M1, weight_search="mse")),
     "nf4-absmax": Row("W4A6 with NF4, nearest", replace(NF4, weight_search="absmax")),
     "e2m3": Row("INT4 weights, E2M3 activations", replace(INT, activation="e2m3", attention="e2m3")),
+    "e2m1-gptq-act-order": Row("W4A6 without E3M0, GPTQ, largest inputs first", E2M1, "gptq_act_order"),
+    "e2m1-layer": Row("W4A6 without E3M0, scale-aware, one linear at a time", E2M1, "scale_aware", "layer"),
     "int6": Row("E2M1 weights, INT6 activations", replace(E2M1, activation="int6", attention="int6")),
 }
-"""What explains the table: weights alone, and formats of weights and activations exchanged."""
+"""Rows that explain the table: quantized weights alone, exchanged formats, and other ways to round."""
 
 PAIRS = [
     ("w4a6-nearest", "int-nearest"), ("int-adaround", "int-nearest"), ("w4a6-plain", "w4a6-nearest"),
     ("w4a6", "w4a6-nearest"), ("w4a6", "w4a6-plain"), ("w4a6", "int-adaround"), ("e2m1-nearest", "w4a6-nearest"),
-    ("e2m1", "w4a6"), ("auto-nearest", "w4a6-nearest"), ("auto", "w4a6"), ("auto", "int-adaround"),
+    ("e2m1-gptq", "e2m1-nearest"), ("e2m1", "e2m1-nearest"), ("e2m1", "e2m1-gptq"), ("e2m1-window", "e2m1-nearest"),
+    ("e2m1-window", "e2m1"), ("e2m1-gptq-act-order", "e2m1-gptq"), ("e2m1-layer", "e2m1"),
+    ("e2m1-smooth", "e2m1-nearest"), ("e2m1", "w4a6"), ("auto-nearest", "w4a6-nearest"), ("auto", "w4a6"), ("auto", "int-adaround"),
     ("auto16-nearest", "auto-nearest"), ("nf4-nearest", "e2m1-nearest"), ("nf4", "nf4-nearest"), ("nf4", "e2m1"),
     ("nf4", "auto"), ("nf4", "int-adaround"),
     ("w4a6-nearest", "static-nearest"), ("w4a6", "static"), ("w4a8-nearest", "w4a6-nearest"), ("w4a8", "w4a6"),
     ("w4a8-int8-nearest", "w4a8-nearest"),
     ("e2m3", "int-nearest"), ("int6", "e2m1-nearest"), ("only-e2m1", "only-e3m0-gelu"), ("only-e2m1", "only-int4"),
 ]  # fmt: skip
-"""Paired differences worth printing: the same images, so much narrower intervals than those of two rows."""
+"""Pairs of rows whose paired difference is printed; its interval is much narrower than those of the two rows."""
 
 
 CALIBRATION = 128
-"""Calibration prompts; none is among those that are evaluated."""
+"""Number of calibration prompts, none of which is evaluated."""
 
 
 class Run:
-    """One table in the making; everything finished is in ``work``.
+    """One table; everything that is finished is kept in ``work``.
 
     Raises:
         ValueError: the folder holds rows of other settings.
@@ -137,17 +150,17 @@ class Run:
         self.calibration = others[:: max(1, len(others) // CALIBRATION)][:CALIBRATION]
 
     def share_out(self, keys: list[str], workers: int) -> None:
-        """Make the rows that are missing in ``workers`` processes, a log file each; what remains is for the caller.
+        """Makes the missing rows in ``workers`` processes, with one log file each; the caller makes those that remain.
 
         Raises:
-            RuntimeError: a worker failed; it names the log.
+            RuntimeError: a worker failed; the message names its log.
         """
         missing = [key for key in keys if not (self.work / f"{key}.json").exists()]
         if workers < 2 or len(missing) < 2:
             return
-        # what all rows need, before they ask for it at once
+        # made first, since all rows need it at once
         collect_samples(self.pipe, self.calibration, samples=self.samples, cache_dir=self.work / "samples", **self.call)
-        missing.sort(key=lambda key: (ROWS | WHY)[key].rounding == "nearest")  # the slow ones first, dealt out in turns
+        missing.sort(key=lambda key: (ROWS | WHY)[key].rounding == "nearest")  # slow rows first, distributed in turn
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
         running: dict[Path, subprocess.Popen[bytes]] = {}
         for number in range(min(workers, len(missing))):
@@ -172,7 +185,7 @@ class Run:
             )
 
     def row(self, key: str) -> Fidelity:
-        """The finished row, made now if it is not in the work folder."""
+        """Result of a row, from the work folder or made now."""
         path = self.work / f"{key}.json"
         if path.exists():
             return Fidelity.from_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -180,7 +193,7 @@ class Run:
         start = time.perf_counter()
         pipe = self.original(row) if row.config is None else self.quantized(key, row)
         prepared = time.perf_counter() - start
-        # compilation stays outside of what is timed
+        # compiles before timing starts
         timed_generate(pipe, self.texts[:2], [0], progress=None, num_inference_steps=2)
         batch_size = row.batch_size or self.batch_size
         images, seconds = timed_generate(
@@ -195,7 +208,7 @@ class Run:
         shutil.rmtree(self.work / "blocks" / key, ignore_errors=True)
         return fidelity
 
-    def original(self, row: Row) -> Any:
+    def original(self, row: Row) -> "DiffusionPipeline":
         if row.batch_size is None or not self.compile:
             return self.pipe
         pipe = copy.copy(self.pipe)
@@ -208,14 +221,14 @@ class Run:
         stored: Images = np.load(self.work / "full.npz")["images"]
         return stored
 
-    def quantized(self, key: str, row: Row) -> Any:
-        """The compiled pipeline of a row; what reconstruction reports goes into the work folder."""
+    def quantized(self, key: str, row: Row) -> "DiffusionPipeline":
+        """Quantized pipeline of a row, compiled if asked; the report of its reconstruction goes to the work folder."""
         assert row.config is not None
         pipe = quantize_pipeline(
             self.pipe, row.config, prompts=self.calibration, samples=self.samples, cache_dir=self.work / "samples",
-            rounding="nearest" if row.rounding == "nearest" else "adaround",
-            adaround=AdaRoundConfig(iters=self.iters, scale_aware=row.rounding == "scale-aware"),
-            checkpoint_dir=self.work / "blocks" / key if row.rounding != "nearest" else None,
+            reconstruction=ReconstructionConfig(row.rounding, scope=row.scope, iters=self.iters),
+            checkpoint_dir=self.work / "blocks" / key if ROUNDINGS[row.rounding].needs_samples else None,
+            transforms=row.transforms,
             compile=self.compile, **self.call,
         )  # fmt: skip
         if pipe.transformer.report is not None:
@@ -247,7 +260,7 @@ def main(
     compile: Annotated[bool, typer.Option(help="Generate under torch.compile.")] = True,
     workers: Annotated[int, typer.Option(min=1, help="Processes that make rows.")] = min(4, os.cpu_count() or 1),
 ) -> None:
-    """Print the table, and write it as Markdown and JSON."""
+    """Prints the table, and writes it as Markdown and JSON."""
     sets = {"all": list(ROWS), "why": ["full", *WHY]}
     keys = sets.get(rows) or ["full", *(key for key in rows.split(",") if key != "full")]
     unknown = sorted(set(keys) - set(ROWS | WHY))
@@ -263,7 +276,7 @@ def main(
 
 
 def show(run: Run, done: dict[str, Fidelity], out: Path, name: str) -> str:
-    """Write what is finished so far, and return it as Markdown."""
+    """Writes the rows that are finished, and returns them as Markdown."""
     pairs = [Comparison.of(done[a], done[b]) for a, b in PAIRS if a in done and b in done]
     evaluation = Evaluation(list(done.values()), run.settings, pairs)
     evaluation.save(out / f"{name}.json")

@@ -1,8 +1,9 @@
-"""What reconstruction costs, beside a plain eager loop: ``python -m benchmarks.reconstruction``.
+"""Time and memory of reconstruction, compared with a plain eager loop: ``python -m benchmarks.reconstruction``.
 
-Both learn the rounding of the same block from the same calibration rows, one iteration of each in turns, so that a busy
-machine disturbs both alike. The eager loop is what one writes first: modules that round softly through autograd, fake
-quantization by logarithm and floor, stock Adam. Peak memory is that of a process which does one of the two.
+Both learn the rounding of the same block from the same calibration rows, one iteration of each in turns, so that load
+on the machine affects both alike. The eager loop is the straightforward implementation: modules that round softly
+through autograd, fake quantization by logarithm and floor, stock Adam. Peak memory is that of a process that runs one
+of the two.
 
 Writes ``reconstruction.json`` beside the table.
 """
@@ -22,25 +23,27 @@ import torch
 import typer
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks.eager_reconstruction import EagerLoop
-from fp4dit_ao import AdaRoundConfig, FP4DiTQuantizer, QuantConfig, capture, collect_samples, reconstruct, reference
+from fp4dit_ao import AdaRoundConfig, capture, collect_samples, quantizer_for, reconstruct, reference
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.benchmark import memory
 from fp4dit_ao.evaluation.environment import environment, one_line
-from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
+from fp4dit_ao.families import recipe_for
 from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.passes.partition import weight_observers
 from fp4dit_ao.passes.reconstruction import engine as reconstruct_pass
+from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.markdown import markdown_table
 
 BLOCK = "transformer_blocks.0"
 VARIANTS = {"eager loop": None, "reconstruct": False, "reconstruct, compiled": True}
 
 
 class Turns:
-    """Stands in for a progress bar: what calls ``update`` after each of its iterations is timed, in turns with ``other``."""
+    """Replaces a progress bar in order to time the iterations between calls of ``update``, in turns with ``other``."""
 
     def __init__(self, other: Callable[[], None] | None, total: int):
         self.other, self.own_seconds, self.other_seconds = other, list[float](), list[float]()
@@ -73,7 +76,7 @@ def _now() -> float:
 
 
 def pixart_xl_block() -> tuple[nn.Module, list[dict[str, Any]]]:
-    """PixArt-XL's width, one block deep, random weights; 256 tokens, 120 text tokens."""
+    """Model of PixArt-XL's width with one block and random weights, and samples of 256 tokens and 120 text tokens."""
     from diffusers import PixArtTransformer2DModel
 
     torch.manual_seed(0)
@@ -93,7 +96,7 @@ def pixart_xl_block() -> tuple[nn.Module, list[dict[str, Any]]]:
 
 
 def reference_block(rows: int) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """The transformer that ships, and calibration samples of guidance batch 2."""
+    """Reference transformer, and calibration samples of batch 2, as with guidance."""
     from diffusers import PixArtSigmaPipeline
 
     pipe = PixArtSigmaPipeline.from_pretrained(reference.path(), torch_dtype=torch.float32)
@@ -107,22 +110,18 @@ def prepare(model: nn.Module, samples: list[Any], recipe: str, device: str) -> t
     model.to(device)
     data = [pytree.tree_map_only(Tensor, lambda x: x.to(device), sample) for sample in samples]
     with torch.no_grad():
-        quantizer = FP4DiTQuantizer().set_global(QuantConfig.from_name(recipe))
-        quantizer.set_module_name("proj_out", None)
-        return prepare_pt2e(capture(model, data[0]), quantizer), data
+        return prepare_pt2e(capture(model, data[0]), quantizer_for(model, recipe)), data
 
 
 def measure(
     model: nn.Module, samples: list[Any], config: AdaRoundConfig, recipe: str, device: str, variant: str, both: bool
 ) -> dict[str, Any]:
-    """Run one variant, in turns with the eager loop if ``both``."""
+    """Runs one variant, in turns with the eager loop if ``both``."""
     prepared, data = prepare(model, samples, recipe, device)
     compiled = VARIANTS[variant]
     resident = memory.reset_peak()
     loop = (
-        EagerLoop(model, BLOCK, prepared, data, config, QuantConfig.from_name(recipe))
-        if both or compiled is None
-        else None
+        EagerLoop(model, BLOCK, prepared, data, config, recipe_for(model, recipe)) if both or compiled is None else None
     )
     found: dict[str, Any] = {}
     if compiled is None:
@@ -142,7 +141,7 @@ def measure(
 
 
 def only_first_block(prepared: GraphModule) -> GraphModule:
-    """Leave one block to learn."""
+    """Removes the weight observers outside of :data:`BLOCK`, so that only this block is learned."""
     for node, observer in list(weight_observers(prepared)):
         if isinstance(observer, WeightObserver) and not observer.name.startswith(BLOCK + "."):
             node.replace_all_uses_with(node.args[0])
@@ -160,7 +159,7 @@ def main(
     out: Path = Path("benchmarks/results"),
     only: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Measure and print."""
+    """Measures and prints."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = AdaRoundConfig(iters=iters, batch_size=batch_size)
 
@@ -191,7 +190,7 @@ def main(
 
 
 def line(variant: str, found: dict[str, Any]) -> list[str]:
-    """A row of the table; the first iterations warm up."""
+    """Row of the table; the first three iterations, which warm up, are left out."""
     own = found["own"][3:]
     ratios = [e / o for e, o in zip(found.get("eager", found["own"])[3:], own, strict=True)]
     ratio = (

@@ -1,10 +1,9 @@
-"""Throughput and tail latency of ``fp4dit-ao serve``: the reference pipeline, quantized and not, in turns, on loopback.
+"""Throughput and tail latency of ``fp4dit-ao serve``, with the reference pipeline quantized and not, on loopback.
 
     python -m benchmarks.serving
 
-Every server is a process of its own, started by the command that users type. A round sends requests to one server at a fixed
-number of clients at once, each asking again as soon as it is answered; then it is the other server's turn. Who goes first
-alternates.
+Every server is a process started by the command that users type. In a round, a fixed number of clients send requests to
+one server, each again as soon as it is answered; then the other server has its turn. The order alternates.
 """
 
 import base64
@@ -31,18 +30,23 @@ from tqdm import tqdm
 from fp4dit_ao import quantize_pipeline, reference
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.evaluation.environment import environment, one_line
-from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
+from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.markdown import markdown_table
 
 READY_SECONDS = 3600
-"""Compiling takes a minute on two idle cores, and many on busy ones."""
+"""Time limit of warming up, in seconds; compiling takes a minute on two idle cores, and many on busy ones."""
 PERCENTILES = (50, 95, 99)
 Results = dict[str, dict[int, list[dict[str, Any]]]]
-"""By server, then by number of clients: what each round measured."""
+"""Measurements of each round, by name of the server, then by number of clients."""
 
 
 @contextmanager
 def server(model: str, *options: str) -> Iterator[httpx2.Client]:
-    """``fp4dit-ao serve model``, which may still warm up; it is told to end, and must do so well."""
+    """Runs ``fp4dit-ao serve model``, and yields a client of it, perhaps while it still warms up; ends it afterwards.
+
+    Raises:
+        RuntimeError: the server did not start, or did not end with exit status 0.
+    """
     command = [
         sys.executable,
         "-c",
@@ -77,10 +81,10 @@ def server(model: str, *options: str) -> Iterator[httpx2.Client]:
 
 
 def wait_until_ready(client: httpx2.Client) -> None:
-    """Return when the server behind ``client`` has warmed up.
+    """Waits until the server of ``client`` has warmed up.
 
     Raises:
-        RuntimeError: it failed to, or took longer than :data:`READY_SECONDS`.
+        RuntimeError: the warm-up failed, or took longer than :data:`READY_SECONDS`.
     """
     end = time.monotonic() + READY_SECONDS
     while client.get("/health/ready").status_code != 200:
@@ -91,7 +95,7 @@ def wait_until_ready(client: httpx2.Client) -> None:
 
 
 def load(client: httpx2.Client, prompts: Sequence[str], clients: int, steps: int, first: int) -> dict[str, Any]:
-    """Every prompt once, from ``clients`` at once: seconds in all and of each request, and what was drawn.
+    """Requests every prompt once, by ``clients`` at once; returns total and single seconds, digests and batch sizes.
 
     Raises:
         RuntimeError: a request failed.
@@ -119,7 +123,7 @@ def load(client: httpx2.Client, prompts: Sequence[str], clients: int, steps: int
 
 
 def batches(client: httpx2.Client) -> dict[str, int]:
-    """How many batches a server has drawn, as its metrics say: by size, where "4" are those of three or four images."""
+    """Number of batches that a server has drawn, by size; "4" counts those of three or four images."""
     text = client.get("/metrics").text
     found = re.findall(r'^fp4dit_batch_size_bucket\{le="(\d+)\.0"\} (\S+)', text, re.MULTILINE)
     counts, below = {}, 0
@@ -129,6 +133,7 @@ def batches(client: httpx2.Client) -> dict[str, int]:
 
 
 def percentile(values: list[float], percent: int) -> float:
+    """Percentile of ``values``, interpolated."""
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
@@ -136,17 +141,17 @@ def measure(
     servers: Mapping[str, str], options: Sequence[str], clients: Sequence[int], requests: int, rounds: int, steps: int,
     prompts: Sequence[str], seconds: float,
 ) -> Results:  # fmt: skip
-    """Start every server, and give each its turns; after ``seconds`` of them no further round begins.
+    """Starts every server and measures them in turns.
 
     Args:
-        servers: models by name, the one to compare with first.
-        options: of ``fp4dit-ao serve``.
-        clients: numbers of clients at once.
-        requests: of one turn.
-        rounds: at most, and at least one.
-        steps: of every image.
-        prompts: to take in turns.
-        seconds: see above.
+        servers: models by name of the server; the first is the baseline.
+        options: options of ``fp4dit-ao serve``.
+        clients: numbers of simultaneous clients to measure with.
+        requests: requests per turn.
+        rounds: most rounds, at least one.
+        steps: denoising steps of every image.
+        prompts: prompts, used in turn.
+        seconds: time after which no further round begins.
 
     Raises:
         RuntimeError: a server or a request failed.
@@ -180,7 +185,7 @@ def main(
     compile: bool = True,
     out: Path = Path("benchmarks/results"),
 ) -> None:
-    """Measure and print; writes ``serving.json``."""
+    """Measures and prints; writes ``serving.json``."""
     numbers = [int(text) for text in clients.split(",")]
     known = reference.prompts()
     pipe = named_models.open_pipeline(named_models.REFERENCE, "cpu")
@@ -208,7 +213,7 @@ def main(
 
 
 def table(results: Results) -> str:
-    """One row per number of clients and server; throughput also as a ratio of the first server's, round by round."""
+    """Table with a row per number of clients and server; throughput also as a ratio to the first server's."""
     rows = []
     base = next(iter(results.values()))
     for number in base:
@@ -227,7 +232,7 @@ def table(results: Results) -> str:
 
 
 def batch_sizes(turns: Sequence[Mapping[str, Any]]) -> str:
-    """The mean, and the largest as far as buckets tell."""
+    """Mean batch size, and the upper bound of the largest from the histogram."""
     counts: Counter[int] = Counter()
     for turn in turns:
         counts.update({int(size): count for size, count in turn["batches"].items() if count})
@@ -236,7 +241,7 @@ def batch_sizes(turns: Sequence[Mapping[str, Any]]) -> str:
 
 
 def same_bits(results: Results) -> str:
-    """How many images had the same bits with another number of clients, that is in other batches."""
+    """Sentence with the number of images whose bits do not depend on the number of clients, and so on their batch."""
     parts = []
     for name, by_number in results.items():
         first, *others = ([digest for turn in turns for digest in turn["images"]] for turns in by_number.values())

@@ -1,7 +1,7 @@
-"""Quantizing tokens behind what precedes it, on a CPU: ``python -m benchmarks.tokens``.
+"""Token quantization after a preceding operation, on a CPU: ``python -m benchmarks.tokens``.
 
-One kernel that Inductor makes of both, against Inductor's kernel and then the compiled loop, in turns: medians over the rounds.
-What the operation alone takes stands beside them; both give the same levels, which is checked.
+Compares one kernel that Inductor fuses from both with Inductor's kernel of the operation followed by our compiled loop,
+in turns; printed are medians over the rounds, and the time of the operation alone. Equality of the levels is checked.
 """
 
 import statistics
@@ -15,13 +15,13 @@ import typer
 from torch import Tensor
 
 from fp4dit_ao.evaluation.environment import one_line
-from fp4dit_ao.evaluation.fidelity import markdown_table
 from fp4dit_ao.kernels import token_quantization
 from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.util.markdown import markdown_table
 
 
 def modulated(x: Tensor) -> Tensor:
-    """LayerNorm, and a scale and shift of the features."""
+    """LayerNorm, then scale and shift of the features."""
     return F.layer_norm(x, x.shape[-1:]) * (1 + x[:1]) + x[1:2]
 
 
@@ -31,7 +31,7 @@ BEFORE: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "GELU": (4608, torch.ops.fp4dit_ao.tanh_gelu),
     "a view as 16 heads": (1152, lambda x: x.unflatten(-1, (16, -1)).transpose(0, 1)),
 }
-"""By name: features at PixArt-XL's width, and the operation."""
+"""Preceding operations by name: features at PixArt-XL's width, and the function."""
 
 
 def main(
@@ -40,16 +40,18 @@ def main(
     fmt: Annotated[str, typer.Option("--format", help="Of the tokens.")] = "e2m3",
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
-    """Print the table."""
+    """Prints the table."""
     torch.set_num_threads(threads)
-    if native.shared_object() is None:  # it has said why, and what to do
+    if native.shared_object() is None:  # shared_object() has warned why, and what to do
         raise typer.Exit(1)
     rows = []
     for name, (features, before) in BEFORE.items():
         x = torch.randn(count, features, generator=torch.Generator().manual_seed(0)).bfloat16()
         ways = {
             "alone": torch.compile(before, dynamic=True),
-            "fused": torch.compile(lambda x, before=before: token_quantization._quantize(before(x), fmt), dynamic=True),
+            "fused": torch.compile(
+                lambda x, before=before: token_quantization.operator_tokens(before(x), fmt), dynamic=True
+            ),
             "loop": torch.compile(
                 lambda x, before=before: torch.ops.fp4dit_ao.int8_tokens(before(x), fmt), dynamic=True
             ),
@@ -63,7 +65,7 @@ def main(
 
 
 def _medians(ways: dict[str, Callable[[Tensor], object]], x: Tensor, rounds: int) -> dict[str, float]:
-    """Seconds of each way, called in turns; the first round warms up."""
+    """Median seconds of each way, called in turns; the first round warms up."""
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds + 1):
         for way, call in ways.items():

@@ -1,7 +1,7 @@
-"""How closely each 4-bit format holds a model's linear weights: ``python -m benchmarks.weights FILE.safetensors``.
+"""SQNR of a model's linear weights in each 4-bit format: ``python -m benchmarks.weights FILE.safetensors``.
 
-Prints the signal-to-noise ratio of rounding to nearest, over all two-dimensional weights whose inputs the group divides (no
-embeddings), by format and by how the groups' scales are found. Without a file: the reference pipeline's transformer.
+Prints the signal-to-quantization-noise ratio of nearest rounding over all two-dimensional weights whose inputs the
+group size divides (without embeddings), by format and by scale search. The default file is the reference transformer's.
 """
 
 import math
@@ -15,9 +15,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fp4dit_ao import reference
 from fp4dit_ao.config import QuantConfig
-from fp4dit_ao.evaluation.fidelity import markdown_table
 from fp4dit_ao.formats import parse
 from fp4dit_ao.observers.scale_search import SEARCHES, squared_error
+from fp4dit_ao.util.markdown import markdown_table
 
 
 def main(
@@ -28,7 +28,7 @@ def main(
     ),
     scale: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
 ) -> None:
-    """Print the table."""
+    """Prints the table."""
     file = file or reference.path() / "transformer" / "diffusion_pytorch_model.safetensors"
     names = formats.split(",")
     noise = {(name, search): 0.0 for name in names for search in SEARCHES}

@@ -1,7 +1,7 @@
-"""PixArt-XL/2 at its real size, random weights, from float to lowered graph: ``python -m benchmarks.xl``.
+"""Quantizing PixArt-XL/2 at its real size with random weights, stage by stage: ``python -m benchmarks.xl``.
 
-Prints seconds (and those that the processor was busy) and peak memory stage by stage, for nearest rounding, and writes
-``xl.json``. Each stage's peak is that of the whole process so far.
+Prints wall-clock seconds, processor seconds and peak memory of every stage, with nearest rounding, and writes
+``xl.json``. The peak of a stage is that of the process until then.
 """
 
 import json
@@ -9,7 +9,6 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import typer
@@ -18,20 +17,21 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from fp4dit_ao import MinifloatTensor, capture, lower, quantizer_for
 from fp4dit_ao.benchmark.transformers import PIXART_XL, random_model
 from fp4dit_ao.evaluation.environment import environment, one_line
-from fp4dit_ao.evaluation.fidelity import markdown_table, write_text
 from fp4dit_ao.families import example_inputs
 from fp4dit_ao.families.sample_inputs import Size
+from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.markdown import markdown_table
 
 
 def peak_gib() -> float:
-    """Largest resident memory of this process so far."""
+    """Peak resident memory of this process, in GiB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 @torch.no_grad()
 def main(recipe: str = "w4a6", layers: int = 28, pixels: int = 1024, out: Path = Path("benchmarks/results")) -> None:
-    """Measure and print."""
+    """Measures and prints."""
     stages: list[tuple[str, float, float, float]] = []
     began = time.perf_counter(), time.process_time()
 
@@ -42,10 +42,10 @@ def main(recipe: str = "w4a6", layers: int = 28, pixels: int = 1024, out: Path =
         began = time.perf_counter(), time.process_time()
 
     done("import")
-    model: Any = random_model(PIXART_XL | {"num_layers": layers}, pixels, torch.float32)
+    model = random_model(PIXART_XL | {"num_layers": layers}, pixels, torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
     done("random weights")
-    graph: Any = capture(model, example_inputs(model, Size(height=pixels // 8, width=pixels // 8, text=300)))
+    graph = capture(model, example_inputs(model, Size(height=pixels // 8, width=pixels // 8, text=300)))
     done("capture")
     quantizer = quantizer_for(model, recipe)
     del model

@@ -17,6 +17,7 @@ _HOME = {
     "FloatFormat": "formats",
     "QuantConfig": "config",
     "AdaRoundConfig": "config",
+    "ReconstructionConfig": "config",
     "w4a6": "config",
     "w4a8": "config",
     "w4a6_auto": "config",
@@ -26,6 +27,7 @@ _HOME = {
     "compile_blocks": "passes.compilation",
     "unpack_weights": "passes.weight_unpacking",
     "capture": "graph_capture.capturing",
+    "transform": "graph_capture.transforming",
     "quantizer_for": "families",
     "example_inputs": "families",
     "calibrate": "calibration",
@@ -37,6 +39,7 @@ _HOME = {
     "quantize_modules": "diffusers_integration.module_conversion",
     "FP4DiTConfig": "diffusers_integration.hf_quantizer",
     "export_single_file": "checkpoint.single_file",
+    "methods": "plugin_points",
     "read_single_file": "checkpoint.single_file",
 }
 """Module of each public name, imported on first use, so that importing the package stays quick."""
@@ -49,7 +52,7 @@ __all__ = [*_HOME, *_MODULES]
 if TYPE_CHECKING:
     from fp4dit_ao.calibration import calibrate, collect_samples
     from fp4dit_ao.checkpoint.single_file import export_single_file, read_single_file
-    from fp4dit_ao.config import AdaRoundConfig, QuantConfig, w4a6, w4a6_auto, w4a8
+    from fp4dit_ao.config import AdaRoundConfig, QuantConfig, ReconstructionConfig, w4a6, w4a6_auto, w4a8
     from fp4dit_ao.deploy import exported_transformer as export
     from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
     from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig
@@ -59,10 +62,12 @@ if TYPE_CHECKING:
     from fp4dit_ao.families import example_inputs, quantizer_for
     from fp4dit_ao.formats import FloatFormat
     from fp4dit_ao.graph_capture.capturing import capture
+    from fp4dit_ao.graph_capture.transforming import transform
     from fp4dit_ao.passes.compilation import compile_blocks
     from fp4dit_ao.passes.lowering import lower
     from fp4dit_ao.passes.reconstruction import reconstruct
     from fp4dit_ao.passes.weight_unpacking import unpack_weights
+    from fp4dit_ao.plugin_points import methods
     from fp4dit_ao.quantizer import FP4DiTQuantizer
     from fp4dit_ao.tensors.minifloat import MinifloatTensor
 

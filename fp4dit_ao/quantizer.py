@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, PerTensor
 from torchao.quantization.pt2e.quantizer import (
     EdgeOrNode,
     QuantizationAnnotation,
@@ -21,14 +20,8 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from fp4dit_ao.config import QuantConfig
-from fp4dit_ao.observers import (
-    BlockActivationObserver,
-    BlockWeightObserver,
-    StaticActivationObserver,
-    TokenActivationObserver,
-    WeightObserver,
-)
-from fp4dit_ao.passes.transforms.split_inputs import part_name, split_linears, whole_name
+from fp4dit_ao.passes.transforms.split_inputs import SplitInputs, part_name, whole_name
+from fp4dit_ao.schemes import scheme_of
 
 ANNOTATION = "quantization_annotation"
 _ATEN = torch.ops.aten
@@ -39,9 +32,6 @@ _TRANSPARENT = (
     _ATEN.view.default, _ATEN.reshape.default, _ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.slice.Tensor,
 )  # fmt: skip
 _PRODUCTS = (_ATEN.matmul.default, _ATEN.bmm.default)
-_ACTIVATION_OBSERVERS: dict[str, Any] = {
-    "token": TokenActivationObserver, "tensor": StaticActivationObserver, "block": BlockActivationObserver,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,7 +84,9 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Split the linears whose config says ``split_inputs``."""
-        split_linears(model, self._splits)
+        split = SplitInputs(wanted=self._splits)
+        split.fit(model)
+        split.apply(model)
         return model
 
     def annotate(self, model: GraphModule) -> GraphModule:
@@ -176,9 +168,8 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         self.decisions[name] = Decision(name, "linear", config, reason)
         if config is None:
             return
-        spec = QuantizationSpec(
-            dtype=torch.uint8, observer_or_fake_quant_ctr=weight_observer(str(weight.target), config)
-        )
+        observer = scheme_of(config).weight_observer(config).constructor(name=str(weight.target))
+        spec = QuantizationSpec(dtype=torch.uint8, observer_or_fake_quant_ctr=observer)
         specs: dict[Node, QuantizationSpecBase | None] = {weight: spec}
         if config.activation is not None:
             gram = bool(config.weight_candidates)
@@ -224,36 +215,16 @@ def _activation_spec(
     gram: bool,
     shared: dict[tuple[Any, ...], EdgeOrNode],
 ) -> QuantizationSpecBase:
-    """One observer per (tensor, format): q, k and v projections of one input share it, and quantize once."""
-    granularity = config.activation_granularity
-    if granularity == "block" and user.target is not _ATEN.linear.default:
-        granularity = "token"  # heads are too narrow for blocks
-    kind = config.scale_dtype if granularity == "block" else None
-    key = (source, fmt, granularity, kind, gram)
+    """One observer per (tensor, observer, format): q, k and v projections of one input share it, and quantize once."""
+    scheme = scheme_of(config)
+    is_linear = user.target is _ATEN.linear.default
+    observer = scheme.input_observer(config, fmt) if is_linear else scheme.attention_observer(config, fmt)
+    key = (source, observer.key, gram)
     if key in shared:
         return SharedQuantizationSpec(shared[key])
     shared[key] = (source, user)
-    arguments = {"fmt": fmt, "name": name, "collect_gram": gram} | ({"kind": kind} if kind else {})
-    return QuantizationSpec(
-        dtype=torch.uint8, observer_or_fake_quant_ctr=_ACTIVATION_OBSERVERS[granularity].with_args(**arguments)
-    )
-
-
-def weight_observer(name: str, config: QuantConfig) -> Any:
-    if config.activation_granularity == "block":
-        return BlockWeightObserver.with_args(
-            fmt=config.weight_candidates or (config.weight,), kind=config.scale_dtype, name=name
-        )
-    granularities: dict[str, Granularity] = {
-        "group": PerGroup(config.group_size), "channel": PerAxis(0), "tensor": PerTensor(),
-    }  # fmt: skip
-    return WeightObserver.with_args(
-        fmt=config.weight_candidates or (config.weight,),
-        granularity=granularities[config.weight_granularity],
-        search=config.weight_search,
-        scale_dtype=getattr(torch, config.scale_dtype),
-        name=name,
-    )
+    constructor = observer.constructor(name=name, collect_gram=gram)
+    return QuantizationSpec(dtype=torch.uint8, observer_or_fake_quant_ctr=constructor)
 
 
 def fit_group(name: str, features: int, config: QuantConfig, reason: str) -> tuple[QuantConfig | None, str]:

@@ -7,12 +7,15 @@ from fp4dit_ao.observers.activation import StaticActivationObserver, TokenActiva
 from fp4dit_ao.observers.base import FloatObserver
 from fp4dit_ao.observers.block_scaled import BlockActivationObserver, BlockWeightObserver
 from fp4dit_ao.observers.fake_quantization import set_fake_quantize
+from fp4dit_ao.observers.grid import Bracket, Grid
 from fp4dit_ao.observers.weight import WeightObserver
 
 __all__ = [
     "BlockActivationObserver",
     "BlockWeightObserver",
+    "Bracket",
     "FloatObserver",
+    "Grid",
     "StaticActivationObserver",
     "TokenActivationObserver",
     "WeightObserver",

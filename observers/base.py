@@ -8,26 +8,26 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import ObserverBase
 
 from fp4dit_ao import _compat
-from fp4dit_ao.formats import NumberFormat, parse
+from fp4dit_ao.formats import CodebookFormat, NumberFormat, parse, register_codebook
 from fp4dit_ao.ops import choose_scale, fake_quantize
 
 
 class FloatObserver(ObserverBase):  # type: ignore[misc]
-    """A torchao observer for an ``ExMy`` format.
+    """A torchao observer for a number format.
 
     While observing, ``forward`` returns its input unchanged. With ``fake_quantize`` set (by
     :func:`fp4dit_ao.observers.set_fake_quantize`) it returns the quantized and dequantized tensor: exactly what the graph
     computes after ``convert_pt2e``.
 
     Attributes:
-        fmt: the number format.
+        fmt: the number format. A codebook that is given as an object is registered under its name.
         fake_quantize: whether ``forward`` quantizes.
         paused: whether ``forward`` neither observes nor quantizes.
     """
 
     def __init__(self, fmt: str | NumberFormat, **spec: Any):
         super().__init__(dtype=torch.uint8, is_dynamic=False)
-        self.fmt = parse(fmt) if isinstance(fmt, str) else fmt
+        self.fmt = known(fmt)
         self.fake_quantize = False
         self.paused = False
 
@@ -49,6 +49,17 @@ class FloatObserver(ObserverBase):  # type: ignore[misc]
             scale = choose_scale(x, self.block_size(x), str(self.fmt), torch.float32)
         rounded = fake_quantize(x, self.block_size(x), scale, str(self.fmt), x.dtype)
         return StraightThrough.apply(x, rounded) if x.requires_grad else rounded  # type: ignore[no-untyped-call, no-any-return]
+
+
+def known(fmt: str | NumberFormat) -> NumberFormat:
+    """The format ``fmt`` names or is; a codebook is registered, since operators and checkpoints look formats up by name.
+
+    Raises:
+        ValueError: an unknown name, or a codebook with the name of another format.
+    """
+    if isinstance(fmt, str):
+        return parse(fmt)
+    return register_codebook(fmt) if isinstance(fmt, CodebookFormat) else fmt
 
 
 class StraightThrough(torch.autograd.Function):

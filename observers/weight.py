@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, PerTensor
 
-from fp4dit_ao.formats import NumberFormat, parse
+from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.observers.activation import ActivationObserver
-from fp4dit_ao.observers.base import FloatObserver, add_buffer, refuse_non_finite, replace_observer
+from fp4dit_ao.observers.base import FloatObserver, add_buffer, known, refuse_non_finite, replace_observer
+from fp4dit_ao.observers.grid import Grid
 from fp4dit_ao.observers.scale_search import SEARCHES
-from fp4dit_ao.ops import dequantize, quantize
+from fp4dit_ao.ops import dequantize, expand_scale, full_block, quantize
 
 _OPS = torch.ops.fp4dit_ao
 
@@ -23,10 +24,13 @@ class WeightObserver(FloatObserver):
     Args:
         fmt: the format, or several: then :meth:`resolve` takes the one with the least output error.
         granularity: torchao's ``PerTensor()``, ``PerAxis(0)`` or ``PerGroup(n)``.
-        search: a name in ``range_search.SEARCHES``.
+        search: a name in ``scale_search.SEARCHES``.
         scale_dtype: type of the stored scales.
         name: the parameter's fully qualified name, such as ``blocks.0.fc.weight``: for messages, and for the buffers
             ``…weight_codes`` and ``…weight_scale`` that ``convert`` creates beside it.
+
+    Raises:
+        ValueError: an unknown format or search.
 
     Attributes:
         scale: ``(out_features or 1, groups)``, set by the first forward.
@@ -47,11 +51,12 @@ class WeightObserver(FloatObserver):
         **spec: Any,
     ):
         names = [fmt] if isinstance(fmt, str | NumberFormat) else fmt
-        candidates = tuple(parse(f) if isinstance(f, str) else f for f in names)
+        candidates = tuple(known(f) for f in names)
         super().__init__(candidates[0], **spec)
         self.candidates = candidates
         self.resolved = len(candidates) == 1
         self.granularity, self.search, self.scale_dtype, self.name = granularity, search, scale_dtype, name
+        self.find_scale = SEARCHES.find(search)
         self.rounding: nn.Module | None = None
         self.register_buffer("scale", None)
         self.register_buffer("codes", None)
@@ -81,7 +86,7 @@ class WeightObserver(FloatObserver):
         return self.dequantized(weight)
 
     def _search(self, weight: Tensor) -> Tensor:
-        return SEARCHES[self.search](weight, self.block_size(weight), self.fmt, self.scale_dtype)
+        return self.find_scale(weight, self.block_size(weight), self.fmt, self.scale_dtype)
 
     def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(codes, scale): the learned codes if there are any, else to nearest."""
@@ -97,9 +102,44 @@ class WeightObserver(FloatObserver):
         codes, scale = self.quantized(weight)
         return dequantize(codes, self.block_size(weight), scale, str(self.fmt), weight.dtype)
 
+    def grid(self, weight: Tensor) -> Grid:
+        """The values that each element of ``weight`` can be rounded to: the format's levels times the element's scale."""
+        if self.scale is None:
+            self.quantized(weight)
+        assert self.scale is not None
+        return Grid(self.fmt, expand_scale(self.scale, weight, self.block_size(weight)))
+
+    @torch.no_grad()
+    def candidate_errors(self, weight: Tensor, gram: Tensor | None) -> dict[NumberFormat, float]:
+        """Output error of rounding to nearest in each candidate format, ``||(W - W^) X||^2 = tr(E G E^T)``, ``G = X^T X``.
+
+        Args:
+            weight: float ``(out_features, in_features)``.
+            gram: float32 ``(in_features, in_features)`` of the calibration inputs.
+
+        Raises:
+            RuntimeError: no Gram matrix.
+        """
+        if gram is None:
+            raise RuntimeError(
+                f"{self.name}: choosing a weight format needs data; run calibrate(prepared, samples) first"
+            )
+        errors = {}
+        for candidate in self.candidates:
+            self.choose(candidate, weight)
+            error = (self.dequantized(weight) - weight).float()
+            errors[candidate] = float(((error @ gram) * error).sum())
+        self.scale, self.resolved = None, False
+        return errors
+
+    def choose(self, fmt: NumberFormat, weight: Tensor) -> None:
+        """Fixes the format to ``fmt``, one of the candidates, and searches the scale of ``weight`` in it."""
+        self.fmt, self.resolved = fmt, True
+        self.scale = self._search(weight)
+
     @torch.no_grad()
     def resolve(self, weight: Tensor, gram: Tensor | None) -> None:
-        """Fix the format: the candidate with the least output error ``||(W - W^) X||^2 = tr(E G E^T)``, ``G = X^T X``.
+        """Fixes the format to the candidate with the least output error (:meth:`candidate_errors`), if it is still open.
 
         Args:
             weight: float ``(out_features, in_features)``.
@@ -110,21 +150,15 @@ class WeightObserver(FloatObserver):
         """
         if self.resolved:
             return
-        if gram is None:
-            raise RuntimeError(
-                f"{self.name}: choosing a weight format needs data; run calibrate(prepared, samples) first"
-            )
-        best: tuple[float, NumberFormat, Tensor] | None = None
-        for candidate in self.candidates:
-            self.fmt = candidate
-            self.scale = self._search(weight)
-            error = (self.dequantized(weight) - weight).float()
-            loss = float(((error @ gram) * error).sum())
-            if best is None or loss < best[0]:
-                best = (loss, candidate, self.scale)
-        assert best is not None
-        _, self.fmt, self.scale = best
-        self.resolved = True
+        errors = self.candidate_errors(weight, gram)
+        self.choose(min(errors, key=errors.__getitem__), weight)
+
+    def pretend_observed(self, weight: Tensor) -> None:
+        """Gives the observer scales and codes without values, shaped as for ``weight``, so that a graph of fake tensors can be
+        converted."""
+        blocks = [n // b for n, b in zip(weight.shape, full_block(weight.shape, self.block_size(weight)), strict=True)]
+        self.scale = torch.empty(blocks, dtype=self.scale_dtype)
+        self.codes = torch.empty(weight.shape, dtype=torch.uint8)
 
     def scale_node(self, model: GraphModule, weight: Tensor, scale: Tensor) -> Node:
         """The node of the stored scale, at the current insertion point."""

@@ -1,25 +1,26 @@
-"""Blocks that are alike become calls of one submodule, with their weights as arguments: code is compiled once for all."""
+"""Turns blocks of equal structure into calls of one submodule, with weights as arguments, so that it compiles once."""
 
 import operator
 from typing import Any
 
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
+from fp4dit_ao import _compat
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.passes.partition import Segment, partition
 
 
 def outline(model: GraphModule) -> GraphModule:
-    """Rewrite a lowered graph so that its blocks call shared submodules ``block_0``, ``block_1``, …
+    """Rewrites a lowered graph so that its blocks call shared submodules ``block_0``, ``block_1``, …, one per kind of
+    block.
 
-    There is one for each kind of block: most models have one kind, Hunyuan-DiT four (the first, those that a long skip
-    leaves, the middle one, those that a long skip enters), and a recipe that chooses formats layer by layer makes more.
-    Parameters keep their names, and are the same tensors; the result computes what ``model`` does, bit for bit. A graph that
-    is not made of blocks becomes one.
+    Most models have one kind of block; Hunyuan-DiT has four (the first, those that a long skip leaves, the middle one,
+    those that a long skip enters); recipes that choose formats per layer make more. Parameters keep their names and
+    tensors; the results equal those of ``model`` in every bit. A graph without blocks becomes a single one.
 
     Args:
-        model: the result of ``lower``; not changed.
+        model: the result of ``lower``; it is not changed.
     """
     graph = Graph()
     values: dict[str, Any] = {}  # by the name of a node of ``model``
@@ -41,7 +42,7 @@ def outline(model: GraphModule) -> GraphModule:
                 values[name] = graph.call_function(operator.getitem, (call, index))
     [output] = [node for node in model.graph.nodes if node.op == "output"]
     graph.output(pytree.tree_map_only(Node, lambda node: values[node.name], output.args[0]))
-    graph.set_codegen(model.graph._codegen)
+    _compat.copy_calling_convention(graph, model.graph)
     for node in graph.nodes:
         if node.op == "get_attr":
             attributes[str(node.target)] = operator.attrgetter(str(node.target))(model)
@@ -51,7 +52,7 @@ def outline(model: GraphModule) -> GraphModule:
 
 
 def kinds_of_blocks(outlined: GraphModule) -> dict[str, GraphModule]:
-    """The shared submodules of :func:`outline`'s result, by name."""
+    """Shared submodules of the result of :func:`outline`, by name."""
     names = [str(node.target) for node in outlined.graph.nodes if node.op == "call_module"]
     return {name: body for name in dict.fromkeys(names) if isinstance(body := getattr(outlined, name), GraphModule)}
 
@@ -68,7 +69,7 @@ def _inline(graph: Graph, segment: Segment, values: dict[str, Any]) -> None:
 
 
 def _with_weights_as_arguments(segment: Segment) -> tuple[GraphModule, list[str]]:
-    """A block that takes its parameters after its inputs, and their paths."""
+    """Block that takes its parameters as arguments after its inputs, and the paths of those parameters."""
     graph = Graph()
     nodes = list(segment.graph.graph.nodes)
     copies: dict[Node, Node] = {node: graph.node_copy(node) for node in nodes if node.op == "placeholder"}
@@ -87,7 +88,7 @@ def _with_weights_as_arguments(segment: Segment) -> tuple[GraphModule, list[str]
 
 
 def _structure(body: GraphModule) -> str:
-    """Text that is the same for two blocks that compute the same with their inputs and weights."""
+    """Text that is equal for blocks that do the same computation with their inputs and weights."""
     numbers: dict[Node, str] = {}
     lines = []
     for node in body.graph.nodes:

@@ -1,4 +1,4 @@
-"""A lowered graph under ``torch.compile``: whole, or one block for all."""
+"""Compiles a lowered graph with ``torch.compile``, as a whole or one block of each kind."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,32 +6,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from fp4dit_ao import _compat
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.passes.block_outlining import kinds_of_blocks, outline
 
 
 def compile_graph(graph: GraphModule) -> Callable[..., Any]:
-    """``graph`` compiled as one: the fastest, after the longest wait.
+    """Compiles ``graph`` as a whole: the fastest to run, and the slowest to compile.
 
-    Once for every batch of two or more, image size and text length; a batch of one is compiled once more on first use.
+    The code serves all batches of two or more, image sizes and text lengths; a batch of one compiles again on first
+    use.
     """
     return _Compiled(graph)
 
 
 def compile_blocks(graph: GraphModule) -> GraphModule:
-    """``graph`` with each kind of block compiled once, and all blocks of the kind running that code.
+    """Compiles each kind of block once; all blocks of the kind run that code, and nodes between blocks run uncompiled.
 
-    What lies between blocks stays uncompiled. The wait does not grow with the number of blocks;
-    ``fp4dit-ao benchmark --part transformer`` prints what it is, and what it costs in speed.
+    The compile time does not grow with the number of blocks; ``fp4dit-ao benchmark --part transformer`` prints it, and
+    the loss of speed.
 
     Args:
-        graph: the result of ``lower``; not changed, and its tensors are shared.
+        graph: the result of ``lower``; it is not changed, and shares its tensors with the result.
     """
     outlined = outline(graph)
     for weight in (*outlined.parameters(), *outlined.buffers()):
-        _compat.mark_static(weight)  # an argument of its block, but no size of it changes
+        _compat.mark_static(weight)  # weights are arguments of their block here, but their sizes never change
     for name, body in kinds_of_blocks(outlined).items():
         setattr(outlined, name, _Compiled(body))
     return outlined
@@ -49,11 +50,11 @@ class _Compiled(nn.Module):
 
 
 def _plain(x: Any) -> Any:
-    """A contiguous tensor that is no view: what it is a view of, and its strides, would be compiled in.
+    """Contiguous tensor that is not a view: the base and the strides of a view would become part of the compiled code.
 
-    (Pipelines expand one timestep over the batch; uncompiled linears return views.)
+    Pipelines expand one timestep over the batch, and uncompiled linears return views.
     """
     if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
         return x
     x = x.contiguous()
-    return x.data if x._is_view() and not x.requires_grad else x
+    return x.data if _compat.is_view_of_another(x) and not x.requires_grad else x

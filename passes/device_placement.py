@@ -1,18 +1,20 @@
-"""Move a graph to another device, together with the devices that export wrote into it."""
+"""Moves a graph to another device, including the devices that export wrote into it."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
+
+from fp4dit_ao import _compat
+from fp4dit_ao._compat import pytree
 
 
 def move_to(model: GraphModule, device: torch.device | str) -> GraphModule:
-    """Move parameters and buffers, and every ``device=`` argument of the graph, in place.
+    """Moves parameters and buffers to ``device``, and replaces every ``device=`` argument of the graph, in place.
 
-    ``torch.export`` records the device of each tensor that the model creates (position tables, masks); ``.to(device)`` on
-    a GraphModule leaves those behind. Parameters on the meta device must be given values first.
+    ``torch.export`` records the device of each tensor that the model creates (position tables, masks); ``.to(device)``
+    of a GraphModule does not change those. If parameters are on the meta device, only the arguments are replaced.
     """
     target = torch.device(device)
     for node in model.graph.nodes:
@@ -27,18 +29,18 @@ def move_to(model: GraphModule, device: torch.device | str) -> GraphModule:
 
 
 def convert_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
-    """Replace every parameter and buffer by ``convert`` of it; what is shared stays shared.
+    """Replaces every parameter and buffer ``x`` by ``convert(x)``; shared tensors stay shared.
 
-    ``nn.Module.to`` swaps the contents of tensor subclasses in place, which fails while anything, such as a compiled
-    graph, holds a weak reference to them; here modules simply get new parameters.
+    ``nn.Module.to`` swaps the contents of tensor subclasses in place, which fails while a compiled graph, for example,
+    holds a weak reference to them; here modules get new parameters instead.
     """
-    done: dict[int, tuple[Tensor, Tensor]] = {}  # by id; holding the old one keeps its id from being used again
+    done: dict[int, tuple[Tensor, Tensor]] = {}  # by id; the old tensor is kept alive so that its id is not reused
     for module in model.modules():
-        for slots in (module._parameters, module._buffers):
+        for slots in _compat.slots(module):
             for name, x in slots.items():
                 if x is None:
                     continue
                 if id(x) not in done:
                     y = convert(x.detach())
                     done[id(x)] = x, nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
-                slots[name] = done[id(x)][1]  # type: ignore[assignment]
+                slots[name] = done[id(x)][1]

@@ -1,17 +1,19 @@
-"""Writes into part of a tensor, as values: learned rounding differentiates graphs, and what was overwritten has no gradient."""
+"""Replaces in-place slice writes by ``slice_scatter``, so that gradients of the overwritten values are right."""
 
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from fp4dit_ao import _compat
+
 _ATEN = torch.ops.aten
 
 
 def make_functional(model: GraphModule) -> None:
-    """Turn ``x[:, :, a:b] = y`` (``aten.copy_`` into slices of ``x``) into ``x = slice_scatter(x, y, …)``, in place.
+    """Rewrites ``x[:, :, a:b] = y`` (``aten.copy_`` into slices of ``x``) to ``x = slice_scatter(x, y, …)``, in place.
 
-    What cannot be said so stays: a write into an input or a parameter, or one that another view of ``x`` sees later.
+    Writes into an input or a parameter stay, and those that another view of ``x`` reads later.
     """
     for node in [node for node in model.graph.nodes if node.target is _ATEN.copy_.default]:
         slices = _slices(node.args[0])
@@ -22,8 +24,8 @@ def make_functional(model: GraphModule) -> None:
     model.recompile()
 
 
-def _slices(view: Any) -> list[Node]:
-    """The slices that ``view`` is made of, innermost first."""
+def _slices(view: object) -> list[Node]:
+    """Chain of slices that ends in ``view``, innermost first."""
     found = []
     while isinstance(view, Node) and view.target is _ATEN.slice.Tensor:
         found.append(view)
@@ -32,17 +34,12 @@ def _slices(view: Any) -> list[Node]:
 
 
 def _is_fresh(node: Node) -> bool:
-    """Whether an operator made it, with memory of its own."""
-    return node.op == "call_function" and not _is_view(node)
-
-
-def _is_view(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(result.alias_info is not None for result in schema.returns)
+    """Whether ``node`` is the result of an operator that allocates it."""
+    return node.op == "call_function" and not _compat.is_view(node.target)
 
 
 def _fits(copy: Node) -> bool:
-    """Whether shapes and types agree, so that nothing is broadcast or converted."""
+    """Whether shapes and types of both sides agree, so that the copy neither broadcasts nor casts."""
     into, what = (x.meta.get("val") if isinstance(x, Node) else None for x in copy.args[:2])
     if not isinstance(into, torch.Tensor) or not isinstance(what, torch.Tensor):
         return False
@@ -52,13 +49,13 @@ def _fits(copy: Node) -> bool:
 def _seen_otherwise(base: Node, copy: Node) -> bool:
     """Whether a view of ``base`` that was made before ``copy`` is read after it."""
     order = {node: position for position, node in enumerate(copy.graph.nodes)}
-    views = [user for user in base.users if _is_view(user) and order[user] < order[copy]]
+    views = [user for user in base.users if _compat.is_view(user.target) and order[user] < order[copy]]
     while views:
         view = views.pop()
         for user in view.users:
             if order[user] > order[copy]:
                 return True
-            if _is_view(user):
+            if _compat.is_view(user.target):
                 views.append(user)
     return False
 

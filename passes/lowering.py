@@ -4,12 +4,12 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from fp4dit_ao.kernels.attention import arguments_of
-from fp4dit_ao.passes.block_scaled_patterns import block_input, block_weight, stored_scales
-from fp4dit_ao.tensors.minifloat import MinifloatTensor
+from fp4dit_ao.schemes import SCHEMES
+from fp4dit_ao.schemes.graph_patterns import is_call, token_wise_input
 
 _OPS = torch.ops.fp4dit_ao
 
@@ -17,7 +17,7 @@ _OPS = torch.ops.fp4dit_ao
 def lower(model: GraphModule) -> GraphModule:
     """Rewrite ``linear(dequantize(quantize(x)), dequantize(codes))`` to ``linear(x, MinifloatTensor)``.
 
-    Where both operands are in a block format of the hardware, to torchao's ``MXTensor`` or ``NVFP4Tensor``.
+    Which tensor takes the weight's place, and which inputs it quantizes itself, is the quantization scheme's to say.
 
     The parameter takes the float weight's place and name (``blocks.0.fc.weight``), so the state dict has the original's
     keys. Token-wise input quantization moves into the tensor's ``linear``, that of q, k and v into ``fp4dit_ao.attention``;
@@ -29,7 +29,7 @@ def lower(model: GraphModule) -> GraphModule:
     """
     model = copy.deepcopy(model)
     for node in list(model.graph.nodes):
-        if node.target is torch.ops.aten.linear.default and _is_stored_weight(node.args[1]):
+        if node.target is torch.ops.aten.linear.default:
             _lower_linear(model, node)
         if node.target is torch.ops.aten.scaled_dot_product_attention.default:
             _lower_attention(model, node)
@@ -37,7 +37,7 @@ def lower(model: GraphModule) -> GraphModule:
             _replace(model, node, _OPS.tanh_gelu.default, (node.args[0],))
     model.graph.eliminate_dead_code()
     for node in list(model.graph.nodes):
-        if node.target is _OPS.dequantize.default and _is_call(node.args[0], _OPS.quantize.default):
+        if node.target is _OPS.dequantize.default and is_call(node.args[0], _OPS.quantize.default):
             _drop_codes(model, node)
     model.graph.eliminate_dead_code()
     model.delete_all_unused_submodules()
@@ -45,18 +45,6 @@ def lower(model: GraphModule) -> GraphModule:
     model.graph.lint()
     model.recompile()
     return model
-
-
-def _is_stored_weight(node: Any) -> bool:
-    """Whether a node dequantizes codes and scales that are buffers."""
-    if not isinstance(node, Node) or node.target is not _OPS.dequantize.default:
-        return False
-    codes = node.args[0]
-    return isinstance(codes, Node) and codes.op == "get_attr" and bool(stored_scales(node.args[2]))
-
-
-def _is_call(node: Any, target: Any) -> bool:
-    return isinstance(node, Node) and node.target is target
 
 
 def _drop_codes(model: GraphModule, node: Node) -> None:
@@ -76,29 +64,21 @@ def _replace(model: GraphModule, node: Node, target: Any, arguments: tuple[Any, 
 
 
 def _lower_linear(model: GraphModule, node: Node) -> None:
+    """Replaces a linear by its low-bit form, if its weight is stored in one of the schemes."""
     dequantized = node.args[1]
+    found = next((found for scheme in SCHEMES.values() if (found := scheme.lowered(model, node)) is not None), None)
+    if found is None:
+        return
     assert isinstance(dequantized, Node)
-    codes_node, block_size, scale_node, fmt, dtype = dequantized.args
-    assert isinstance(codes_node, Node)
-    codes = _get(model, str(codes_node.target))
-    scales = [_get(model, str(scale.target)) for scale in stored_scales(scale_node)]
-    x: Any
-    if (found := block_input(node.args[0])) is not None:
-        x, weight = found[0], block_weight(codes, scales, str(fmt), dtype)  # type: ignore[arg-type]
-    else:
-        x, act_fmt = _token_wise_input(node.args[0])
-        (scale,) = scales
-        weight = MinifloatTensor.from_codes(codes, scale, list(block_size), str(fmt), act_fmt, dtype)  # type: ignore[arg-type]
-    path = str(codes_node.target).removesuffix("_codes")
-    parent, _, leaf = path.rpartition(".")
+    parent, _, leaf = found.path.rpartition(".")
     owner = model.get_submodule(parent)
     while hasattr(owner, leaf):  # a shared weight whose uses differ in activation format
         leaf += "_"
-    owner.register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
+    owner.register_parameter(leaf, nn.Parameter(found.weight, requires_grad=False))
     with model.graph.inserting_before(node):
         parameter = model.graph.get_attr(f"{parent}.{leaf}" if parent else leaf)
     parameter.meta["val"] = dequantized.meta.get("val")
-    node.update_arg(0, x)
+    node.update_arg(0, found.x)
     node.update_arg(1, parameter)
 
 
@@ -108,32 +88,11 @@ def _lower_attention(model: GraphModule, node: Node) -> None:
     if found is None:
         return
     *tensors, mask, scale = found
-    inputs = [_token_wise_input(x) for x in tensors]
-    formats = {fmt for _, fmt in inputs}
-    if None in formats or len(formats) > 1:
+    inputs = [value for x in tensors if (value := token_wise_input(x)) is not None]
+    formats = {x.fmt for x in inputs}
+    if len(inputs) < len(tensors) or len(formats) > 1:
         return
-    _replace(model, node, _OPS.attention.default, (*(x for x, _ in inputs), mask, scale, formats.pop()))
-
-
-def _token_wise_input(node: Any) -> tuple[Any, str | None]:
-    """(x, format) if ``node`` is the token-wise quantized and dequantized ``x``, else (node, None)."""
-    if not isinstance(node, Node) or node.target is not _OPS.dequantize.default:
-        return node, None
-    codes, _, scale, fmt, _ = node.args
-    if not (isinstance(codes, Node) and codes.target is _OPS.quantize.default):
-        return node, None
-    if not (isinstance(scale, Node) and scale.target is _OPS.choose_scale.default):
-        return node, None
-    x, block_size = scale.args[0], list(scale.args[1])  # type: ignore[arg-type]
-    token_wise = block_size[-1] == -1 and all(size == 1 for size in block_size[:-1])
-    return (x, str(fmt)) if token_wise and codes.args[0] is x else (node, None)
-
-
-def _get(model: nn.Module, path: str) -> Tensor:
-    parent, _, leaf = path.rpartition(".")
-    value = getattr(model.get_submodule(parent), leaf)
-    assert isinstance(value, Tensor)
-    return value
+    _replace(model, node, _OPS.attention.default, (*(x.source for x in inputs), mask, scale, formats.pop()))
 
 
 def _delete_unused_buffers(model: GraphModule) -> None:

@@ -1,4 +1,4 @@
-"""Whole numbers among a graph's arguments, such as the frames of a video, become the lengths of tensors."""
+"""Replaces whole-number arguments of a graph, such as the frames of a video, by lengths of tensors."""
 
 from collections.abc import Collection
 
@@ -7,13 +7,13 @@ from torch.fx import GraphModule
 
 
 def numbers_to_lengths(model: GraphModule, names: Collection[str]) -> None:
-    """Change ``model`` in place: where it took the whole number ``n``, it takes a tensor of shape ``(n, 0)``.
+    """Makes ``model`` take tensors of shape ``(n, 0)`` instead of whole numbers ``n``, in place.
 
-    ``torch.export`` keeps both symbolic, but AOTInductor only the sizes of tensors.
+    ``torch.export`` keeps both symbolic, AOTInductor only the sizes of tensors.
 
     Args:
         model: a captured graph.
-        names: placeholders for whole numbers.
+        names: names of the placeholders for whole numbers.
     """
     placeholders = [node for node in model.graph.nodes if node.op == "placeholder"]
     for node in placeholders:

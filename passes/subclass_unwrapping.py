@@ -1,25 +1,21 @@
 """From low-bit tensor subclasses to plain tensors: what goes into files that are read without this package's classes."""
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.utils import TorchAOBaseTensor
 
-from fp4dit_ao import _compat, kernels
-from fp4dit_ao.kernels import block_scaled_linear
-from fp4dit_ao.tensors.block_scaled import MXWeight, NVFP4Weight
+from fp4dit_ao import _compat
+from fp4dit_ao.schemes import owner_of
 from fp4dit_ao.tensors.levels import refuse_unpacked
-from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
 
 def unwrap(model: GraphModule) -> GraphModule:
-    """Rewrite ``linear(x, MinifloatTensor)`` to the arithmetic of ``kernels.linear`` on its codes and scales.
+    """Rewrite the linear of every low-bit weight to a function of plain tensors: its scheme's ``plain_linear``.
 
-    These stand beside the weight as buffers, ``blocks.0.fc.weight_qdata`` and ``blocks.0.fc.weight_scale``. Values stay. Block
+    ``linear(x, MinifloatTensor)`` becomes the arithmetic of ``kernels.linear`` on its codes and scales. These stand beside the
+    weight as buffers, ``blocks.0.fc.weight_qdata`` and ``blocks.0.fc.weight_scale``. Values stay. Block
     formats become the arithmetic of ``kernels.block_scaled_linear``, on Blackwell, too, and E8M0 scales their bytes.
 
     Args:
@@ -52,24 +48,17 @@ def _unwrap_linear(model: GraphModule, node: Node) -> None:
     weight = getattr(model.get_submodule(parent), leaf, None) if parameter.op == "get_attr" else None
     if not isinstance(weight, TorchAOBaseTensor):
         return
-    function, parts, attributes = _plain(weight.detach())
+    scheme = owner_of(weight.detach())
+    if scheme is None:
+        raise ValueError(
+            f"{path} is a {type(weight.detach()).__name__}, which cannot be exported; quantize the model with a recipe of "
+            "this package"
+        )
+    plain = scheme.plain_linear(weight.detach())
     with model.graph.inserting_before(node):
-        buffers = [_compat.create_buffer_node(model, f"{path}_{part}", value) for part, value in parts.items()]
-        new = model.graph.call_function(function, (x, *buffers, *attributes, rest[0] if rest else None))
+        buffers = [_compat.create_buffer_node(model, f"{path}_{part}", value) for part, value in plain.tensors.items()]
+        arguments = (x, *buffers, *plain.arguments, rest[0] if rest else None)
+        new = model.graph.call_function(plain.function, arguments)
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     model.graph.erase_node(node)
-
-
-def _plain(weight: Tensor) -> tuple[Callable[..., Tensor], dict[str, Tensor], tuple[Any, ...]]:
-    """What computes a weight's ``linear`` of plain tensors: a function, these tensors, and the arguments after them."""
-    if isinstance(weight, MinifloatTensor):
-        parts = {"qdata": weight.qdata, "scale": weight.scale}
-        return kernels.linear, parts, (weight.block_size, weight.fmt, weight.act_fmt)
-    if isinstance(weight, MXWeight):
-        parts = {"qdata": weight.qdata, "scale": weight.scale.view(torch.uint8)}
-        return block_scaled_linear.mx_linear, parts, (weight.fmt,)
-    if isinstance(weight, NVFP4Weight):
-        parts = {"qdata": weight.qdata, "scale": weight.scale, "per_tensor_scale": weight.per_tensor_scale}
-        return block_scaled_linear.nvfp4_linear, parts, ()
-    raise ValueError(f"a {type(weight).__name__} cannot be exported; quantize the model with a recipe of this package")

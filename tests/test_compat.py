@@ -15,11 +15,21 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.fx import GraphModule
 from torch.utils._sympy.functions import TruncToInt
-from torchao.prototype.mx_formats.mx_tensor import MXTensor
-from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 from torchao.quantization import quantize_
 
 from fp4dit_ao import MinifloatTensor, _compat
+from fp4dit_ao._compat import compilation, graphs
+from fp4dit_ao._compat.torchao_prototype import (
+    DTYPE_FP6_E2M3,
+    DTYPE_FP6_E3M2,
+    MXTensor,
+    NVFP4Tensor,
+    QuantizeTensorToMXKwargs,
+    QuantizeTensorToNVFP4Kwargs,
+    ScaleCalculationMode,
+    int4_cpu_config,
+    int8_int4_config,
+)  # fmt: skip
 from fp4dit_ao.deploy.size_expressions import evaluate, readable
 
 
@@ -176,7 +186,7 @@ def test_relations_are_what_a_view_hides_and_no_accident_of_the_example() -> Non
     for wrong in ({masks: 1}, {masks: 6}, {masks: 10}, {texts: 4}, {width: 4}):
         assert not all(evaluate(relation, other | wrong) for relation in relations), wrong
     half = sympy.Symbol("s1", integer=True, positive=True) / sympy.Integer(2)
-    assert not readable(_compat._python(sympy.Eq(TruncToInt(half), 2))), (
+    assert not readable(graphs._python(sympy.Eq(TruncToInt(half), 2))), (
         "what no arithmetic of sizes says must not be misread"
     )
     static = torch.export.export(nn.Linear(2, 2), (torch.zeros(3, 2),))
@@ -242,7 +252,7 @@ def test_equal_sizes_are_not_taken_to_be_one(context: Callable, expected: int) -
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1, None])
-@pytest.mark.parametrize("mode", [_compat.sizes_of_repeats, _compat._ExpandedRepeats])
+@pytest.mark.parametrize("mode", [_compat.sizes_of_repeats, compilation._ExpandedRepeats])
 def test_repeated_sizes_stay_symbolic(mode: Callable, dim: int | None) -> None:
     class Repeats(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,10 +287,12 @@ def test_operators_in_packages_get_the_types_that_they_were_called_with(tmp_path
 
     x = torch.randn(4, 8, dtype=torch.float64)  # an operator must not return its input, as a cast to its type would
     with torch.no_grad(), _compat.types_in_packages():
-        path = torch._inductor.aoti_compile_and_package(
-            torch.export.export(Casts(), (x,)), package_path=f"{tmp_path}/m.pt2"
+        _compat.compile_package(
+            torch.export.export(Casts(), (x,)), tmp_path / "m.pt2", {"aot_inductor.metadata": {"a": "b"}}
         )
-    for dtype, y in zip(types, torch._inductor.aoti_load_package(path)(x), strict=True):
+    package = _compat.load_package(tmp_path / "m.pt2")
+    assert package.get_metadata()["a"] == "b"
+    for dtype, y in zip(types, package(x), strict=True):
         assert torch.equal(y, x.to(dtype))
         assert y.dtype == dtype
 
@@ -391,8 +403,152 @@ def test_torchao_quantizes_to_int4_on_cpus() -> None:
     model = nn.Sequential(nn.Linear(256, 64)).bfloat16()
     x = torch.randn(8, 256, dtype=torch.bfloat16)
     expected = model(x).float()
-    config = _compat.int4_cpu_config(group_size=128)
+    config = int4_cpu_config(group_size=128)
     assert config.group_size == 128
     quantize_(model, dataclasses.replace(config, set_inductor_config=False))
     error = (model(x).float() - expected).norm() / expected.norm()
     assert 0.01 < error < 0.2
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrapper_reports_what_it_is_told_and_holds_nothing() -> None:
+    class Wrapper(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError(func)
+
+    made = _compat.wrapper_tensor(Wrapper, [3, 5], torch.bfloat16, torch.device("meta"), requires_grad=True)
+    assert (type(made), made.shape, made.dtype) == (Wrapper, (3, 5), torch.bfloat16)
+    assert made.requires_grad
+    assert made.device.type == "meta"
+
+
+def test_products_of_int8_are_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8) for shape in [(32, 64), (64, 16)])
+    product = _compat.int8_product(x, y)
+    assert product.dtype == torch.int32
+    assert torch.equal(product.long(), x.long() @ y.long())
+
+
+def test_products_of_fp8_have_row_wise_scales() -> None:
+    """On the CPU with bfloat16 out, where the sum is rounded once; on a GPU it is the same function."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randint(-16, 17, (16, 32), generator=generator).float() for _ in range(2))
+    x_scale, w_scale = torch.rand(16, 1, generator=generator) + 1, torch.rand(1, 16, generator=generator) + 1
+    eights = (x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn).T)
+    expected = (x @ w.T) * x_scale * w_scale
+    got = _compat.fp8_product(*eights, x_scale, w_scale, torch.bfloat16).float()
+    assert (got - expected).norm() <= 2**-8 * expected.norm()
+
+
+def test_a_version_counts_changes_in_place() -> None:
+    x = torch.zeros(2)
+    before = _compat.version(x)
+    _ = x + 1
+    assert _compat.version(x) == before
+    x.add_(1)
+    assert _compat.version(x) > before
+
+
+def test_views_are_told_from_tensors_of_their_own() -> None:
+    x = torch.zeros(2, 3)
+    assert not _compat.is_view_of_another(x)
+    assert _compat.is_view_of_another(x[:1])
+    assert _compat.is_view_of_another(x.expand(4, 2, 3))
+    aten = torch.ops.aten
+    assert _compat.is_view(aten.slice.Tensor) and _compat.is_view(aten.add_.Tensor)
+    assert not _compat.is_view(aten.add.Tensor)
+    assert _compat.is_view(len), "a plain function may do anything"
+
+
+def test_many_tensors_move_towards_others() -> None:
+    targets, sources = [torch.zeros(2), torch.ones(3)], [torch.full((2,), 4.0), torch.full((3,), 5.0)]
+    _compat.lerp_(targets, sources, 0.25)
+    assert [x.tolist() for x in targets] == [[1.0] * 2, [2.0] * 3]
+
+
+def test_slots_are_the_modules_own_dictionaries() -> None:
+    norm = nn.BatchNorm1d(2)
+    parameters, buffers = _compat.slots(norm)
+    assert list(parameters) == ["weight", "bias"]
+    assert list(buffers) == ["running_mean", "running_var", "num_batches_tracked"]
+    parameters["weight"] = nn.Parameter(torch.full((2,), 7.0))
+    buffers["running_mean"] = torch.ones(2)
+    assert norm.weight.tolist() == [7.0] * 2
+    assert norm.running_mean.tolist() == [1.0] * 2
+    assert list(dict(norm.named_parameters())) == ["weight", "bias"]
+
+
+def test_a_rewritten_graph_is_called_as_the_one_before(model: Model, graph: GraphModule) -> None:
+    from torch.fx import Graph
+
+    copied = Graph()
+    copied.output(copied.graph_copy(graph.graph, {}))
+    _compat.copy_calling_convention(copied, graph.graph)
+    again = GraphModule(graph, copied)
+    inputs = sample(3)
+    assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+    assert _compat.input_names(again) == _compat.input_names(graph)
+
+
+def test_trees_are_mapped_over_their_leaves() -> None:
+    tree = {"a": [1, (2, 3)], "b": "x"}
+    assert _compat.pytree.tree_map_only(int, lambda x: x + 1, tree) == {"a": [2, (3, 4)], "b": "x"}
+    assert _compat.pytree.tree_leaves(tree) == [1, 2, 3, "x"]
+
+
+# --- diffusers -------------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_progress_bars_can_be_given_back() -> None:
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    pipe = DiffusionPipeline()
+    pipe.register_modules(scheduler=DDIMScheduler())
+    assert _compat.progress_bar_config(pipe) == {}
+    pipe.set_progress_bar_config(desc="x")
+    before = _compat.progress_bar_config(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    assert before == {"desc": "x"} != _compat.progress_bar_config(pipe)
+    pipe.set_progress_bar_config(**before)
+    assert _compat.progress_bar_config(pipe) == before
+
+
+def test_a_models_config_methods_and_blocks_are_replaced() -> None:
+    from diffusers import PixArtTransformer2DModel
+
+    model = PixArtTransformer2DModel(
+        num_layers=1, num_attention_heads=1, attention_head_dim=8, cross_attention_dim=8, caption_channels=8,
+        in_channels=4, out_channels=8, sample_size=8, use_additional_conditions=False,
+    )  # fmt: skip
+    _compat.replace_config(model, {"only": 1})
+    assert dict(model.config) == {"only": 1}
+    assert model.config.only == 1
+    own = type(model)._repeated_blocks
+    _compat.name_repeated_blocks(model, ["B", "A", "B"])
+    assert model._repeated_blocks == (own or ["A", "B"])
+    seen = []
+    _compat.replace_apply(model, lambda convert, recurse=True: seen.append(convert) or model)
+    model.double()
+    assert len(seen) == 1 and next(model.parameters()).dtype == torch.float32
+    _compat.replace_apply(model, None)
+    model.double()
+    assert len(seen) == 1 and next(model.parameters()).dtype == torch.float64
+
+
+# --- torchao's prototypes --------------------------------------------------------------------------------------------
+
+
+def test_block_formats_have_the_names_that_the_weights_use() -> None:
+    assert (DTYPE_FP6_E2M3, DTYPE_FP6_E3M2) == ("fp6_e2m3", "fp6_e3m2")
+    assert issubclass(MXTensor, Tensor) and issubclass(NVFP4Tensor, Tensor)
+    assert ScaleCalculationMode.RCEIL.name == "RCEIL"
+    assert QuantizeTensorToNVFP4Kwargs(use_dynamic_per_tensor_scale=True).use_dynamic_per_tensor_scale
+    assert "block_size" in inspect.signature(QuantizeTensorToMXKwargs).parameters
+
+
+def test_torchaos_config_of_int8_by_int4_has_its_group() -> None:
+    assert int8_int4_config(64).group_size == 64

@@ -49,6 +49,12 @@ CHANGES = {
         '"a tiger").images': ('"a tiger", use_resolution_binning=False).images', "diffusers bins no images of 32 pixels"),
         "--out DIR": ("--out DIR --iters 2 --samples 2", "half an hour"),
     },
+    "docs/methods.md": {
+        "samples=128": ("samples=2", "a minute"),
+        "iters=400)": ("iters=2, batch_size=2)", "minutes"),
+        "samples=32": ("samples=2", "a minute"),
+        "--scope layer": ("--scope layer --samples 2", "a minute"),
+    },
     "docs/extending.md": {
         '"steps": 20}': ('"steps": 20, "samples": 2}', "minutes"),
         "iters=2500": ("iters=2", "half an hour"),

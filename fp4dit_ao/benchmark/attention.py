@@ -1,4 +1,4 @@
-"""Attention alone: quantized q, k and v beside PyTorch's attention on what they were quantized from."""
+"""Workload: attention with quantized q, k and v, compared with PyTorch's attention on the float tensors."""
 
 import functools
 from collections.abc import Callable
@@ -11,19 +11,20 @@ from torch import Tensor
 import fp4dit_ao.kernels.attention  # noqa: F401, registers the operator
 from fp4dit_ao.benchmark import exact
 from fp4dit_ao.benchmark.variants import Variant
-from fp4dit_ao.benchmark.worker import Workload
+from fp4dit_ao.benchmark.worker import Facts, Workload
 from fp4dit_ao.config import RECIPES, QuantConfig
 
 CASES = [
     {"heads": 16, "dim": 72, "queries": queries, "keys": keys}
     for queries, keys in ((1024, 1024), (4096, 4096), (1024, 300))
 ]
-"""PixArt-XL's self-attention at 512 and 1024 px, and its cross-attention at 512 px."""
+"""Default cases: PixArt-XL's self-attention at 512 and 1024 px, and its cross-attention at 512 px."""
 _JUDGED_QUERIES = 64
+"""Queries whose outputs are compared with float32."""
 
 
 class Attention(Workload):
-    """One variant: a float type (PyTorch's attention) or a recipe; q, k and v of guidance batch 2 are in its type."""
+    """Attention by one variant: a float type (PyTorch's attention) or a recipe; batch 2, as with guidance."""
 
     def __init__(self, method: str, mode: str, device: str, threads: int):
         torch.set_num_threads(threads)
@@ -32,7 +33,7 @@ class Attention(Workload):
         self.call: Callable[[], Any] = lambda: None
 
     @torch.no_grad()
-    def prepare(self, **case: Any) -> dict[str, Any]:
+    def prepare(self, **case: Any) -> Facts:
         generator = torch.Generator().manual_seed(0)
         q, k, v = (
             torch.randn(2, case[tokens], case["heads"], case["dim"], generator=generator).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""What the package promises of its speed, and whether a benchmark shows it."""
+"""Bars: promises about speed and size, and whether a benchmark meets them."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ PIXART, FLUX = linears.SHAPES["pixart-xl"], linears.SHAPES["flux"]
 
 @dataclass
 class Results:
-    """All that a benchmark measured, as far as it got.
+    """All results of a benchmark, complete or not.
 
     Attributes:
-        settings: how it was asked for; ``settings["recipes"][0]`` is judged.
+        settings: options of the benchmark; bars are judged on ``settings["recipes"][0]``.
         environment: hardware and versions.
         ceilings: see :class:`fp4dit_ao.benchmark.ceilings.Ceilings`; empty if not measured.
-        linears, attention, steps, generations: one for every variant and case.
+        linears, attention, steps, generations: one entry per variant and case.
     """
 
     settings: dict[str, Any]
@@ -33,11 +33,11 @@ class Results:
 
     @property
     def ours(self) -> Variant:
-        """The variant that bars are judged on."""
+        """Variant that bars are judged on."""
         return Variant(self.settings["recipes"][0], "compiled")
 
     def of(self, measured: Sequence[Measured], **case: Any) -> list[Measured]:
-        """Ours, without failures, where the case has these values (or one of a list of them)."""
+        """Entries of our variant that did not fail and whose case has these values, or one of each list of values."""
         wanted = {key: value if isinstance(value, list | range) else [value] for key, value in case.items()}
         return [
             m
@@ -52,10 +52,11 @@ class Bar:
 
     Attributes:
         where: hardware and size.
-        what: what the figure is.
-        limit: that every figure must reach; must stay below, if ``at_most``.
-        figures: of the results; none if it was not measured.
-        needs: text in the environment's ``processor``, ``gpu`` or ``kernel`` without which it does not apply.
+        what: name of the figure.
+        limit: least value of every figure; the greatest if ``at_most``.
+        figures: takes the figures from results; none if they were not measured.
+        needs: text that the environment's ``gpu`` or ``kernel`` must contain for the bar to apply.
+        at_most: whether figures must stay below the limit.
     """
 
     where: str
@@ -66,7 +67,7 @@ class Bar:
     at_most: bool = False
 
     def row(self, results: Results) -> list[str]:
-        """Where, bar, measured, met."""
+        """Cells of the table: where, bar, measured, met."""
         head = [self.where, f"{self.what} {'≤' if self.at_most else '≥'} {self.limit:g}"]
         if self.needs and not any(self.needs in results.environment.get(k, "") for k in ("kernel", "gpu")):
             return [*head, "", f"needs {self.needs}"]
@@ -99,7 +100,7 @@ def _steps(base: str, pixels: int) -> Callable[[Results], list[float]]:
 
 
 def _deepest(measured: list[Measured]) -> list[Measured]:
-    """Only those of the model with the most layers."""
+    """Entries of the model with the most layers."""
     most = max((m.case["layers"] for m in measured), default=0)
     return [m for m in measured if m.case["layers"] == most]
 
@@ -152,4 +153,4 @@ BARS = [
         _facts("deviation"), at_most=True),
     Bar("anywhere, every recipe's linears", "bits per quantized weight", 4.3, _facts("bits"), at_most=True),
 ]  # fmt: skip
-"""The whole list; those that need other hardware say so."""
+"""All bars; those that need other hardware say so."""

@@ -1,4 +1,4 @@
-"""What the machine can do at best, products and bytes a second; and where a linear stands beside that."""
+"""Ceilings of the machine (products and bytes per second), and the least time of a linear that follows from them."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -7,37 +7,39 @@ from typing import Any
 
 import torch
 
-from fp4dit_ao.benchmark.worker import Workload, timed
+from fp4dit_ao import _compat
+from fp4dit_ao.benchmark.worker import Facts, Workload, timed
 
 _PRODUCTS = [(512, 1152, 4608), (1024, 1152, 4608), (1024, 4608, 1152), (1024, 4096, 4096), (2048, 2048, 2048)]
-"""(rows, in_features, out_features) that large multiplications are tried at; the best one counts."""
+"""Sizes of the matrix products that are tried, (rows, in_features, out_features); the fastest counts."""
 _COPIES_MB = (0.5, 2, 8, 32, 128, 512)
+"""Working sets of the copies, in MB."""
 
 
 class Ceilings(Workload):
-    """Measures all of it in ``prepare``."""
+    """Workload that measures all ceilings in ``prepare``."""
 
     def __init__(self, device: str, threads: int, repeats: int):
         torch.set_num_threads(threads)
         self.device, self.repeats = device, repeats
 
-    def prepare(self, **case: Any) -> dict[str, Any]:
+    def prepare(self, **case: Any) -> Facts:
         products = {name: self._products(dtype) for name, dtype in _TYPES.items()}
         copies = {str(megabytes): self._copy(int(megabytes * 1e6)) for megabytes in _COPIES_MB}
         return {"products": products, "bytes": copies}
 
     def _products(self, dtype: torch.dtype) -> float:
-        """Multiplications (each with its addition) a second."""
+        """Multiply-adds per second."""
         best = 0.0
         for rows, depth, features in _PRODUCTS:
             a = torch.ones(rows, depth, dtype=dtype, device=self.device)
             b = torch.ones(features, depth, dtype=dtype, device=self.device).T
-            multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+            multiply = _compat.int8_product if dtype == torch.int8 else torch.mm
             best = max(best, rows * depth * features / self._seconds(functools.partial(multiply, a, b)))
         return best
 
     def _copy(self, size: int) -> float:
-        """Bytes read and written a second, over a working set of ``size`` bytes."""
+        """Bytes read and written per second, over a working set of ``size`` bytes."""
         source = torch.ones(size // 2, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         times = max(1, int(2e7 / size))
@@ -62,12 +64,12 @@ _TYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float32": torch.float
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time that a linear could take, and by what.
+    """Least time that a linear could take, and what limits it.
 
     Attributes:
-        compute: seconds for its products at the best int8 rate.
-        memory: seconds for its bytes (weights, tokens in and out) at the bandwidth of a working set that large.
-        call: seconds of a call that does next to nothing.
+        compute: seconds of its products at the best int8 rate.
+        memory: seconds of its bytes (weights, tokens in and out) at the bandwidth of a working set of that size.
+        call: seconds of a call that computes almost nothing.
     """
 
     compute: float
@@ -76,16 +78,18 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
+        """Least time in seconds."""
         return max(self.compute, self.memory) + self.call
 
     @property
     def bound(self) -> str:
-        """What takes the most of it."""
+        """The largest part: ``"products"``, ``"memory"`` or ``"the call"``."""
         return max(("products", self.compute), ("memory", self.memory), ("the call", self.call), key=lambda x: x[1])[0]
 
     @staticmethod
     def of(case: Mapping[str, int], weight_bytes: float, ceilings: Mapping[str, Any], call: float) -> "Roofline":
-        """Of ``{"out_features": …, "in_features": …, "tokens": …}`` with bfloat16 tokens in and out."""
+        """Least time of the case ``{"out_features": …, "in_features": …, "tokens": …}``, with bfloat16 tokens in and
+        out."""
         rows, depth, features = case["tokens"], case["in_features"], case["out_features"]
         moved = weight_bytes + 2 * rows * (depth + features)
         return Roofline(
@@ -94,7 +98,7 @@ class Roofline:
 
 
 def bandwidth(ceilings: Mapping[str, Any], size: float) -> float:
-    """Bytes a second of the smallest working set measured that holds ``size`` bytes, or of the largest."""
+    """Bytes per second of the smallest measured working set of at least ``size`` bytes, or of the largest."""
     measured = sorted((float(megabytes) * 1e6, rate) for megabytes, rate in ceilings["bytes"].items())
     fitting = [rate for limit, rate in measured if limit >= size]
     return fitting[0] if fitting else measured[-1][1]

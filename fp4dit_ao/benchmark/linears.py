@@ -1,22 +1,24 @@
-"""One linear at a time, over sizes: ours beside floats, ``torch._int_mm`` and the peers."""
+"""Workload: linears of one size, by our recipes, floats, ``torch._int_mm`` or a peer."""
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fp4dit_ao import _compat
 from fp4dit_ao.benchmark import exact, memory
 from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.variants import Variant
-from fp4dit_ao.benchmark.worker import Workload
+from fp4dit_ao.benchmark.worker import Facts, Workload
 from fp4dit_ao.config import RECIPES, QuantConfig
 from fp4dit_ao.formats import parse
-from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels.cpu.int8_linear import level_table
 from fp4dit_ao.kernels.token_quantization import quantize_tokens
-from fp4dit_ao.tensors.minifloat import MinifloatTensor
+from fp4dit_ao.schemes import scheme_of
 
 SHAPES: dict[str, list[tuple[int, int]]] = {
     "pixart-xl": [(1152, 1152), (4608, 1152), (1152, 4608)],
@@ -24,30 +26,31 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
     "sd3": [(1536, 1536), (6144, 1536), (1536, 6144)],
     "flux": [(3072, 3072), (12288, 3072), (3072, 12288)],
 }
-"""(out_features, in_features) of a model's attention and feed-forward."""
+"""Sizes of the attention and feed-forward linears of each model, (out_features, in_features)."""
 INT_MM = Variant("torch._int_mm")
-"""The raw int8 product at the same size: int8 weights, int32 out, no scales, nothing quantized: a ceiling, not a peer."""
+"""Raw int8 product of the same size, int32 out, without scales or quantization: a ceiling, not a peer."""
 PRODUCT = ", product alone"
-"""Suffix of a recipe whose tokens are quantized before the clock starts."""
+"""Suffix of a recipe whose tokens are quantized before timing starts."""
 _JUDGED_TOKENS = 64
-"""Outputs compared with float32; rows do not depend on each other."""
+"""Tokens whose outputs are compared with float32."""
 MOST_LINEARS, MOST_TOKENS = 8, 8192
-"""Several linears are measured at once, each with a weight and tokens of its own, at most so many with so many tokens in all:
-entering a compiled function, which takes as long as one token's work, happens once in a model."""
+"""Most linears that are called together, each with its own weight and tokens, and most tokens of them in all. A model
+enters a compiled function once for many linears, and entering takes as long as the work of one token."""
 _WARM_UP = 3
-"""Calls before the clock starts; some peers compile once more in their second."""
+"""Calls before timing starts; some peers compile again in their second call."""
 
 
 def cases(text: str) -> tuple[list[dict[str, int]], bool]:
-    """Of ``flux:256,1024`` or ``4608x1152:16+peers``: a case for every shape and number of tokens, the most first.
+    """Reads ``flux:256,1024`` or ``4608x1152:16+peers``: one case per shape and number of tokens, the most tokens
+    first.
 
-    A graph that is compiled for one token first would keep to one thread for all that follow.
+    A graph that is first compiled for one token would stay single-threaded for all later cases.
 
     Returns:
-        The cases, and whether with peers.
+        The cases, and whether peers are measured.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: ``text`` is spelled differently.
     """
     sizes, plus, peers = text.partition("+")
     name, _, counts = sizes.partition(":")
@@ -68,14 +71,14 @@ def _whole(texts: Sequence[str]) -> bool:
 
 
 def numbers(out_features: int, in_features: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """float32 weight and input, the same in every process."""
+    """Random float32 weight ``(out, in)`` and input ``(tokens, in)``, the same in every process."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator) / in_features**0.5
     return weight, torch.randn(tokens, in_features, generator=generator)
 
 
 class Linears(nn.Module):
-    """Linears of one size, each with tokens of its own."""
+    """Linears of one size, each called with its own tokens."""
 
     def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype, device: str):
         super().__init__()
@@ -90,34 +93,34 @@ class Linears(nn.Module):
 
 
 class Linear(Workload):
-    """One variant; the size changes from case to case.
+    """Linears by one variant; the size may change from case to case.
 
     Args:
         method: a float type, a recipe (with :data:`PRODUCT` or without), a peer, or ``torch._int_mm``.
-        mode: ``"eager"`` or ``"compiled"``: with a dynamic number of tokens, as models are.
+        mode: ``"eager"`` or ``"compiled"``, with a dynamic number of tokens as in models.
         device: such as ``"cpu"``.
-        threads: of the CPU.
+        threads: CPU threads.
     """
 
     def __init__(self, method: str, mode: str, device: str, threads: int):
         torch.set_num_threads(threads)
         self.method, self.mode, self.device = method, mode, device
         self.call: Callable[[], Any] = lambda: None
-        self._made: tuple[tuple[int, int, int], Callable[[list[Tensor]], list[Tensor]], dict[str, Any]] | None = None
+        self._made: tuple[tuple[int, int, int], Callable[[list[Tensor]], list[Tensor]], Facts] | None = None
 
     @torch.no_grad()
-    def prepare(self, **case: Any) -> dict[str, Any]:
+    def prepare(self, **case: Any) -> Facts:
         size = case["out_features"], case["in_features"]
         self.per_run = max(1, min(MOST_LINEARS, MOST_TOKENS // case["tokens"]))
         pairs = [numbers(*size, case["tokens"], seed) for seed in range(self.per_run)]
         if self.method == INT_MM.method:
             products = [(_to_int8(x).to(self.device), _to_int8(weight).to(self.device).T) for weight, x in pairs]
-            self.call = lambda: [torch._int_mm(x, weight) for x, weight in products]
+            self.call = lambda: [_compat.int8_product(x, weight) for x, weight in products]
             self.call()
             return {"bits": 8.0}
         if self.method.endswith(PRODUCT):
             return self._product(pairs)
-        if self._made is None or self._made[0] != (*size, self.per_run):  # one conversion for all numbers of tokens
+        if self._made is None or self._made[0] != (*size, self.per_run):  # converted once for all numbers of tokens
             self._made = ((*size, self.per_run), *self._make([weight for weight, _ in pairs]))
         _, model, facts = self._made
         self.call = functools.partial(model, [x.to(self.device, self._dtype) for _, x in pairs])
@@ -136,13 +139,13 @@ class Linear(Workload):
         dtype: torch.dtype = getattr(torch, Variant(self.method).dtype)
         return dtype
 
-    def _make(self, weights: Sequence[Tensor]) -> tuple[Callable[[list[Tensor]], list[Tensor]], dict[str, Any]]:
-        torch.compiler.reset()  # else every call asks first whether it is for the sizes before
+    def _make(self, weights: Sequence[Tensor]) -> tuple[Callable[[list[Tensor]], list[Tensor]], Facts]:
+        torch.compiler.reset()  # drops the guards of earlier sizes, which every call would check
         out_features, in_features = weights[0].shape
         linears = Linears(weights, self._dtype, self.device)
         model: nn.Module = linears
         names = [f"linears.{index}" for index in range(len(weights))]
-        facts: dict[str, Any] = {}
+        facts: Facts = {}
         if self.method in PEERS:
             model = PEERS[self.method].convert(model, names)
         elif self.method in RECIPES:
@@ -156,12 +159,13 @@ class Linear(Workload):
         facts["bits"] = memory.bits_per_weight(model, dict.fromkeys(names, (out_features, in_features)))
         return torch.compile(model, dynamic=True) if self.mode == "compiled" else model, facts
 
-    def _product(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    def _product(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Facts:
         arguments = []
         for weight, x in pairs:
             quantized = low_bit(weight.to(self.device), self.method.removesuffix(PRODUCT))
+            assert quantized.act_fmt is not None
             tokens = quantize_tokens(x.to(self.device, torch.bfloat16), quantized.act_fmt)
-            table = native.levels(parse(quantized.fmt))
+            table = level_table(parse(quantized.fmt))
             arguments.append((*tokens, quantized.qdata, quantized.scale, table, None, torch.bfloat16))
         self.call = lambda: [torch.ops.fp4dit_ao.int8_linear(*each) for each in arguments]
         self.call()
@@ -173,10 +177,7 @@ def _to_int8(x: Tensor) -> Tensor:
 
 
 def low_bit(weight: Tensor, recipe: str) -> Any:
-    """``weight`` as the recipe's first linear holds it."""
+    """``weight`` as the recipe's first linear holds it, rounded to nearest."""
     config = QuantConfig.from_name(recipe)
-    fmt = config.weight or config.weight_candidates[0]
-    block_size = [1, config.group_size if config.weight_granularity == "group" else -1]
-    return MinifloatTensor.from_hp(
-        weight.bfloat16(), block_size, fmt, config.activation, getattr(torch, config.scale_dtype)
-    )
+    config = replace(config, weight=config.weight or config.weight_candidates[0], weight_candidates=())
+    return scheme_of(config).round_to_nearest("linear", weight.bfloat16(), config)

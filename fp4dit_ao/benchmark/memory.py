@@ -1,4 +1,4 @@
-"""Bytes: that a model's tensors take, and that its process took at most."""
+"""Bytes of a model's tensors, and peak memory of its process."""
 
 import gc
 import math
@@ -12,19 +12,20 @@ from torch import Tensor, nn
 
 
 def reset_peak() -> int:
-    """Start a new peak; returns bytes in use now: resident in the process, or allocated on the GPU if there is one."""
+    """Resets the peak; returns the bytes in use now: resident in the process, or allocated on the GPU if there is
+    one."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     clear = Path("/proc/self/clear_refs")
-    if clear.exists():  # elsewhere the peak is that of the process's whole life
+    if clear.exists():  # without it the peak is that of the whole process
         clear.write_text("5")
     return _status("VmRSS")
 
 
 def peak() -> int:
-    """The most bytes in use since :func:`reset_peak`."""
+    """Most bytes in use since :func:`reset_peak`."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
 
 
@@ -40,7 +41,7 @@ def _status(field: str) -> int:
 
 
 def stored(state: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of every entry of a ``state_dict``; of low-bit tensors, what they are made of."""
+    """Bytes of every entry of a ``state_dict``, by name; those of all parts for low-bit tensors."""
     return {name: sum(part.nbytes for part in _parts(x)) for name, x in state.items() if isinstance(x, Tensor)}
 
 
@@ -53,12 +54,17 @@ def _parts(x: Tensor) -> Iterator[Tensor]:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Of everything in ``state_dict``."""
+    """Bytes of everything in the ``state_dict`` of ``model``."""
     return sum(stored(model.state_dict()).values())
 
 
 def bits_per_weight(model: nn.Module, shapes: Mapping[str, Iterable[int]]) -> float:
-    """Bits per weight of the linears with the given names and weight shapes: all that is stored for them but their biases."""
+    """Bits per weight of linears: all that is stored for them, without biases.
+
+    Args:
+        model: holds the linears.
+        shapes: shapes of the float weights, by name of the linear.
+    """
     taken = 0
     for entry, size in stored(model.state_dict()).items():
         parts = entry.split(".")

@@ -1,7 +1,7 @@
-"""Other packages that quantize a model's linears: how each is installed and called. One entry of :data:`PEERS` each.
+"""Other packages that quantize a model's linears, and how each is called: one entry of :data:`PEERS` per way.
 
-Every peer gets the linears that our recipes quantize, and no others, in the type and mode that suit it best here. Peers need
-not be installed: what cannot run on a machine is reported with its error.
+Every peer quantizes the same linears as our recipes, in the type and mode in which it is fastest. Peers need not be
+installed; those that cannot run on a machine are reported with their error.
 """
 
 import importlib
@@ -10,27 +10,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import metadata
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from fp4dit_ao import _compat
 from fp4dit_ao.families import family_of
 
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
+
 GROUP = 128
-"""Weights that share a scale, where a peer lets one choose; the same as in our recipes."""
+"""Group size for peers that take one; the same as in our recipes."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One way of one package.
+    """One way to quantize with one package.
 
     Attributes:
-        package: its distribution, as pip knows it.
-        module: what is imported.
-        convert: quantizes the named linears of a model, which is on its device and in ``dtype`` already; returns the model.
+        package: name of the distribution in pip.
+        module: name of the imported module.
+        convert: quantizes the named linears of a model, which is already on its device and in ``dtype``; returns the
+            model.
         mode: ``"compiled"`` runs the converted model under ``torch.compile``.
-        dtype: of everything that is not quantized.
+        dtype: type of all tensors that are not quantized.
     """
 
     package: str
@@ -41,18 +44,20 @@ class Peer:
 
     @property
     def installed(self) -> bool:
+        """Whether the module can be imported."""
         try:
             return importlib.util.find_spec(self.module) is not None
-        except ModuleNotFoundError:  # of a parent package
+        except ModuleNotFoundError:  # a parent package is missing
             return False
 
     @property
     def version(self) -> str:
+        """Version of the package, or ``"not installed"``."""
         return metadata.version(self.package) if self.installed else "not installed"
 
 
 def quantizable(model: nn.Module) -> list[str]:
-    """Names of the linears that our recipes quantize in ``model``: all but those that its family keeps."""
+    """Names of the linears of ``model`` that our recipes quantize: all but those that its family keeps."""
     linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     skip = family_of(model).skip
     return [name for name in linears if not any(fnmatchcase(name, glob) for glob in skip)]
@@ -61,8 +66,8 @@ def quantizable(model: nn.Module) -> list[str]:
 # --- torchao ---------------------------------------------------------------------------------------------------------
 
 
-def _torchao(config: Callable[[str], Any]) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
-    """With torchao's ``quantize_``; ``config`` makes a config for a type of device."""
+def _torchao(config: Callable[[str], "AOBaseConfig"]) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
+    """Converts with torchao's ``quantize_``; ``config`` makes a config for a type of device."""
 
     def convert(model: nn.Module, names: Sequence[str]) -> nn.Module:
         from torchao.quantization import quantize_
@@ -74,27 +79,29 @@ def _torchao(config: Callable[[str], Any]) -> Callable[[nn.Module, Sequence[str]
     return convert
 
 
-def _int8(device: str) -> Any:
+def _int8(device: str) -> "AOBaseConfig":
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     return Int8DynamicActivationInt8WeightConfig()
 
 
-def _int4(device: str) -> Any:
+def _int4(device: str) -> "AOBaseConfig":
     if device == "cpu":  # the released configs need a GPU
-        return _compat.int4_cpu_config(GROUP)
+        from fp4dit_ao._compat.torchao_prototype import int4_cpu_config
+
+        return int4_cpu_config(GROUP)
     from torchao.quantization import Int4WeightOnlyConfig
 
     return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
 
 
-def _int8_int4_packed(device: str) -> Any:
-    from torchao.prototype.quantization.int4.inference_workflow import Int8DynamicActivationInt4WeightConfig
+def _int8_int4_packed(device: str) -> "AOBaseConfig":
+    from fp4dit_ao._compat.torchao_prototype import int8_int4_config
 
-    return Int8DynamicActivationInt4WeightConfig(group_size=GROUP)
+    return int8_int4_config(GROUP)
 
 
-def _int8_int4(device: str) -> Any:
+def _int8_int4(device: str) -> "AOBaseConfig":
     import torch
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig
     from torchao.quantization.granularity import PerGroup
@@ -105,7 +112,7 @@ def _int8_int4(device: str) -> Any:
     )
 
 
-def _fp8(device: str) -> Any:
+def _fp8(device: str) -> "AOBaseConfig":
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
     return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
@@ -174,4 +181,4 @@ PEERS: dict[str, Peer] = {
         "bitsandbytes", "bitsandbytes", _bitsandbytes("Linear8bitLt", has_fp16_weights=False)
     ),
 }  # fmt: skip
-"""By the name that tables show."""
+"""All peers, by the name that tables show."""

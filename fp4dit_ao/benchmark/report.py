@@ -1,4 +1,4 @@
-"""The Markdown report of a benchmark: bars, linears, where they stand beside the ceilings, steps, generations, peers."""
+"""Markdown report of a benchmark: bars, linears and their ceilings, steps, generations, peers and failures."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,18 +10,18 @@ from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.sections import BASE, CALL_SIZE
 from fp4dit_ao.benchmark.turns import Measured
 from fp4dit_ao.evaluation.environment import describe
-from fp4dit_ao.evaluation.fidelity import markdown_table
+from fp4dit_ao.util.markdown import markdown_table
 
 _FAILED = "failed"
 
 
 def markdown(results: Results) -> str:
-    """All that was measured, and nothing about what was not."""
+    """Report of everything that was measured; parts that were not are left out."""
     return "\n\n".join(part for part in _parts(results) if part) + "\n"
 
 
 def to_dict(results: Results) -> dict[str, Any]:
-    """All of it for JSON, every time included."""
+    """All results for JSON, every single time included."""
     lists = {
         name: [m.to_dict() for m in getattr(results, name)] for name in ("linears", "attention", "steps", "generations")
     }
@@ -84,7 +84,7 @@ def _linear_tables(results: Results) -> Iterator[str]:
 
 
 def _speeds(measured: Sequence[Measured], title: Callable[[dict[str, Any]], str]) -> str:
-    """A row for every variant, a column for every case."""
+    """Table with a row per variant and a column per case."""
     columns = list(dict.fromkeys(title(m.case) for m in measured))
     rows = []
     for label in dict.fromkeys(m.variant.label for m in measured):
@@ -180,7 +180,7 @@ def _model_row(m: Measured, columns: int) -> list[str]:
 
 
 def _peers(results: Results) -> Iterator[str]:
-    """Versions, how each was run, and every failure, of whomever."""
+    """Versions of peers and how each was run, and the failures of all variants."""
     everything = [*results.linears, *results.attention, *results.steps, *results.generations]
     failures: dict[str, dict[str, list[str]]] = {}
     for m in everything:

@@ -1,4 +1,4 @@
-"""The parts of a benchmark: which variants take part in which cases. Each yields :class:`Measured` as they become known."""
+"""Parts of a benchmark: which variants are measured in which cases. Each yields :class:`Measured` one by one."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,19 +14,20 @@ from fp4dit_ao.benchmark.variants import FLOATS, Variant
 
 _PACKAGE = "fp4dit_ao.benchmark"
 CALL_SIZE = {"out_features": 128, "in_features": 128, "tokens": 1}
-"""A linear that costs its call and nothing else."""
+"""Size of a linear that takes hardly longer than a call."""
 BASE = Variant("bfloat16", "compiled")
-"""What speeds are compared with."""
+"""Baseline of speed ratios."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, with whom and how often.
+    """Participants and rounds of a benchmark.
 
     Attributes:
-        recipes: ours; bars are judged on the first.
+        recipes: our recipes; bars are judged on the first.
         peers: names in ``peers.PEERS``.
-        device, threads: where everything runs.
+        device: device that everything runs on.
+        threads: CPU threads of each process.
         rounds: turns of each variant in each case; at least 2 for steps and generations.
         at_once: processes alive at once.
     """
@@ -40,13 +41,13 @@ class Settings:
 
     @property
     def installed(self) -> list[Variant]:
-        """Peers that can be tried."""
+        """Variants of the peers that are installed."""
         return Variant.peers([name for name in self.peers if PEERS[name].installed])
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """One size of step: ``512x28`` (pixels, layers), with peers if ``512x2+peers``."""
+    """Size of one denoising step, in pixels and layers, measured with peers or without."""
 
     pixels: int
     layers: int
@@ -54,7 +55,7 @@ class StepCase:
 
     @staticmethod
     def parse(text: str) -> "StepCase":
-        """Raises ``ValueError`` if it is not such a text."""
+        """Reads ``512x28`` (pixels, layers), or ``512x2+peers``; raises ``ValueError`` for other texts."""
         size, plus, peers = text.partition("+")
         numbers = size.split("x")
         if len(numbers) != 2 or not all(n.isdecimal() and int(n) for n in numbers) or (plus and peers != "peers"):
@@ -65,7 +66,7 @@ class StepCase:
 
 
 def ceilings(settings: Settings) -> dict[str, Any]:
-    """See :class:`fp4dit_ao.benchmark.ceilings.Ceilings`."""
+    """Measures :class:`fp4dit_ao.benchmark.ceilings.Ceilings`."""
     options = {"device": settings.device, "threads": settings.threads, "repeats": settings.rounds}
     worker = Worker(f"{_PACKAGE}.ceilings:Ceilings", options)
     try:
@@ -81,7 +82,7 @@ def _linear(settings: Settings, variant: Variant) -> Worker:
 
 
 def measure_call(settings: Settings, progress: Progress) -> Iterator[Measured]:
-    """Ours at :data:`CALL_SIZE`."""
+    """Measures our first recipe at :data:`CALL_SIZE`."""
     ours = [Variant(settings.recipes[0], "compiled")]
     yield from measure(
         ours,
@@ -97,7 +98,7 @@ def measure_call(settings: Settings, progress: Progress) -> Iterator[Measured]:
 def measure_linears(
     settings: Settings, cases: Sequence[dict[str, Any]], peers: bool, progress: Progress
 ) -> Iterator[Measured]:
-    """Ours, eager floats and ``torch._int_mm`` in every case; with ``peers`` these, too, and compiled floats."""
+    """Measures our recipes, eager floats and ``torch._int_mm``; with ``peers`` also these and compiled floats."""
     bases = [linears.INT_MM, Variant("float32"), Variant("bfloat16")]
     variants = [Variant(recipe, "compiled") for recipe in settings.recipes]
     variants.append(Variant(settings.recipes[0] + linears.PRODUCT))
@@ -110,7 +111,7 @@ def measure_linears(
 
 
 def measure_attention(settings: Settings, cases: Sequence[dict[str, Any]], progress: Progress) -> Iterator[Measured]:
-    """PyTorch's attention in both float types, and ours with q, k and v quantized inside."""
+    """Measures PyTorch's attention in both float types, and ours, which quantizes q, k and v."""
 
     def start(variant: Variant) -> Worker:
         options = variant.to_dict() | {"device": settings.device, "threads": settings.threads}
@@ -124,7 +125,8 @@ def measure_attention(settings: Settings, cases: Sequence[dict[str, Any]], progr
 
 
 def measure_step(settings: Settings, case: StepCase, progress: Progress) -> Iterator[Measured]:
-    """One denoising step; every process compiles with caches of its own, so that the first call is a cold one."""
+    """Measures one denoising step. Every process has its own compile cache, so that its first call compiles from
+    scratch."""
     config = transformers.PIXART_XL | {"num_layers": case.layers}
     options = {"config": config, "pixels": case.pixels}
     yield from _measure_models(
@@ -136,7 +138,7 @@ def measure_step(settings: Settings, case: StepCase, progress: Progress) -> Iter
 def measure_generation(
     settings: Settings, model: str, prompts: list[str], call: dict[str, Any], peers: bool, progress: Progress
 ) -> Iterator[Measured]:
-    """One batch of images of a pipeline."""
+    """Measures a pipeline's generation of one batch of images."""
     options = {"model": model, "prompts": prompts, "call": call}
     case = {"model": model, "images": len(prompts)}
     files = options | {"device": settings.device}

@@ -1,22 +1,22 @@
-"""A whole transformer: one denoising step of a PixArt-XL-shaped model, and a whole generation of a pipeline.
+"""Workloads: one denoising step of a model of PixArt-XL's shape, and a whole generation of a pipeline.
 
-Models are loaded from files as a user would load them, so that the peak of loading is measured, too.
+Models are loaded from files as a user would load them, so that the memory peak of loading is measured, too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.benchmark import exact, memory
 from fp4dit_ao.benchmark.peers import PEERS, quantizable
 from fp4dit_ao.benchmark.variants import Variant
-from fp4dit_ao.benchmark.worker import Workload, timed
+from fp4dit_ao.benchmark.worker import Facts, Workload, timed
 from fp4dit_ao.calibration import calibrate
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
 from fp4dit_ao.checkpoint import graph_rebuilding
@@ -28,19 +28,24 @@ from fp4dit_ao.families import quantizer_for, recipe_for
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind, capture
 from fp4dit_ao.passes.lowering import lower
+from fp4dit_ao.schemes import scheme_of
+
+if TYPE_CHECKING:
+    from diffusers import PixArtTransformer2DModel
 
 TEXT_TOKENS = 300
+"""Text tokens of a prompt, as in PixArt-Σ."""
 PIXART_XL: dict[str, Any] = {
     "num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152, "caption_channels": 4096,
     "in_channels": 4, "out_channels": 8, "patch_size": 2, "use_additional_conditions": False,
 }  # fmt: skip
-"""611 M parameters with 28 layers."""
+"""Config of PixArt-XL/2 without its depth; 611 M parameters with 28 layers."""
 FLOAT = "float"
-"""Folder of the float model, beside those of recipes."""
+"""Folder of the float model, beside those of the recipes."""
 
 
 def sample(pixels: int, dtype: torch.dtype, config: Mapping[str, Any] = PIXART_XL) -> dict[str, Any]:
-    """What a pipeline passes in one step with guidance, batch 2."""
+    """Keyword arguments of ``forward`` in one step with guidance, batch 2."""
     generator = torch.Generator().manual_seed(1)
     shape = (2, config["in_channels"], pixels // 8, pixels // 8)
     return {
@@ -52,12 +57,12 @@ def sample(pixels: int, dtype: torch.dtype, config: Mapping[str, Any] = PIXART_X
     }
 
 
-def random_model(config: dict[str, Any], pixels: int, dtype: torch.dtype) -> nn.Module:
-    """A PixArt transformer whose parameters are 0.02 times normal, as after initialisation."""
+def random_model(config: dict[str, Any], pixels: int, dtype: torch.dtype) -> "PixArtTransformer2DModel":
+    """PixArt transformer with normally distributed parameters of deviation 0.02, as after initialisation."""
     from diffusers import PixArtTransformer2DModel
 
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # else there would be a float32 copy of it first
+    torch.set_default_dtype(dtype)  # avoids a float32 copy
     try:
         model = PixArtTransformer2DModel(sample_size=pixels // 8, **config)
     finally:
@@ -65,22 +70,21 @@ def random_model(config: dict[str, Any], pixels: int, dtype: torch.dtype) -> nn.
     torch.manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
-    made: nn.Module = model.eval().requires_grad_(False)
-    return made
+    return model.eval().requires_grad_(False)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 class StepFiles(Workload):
-    """Writes the model of :class:`Step`, float and quantized."""
+    """Writes the models of :class:`Step`: the float one, and one per recipe."""
 
     def __init__(self, folder: str, config: dict[str, Any], pixels: int, recipes: list[str]):
         self.folder, self.config, self.pixels, self.recipes = Path(folder), config, pixels, recipes
 
     @torch.no_grad()
-    def prepare(self, **case: Any) -> dict[str, Any]:
-        model: Any = random_model(self.config, self.pixels, torch.bfloat16)
+    def prepare(self, **case: Any) -> Facts:
+        model = random_model(self.config, self.pixels, torch.bfloat16)
         model.save_pretrained(self.folder / FLOAT)
         given = sample(self.pixels, torch.bfloat16, self.config)
         for recipe in self.recipes:
@@ -88,12 +92,18 @@ class StepFiles(Workload):
         return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
-def quantized(model: nn.Module, given: dict[str, Any], recipe: str) -> Any:
-    """A ``QuantizedTransformer``, rounded to nearest: what a step costs does not depend on how weights were rounded."""
+def quantized(model: nn.Module, given: dict[str, Any], recipe: str) -> QuantizedTransformer:
+    """Quantizes ``model`` with nearest rounding; the cost of a step does not depend on how weights were rounded.
+
+    Args:
+        model: the float model.
+        given: keyword arguments of one ``forward``.
+        recipe: name of the recipe.
+    """
     config = recipe_for(model, recipe)
     quantizer = quantizer_for(model, recipe)
     prepared = prepare_pt2e(capture(model, given), quantizer)
-    if config.weight_candidates or config.activation_granularity == "tensor":
+    if config.weight_candidates or not scheme_of(config).quantizes_online(config):
         calibrate(prepared, [given], progress=False)
     graph = lower(convert_pt2e(prepared))
     decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
@@ -101,7 +111,7 @@ def quantized(model: nn.Module, given: dict[str, Any], recipe: str) -> Any:
 
 
 class GenerationFiles(Workload):
-    """Writes the pipeline ``model``, quantized, one folder for each recipe."""
+    """Writes the pipeline ``model``, quantized, into one folder per recipe."""
 
     def __init__(
         self, folder: str, model: str, prompts: list[str], recipes: list[str], device: str, call: dict[str, Any]
@@ -109,7 +119,7 @@ class GenerationFiles(Workload):
         self.folder, self.model, self.prompts, self.recipes = Path(folder), model, prompts, recipes
         self.device, self.call = device, call
 
-    def prepare(self, **case: Any) -> dict[str, Any]:
+    def prepare(self, **case: Any) -> Facts:
         pipe = named_models.open_pipeline(self.model, self.device).to(torch.bfloat16)
         for recipe in self.recipes:
             options = {"rounding": "nearest", "samples": 8, "progress": False, **self.call}
@@ -120,61 +130,70 @@ class GenerationFiles(Workload):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def ready(model: Any, variant: Variant) -> tuple[Any, dict[str, Any]]:
-    """``model``, on its device, quantized and compiled as the variant says; and its weights' bytes.
+def ready(model: nn.Module, variant: Variant) -> tuple[Callable[..., Any], Facts]:
+    """Converts and compiles ``model``, which is on its device, for ``variant``; returns it and the bytes of its
+    weights.
 
     Args:
-        model: float, or a ``QuantizedTransformer`` if the variant is a recipe.
+        model: a float model, or a ``QuantizedTransformer`` if the variant is a recipe.
+        variant: decides the conversion and the mode.
     """
-    if variant.is_recipe:
+    shapes: dict[str, tuple[int, ...]]
+    stored: nn.Module
+    run: Callable[..., Any]
+    if isinstance(model, QuantizedTransformer):
         rows = [row for row in model.summary() if row.kind == "linear" and row.quantized]
-        shapes = {row.name: row.shape for row in rows}
-        stored = model.graph
+        shapes = {row.name: row.shape for row in rows if row.shape is not None}
+        stored, run = model.graph, model
         if variant.mode == "compiled":
             model.compile_graph()
         elif variant.mode == "by block":
             model.compile_blocks()
     else:
         names = quantizable(model)
-        shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in names}
+        linears = {name: model.get_submodule(name) for name in names}
+        shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items() if isinstance(linear, nn.Linear)}
         if variant.is_peer:
             model = PEERS[variant.method].convert(model, names)
-        stored = model
+        stored = run = model
         if variant.mode == "by block":
             for block in repeated_blocks(model):
                 block.compile()
     facts = {"bytes": memory.weight_bytes(stored), "bits": memory.bits_per_weight(stored, shapes)}
     if variant.mode == "compiled" and not variant.is_recipe:
-        # after the facts: a compiled module's state_dict has other names
-        model = torch.compile(model)
-    return model, facts
+        # after the facts, since the state_dict of a compiled module has other names
+        run = torch.compile(model)
+    return run, facts
 
 
 def repeated_blocks(model: nn.Module) -> Sequence[nn.Module]:
-    """The longest list of modules of one class: what regional compilation compiles once."""
+    """Longest list of modules of one class, the blocks that regional compilation compiles once."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(block) for block in m}) == 1]
     return max(([*blocks] for blocks in lists), key=len, default=[])
 
 
 class _Model(Workload):
-    """What step and generation share: load (its peak measured), convert, compile, first call, error against float32."""
+    """Base of both workloads: loads (measuring the peak), converts, compiles, calls once, and compares with float32."""
 
     def __init__(self, method: str, mode: str, device: str, threads: int, reference: str):
         torch.set_num_threads(threads)
+        import diffusers  # noqa: F401, imported before memory is measured
+        import torchao.quantization  # noqa: F401
+
         self.variant = Variant(method, mode)  # type: ignore[arg-type]
         self.device, self.reference = device, Path(reference)
         self.dtype: torch.dtype = getattr(torch, self.variant.dtype)
         self.output = torch.empty(0)
 
-    def load(self, **case: Any) -> dict[str, Any]:
-        """Make what :meth:`run` runs; returns facts."""
+    def load(self, **case: Any) -> Facts:
+        """Loads and prepares the model of :meth:`run`; returns facts."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def prepare(self, **case: Any) -> dict[str, Any]:
-        """Facts: bytes, bits, error, ``load bytes`` and ``first`` (seconds of the first call, compilation included).
+    def prepare(self, **case: Any) -> Facts:
+        """Loads the model, unless a former call did; returns facts.
 
-        Of the baseline, a repetition keeps what is there.
+        They are bytes, bits, error, ``load bytes`` and ``first`` (seconds of the first call, compilation included).
         """
         if self.output.numel():
             return {}
@@ -187,23 +206,24 @@ class _Model(Workload):
         if self.reference.exists():
             facts["error"] = exact.relative_error(self.output.cpu(), load_file(self.reference)["output"])
         if self.variant.is_peer:
-            self.run()  # some compile once more in their second call
+            self.run()  # some compile again in their second call
         memory.reset_peak()
         self.before = before
         return facts
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Facts:
         return {"run bytes": memory.peak() - self.before}
 
 
 class Step(_Model):
-    """One denoising step. ``reference`` is where float32 puts its output, and the others find it."""
+    """One denoising step. The float32 variant writes its output to the file ``reference``, which the others compare
+    with."""
 
     def __init__(self, *, folder: str, config: dict[str, Any], **options: Any):
         super().__init__(**options)
         self.folder, self.config = Path(folder), config
 
-    def load(self, **case: Any) -> dict[str, Any]:
+    def load(self, **case: Any) -> Facts:
         from diffusers import PixArtTransformer2DModel
 
         cls, name = (
@@ -221,13 +241,13 @@ class Step(_Model):
 
 
 class Generation(_Model):
-    """A batch of images. The error is of what the autoencoder decodes, before it becomes bytes."""
+    """Generation of one batch of images. The error is that of the decoded images, before rounding to bytes."""
 
     def __init__(self, *, folder: str, model: str, prompts: list[str], call: dict[str, Any], **options: Any):
         super().__init__(**options)
         self.folder, self.name, self.prompts, self.call = Path(folder), model, prompts, call
 
-    def load(self, **case: Any) -> dict[str, Any]:
+    def load(self, **case: Any) -> Facts:
         if self.variant.is_recipe:
             pipe = load_pipeline(self.folder / self.variant.method, device=self.device)
         else:

@@ -1,6 +1,7 @@
-"""Processes that each hold one variant and take turns; what they measured, as ratios of one round.
+"""Processes that each hold one variant and take turns, and their results as ratios within a round.
 
-A worker reads one JSON object a line on its standard input and answers with one: see :mod:`fp4dit_ao.benchmark.worker`.
+A worker reads one JSON object per line on its standard input and answers each with one; see
+:mod:`fp4dit_ao.benchmark.worker`.
 """
 
 import contextlib
@@ -15,26 +16,27 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO, TypeVar
 
 from fp4dit_ao.benchmark.variants import Variant
+from fp4dit_ao.benchmark.worker import Facts
 
 LIMIT_SECONDS = 1800.0
-"""A variant that has not answered by then is given up."""
+"""Time limit of one answer, after which a variant is given up."""
 
 
 class WorkerFailed(Exception):
-    """A variant cannot be measured; the text is for the table."""
+    """Raised when a variant cannot be measured; the message is for the report."""
 
 
 class Worker:
     """A process that holds one variant of one workload.
 
     Args:
-        workload: ``module:class``, run in the process; see :class:`fp4dit_ao.benchmark.worker.Workload`.
-        options: its keyword arguments, as JSON.
-        environment: variables of the process, besides its parent's.
-        limit: seconds after which an answer is given up.
+        workload: ``module:class`` of the workload; see :class:`fp4dit_ao.benchmark.worker.Workload`.
+        options: keyword arguments of its class, which JSON can hold.
+        environment: environment variables of the process, besides those of its parent.
+        limit: time limit of one answer, in seconds.
     """
 
     def __init__(
@@ -49,22 +51,22 @@ class Worker:
         self._opening = False
 
     def ask(self, do: str, **arguments: Any) -> Any:
-        """What the process answers; it is started first if there is none.
+        """Calls a method of the workload and waits for its result; starts the process if there is none.
 
         Raises:
-            WorkerFailed: it raised an exception, died, or did not answer in time.
+            WorkerFailed: the method raised an exception, or the process died or did not answer in time.
         """
         self.tell(do, **arguments)
         return self.answer()
 
     def tell(self, do: str, **arguments: Any) -> None:
-        """As :meth:`ask`, without waiting for the :meth:`answer`."""
+        """Calls a method of the workload without waiting; :meth:`answer` returns its result."""
         if self._process is None:
             self._start()
         self._send({"do": do} | arguments)
 
     def answer(self) -> Any:
-        """The next answer. Raises as :meth:`ask`."""
+        """Waits for the next result; raises like :meth:`ask`."""
         if self._opening:
             self._opening = False
             try:
@@ -85,21 +87,21 @@ class Worker:
         return answer["result"]
 
     def close(self) -> None:
-        """End the process."""
+        """Ends the process."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None:
-                    with contextlib.suppress(OSError):  # what was still to be written has no reader any more
+                    with contextlib.suppress(OSError):  # unwritten data has no reader any more
                         stream.close()
             self._process = None
 
     def __del__(self) -> None:
-        self._log.close()  # not in close(): what a process last said is read after its end
+        self._log.close()  # not in close(): the log is read after the process has ended
 
     def _start(self) -> None:
-        paths = [path or os.getcwd() for path in sys.path]  # it imports what this process would
+        paths = [path or os.getcwd() for path in sys.path]  # the worker imports from the same places
         self._log.seek(0)
         self._log.truncate()
         self._answers = queue.Queue()
@@ -113,7 +115,7 @@ class Worker:
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(OSError):  # if it died, its answer says so
+        with contextlib.suppress(OSError):  # if the process died, answer() reports it
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
 
@@ -127,11 +129,11 @@ class Worker:
         return f"{how}; last said: {lines[-1][:200]}" if lines else how
 
 
-def _listen(stream: Any, answers: "queue.Queue[str]") -> None:
+def _listen(stream: TextIO, answers: "queue.Queue[str]") -> None:
     try:
         for line in stream:
             answers.put(line)
-    except ValueError:  # closed while reading
+    except ValueError:  # the stream was closed while reading
         pass
     answers.put("")
 
@@ -144,38 +146,40 @@ class Measured:
     """One variant in one case.
 
     Attributes:
-        variant: what it is.
-        case: what was measured, such as ``{"tokens": 256}``.
-        facts: what the worker said of itself, such as its error against float32.
-        seconds: per call, one for every round.
-        beside: the seconds of every baseline in the same rounds, by label.
-        error: why there are no seconds; None if there are.
+        variant: the measured variant.
+        case: parameters of the case, such as ``{"tokens": 256}``.
+        facts: facts from the workload, such as its error against float32.
+        seconds: seconds per call, one number per round.
+        beside: seconds of every baseline in the same rounds, by label.
+        error: message of a failure; None if there are seconds.
     """
 
     variant: Variant
     case: dict[str, Any]
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     beside: dict[str, list[float]] = field(default_factory=dict)
     error: str | None = None
 
     def ratio(self, base: str) -> "Ratio | None":
-        """Speed against the baseline of that label: its seconds over ours, round by round."""
+        """Speed relative to the baseline with that label: its seconds over ours, round by round; None if there is
+        none."""
         others = self.beside.get(base, [])
         return Ratio.of(others, self.seconds) if others and len(others) == len(self.seconds) else None
 
     @property
     def median(self) -> float:
+        """Median seconds per call."""
         return statistics.median(self.seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """All fields for JSON."""
         return vars(self) | {"variant": self.variant.label}
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio that was taken round by round: its median, lowest and highest."""
+    """Median, lowest and highest of a ratio taken round by round."""
 
     median: float
     low: float
@@ -183,6 +187,7 @@ class Ratio:
 
     @staticmethod
     def of(numerators: Sequence[float], denominators: Sequence[float]) -> "Ratio":
+        """Ratio of two series, which have one number per round each."""
         ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
         return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
@@ -190,7 +195,9 @@ class Ratio:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
+Result = TypeVar("Result")
 Progress = Callable[[str], None]
+"""Takes a description of the current work."""
 
 
 def measure(
@@ -204,20 +211,20 @@ def measure(
     together: bool = False,
     progress: Progress = lambda text: None,
 ) -> Iterator[Measured]:
-    """Time every variant in every case, in rounds; each variant has a turn in each round.
+    """Times every variant in every case; each variant has one turn per round.
 
     Args:
-        variants: what to measure; those that are baselines need not be repeated.
-        bases: run in every round of every group, so that ratios are of one round.
+        variants: variants to measure; baselines need not be repeated here.
+        bases: baselines, which run in every round of every group, so that ratios are taken within a round.
         cases: arguments of the workload's ``prepare``.
         start: makes the worker of a variant.
         rounds: turns of each variant in each case.
-        at_once: processes alive at once, baselines included; more variants than that are measured group by group.
-        together: prepare the variants of a group at the same time; no figure is then taken while preparing.
-        progress: told what is being done.
+        at_once: processes alive at once, baselines included; more variants are measured group by group.
+        together: prepare the variants of a group at the same time, for workloads that measure nothing while preparing.
+        progress: called with a description of the current work.
 
     Yields:
-        One for every variant and case as soon as it is known, also those that failed.
+        One entry per variant and case, failures included, as soon as the case is done.
     """
     others = [variant for variant in variants if variant not in bases]
     size = max(1, at_once - len(bases))
@@ -240,7 +247,7 @@ def measure(
 
 
 def describe(case: Mapping[str, Any]) -> str:
-    """``{"layers": 2, "pixels": 512}`` in words."""
+    """Text of a case: ``"layers 2, pixels 512"`` for ``{"layers": 2, "pixels": 512}``."""
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in case.items())
 
 
@@ -250,7 +257,7 @@ def _one_case(
 ) -> list[Measured]:  # fmt: skip
     found = {variant: Measured(variant, case) for variant in workers}
 
-    def attempt(variant: Variant, do: Callable[[], Any]) -> Any:
+    def attempt(variant: Variant, do: Callable[[], Result]) -> Result | None:
         if found[variant].error is None:
             try:
                 return do()

@@ -1,8 +1,8 @@
-"""What takes part: the float model, our recipes, and every peer, each with the way it is run."""
+"""Participants of a benchmark: the float model, our recipes, and peers, each with the mode that it runs in."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.config import RECIPES
@@ -17,8 +17,9 @@ class Variant:
     """One row of a table.
 
     Attributes:
-        method: a float type, a recipe of ours, a peer's name, or something special to what is measured.
-        mode: ``"compiled"``: the whole graph under ``torch.compile``; ``"by block"``: one block, for all of them.
+        method: a float type, a recipe of ours, a peer's name, or a name that only one workload knows.
+        mode: ``"compiled"`` runs the whole graph under ``torch.compile``, ``"by block"`` compiles each kind of block
+            once.
     """
 
     method: str
@@ -26,25 +27,29 @@ class Variant:
 
     @property
     def label(self) -> str:
+        """Title of the row."""
         return self.method + _SUFFIX[self.mode]
 
     @property
     def dtype(self) -> str:
-        """Name of the type of everything that is not quantized."""
+        """Name of the type of all tensors that are not quantized."""
         return self.method if self.method in FLOATS else PEERS[self.method].dtype if self.is_peer else "bfloat16"
 
     @property
     def is_peer(self) -> bool:
+        """Whether the method is another package's."""
         return self.method in PEERS
 
     @property
     def is_recipe(self) -> bool:
+        """Whether the method is one of our recipes."""
         return self.method in RECIPES
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, str]:
+        """Fields as JSON, which are also options of workloads."""
         return asdict(self)
 
     @staticmethod
     def peers(names: Sequence[str]) -> list["Variant"]:
-        """Peers, each in the mode that suits it best."""
+        """Variants of the named peers, each in its fastest mode."""
         return [Variant(name, PEERS[name].mode) for name in names]

@@ -1,7 +1,7 @@
-"""The process of one variant: ``python -m fp4dit_ao.benchmark.worker``, started by :mod:`fp4dit_ao.benchmark.turns`.
+"""Process of one variant: ``python -m fp4dit_ao.benchmark.worker``, started by :mod:`fp4dit_ao.benchmark.turns`.
 
-One JSON object a line comes in on standard input, one goes out on standard output: ``{"result": …}``, or ``{"error": "…"}``
-after an exception. Whatever else is printed here goes to standard error.
+It reads one JSON object per line on standard input, and answers each with one on standard output: ``{"result": …}``, or
+``{"error": "…"}`` after an exception. All other output goes to standard error.
 """
 
 import importlib
@@ -13,31 +13,34 @@ import sys
 import time
 from typing import Any, TextIO
 
+Facts = dict[str, Any]
+"""Facts about a variant in one case, by name, which JSON can hold."""
 TURN_SECONDS = 0.02
-"""A turn of short calls repeats them for at least that long."""
+"""Least duration of a turn; shorter calls are repeated."""
 
 
 class Workload:
-    """What a worker measures. Made once; :meth:`prepare` for every case, then :meth:`run` as often as it is timed."""
+    """Base class of workloads: made once per worker, prepared for every case, then run as often as it is timed."""
 
     per_run: int = 1
-    """How many of what is measured a :meth:`run` does."""
+    """Number of measured units per :meth:`run`."""
 
-    def prepare(self, **case: Any) -> dict[str, Any]:
-        """Make ready, first calls included; returns facts for the table."""
+    def prepare(self, **case: Any) -> Facts:
+        """Prepares for a case, first calls included; returns facts for the table, which JSON can hold."""
         raise NotImplementedError
 
     def run(self) -> None:
-        """What is timed."""
+        """Runs the timed computation."""
         raise NotImplementedError
 
-    def finish(self) -> dict[str, Any]:
-        """Facts that are known after the last turn."""
+    def finish(self) -> Facts:
+        """Returns facts that are known after the last turn."""
         return {}
 
 
 def turn(workload: Workload) -> float:
-    """Seconds per call: the median over one turn. Of short runs the first is not counted: caches hold what others ran."""
+    """Seconds per unit: the median over one turn. The first of several short runs is not counted, since caches are
+    cold."""
     took = [timed(workload)]
     if took[0] < TURN_SECONDS:
         took = [timed(workload)]
@@ -47,7 +50,7 @@ def turn(workload: Workload) -> float:
 
 
 def timed(workload: Workload) -> float:
-    """Seconds of one call, the GPU's work included."""
+    """Seconds of one run, the GPU's work included."""
     began = time.perf_counter()
     workload.run()
     synchronize()
@@ -55,22 +58,22 @@ def timed(workload: Workload) -> float:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
+    """Waits for the GPU, if there is one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def error_text(error: BaseException) -> str:
-    """Type and first sentence, in at most 240 characters."""
+    """Type and first sentence of an error, in at most 240 characters."""
     text = " ".join(str(error).split())
     sentence = re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
     return f"{type(error).__name__}: {sentence}"[:240] if text else type(error).__name__
 
 
 def serve(lines: TextIO, out: TextIO) -> None:
-    """Answer every line until there are no more."""
-    workload: Any = None
+    """Answers every line of ``lines`` on ``out``."""
+    workload: Workload | None = None
     for line in lines:
         message = json.loads(line)
         do = message.pop("do")
@@ -78,8 +81,9 @@ def serve(lines: TextIO, out: TextIO) -> None:
             if do == "open":
                 module, _, name = message["workload"].partition(":")
                 workload = getattr(importlib.import_module(module), name)(**message["options"])
-                result: Any = {}
+                result: object = {}
             else:
+                assert workload is not None, "'open' comes first"
                 result = turn(workload) if do == "turn" else getattr(workload, do)(**message)
             answer = {"result": result}
         except Exception as error:
@@ -89,7 +93,7 @@ def serve(lines: TextIO, out: TextIO) -> None:
 
 
 def main() -> None:
-    """Keep standard output for answers alone, also from what libraries write past Python."""
+    """Serves standard input; standard output is for answers only, also when libraries write to it from C."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.stdout = sys.stderr

@@ -1,61 +1,70 @@
-"""Calibration data from a pipeline's own denoising trajectories, and the pass that shows them to the observers.
+"""Calibration samples from a pipeline's own denoising trajectories.
 
-A sample is the keyword arguments of one ``pipe.transformer`` forward, exactly as the pipeline makes it: both halves of
-guidance in one batch where the pipeline batches them, its scheduler's timesteps, its text embeddings.
+A sample is the keyword arguments of one ``pipe.transformer`` forward, exactly as the pipeline passes them: both halves
+of guidance in one batch if the pipeline batches them, the scheduler's timesteps, the text embeddings.
 """
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from fp4dit_ao import _compat
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.calibration import sample_cache
 from fp4dit_ao.calibration.observation import device_of
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
 from fp4dit_ao.calibration.sample_cache import Sample
+from fp4dit_ao.calibration.sample_selection import SELECTIONS, check_chosen
 from fp4dit_ao.graph_capture.sample_description import tensors
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 _LABELS = "class_labels"
-"""The argument of class-conditional pipelines that stands where others have prompts."""
+"""Argument of class-conditional pipelines that takes the place of prompts."""
 MEMORY_LIMIT = 4 * 2**30
-"""Default ceiling, in bytes, for all samples together."""
+"""Default limit of all samples together, in bytes."""
 
 
 def collect_samples(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     prompts: Sequence[str] | None = None,
     *,
     steps: int | None = None,
     seed: int = 0,
     samples: int | None = 128,
     batch_size: int = 1,
+    selection: str = "uniform",
     cache_dir: str | Path | None = None,
     memory_limit_bytes: int = MEMORY_LIMIT,
     progress: bool = True,
     **call: Any,
 ) -> list[Sample]:
-    """Run the pipeline's denoising loop on ``prompts`` and keep the inputs of some of its transformer calls.
+    """Runs the pipeline's denoising loop on ``prompts`` and keeps the inputs of some of its transformer calls.
 
-    Every timestep is represented equally and prompts take turns, so ``samples`` of them are spread evenly over prompts and
-    timesteps; the choice is deterministic. Each batch of prompts starts from noise of its own seed. Nothing is decoded.
+    With uniform selection every timestep is represented equally and prompts take turns, so ``samples`` calls are spread
+    evenly over prompts and timesteps. The choice is deterministic. Each batch of prompts starts from noise of its own
+    seed. No image is decoded.
 
     Args:
         pipe: a diffusers pipeline with a float transformer.
-        prompts: None if precomputed embeddings are given in ``call`` (``prompt_embeds``, ``prompt_attention_mask``, …; one
-            row a prompt, tensors with one row shared by all), so that the text encoder need not be in memory; or if
+        prompts: None if precomputed embeddings are given in ``call`` (``prompt_embeds``, ``prompt_attention_mask``, …;
+            one row a prompt, tensors with one row shared by all), so that the text encoder need not be in memory; or if
             ``class_labels`` are, as for ``DiTPipeline``.
         steps: denoising steps; the pipeline's own default if None.
-        samples: how many transformer calls to keep; None keeps all.
+        samples: number of transformer calls to keep; None keeps all, 1 keeps the first.
         batch_size: prompts in one call of the pipeline, and so in one sample.
-        cache_dir: keep the samples there, and reuse them when weights, prompts and settings are the same.
-        memory_limit_bytes: ceiling for the samples. If they would exceed it, fewer are kept, evenly spread as before, with a
-            warning; if not even one fits, it is an error. Tensors that several samples share count once.
+        selection: which calls are kept; a name in :data:`fp4dit_ao.calibration.sample_selection.SELECTIONS`.
+        cache_dir: folder for the samples, which are reused while weights, prompts and settings stay the same.
+        memory_limit_bytes: limit of all samples together. If they would exceed it, fewer are selected, with a warning;
+            if not even one fits, it is an error. Tensors that several samples share count once.
         progress: show a progress bar with the time left.
         call: further arguments of the pipeline (``guidance_scale``, ``height``, …), on top of its ``generation.json``.
 
@@ -63,8 +72,10 @@ def collect_samples(
         Keyword arguments of ``pipe.transformer.forward``, on the pipeline's device.
 
     Raises:
-        ValueError: no transformer, no prompts, an unknown argument, or a limit too small for one sample.
+        ValueError: no transformer, no prompts, an unknown argument or selection, a selection that needs the features of
+            blocks in a transformer without any, or a limit too small for one sample.
     """
+    SELECTIONS.find(selection)
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(transformer, nn.Module):
         raise ValueError(
@@ -86,19 +97,22 @@ def collect_samples(
             "samples": samples,
             "batch": batch_size,
             "limit": memory_limit_bytes,
+            "selection": selection,
         }
         key = sample_cache.fingerprint(pipe, settings, arguments)
         found = sample_cache.load(cache_dir, key, device_of(transformer))
         if found is not None:
             return found
-    kept = _collect(pipe, transformer, batches, seed, samples, memory_limit_bytes, progress)
+    kept = _collect(pipe, transformer, batches, seed, samples, selection, memory_limit_bytes, progress)
     if cache_dir is not None and key is not None:
         sample_cache.save(cache_dir, key, kept)
     return kept
 
 
-def _batches(pipe: Any, prompts: Sequence[str] | None, arguments: dict[str, Any], size: int) -> list[dict[str, Any]]:
-    """The pipeline's keyword arguments for every batch of prompts."""
+def _batches(
+    pipe: "DiffusionPipeline", prompts: Sequence[str] | None, arguments: dict[str, Any], size: int
+) -> list[dict[str, Any]]:
+    """Keyword arguments of the pipeline for every batch of prompts."""
     if isinstance(prompts, str):
         prompts = [prompts]
     embeddings = {name: v for name, v in arguments.items() if "prompt" in name and isinstance(v, Tensor) and v.ndim}
@@ -128,11 +142,11 @@ def _batches(pipe: Any, prompts: Sequence[str] | None, arguments: dict[str, Any]
 
 
 class _Enough(Exception):
-    """Ends a trajectory whose remaining calls are not wanted."""
+    """Raised to end a trajectory whose remaining calls are not wanted."""
 
 
 class _Recorder:
-    """A forward pre-hook that keeps the inputs of chosen calls; ``wanted`` None keeps them all."""
+    """Forward pre-hook that keeps the inputs of the calls in ``wanted``, of all calls if None."""
 
     def __init__(self, transformer: nn.Module, bar: "tqdm[Any]", wanted: set[int] | None = None):
         self.names = list(inspect.signature(transformer.forward).parameters)
@@ -146,7 +160,7 @@ class _Recorder:
         if self.wanted is None or self.calls in self.wanted:
             sample = dict(zip(self.names, args, strict=False)) | kwargs
             sample.pop("return_dict", None)
-            # a scheduler or pipeline may overwrite in place what it passed; shared embeddings stay shared
+            # copied, since the pipeline may overwrite the latent in place; embeddings stay shared between samples
             self.kept[self.calls] = {
                 name: _own(value) if name == self.names[0] else value for name, value in sample.items()
             }
@@ -159,23 +173,25 @@ def _own(value: Any) -> Any:
 
 
 def _collect(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     transformer: nn.Module,
     batches: list[dict[str, Any]],
     seed: int,
     samples: int | None,
+    selection: str,
     limit: int,
     progress: bool,
 ) -> list[Sample]:
+    choose = SELECTIONS.find(selection)
     bar = tqdm(desc="calibration data", unit="call", disable=not progress)
-    bar_settings = dict(getattr(pipe, "_progress_bar_config", {}))
+    bar_settings = _compat.progress_bar_config(pipe)
     pipe.set_progress_bar_config(disable=True)
 
     def run(index: int, wanted: set[int] | None) -> _Recorder:
         recorder = _Recorder(transformer, bar, wanted)
         hook = transformer.register_forward_pre_hook(recorder, with_kwargs=True)
         try:
-            # on the CPU, so that the noise does not depend on the device
+            # a CPU generator, so that the noise does not depend on the device
             pipe(**batches[index], generator=torch.Generator().manual_seed(seed + index))
         except _Enough:
             pass
@@ -185,12 +201,14 @@ def _collect(
 
     try:
         with torch.no_grad():
-            first = run(0, {0} if samples == 1 else None)
+            with _features_kept(transformer, choose.needs_features) as features:
+                first = run(0, {0} if samples == 1 else None)
             if not first.calls:
                 raise ValueError(f"{type(pipe).__name__} made no transformer call; is num_inference_steps above zero?")
             wanted = len(batches) * first.calls if samples is None else min(samples, len(batches) * first.calls)
             wanted = _fit(list(first.kept.values()), wanted, len(batches), limit)
-            chosen = plan(first.calls, len(batches), wanted)
+            chosen = choose(first.calls, len(batches), wanted, torch.stack(features) if features else None)
+            check_chosen(chosen, first.calls, len(batches), wanted, selection)
             bar.total = first.calls + sum(max(calls) + 1 for index, calls in chosen.items() if index)
             bar.refresh()
             kept = []
@@ -199,37 +217,56 @@ def _collect(
                 kept += [recorded[call] for call in calls]
     finally:
         bar.close()
-        pipe._progress_bar_config = bar_settings
+        pipe.set_progress_bar_config(**bar_settings)
     return kept
 
 
-def plan(calls: int, batches: int, samples: int) -> dict[int, list[int]]:
-    """Which transformer calls of which batch of prompts to keep: ``{batch: [call, …]}``, batches without any left out.
+@contextlib.contextmanager
+def _features_kept(transformer: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """While open, keeps the features of every call: the middle block's output, averaged over tokens, as float32 on the
+    CPU.
 
-    ``samples`` of the ``calls * batches`` cells, every call equally often (±1, the surplus evenly spread), batches in turn.
+    Args:
+        transformer: its longest ``nn.ModuleList`` holds the blocks.
+        wanted: False keeps nothing.
+
+    Raises:
+        ValueError: features are wanted and there are no blocks.
     """
-    chosen: dict[int, list[int]] = {}
-    turn = 0
-    for call in range(calls):
-        share = (call + 1) * samples // calls - call * samples // calls
-        for _ in range(share):
-            chosen.setdefault(turn % batches, []).append(call)
-            turn += 1
-    # batches in turn: within one call `share <= batches` of them are distinct
-    return chosen
+    features: list[Tensor] = []
+    if not wanted:
+        yield features
+        return
+    blocks: Sequence[nn.Module] = max(
+        ([*m] for m in transformer.modules() if isinstance(m, nn.ModuleList)), key=len, default=[]
+    )
+    if not blocks:
+        raise ValueError(
+            f"{type(transformer).__name__} has no nn.ModuleList of blocks to take features from; use selection='uniform'"
+        )
+
+    def keep(module: nn.Module, args: object, output: object) -> None:
+        x = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)).float()
+        features.append((x.flatten(1, -2).mean(1) if x.ndim > 2 else x).flatten().cpu())
+
+    hook = blocks[len(blocks) // 2].register_forward_hook(keep)
+    try:
+        yield features
+    finally:
+        hook.remove()
 
 
 def size_in_bytes(samples: Sequence[Mapping[str, Any]]) -> int:
-    """Bytes of all tensors, those that several samples share counted once."""
+    """Bytes of all tensors of ``samples``; tensors that several samples share count once."""
     seen = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for s in samples for _, x in tensors(s)}
     return sum(seen.values())
 
 
 def _fit(trajectory: list[Sample], wanted: int, batches: int, limit: int) -> int:
-    """How many samples fit into ``limit`` bytes, judging by one trajectory.
+    """Number of samples, at most ``wanted``, that fit into ``limit`` bytes, estimated from one trajectory.
 
     Raises:
-        ValueError: not even one.
+        ValueError: not even one sample fits.
     """
     one, all_ = size_in_bytes(trajectory[:1]), size_in_bytes(trajectory)
     each = (all_ - one) // (len(trajectory) - 1) if len(trajectory) > 1 else one

@@ -1,4 +1,4 @@
-"""The pass that shows calibration samples to the observers of a prepared graph."""
+"""Runs calibration samples through the observers of a prepared graph."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,24 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.graph_capture.sample_description import tensors
 from fp4dit_ao.observers import set_fake_quantize
 
 
 def calibrate(prepared: GraphModule, samples: Sequence[Mapping[str, Any]], progress: bool = True) -> None:
-    """Show ``samples`` to the observers of a graph that ``prepare_pt2e`` returned.
+    """Runs ``samples`` through a graph that ``prepare_pt2e`` returned, so that its observers see them.
 
     Args:
         prepared: the prepared graph; its observers are put into observing mode.
-        samples: keyword arguments of ``forward``, as :func:`collect_samples` returns; moved to the graph's device.
+        samples: keyword arguments of ``forward``, such as :func:`collect_samples` returns; they are moved to the
+            graph's device.
         progress: show a progress bar with the time left.
 
     Raises:
-        ValueError: no samples; a key that ``forward`` does not take or that is missing; NaN or Inf.
+        ValueError: there are no samples, one does not match ``forward``, or one holds NaN or Inf.
     """
     if isinstance(samples, Mapping):
         raise ValueError("samples must be a list of dicts, one a forward call; found a single dict")
@@ -43,7 +44,7 @@ def calibrate(prepared: GraphModule, samples: Sequence[Mapping[str, Any]], progr
 
 
 def check_finite(sample: Mapping[str, Any], index: int) -> None:
-    """Raise ``ValueError`` if a tensor of ``sample`` (the ``index``-th) holds NaN or Inf."""
+    """Raises ``ValueError`` if a tensor of ``sample`` (the ``index``-th) holds NaN or Inf."""
     for name, x in tensors(sample):
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).sum())
@@ -54,4 +55,5 @@ def check_finite(sample: Mapping[str, Any], index: int) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer of ``model``; the CPU if it has none."""
     return next((x.device for x in (*model.parameters(), *model.buffers())), torch.device("cpu"))

@@ -1,15 +1,18 @@
-"""How a pipeline is meant to be called: ``generation.json`` beside its ``model_index.json``."""
+"""Default call arguments of a pipeline: ``generation.json`` beside its ``model_index.json``."""
 
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 FILE = "generation.json"
 
 
 def generation_defaults(folder: str | Path) -> dict[str, Any]:
-    """The keyword arguments in ``folder/generation.json`` (steps, guidance, size, …); ``{}`` if there is no such file.
+    """Keyword arguments in ``folder/generation.json`` (steps, guidance, size, …); ``{}`` if there is no such file.
 
     Raises:
         ValueError: the file is not a JSON object.
@@ -26,8 +29,8 @@ def generation_defaults(folder: str | Path) -> dict[str, Any]:
     return data
 
 
-def defaults_of(pipe: Any) -> dict[str, Any]:
-    """What :func:`generation_defaults` says of the folder that ``pipe`` was loaded from."""
+def defaults_of(pipe: "DiffusionPipeline") -> dict[str, Any]:
+    """Default call arguments of ``pipe``: those it carries, or those of the folder that it was loaded from."""
     carried = vars(pipe).get("generation_defaults")
     if isinstance(carried, dict):
         return dict(carried)
@@ -35,11 +38,11 @@ def defaults_of(pipe: Any) -> dict[str, Any]:
     return generation_defaults(source) if source and Path(source).is_dir() else {}
 
 
-def call_arguments(pipe: Any, **call: Any) -> dict[str, Any]:
-    """``call`` on top of the pipeline's own defaults.
+def call_arguments(pipe: "DiffusionPipeline", **call: Any) -> dict[str, Any]:
+    """Merges ``call`` over the pipeline's own defaults.
 
     Raises:
-        ValueError: an argument that the pipeline's ``__call__`` does not take.
+        ValueError: the pipeline's ``__call__`` does not take one of ``call``.
     """
     parameters = inspect.signature(type(pipe).__call__).parameters.values()
     accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

@@ -4,11 +4,11 @@ from pathlib import Path
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts in a UTF-8 text file, one a line; blank lines are skipped.
+    """Reads prompts from a UTF-8 text file, one per line; blank lines are skipped.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a folder, not UTF-8, or nothing but blank lines.
+        FileNotFoundError: there is no such file.
+        ValueError: ``path`` is a folder, not UTF-8, or holds only blank lines.
     """
     path = Path(path)
     if not path.exists():

@@ -1,12 +1,11 @@
 """Calibration samples on disk: one safetensors file per combination of weights, prompts and settings."""
 
-import contextlib
 import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,26 +13,30 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fp4dit_ao.graph_capture.sample_description import decode, encode
+from fp4dit_ao.util.atomic_files import whole_file
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Sample = dict[str, Any]
-"""Keyword arguments of one forward call."""
+"""Keyword arguments of one ``forward``."""
 
 _VERSION = 1
 _PROBES = 4096
 
 
-def fingerprint(pipe: Any, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
-    """A name for everything that determines the samples.
+def fingerprint(pipe: "DiffusionPipeline", settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
+    """Cache key: a hash of everything that determines the samples.
 
-    Weights enter through their names, shapes, types and up to 4096 evenly spaced values of each tensor: a T5 of 10 GB need
-    not be read in full to see that it is another one.
+    Of each weight the name, shape, type and up to 4096 evenly spaced values are hashed, so that a 10 GB text encoder
+    need not be read in full.
     """
     digest = hashlib.sha256(f"{_VERSION} {type(pipe).__name__}".encode())
     for name, component in sorted(pipe.components.items()):
         config: Any = getattr(component, "config", None)
         config = config.to_dict() if hasattr(config, "to_dict") else config
         digest.update(f"{name} {type(component).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
-        # what decodes the image has no part in the samples
+        # the autoencoder decodes images; samples do not depend on it
         if isinstance(component, nn.Module) and name != "vae":
             for key, value in component.state_dict().items():
                 digest.update(key.encode())
@@ -48,7 +51,7 @@ def fingerprint(pipe: Any, settings: Mapping[str, Any], arguments: Mapping[str, 
     return digest.hexdigest()[:24]
 
 
-def _add(digest: Any, x: Tensor, full: bool = False) -> None:
+def _add(digest: "hashlib._Hash", x: Tensor, full: bool = False) -> None:
     digest.update(f"{tuple(x.shape)} {x.dtype}".encode())
     flat = x.detach().flatten()
     step = 1 if full else max(1, flat.numel() // _PROBES)
@@ -56,11 +59,13 @@ def _add(digest: Any, x: Tensor, full: bool = False) -> None:
 
 
 def path_of(folder: str | Path, key: str) -> Path:
+    """File of the samples stored under ``key``."""
     return Path(folder) / f"samples-{key}.safetensors"
 
 
 def load(folder: str | Path, key: str, device: torch.device) -> list[Sample] | None:
-    """The samples stored under ``key``; None if there are none. A damaged file is reported and made anew."""
+    """Loads the samples stored under ``key`` to ``device``; None if there are none, or, with a warning, if the file is
+    damaged."""
     path = path_of(folder, key)
     if not path.is_file():
         return None
@@ -75,7 +80,7 @@ def load(folder: str | Path, key: str, device: torch.device) -> list[Sample] | N
 
 
 def save(folder: str | Path, key: str, samples: Sequence[Sample]) -> None:
-    """Store ``samples`` under ``key``, whole or not at all; tensors that samples share are stored once.
+    """Stores ``samples`` under ``key``, whole or not at all; tensors that samples share are stored once.
 
     Raises:
         OSError: the folder cannot be written.
@@ -91,14 +96,8 @@ def save(folder: str | Path, key: str, samples: Sequence[Sample]) -> None:
         return names[identity]
 
     structure = [encode(sample, store, f"sample {index}") for index, sample in enumerate(samples)]
-    path = path_of(folder, key)
-    partial = path.with_suffix(".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(stored, partial, metadata={"samples": json.dumps(structure)})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
+        with whole_file(path_of(folder, key)) as partial:
+            save_file(stored, partial, metadata={"samples": json.dumps(structure)})
+    except OSError as error:
         raise OSError(f"cannot keep calibration data in {folder}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()

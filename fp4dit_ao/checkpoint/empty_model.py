@@ -1,4 +1,4 @@
-"""Float models without weights: what a diffusers config describes, on the meta device."""
+"""Float models without weights, made from a diffusers config on the meta device."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -12,18 +12,18 @@ from fp4dit_ao.checkpoint.tensor_files import first_line
 
 
 def empty_model(
-    config: Mapping[str, Any], limit: int | None = None, buffers: bool = False, cls: Any = None
+    config: Mapping[str, Any], limit: int | None = None, buffers: bool = False, cls: type[nn.Module] | None = None
 ) -> nn.Module:
-    """The float model that ``config`` describes, on the meta device.
+    """Makes the float model that ``config`` describes, on the meta device.
 
     Args:
         config: a diffusers config.
-        limit: on the number of its parameters.
-        buffers: whether buffers get the values that the model makes for them.
-        cls: of the model; diffusers' own of the name in ``config`` if None.
+        limit: most parameters that the model may have; any number if None.
+        buffers: whether buffers get real values, as the model initialises them.
+        cls: class of the model; the one in diffusers that ``config`` names if None.
 
     Raises:
-        ValueError: diffusers has no such model class, it does not take this config, or makes too large a model of it.
+        ValueError: diffusers has no such model class, it does not accept this config, or the model exceeds ``limit``.
     """
     import diffusers
 
@@ -52,10 +52,10 @@ def _on_meta(but_buffers: bool) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _at_most(limit: int | None) -> Iterator[None]:
-    """Raise ``ValueError`` once modules have registered more than ``limit`` parameters."""
+    """Context that raises ``ValueError`` once modules have registered more than ``limit`` parameters."""
     count = 0
 
-    def hook(module: nn.Module, name: str, parameter: Any) -> None:
+    def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal count
         count += 1
         if limit is not None and count > limit:

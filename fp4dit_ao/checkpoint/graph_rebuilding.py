@@ -6,7 +6,7 @@ in the first place; then stored codes, scales and float tensors take the fake on
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import capture
 from fp4dit_ao.observers import StaticActivationObserver, WeightObserver
 from fp4dit_ao.observers.weight import weight_of
-from fp4dit_ao.ops import full_block
 from fp4dit_ao.passes.lowering import lower
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer
 
 
@@ -59,6 +59,7 @@ def build(
     decisions: Iterable[Decision],
     dtype: torch.dtype,
     dtypes: Mapping[str, torch.dtype] | None = None,
+    transforms: Sequence[GraphTransform] = (),
 ) -> GraphModule:
     """The lowered graph of ``model``, all of fake tensors.
 
@@ -68,6 +69,7 @@ def build(
         decisions: for every linear and attention, as :func:`resolve` left them.
         dtype: of the model, and of the sample's floating-point tensors.
         dtypes: of tensors that have another type, by name.
+        transforms: graph transforms from their records, in the order in which they were applied.
 
     Raises:
         ValueError: the decisions or the sample are not those of this model.
@@ -77,7 +79,7 @@ def build(
         quantizer.set_module_name(name, config)
     with _compat.fake_mode() as mode, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # copying fake tensors warns about data pointers that nobody reads
-        prepared = _prepare(model, mode, description, dtype, quantizer, dtypes or {})
+        prepared = _prepare(model, mode, description, dtype, quantizer, dtypes or {}, transforms)
         _pretend_calibrated(prepared)
         lowered: GraphModule = lower(convert_pt2e(prepared, fold_quantize=False))
     return lowered
@@ -97,15 +99,19 @@ def _prepare(
     dtype: torch.dtype,
     quantizer: FP4DiTQuantizer,
     dtypes: Mapping[str, torch.dtype],
+    transforms: Sequence[GraphTransform] = (),
 ) -> GraphModule:
     _fake(model, mode, dtypes, dtype)
-    prepared: GraphModule = prepare_pt2e(capture(model, sample_description.empty_like(description, dtype)), quantizer)
+    captured = capture(model, sample_description.empty_like(description, dtype))
+    for transform in transforms:
+        transform.apply(captured)
+    prepared: GraphModule = prepare_pt2e(captured, quantizer)
     return prepared
 
 
 def _fake(model: nn.Module, mode: Any, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype) -> None:
     for prefix, module in model.named_modules():
-        for slots in (module._parameters, module._buffers):
+        for slots in _compat.slots(module):
             for leaf, x in slots.items():
                 if x is None:
                     continue
@@ -120,11 +126,6 @@ def _pretend_calibrated(prepared: GraphModule) -> None:
     for node in prepared.graph.nodes:
         observer = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(observer, WeightObserver):
-            weight = weight_of(prepared, node)
-            blocks = [
-                n // b for n, b in zip(weight.shape, full_block(weight.shape, observer.block_size(weight)), strict=True)
-            ]
-            observer.scale = torch.empty(blocks, dtype=observer.scale_dtype)
-            observer.codes = torch.empty(weight.shape, dtype=torch.uint8)
+            observer.pretend_observed(weight_of(prepared, node))
         elif isinstance(observer, StaticActivationObserver):
             observer.scale = lambda rank: torch.empty([1] * rank)  # type: ignore[method-assign]

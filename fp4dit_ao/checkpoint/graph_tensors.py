@@ -1,7 +1,6 @@
-"""The tensors of a quantized graph or model, by name: read, taken apart into plain tensors, put back."""
+"""Tensors of a quantized graph or model by name: reading them, splitting them into plain tensors, putting them back."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -11,13 +10,13 @@ from fp4dit_ao import _compat
 
 
 def state_of(graph: GraphModule) -> dict[str, Tensor]:
-    """Every tensor that the graph reads, by name: parameters, buffers and constants."""
+    """Tensors that the graph reads, by name: parameters, buffers and constants."""
     names = dict.fromkeys(str(node.target) for node in graph.graph.nodes if node.op == "get_attr")
     return {name: value for name in names if isinstance(value := tensor_at(graph, name), Tensor)}
 
 
 def flatten(name: str, x: Tensor) -> dict[str, Tensor]:
-    """The plain tensors that ``x`` is made of: itself, or ``name.qdata``, ``name.scale`` and so on."""
+    """Plain tensors that ``x`` consists of, by name: ``x`` itself, or ``name.qdata``, ``name.scale`` and so on."""
     if not isinstance(x, TorchAOBaseTensor):
         return {name: x}
     parts = {part: getattr(x, part) for part in _compat.parts(type(x))}
@@ -25,11 +24,11 @@ def flatten(name: str, x: Tensor) -> dict[str, Tensor]:
 
 
 def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
-    """Put stored tensors in the places of the fake ones.
+    """Replaces the fake tensors of ``graph`` by stored ones, in place.
 
     Args:
-        graph: from :func:`build`; changed.
-        stored: plain tensors, as :func:`flatten` named them.
+        graph: a graph from ``graph_rebuilding.build``.
+        stored: plain tensors, named by :func:`flatten`.
 
     Raises:
         ValueError: a tensor is missing, left over, or has another shape or type than the graph's.
@@ -55,22 +54,24 @@ def fill(graph: GraphModule, stored: Mapping[str, Tensor]) -> None:
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer of a model, by name."""
+    """Yields (name, tensor) for every parameter and buffer of a model."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
-def tensor_at(root: nn.Module, path: str) -> Any:
-    """The attribute at a dotted path."""
+def tensor_at(root: nn.Module, path: str) -> Tensor:
+    """Parameter or buffer of ``root`` at a dotted path."""
     parent, _, leaf = path.rpartition(".")
-    return getattr(root.get_submodule(parent), leaf)
+    found: Tensor = getattr(root.get_submodule(parent), leaf)
+    return found
 
 
 def put_tensor(root: nn.Module, path: str, value: Tensor) -> None:
-    """Put ``value`` in the place of the parameter or buffer at a dotted path."""
+    """Replaces the parameter or buffer of ``root`` at a dotted path by ``value``."""
     parent, _, leaf = path.rpartition(".")
     owner = root.get_submodule(parent)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    parameters, buffers = _compat.slots(owner)
+    if leaf in parameters:
+        parameters[leaf] = nn.Parameter(value, requires_grad=False)
     else:
-        owner._buffers[leaf] = value
+        buffers[leaf] = value

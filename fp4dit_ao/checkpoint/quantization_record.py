@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -14,10 +14,21 @@ from torch import Tensor
 from fp4dit_ao._registration import METHOD
 from fp4dit_ao.checkpoint.tensor_files import Entry
 from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.formats import CODEBOOKS, CodebookFormat, register_codebook
+from fp4dit_ao.formats.registry import BUILT_IN
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
+from fp4dit_ao.passes.transforms.registry import from_records
+from fp4dit_ao.passes.transforms.split_inputs import SplitInputs
 from fp4dit_ao.quantizer import Decision
 
-FORMAT_VERSION = 2
-"""2: a checksum for every tensor and for the config; shards. (1 was never released.)"""
+FORMAT_VERSION = 3
+"""Newest format version. 2: a checksum for every tensor and for the config; shards; of graph transforms, only split inputs, under
+``parts``. 3: any transforms, under ``transforms``. (1 was never released.)
+
+A model is written in the oldest version that can say it: what readers of version 2 load right stays readable for them, and what
+they would misread, such as a model whose inputs must be multiplied first, they refuse by its version.
+"""
+READABLE_VERSIONS = (2, FORMAT_VERSION)
 _PACKAGES = ("fp4dit-ao", "torch", "torchao", "diffusers")
 
 
@@ -31,7 +42,7 @@ class Record:
         recipe: that was asked for.
         source: name or path of the float model.
         sample: description of the sample that its graph is captured with (``samples.describe``); None if nobody knows one.
-        parts: input features of the parts of every linear that was split, by its name.
+        transforms: graph transforms that were applied before quantization, in order.
         versions: of the packages that wrote it.
         model: the model's config, class name included.
         tensors: what is stored, by name.
@@ -43,11 +54,22 @@ class Record:
     recipe: QuantConfig | None = None
     source: str | None = None
     sample: Any = None
-    parts: dict[str, list[int]] = field(default_factory=dict)
+    transforms: list[GraphTransform] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: {name: metadata.version(name) for name in _PACKAGES})
     model: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Entry] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, list[int]]:
+        """Input features of the parts of every linear that was split, by its name."""
+        splits = [transform for transform in self.transforms if isinstance(transform, SplitInputs)]
+        return {name: sizes for split in splits for name, sizes in split.parts.items()}
+
+    @property
+    def format_version(self) -> int:
+        """The oldest format version that can say all of this."""
+        return 2 if all(isinstance(transform, SplitInputs) for transform in self.transforms) else FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
         """The ``quantization_config``."""
@@ -60,20 +82,26 @@ class Record:
             layers.append({"name": decision.name, "kind": decision.kind, "config": index, "reason": decision.reason})
         data = {
             "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "recipe": dataclasses.asdict(self.recipe) if self.recipe else None,
             "source": self.source,
             "versions": self.versions,
             "dtype": str(self.dtype).removeprefix("torch."),
             "sample": self.sample,
             "configs": [dataclasses.asdict(config) for config in configs],
+            "codebooks": _custom_codebooks(configs),
             "layers": layers,
-            "parts": self.parts,
+            **self._transforms_to_json(),
             "model": self.model,
             "tensors": {name: dataclasses.asdict(entry) for name, entry in self.tensors.items()},
         }
         data = json.loads(json.dumps(data))
         return data | {"sha256": digest(data)}
+
+    def _transforms_to_json(self) -> dict[str, Any]:
+        if self.format_version == 2:
+            return {"parts": self.parts}
+        return {"transforms": [{"name": transform.name, **transform.to_record()} for transform in self.transforms]}
 
     @staticmethod
     def from_json(data: Mapping[str, Any], where: str) -> "Record":
@@ -89,10 +117,11 @@ class Record:
         method, version = data.get("quant_method"), data.get("format_version")
         if method != METHOD:
             raise ValueError(f"{where} was quantized by {method}, not by {METHOD}; load it with diffusers")
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             newer = isinstance(version, int) and version > FORMAT_VERSION
+            readable = " and ".join(map(str, READABLE_VERSIONS))
             remedy = "update fp4dit_ao" if newer else "quantize the model again, with this version"
-            raise ValueError(f"{where} has format version {version}, this fp4dit_ao reads {FORMAT_VERSION}; {remedy}")
+            raise ValueError(f"{where} has format version {version}, this fp4dit_ao reads {readable}; {remedy}")
         try:
             intact = digest({k: v for k, v in data.items() if k != "sha256"}) == data["sha256"]
         except (KeyError, TypeError, ValueError, RecursionError):
@@ -101,6 +130,7 @@ class Record:
             raise ValueError(
                 f"{where} was altered since it was saved: its SHA-256 is not the recorded one; copy it again"
             )
+        _register_codebooks(data.get("codebooks", {}), where)
         try:
             configs = [QuantConfig.from_dict(config) for config in data["configs"]]
             dtype = getattr(torch, data["dtype"])
@@ -112,7 +142,7 @@ class Record:
                 recipe=QuantConfig.from_dict(data["recipe"]) if data["recipe"] else None,
                 source=data["source"],
                 sample=data["sample"],
-                parts={name: [int(size) for size in sizes] for name, sizes in data["parts"].items()},
+                transforms=_transforms_from_json(data),
                 versions=dict(data["versions"]),
                 model=dict(data["model"]),
                 tensors={str(name): Entry.from_json(entry) for name, entry in data["tensors"].items()},
@@ -120,6 +150,37 @@ class Record:
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
             raise ValueError(
                 f"{where} is damaged: its quantization_config cannot be read ({error!r}); copy it again"
+            ) from error
+
+
+def _transforms_from_json(data: Mapping[str, Any]) -> list[GraphTransform]:
+    if data["format_version"] != 2:
+        return from_records(data["transforms"])
+    return [SplitInputs.from_record({"parts": data["parts"]})] if data["parts"] else []
+
+
+def _custom_codebooks(configs: Iterable[QuantConfig]) -> dict[str, list[int]]:
+    """Levels of the codebooks that ``configs`` name and that are not built in, by name: whoever reads the record needs them."""
+    names = {name for config in configs for name in (config.weight, config.activation, config.attention)}
+    custom = sorted(name for name in names if name in CODEBOOKS and name not in BUILT_IN)
+    return {name: list(CODEBOOKS[name].levels) for name in custom}
+
+
+def _register_codebooks(codebooks: Any, where: str) -> None:
+    """Makes the codebooks of a record known to ``formats.parse``.
+
+    Raises:
+        ValueError: they are none, or this process knows another codebook by one of their names.
+    """
+    if not isinstance(codebooks, Mapping):
+        raise ValueError(f"{where} is damaged: its codebooks are {codebooks!r:.60}; copy it again")
+    for name, levels in codebooks.items():
+        try:
+            register_codebook(CodebookFormat(name, tuple(int(level) for level in levels)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{where} was quantized with a codebook {name!r} that cannot be used here: {error}; load it in a process that "
+                "did not register another codebook of that name"
             ) from error
 
 

@@ -8,19 +8,29 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import save_file
+
+from fp4dit_ao.checkpoint import tensor_files, transformer_folder
+from fp4dit_ao.formats import FloatFormat, parse
+from fp4dit_ao.schemes import SCHEMES, scheme_of
+from fp4dit_ao.schemes.scheme import describe_format
 
 LAYOUT = "fp4dit_ao.single_file"
 LAYOUT_VERSION = 1
 _TYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
-    "BOOL": "?",
+    "BOOL": "?", "F8_E4M3": "u1", "F8_E8M0": "u1",
 }  # fmt: skip
+"""NumPy's view of the bytes, by safetensors' name. The reader is our own because ``safe_open(framework="numpy")`` knows neither
+bfloat16 nor 8-bit floats."""
+_FIRST_SCHEME = "grouped"
+"""Scheme of layers in files that name none: when they were written, it was the only one that could be read."""
 _HEADER_LIMIT = 100_000_000
 """Bytes; safetensors' own."""
 
@@ -37,12 +47,6 @@ def export_single_file(folder: str | Path, out: str | Path) -> None:
         ValueError: another folder, or a damaged one.
         OSError: ``out`` cannot be written.
     """
-    from safetensors.torch import save_file
-
-    from fp4dit_ao.checkpoint import tensor_files, transformer_folder
-    from fp4dit_ao.formats import parse
-    from fp4dit_ao.schemes.low_bit_weight import block_size_of
-
     folder, out = Path(folder), Path(out)
     record = transformer_folder.read_record(folder)
     tensors = dict(tensor_files.read(folder, record.tensors))
@@ -52,14 +56,20 @@ def export_single_file(folder: str | Path, out: str | Path) -> None:
         config = decision.config
         if config is None:
             continue
-        weight = None if decision.kind == "attention" else str(parse(str(config.weight)))
-        inputs = config.attention if decision.kind == "attention" else config.activation
+        scheme, attends = scheme_of(config), decision.kind == "attention"
+        inputs = config.attention if attends else config.activation
         inputs = None if inputs is None else str(parse(inputs))
-        for name in filter(None, (weight, inputs)):
-            fmt = parse(name)
-            formats[name] = {"bits": fmt.bits, "levels": [fmt.level(code) for code in range(2**fmt.bits)]}
-        layer = {"kind": decision.kind, "input": inputs, "input_scale": config.activation_granularity}
-        layers[decision.name] = layer | ({"weight": weight, "block_size": block_size_of(config)} if weight else {})
+        layer: dict[str, Any] = {
+            "kind": decision.kind,
+            "input": inputs,
+            "input_scale": scheme.input_scale(config, attends),
+        }
+        if inputs is not None:
+            formats[inputs] = describe_format(inputs)
+        if not attends:
+            layer |= {"scheme": config.scheme} | scheme.describe(config)
+            formats[layer["weight"]] = scheme.describe_format(config)
+        layers[decision.name] = layer
     metadata = {
         "format": "pt",
         "layout": LAYOUT,
@@ -71,6 +81,9 @@ def export_single_file(folder: str | Path, out: str | Path) -> None:
         "formats": formats,
         "layers": layers,
         "parts": record.parts,
+        "input_scales": {
+            name: scale for transform in record.transforms for name, scale in transform.input_scales().items()
+        },
         "sha256": {name: entry.sha256 for name, entry in record.tensors.items()},
     }
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
@@ -86,7 +99,7 @@ class SingleFile:
     """What :func:`read_single_file` found.
 
     Attributes:
-        tensors: by name, as stored; bfloat16 widened to float32.
+        tensors: by name, as stored; bfloat16, E4M3 and E8M0 widened to float32.
         metadata: of the file, with JSON values parsed.
     """
 
@@ -101,14 +114,14 @@ class SingleFile:
         return np.stack([packed & 15, packed >> 4], -1).reshape(packed.shape[0], -1)
 
     def weight(self, layer: str) -> np.ndarray[Any, Any]:
-        """float32 ``(out_features, in_features)`` of a linear: ``levels[codes] * scale`` if it is quantized."""
-        if self.metadata["layers"].get(layer, {}).get("weight") is None:
+        """float32 ``(out_features, in_features)`` of a linear: codes and scales multiplied out if it is quantized."""
+        found = self.metadata["layers"].get(layer, {})
+        if found.get("weight") is None:
             return self.tensors[f"{layer}.weight"].astype(np.float32)
-        levels = np.array(self._format(layer)["levels"], np.float32)[self.codes(layer)]
-        scale = self.tensors[f"{layer}.weight.scale"].astype(np.float32)
-        rows, columns = levels.shape[0] // scale.shape[0], levels.shape[1] // scale.shape[1]
-        product: np.ndarray[Any, Any] = levels * scale.repeat(rows, 0).repeat(columns, 1)
-        return product
+        prefix = f"{layer}.weight."
+        parts = {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
+        scheme = SCHEMES.find(found.get("scheme", _FIRST_SCHEME))
+        return scheme.dequantize(self.codes(layer), parts, found, self._format(layer))
 
     def _format(self, layer: str) -> Any:
         return self.metadata["formats"][self.metadata["layers"][layer]["weight"]]
@@ -162,4 +175,30 @@ def _tensor(name: str, place: Any, data: np.ndarray[Any, Any], sha256: str) -> n
         x: np.ndarray[Any, Any] = raw.view(_TYPES[place["dtype"]]).reshape(place["shape"])
     except ValueError:
         raise ValueError(f"tensor {name} does not have the shape {place['shape']}; copy it again") from None
-    return (x.astype(np.uint32) << 16).view(np.float32) if place["dtype"] == "BF16" else x
+    widen = _WIDENED.get(place["dtype"])
+    return x if widen is None else widen(x)
+
+
+def _from_bfloat16(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def _from_e4m3(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    fmt = FloatFormat.parse("e4m3fn")
+    values = np.array([fmt.level(code) * 2.0**-9 for code in range(256)], np.float32)  # 2^-9: its smallest subnormal
+    values[[0x7F, 0xFF]] = np.nan
+    found: np.ndarray[Any, Any] = values[x]
+    return found
+
+
+def _from_e8m0(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    powers = np.ldexp(1.0, np.arange(256) - 127)
+    powers[0xFF] = np.nan
+    found: np.ndarray[Any, Any] = powers.astype(np.float32)[x]
+    return found
+
+
+_WIDENED: dict[str, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {
+    "BF16": _from_bfloat16, "F8_E4M3": _from_e4m3, "F8_E8M0": _from_e8m0,
+}  # fmt: skip
+"""To float32, by the type in the file, for the types that NumPy lacks."""

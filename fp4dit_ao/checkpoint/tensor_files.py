@@ -1,6 +1,6 @@
-"""The tensors of a saved transformer: safetensors files, sharded as diffusers shards, every tensor known by its SHA-256.
+"""Tensors of a saved transformer: safetensors files, sharded as diffusers does it, each tensor with a SHA-256.
 
-Nothing is allocated that a file merely claims: sizes are compared with what is on disk before anything is read.
+Claimed sizes are compared with the file on disk before memory is allocated.
 """
 
 import hashlib
@@ -19,18 +19,18 @@ from torch import Tensor
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 JSON_LIMIT = 64 << 20
-"""Bytes of the largest JSON file that is read; that of a model with a hundred thousand tensors is smaller."""
+"""Largest JSON file that is read, in bytes; a model with a hundred thousand tensors needs less."""
 _SHARD = re.compile(r"[\w-]+\.safetensors")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a stored tensor must be.
+    """Type, shape and checksum that a stored tensor must have.
 
     Attributes:
-        dtype: torch's name of its type, such as ``"uint8"``.
-        shape: of the tensor.
-        sha256: of its bytes, in row-major order, little-endian.
+        dtype: name of the type in torch, such as ``"uint8"``.
+        shape: shape of the tensor.
+        sha256: SHA-256 of its bytes, in row-major order, little-endian.
     """
 
     dtype: str
@@ -39,19 +39,20 @@ class Entry:
 
     @staticmethod
     def of(x: Tensor) -> "Entry":
+        """Entry of ``x``, with its checksum."""
         return Entry(str(x.dtype).removeprefix("torch."), tuple(x.shape), checksum(x))
 
     @staticmethod
     def unchecked(x: Tensor) -> "Entry":
-        """Without the checksum, for tensors that never were in a file."""
+        """Entry of ``x`` without a checksum, for tensors that were never in a file."""
         return Entry(str(x.dtype).removeprefix("torch."), tuple(x.shape), "")
 
     @staticmethod
     def from_json(data: Any) -> "Entry":
-        """The inverse of ``dataclasses.asdict``.
+        """Inverse of ``dataclasses.asdict``.
 
         Raises:
-            ValueError: something else.
+            ValueError: ``data`` describes no tensor.
         """
         dtype, shape, sha256 = data["dtype"], data["shape"], data["sha256"]
         fits = isinstance(getattr(torch, dtype, None), torch.dtype) and isinstance(sha256, str)
@@ -61,13 +62,14 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         count: int = getattr(torch, self.dtype).itemsize
         for size in self.shape:
             count *= size
         return count
 
     def check(self, name: str, x: Tensor) -> None:
-        """Raise ``ValueError`` if ``x`` is not that tensor."""
+        """Raises ``ValueError`` if ``x`` has another type, shape or checksum; ``name`` is for the message."""
         dtype = str(x.dtype).removeprefix("torch.")
         if dtype != self.dtype or tuple(x.shape) != self.shape:
             raise ValueError(
@@ -86,7 +88,7 @@ def checksum(x: Tensor) -> str:
 
 
 def write(tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str], max_shard_size: int | str) -> None:
-    """Write ``tensors`` into ``folder``: one file, or shards of at most ``max_shard_size`` and their index."""
+    """Writes ``tensors`` into ``folder``: one file, or shards of at most ``max_shard_size`` bytes and their index."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
@@ -100,7 +102,7 @@ def write(tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, st
 
 
 def read(folder: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of ``folder`` that ``entries`` names, each checked before it is handed out.
+    """Reads the tensors in ``entries`` from ``folder``; each is checked before it is yielded.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -114,7 +116,7 @@ def read(folder: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tens
                 found = set(opened.keys())
                 _same_names(path, found, names)
                 for name in names:
-                    # into memory of torch's own alignment: the last bits of a small matrix product depend on it
+                    # copied to memory with torch's alignment, on which the last bits of small matrix products depend
                     x = opened.get_tensor(name).clone()
                     try:
                         entries[name].check(name, x)
@@ -123,12 +125,12 @@ def read(folder: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tens
                     yield name, x
         except ValueError:
             raise
-        except Exception as error:  # safetensors' own, and torch's about types and shapes that it does not have
+        except Exception as error:  # errors of safetensors, and of torch about unknown types and shapes
             raise ValueError(f"{path} is damaged ({first_line(error)}); copy it again") from error
 
 
 def _files(folder: Path, entries: Mapping[str, Entry]) -> dict[str, list[str]]:
-    """The names of tensors by file, as the index says, or all in one file."""
+    """Names of tensors by file, from the index; all in one file if there is no index."""
     path = folder / INDEX
     if not path.is_file():
         if not (folder / WEIGHTS).is_file():
@@ -149,7 +151,7 @@ def _files(folder: Path, entries: Mapping[str, Entry]) -> dict[str, list[str]]:
 
 
 def _check_size(path: Path, names: list[str], entries: Mapping[str, Entry]) -> None:
-    """Raise ``ValueError`` if a file is not as long as its header and its tensors, or claims an impossible header."""
+    """Raises ``ValueError`` if a file is not as long as its header plus its tensors, or claims an impossible header."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
@@ -172,10 +174,10 @@ def _same_names(path: Path, found: set[str], names: list[str]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Content of a JSON file.
 
     Raises:
-        ValueError: too large, too deep, or not JSON.
+        ValueError: the file is too large, too deeply nested, or not JSON.
     """
     size = path.stat().st_size
     if size > JSON_LIMIT:
@@ -187,6 +189,6 @@ def read_json(path: Path) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its type if it has none."""
+    """First line of an error's message; the name of its type if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

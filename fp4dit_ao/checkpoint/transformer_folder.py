@@ -1,9 +1,9 @@
-"""A quantized transformer on disk: ``config.json`` and safetensors files, nothing pickled, no float copy of a weight.
+"""Quantized transformer on disk: ``config.json`` and safetensors files, without pickles and without float weights.
 
-``config.json`` is the diffusers config with a ``quantization_config`` beside it (``quantization_record``): format version,
-recipe, what became of every layer, versions, a copy of the config, and shape, type and SHA-256 of every tensor. The files
-hold, by fully qualified name, packed codes (``….weight.qdata``) and scales (``….weight.scale``), and every other tensor as it
-was. The graph form and the module form write the same folder, and read each other's.
+``config.json`` is the diffusers config with a ``quantization_config`` beside it (``quantization_record``): format
+version, recipe, decision for every layer, versions, a copy of the config, and shape, type and SHA-256 of every tensor.
+The files hold, by fully qualified name, packed codes (``….weight.qdata``) and scales (``….weight.scale``), and all
+other tensors unchanged. The graph form and the module form write the same folder, and read each other's.
 """
 
 import json
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from fp4dit_ao._registration import METHOD
 from fp4dit_ao.checkpoint import tensor_files
 from fp4dit_ao.checkpoint.empty_model import empty_model
-from fp4dit_ao.checkpoint.quantization_record import FORMAT_VERSION, Record, check_model
+from fp4dit_ao.checkpoint.quantization_record import Record, check_model
 from fp4dit_ao.checkpoint.tensor_files import Entry
 from fp4dit_ao.util.atomic_files import whole_folder
 
 CONFIG = "config.json"
 
 SHARD_SIZE = "10GB"
-"""diffusers' own limit."""
+"""Default limit of one file, the same as in diffusers."""
 
 _OWN = (f"{Path(tensor_files.WEIGHTS).stem}*",)
 
@@ -31,20 +31,20 @@ _OWN = (f"{Path(tensor_files.WEIGHTS).stem}*",)
 def save(
     record: Record, tensors: Mapping[str, Tensor], folder: str | Path, max_shard_size: int | str = SHARD_SIZE
 ) -> None:
-    """Write a quantized transformer into ``folder``, whole or not at all. A transformer saved there before is replaced.
+    """Writes a quantized transformer into ``folder``, whole or not at all; one that was saved there before is replaced.
 
     Args:
-        record: how it was quantized; its ``tensors`` are set to what is written.
+        record: how it was quantized; its ``tensors`` are set to the entries that are written.
         tensors: plain tensors, by name.
-        folder: to write into.
-        max_shard_size: of a file, such as ``"5GB"``, or bytes.
+        folder: folder to write into.
+        max_shard_size: limit of one file, such as ``"5GB"`` or a number of bytes.
 
     Raises:
         FileExistsError: the folder holds something else.
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     with whole_folder(folder, replaceable=is_quantized(folder), own=_OWN) as partial:
-        metadata = {"quant_method": METHOD, "format_version": str(FORMAT_VERSION)}
+        metadata = {"quant_method": METHOD, "format_version": str(record.format_version)}
         tensor_files.write(tensors, partial, metadata, max_shard_size)
         record.tensors = {name: Entry.of(x) for name, x in tensors.items()}
         config = record.model | {"quantization_config": record.to_json()}
@@ -52,7 +52,7 @@ def save(
 
 
 def is_quantized(folder: str | Path) -> bool:
-    """Whether ``folder`` is (or was meant to be) a transformer that :func:`save` wrote."""
+    """Whether the ``config.json`` in ``folder`` is that of a transformer that :func:`save` wrote, damaged or not."""
     try:
         return bool(tensor_files.read_json(Path(folder) / CONFIG)["quantization_config"]["quant_method"] == METHOD)
     except (OSError, ValueError, KeyError, TypeError):
@@ -60,11 +60,11 @@ def is_quantized(folder: str | Path) -> bool:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """``config.json`` of a quantized transformer.
+    """Reads ``config.json`` of a quantized transformer.
 
     Raises:
-        FileNotFoundError: no folder, or no such file in it.
-        ValueError: not JSON, or the config of something else.
+        FileNotFoundError: there is no folder, or no such file in it.
+        ValueError: the file is not JSON, or the config of something else.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
@@ -77,11 +77,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_record(folder: str | Path) -> Record:
-    """What ``folder`` says of how its transformer was quantized, and must hold.
+    """Reads the quantization record in ``folder``, and checks it against the config.
 
     Raises:
-        FileNotFoundError: no folder, or no ``config.json`` in it.
-        ValueError: the config of something else, or an altered one.
+        FileNotFoundError: there is no folder, or no ``config.json`` in it.
+        ValueError: the config is that of something else, or was altered.
     """
     where = str(Path(folder) / CONFIG)
     config = read_config(folder)
@@ -91,15 +91,15 @@ def read_record(folder: str | Path) -> Record:
 
 
 def empty_model_of(folder: Path, record: Record, buffers: bool = False) -> nn.Module:
-    """The float model of the transformer in ``folder``, on the meta device.
+    """Float model of the transformer in ``folder``, on the meta device.
 
     Args:
-        folder: for messages.
-        record: of the folder.
-        buffers: whether buffers get the values that the model makes for them.
+        folder: folder of the transformer, for messages.
+        record: its quantization record.
+        buffers: whether buffers get real values, as the model initialises them.
 
     Raises:
-        ValueError: it cannot be made from its config, or is larger than what is stored.
+        ValueError: the model cannot be made from its config, or has more parameters than are stored.
     """
     try:
         return empty_model(record.model, limit=100 + 2 * len(record.tensors), buffers=buffers)

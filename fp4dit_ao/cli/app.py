@@ -1,61 +1,13 @@
-"""The command ``fp4dit-ao``. Each command checks its input, imports what it needs, and leaves the work to a module."""
+"""Options of the command ``fp4dit-ao``. Each command imports its module when called, so that ``--help`` is quick."""
 
-import logging
-import os
 import sys
-import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-EXPECTED = (ValueError, OSError, RuntimeError)
-"""What wrong input and the machine's limits raise; anything else is a bug, and shows its traceback."""
-
-
-class OneSentence(TyperGroup):
-    """A group whose commands end an expected failure with one sentence on stderr and exit status 1."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.obj = {"debug": "--debug" in args}
-        rest: list[str] = super().parse_args(ctx, [arg for arg in args if arg != "--debug"])
-        return rest
-
-    def invoke(self, ctx: Any) -> Any:
-        debug = ctx.obj["debug"]
-        if not debug:
-            _hush()
-        try:
-            return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):  # RuntimeErrors, but no failures
-            raise
-        except EXPECTED as error:
-            if debug:
-                raise
-            typer.echo(f"fp4dit-ao: {_sentence(error)}", err=True)
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt:
-            typer.echo("fp4dit-ao: interrupted", err=True)
-            raise typer.Exit(130) from None
-
-
-def _sentence(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _hush() -> None:
-    """No chatter of libraries; warnings of this package as one line."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name in ("torch", "torchao", "torch.utils._pytree", "diffusers", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", module=r"fp4dit_ao(\.|$)")
-    warnings.showwarning = lambda message, *_, **__: typer.echo(f"fp4dit-ao: {message}", err=True)
-
+from fp4dit_ao.cli.one_sentence import OneSentence
+from fp4dit_ao.cli.output_paths import check_writable_file, check_writable_folder
 
 app = typer.Typer(
     cls=OneSentence, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -69,9 +21,13 @@ Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt a line
 Compile = Annotated[bool, typer.Option(help="Run the quantized model under torch.compile.")]
 Weights = Annotated[
     str,
-    typer.Option(help="Of a quantized MODEL: 'packed'; or 'int8' or 'fp8', twice the memory and nothing to look up."),
+    typer.Option(
+        help="Form of a quantized MODEL's weights: 'packed', or one byte each as 'int8' or 'fp8': twice the memory, faster."
+    ),
 ]
-Iterations = Annotated[int | None, typer.Option(min=1, help="Iterations of learned rounding per block.")]
+Iterations = Annotated[
+    int | None, typer.Option(min=1, help="Iterations of learned rounding per block, layer or window.")
+]
 
 
 @app.command()
@@ -85,10 +41,10 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of calibration and images.")] = 0,
     compile: Compile = True,
 ) -> None:
-    """Quantize the pipeline that ships to W4A6, and show it beside the original and naive INT4/INT6."""
+    """Quantize the reference pipeline to W4A6, and compare it with the original and with naive INT4/INT6."""
     from fp4dit_ao.cli import demo as run
 
-    _writable_folder(out)
+    check_writable_folder(out)
     run.demo(out, iters, seed, compile)
 
 
@@ -98,8 +54,16 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder of the quantized pipeline; must be new or empty.")],
     recipe: Annotated[str, typer.Option(help="w4a6, w4a8, w4a6_auto, …; see README.")] = "w4a6",
     prompts: Prompts = None,
-    rounding: Annotated[str, typer.Option(help="'adaround' learns it; 'nearest' takes seconds.")] = "adaround",
+    rounding: Annotated[
+        str, typer.Option(help="'adaround' learns it; 'gptq' takes minutes, 'nearest' seconds; see docs/methods.md.")
+    ] = "adaround",
+    objective: Annotated[str, typer.Option(help="What learned rounding minimises.")] = "mse",
+    scope: Annotated[str, typer.Option(help="What is rounded together: 'block', 'layer' or 'window'.")] = "block",
     iters: Iterations = None,
+    transform: Annotated[
+        list[str] | None,
+        typer.Option(help="Graph transform before quantization, such as smoothquant; repeatable, in order."),
+    ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Glob of modules to leave in high precision; repeatable.")
     ] = None,
@@ -107,25 +71,38 @@ def quantize(
     samples: Annotated[
         int, typer.Option(min=1, help="Calibration samples: transformer calls of real generations.")
     ] = 128,
+    selection: Annotated[
+        str, typer.Option(help="Which calls become samples: 'uniform' over timesteps, or 'density_diversity'.")
+    ] = "uniform",
     seed: Annotated[int, typer.Option(help="Seed of the calibration noise.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed.")] = False,
     device: Device = None,
+    allocation: Annotated[
+        str, typer.Option(help="How layers choose among a recipe's candidate formats, such as 'integer_programme'.")
+    ] = "least_error",
+    budget_bits: Annotated[
+        float | None, typer.Option(help="Mean of stored bits per weight that the allocation may spend.")
+    ] = None,
+    fine_tuning: Annotated[str | None, typer.Option(help="Fine-tuning after rounding, such as 'scales'.")] = None,
 ) -> None:
-    """Quantize MODEL and save it."""
+    """Quantize MODEL and save it. `fp4dit-ao methods` lists the names that options for methods take."""
     from fp4dit_ao.cli import quantize as run
 
+    methods = run.Methods(
+        rounding, objective, scope, iters, selection, tuple(transform or ()), allocation, budget_bits, fine_tuning
+    )
     run.quantize(
-        model, out, recipe=recipe, prompts=prompts, rounding=rounding, iters=iters, skip=skip or [], steps=steps,
-        samples=samples, seed=seed, resume=resume, device=device,
+        model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], steps=steps, samples=samples,
+        seed=seed, resume=resume, device=device,
     )  # fmt: skip
 
 
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A quantized pipeline's folder, or any MODEL.")],
-    prompt: Annotated[list[str], typer.Option(help="What to draw; repeatable.")],
+    prompt: Annotated[list[str], typer.Option(help="Prompt to draw; repeatable.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("generated.png"),
-    compare: Annotated[str | None, typer.Option(help="MODEL to draw the same with, in a column beside.")] = None,
+    compare: Annotated[str | None, typer.Option(help="MODEL that draws the same, in another column.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise; the same for both models.")] = 0,
     steps: Steps = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated together.")] = 4,
@@ -133,8 +110,8 @@ def generate(
     device: Device = None,
     weights: Weights = "packed",
 ) -> None:
-    """Draw prompts, with --compare beside another model's images of the same seeds, into one picture."""
-    _writable_file(out)
+    """Draw prompts into one picture, with --compare beside another model's images of the same seeds."""
+    check_writable_file(out)
     from fp4dit_ao.cli import generate as run
 
     run.generate(model, prompt, out, compare, seed, steps, batch_size, compile, device, weights)
@@ -155,8 +132,8 @@ def evaluate(
     compile: Compile = False,
     device: Device = None,
 ) -> None:
-    """Print how close MODEL's images are to those of the model it was made from, as a Markdown table."""
-    _writable_file(out)
+    """Print a Markdown table of how close MODEL's images are to those of the model that it was made from."""
+    check_writable_file(out)
     from fp4dit_ao.cli import evaluate as run
 
     run.evaluate(model, against, prompts, count, seeds, steps, batch_size, out, compile, device)
@@ -169,13 +146,26 @@ def inspect(
         str | None, typer.Option(help="MODEL that it was made from: adds the error of each weight.")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="PNG of the levels that the weights use.")] = None,
+    device: Device = None,
 ) -> None:
-    """Say, layer by layer, what became of MODEL: format, bytes, error, and what was left in high precision and why."""
+    """Print format, unit, bytes and error of each layer of MODEL, and which layers stayed in high precision and why."""
     if picture is not None:
-        _writable_file(picture)
+        check_writable_file(picture)
     from fp4dit_ao.cli import inspect as run
 
-    run.inspect(model, against, picture)
+    run.inspect(model, against, picture, device)
+
+
+@app.command()
+def methods(
+    point: Annotated[
+        str | None, typer.Argument(help="Plug-in point, such as rounding; all of them if not given.")
+    ] = None,
+) -> None:
+    """List the methods that are registered at every plug-in point, with source and cost."""
+    from fp4dit_ao import plugin_points as run
+
+    typer.echo(run.methods_table(run.methods(point)))
 
 
 @app.command()
@@ -188,11 +178,12 @@ def benchmark(
         typer.Option(help="'linears', 'attention', 'transformer' or 'generation'; repeatable. All if not given."),
     ] = None,
     recipe: Annotated[
-        list[str], typer.Option(help="Ours, rounded to nearest; repeatable. Bars are judged on the first.")
+        list[str],
+        typer.Option(help="Recipes to measure, with nearest rounding; repeatable. Bars are judged on the first."),
     ] = ["w4a6", "w4a8", "w4a8_int8"],  # noqa: B006
     peer: Annotated[
         list[str] | None,
-        typer.Option(help="Who else takes part, such as 'SDNQ int8'; repeatable. All if not given; 'none'."),
+        typer.Option(help="Packages to compare with, such as 'SDNQ int8', or 'none'; repeatable. All if not given."),
     ] = None,
     linear: Annotated[
         list[str] | None,
@@ -204,25 +195,25 @@ def benchmark(
     ] = None,
     size: Annotated[
         str,
-        typer.Option(
-            help="Of what is not chosen: 'quick' (minutes), 'standard' (40 minutes on two cores, all peers) or 'full' (longer)."
-        ),
+        typer.Option(help="Default cases: 'quick' (minutes), 'standard' (40 minutes on two cores) or 'full' (longer)."),
     ] = "standard",
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated together.")] = 4,
     steps: Steps = None,
     prompts: Prompts = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every variant, for each linear.")] = 5,
-    model_rounds: Annotated[int, typer.Option(min=1, help="The same for steps and generations.")] = 3,
-    at_once: Annotated[int, typer.Option(min=3, help="Variants in memory together; ratios are taken among those.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every variant for each linear.")] = 5,
+    model_rounds: Annotated[int, typer.Option(min=1, help="Turns of every variant for steps and generations.")] = 3,
+    at_once: Annotated[
+        int, typer.Option(min=3, help="Variants in memory together; speed ratios are taken among them.")
+    ] = 8,
     out: Annotated[Path, typer.Option(help="JSON to write; the Markdown goes beside it.")] = Path("benchmark.json"),
     device: Device = None,
 ) -> None:
-    """Time linears, one denoising step and whole generations beside floats and other packages, in turns.
+    """Time linears, one denoising step and whole generations, compared with float models and other packages, in turns.
 
-    Prints one Markdown report: bars and whether they are met, speed ratios, errors, weight bytes, peak memory, cold compile
-    times. OMP_NUM_THREADS sets the threads.
+    Prints one Markdown report: bars and whether they are met, speed ratios, errors, weight bytes, peak memory, cold
+    compile times. OMP_NUM_THREADS sets the threads.
     """
-    _writable_file(out)
+    check_writable_file(out)
     from fp4dit_ao.cli import benchmark as run
 
     run.benchmark(
@@ -244,7 +235,7 @@ def export(
     """Write MODEL's transformer as one file: a torch.export archive, compiled code, or codes and scales alone."""
     from fp4dit_ao.cli import export as run
 
-    _writable_file(out)
+    check_writable_file(out)
     run.export(model, out, aoti, device)
 
 
@@ -254,7 +245,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="Name in /v1/models; the folder's if not given.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images drawn together.")] = 8,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most images drawn together.")] = 8,
     window: Annotated[float, typer.Option(min=0, help="Milliseconds to wait for images to draw together.")] = 20,
     max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait; more are answered with 429.")] = 64,
     max_n: Annotated[int, typer.Option(min=1, help="Images of one request.")] = 4,
@@ -277,21 +268,6 @@ def serve(
         {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout},
         same_bits, compile, device, weights,
     )  # fmt: skip
-
-
-def _writable_folder(folder: Path) -> None:
-    """Raise ``OSError`` early if ``folder`` cannot be made or written into; nothing is created."""
-    existing = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
-    if not existing.is_dir():
-        raise NotADirectoryError(f"cannot write to {folder}: {existing} is a file; name another folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"cannot write to {folder}: no permission to write into {existing}; name another folder")
-
-
-def _writable_file(path: Path) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file")
-    _writable_folder(path.absolute().parent)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``fp4dit-ao benchmark``: one Markdown report of speed, memory and faithfulness beside floats and other packages."""
+"""``fp4dit-ao benchmark``: a Markdown report of speed, memory and error, compared with floats and other packages."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from fp4dit_ao.calibration import read_prompts
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.evaluation.environment import environment
-from fp4dit_ao.evaluation.fidelity import write_text
+from fp4dit_ao.util.atomic_files import write_text
 
 PARTS = ("linears", "attention", "transformer", "generation")
 SIZES: dict[str, dict[str, list[str]]] = {
@@ -36,7 +36,7 @@ SIZES: dict[str, dict[str, list[str]]] = {
         "transformer": ["512x28", "1024x28+peers"],
     },
 }
-"""What is measured if nothing else is asked for. "cuda" takes the place of "standard" and "full" on a GPU."""
+"""Cases that are measured by default, by ``--size``; on a GPU "cuda" replaces "standard" and "full"."""
 
 
 def benchmark(
@@ -44,7 +44,7 @@ def benchmark(
     transformer: Sequence[str], size: str, batch_size: int, steps: int | None, prompts: Path | None, rounds: int,
     model_rounds: int, at_once: int, device: str | None, out: Path,
 ) -> None:  # fmt: skip
-    """Measure, print Markdown, and write it beside the JSON ``out``; see ``fp4dit-ao benchmark --help``."""
+    """Measures, prints Markdown, and writes it beside the JSON ``out``; see ``fp4dit-ao benchmark --help``."""
     for recipe in recipes:
         QuantConfig.from_name(recipe)
     parts = _known("part", parts, PARTS)
@@ -91,9 +91,7 @@ def benchmark(
                 collect(results.generations, measured)
             bar.set_description_str("done")
     finally:
-        if (
-            results.linears or results.attention or results.steps or results.generations
-        ):  # if interrupted: what there is
+        if results.linears or results.attention or results.steps or results.generations:  # also if interrupted
             text = report.markdown(results)
             print(text)
             write_text(out, json.dumps(report.to_dict(results), indent=1) + "\n")
@@ -102,7 +100,7 @@ def benchmark(
 
 
 def _known(kind: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """``names``, or all that are known if there are none."""
+    """``names``, or all of ``known`` if there are none; raises ``ValueError`` for an unknown one."""
     for name in names:
         if name not in known:
             raise ValueError(f"unknown --{kind} {name!r}; choose among {', '.join(known)}")

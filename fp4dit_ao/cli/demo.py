@@ -1,4 +1,4 @@
-"""``fp4dit-ao demo``: the pipeline that ships, quantized in front of your eyes, in a few minutes on two cores."""
+"""``fp4dit-ao demo``: quantizes the reference pipeline in a few minutes on two cores."""
 
 import shutil
 import time
@@ -10,20 +10,22 @@ from fp4dit_ao.config import AdaRoundConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
 from fp4dit_ao.evaluation import plots
-from fp4dit_ao.evaluation.fidelity import Evaluation, Fidelity, generate, write_text
+from fp4dit_ao.evaluation.fidelity import Evaluation, Fidelity, generate
 from fp4dit_ao.evaluation.metrics import Images
+from fp4dit_ao.util.atomic_files import write_text
 
 JUDGED, SHOWN = 40, 8
-"""Prompts that are generated for the table, and those of them that the picture shows."""
+"""Number of prompts generated for the table, and number of those that the picture shows."""
 CALIBRATION_PROMPTS, CALIBRATION_SAMPLES = 32, 128
 RECIPE = "w4a6_auto"
-"""W4A6 with the 4-bit format of every linear chosen on data: better here than the paper's fixed choice, see the README."""
+"""Recipe of the demo: W4A6 with the 4-bit format of every linear chosen on data, better here than the paper's fixed
+choice (see the README)."""
 BATCH = 20
 COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 def demo(out: Path, iters: int, seed: int, compile: bool) -> None:
-    """Quantize to W4A6 and to naive INT4/INT6; write ``comparison.png``, ``table.md`` and ``w4a6/`` into ``out``."""
+    """Quantizes to W4A6 and to naive INT4/INT6; writes ``comparison.png``, ``table.md`` and ``w4a6/`` into ``out``."""
     start = time.perf_counter()
     if compile and not any(shutil.which(name) for name in COMPILERS):
         print("no C++ compiler on this machine: the quantized pipeline runs without torch.compile")

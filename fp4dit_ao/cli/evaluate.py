@@ -1,4 +1,4 @@
-"""``fp4dit-ao evaluate``: the table that says how close a quantized pipeline stays to its original."""
+"""``fp4dit-ao evaluate``: a table of how close a quantized pipeline's images are to the original's."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ def evaluate(
     model: str, against: str, prompts: Path | None, count: int, seeds: int, steps: int | None, batch_size: int, out: Path,
     compile: bool, device: str | None,
 ) -> None:  # fmt: skip
-    """Generate with both models, print the Markdown table and write everything as JSON."""
+    """Generates with both models, prints the Markdown table and writes everything as JSON."""
     named_models.folder_of(model)
     texts = read_prompts(prompts)[:count] if prompts else named_models.default_prompts(against, count)
     indices = named_models.known_prompts(texts) if named_models.is_reference(against) else None

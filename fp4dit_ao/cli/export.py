@@ -1,4 +1,4 @@
-"""``fp4dit-ao export``: a quantized transformer as one file."""
+"""``fp4dit-ao export``: writes a quantized transformer as one file."""
 
 import time
 from pathlib import Path
@@ -11,10 +11,10 @@ from fp4dit_ao.diffusers_integration.graph_form import load_graph
 
 
 def export(model: str, out: Path, aoti: bool, device: str | None) -> None:
-    """Load the transformer of ``model``, on ``device``, and write it to ``out``, in the form that its name ends in.
+    """Loads the transformer of ``model`` to ``device`` and writes it to ``out``; the suffix decides the kind of file.
 
     Raises:
-        ValueError: no quantized transformer, or ``aoti`` of a file that is no ``.pt2``.
+        ValueError: ``model`` has no quantized transformer, or ``aoti`` is asked for and ``out`` is not a ``.pt2``.
     """
     if out.suffix == ".safetensors" and not aoti:
         export_single_file(find_transformer(model), out)
@@ -28,10 +28,10 @@ def export(model: str, out: Path, aoti: bool, device: str | None) -> None:
 
 
 def find_transformer(model: str) -> Path:
-    """The folder of the quantized transformer in a pipeline's folder, or ``model`` itself if it is one.
+    """Folder of the quantized transformer: ``model`` itself, or its subfolder ``transformer``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: neither holds a quantized transformer.
     """
     path = Path(model).expanduser()
     found = next((folder for folder in (path / "transformer", path) if transformer_folder.is_quantized(folder)), None)

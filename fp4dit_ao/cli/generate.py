@@ -1,24 +1,26 @@
-"""``fp4dit-ao generate``: prompts into one picture, beside another model's if asked."""
+"""``fp4dit-ao generate``: draws prompts into one picture, beside another model's images if asked."""
 
 from pathlib import Path
 from typing import Any
 
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.evaluation import fidelity, metrics, plots
+from fp4dit_ao.util.markdown import markdown_table
 
 
 def generate(
     model: str, prompts: list[str], out: Path, compare: str | None, seed: int, steps: int | None, batch_size: int,
     compile: bool, device: str | None, weights: str,
 ) -> None:  # fmt: skip
-    """Draw ``prompts`` with one seed, ``model`` with these ``weights``; print how close its images are to ``compare``'s."""
+    """Draws ``prompts`` with one seed, ``model`` with ``weights``; prints how close its images are to those of
+    ``compare``."""
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("--prompt is empty; say what to draw")
     call: dict[str, Any] = {"batch_size": batch_size} | ({} if steps is None else {"num_inference_steps": steps})
     asked = [(compare, "packed")] if compare else []
     asked.append((model, weights))
     for name, form in asked:
-        named_models.weights_of(name, form)  # both, before either is loaded
+        named_models.weights_of(name, form)  # checks both before either is loaded
     columns = {}
     for name, form in asked:
         pipe = named_models.open_pipeline(name, device, compile=compile, weights=form)
@@ -29,5 +31,5 @@ def generate(
         drawn = list(columns.values())
         psnr, ssim = metrics.psnr(drawn[-1], drawn[0]), metrics.ssim(drawn[-1], drawn[0])
         rows = [[p, f"{a:.2f}", f"{b:.3f}"] for p, a, b in zip(prompts, psnr, ssim, strict=True)]
-        print(fidelity.markdown_table(["prompt", "PSNR, dB", "SSIM"], rows))
+        print(markdown_table(["prompt", "PSNR, dB", "SSIM"], rows))
     print(f"picture: {out}")

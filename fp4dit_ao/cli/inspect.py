@@ -11,22 +11,33 @@ from torchao.utils import TorchAOBaseTensor
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.graph_form import LayerSummary, QuantizedTransformer, load_graph
 from fp4dit_ao.evaluation import plots
-from fp4dit_ao.evaluation.fidelity import markdown_table
 from fp4dit_ao.formats import parse
-from fp4dit_ao.kernels import pick
-from fp4dit_ao.ops import quantize
-from fp4dit_ao.tensors.minifloat import MinifloatTensor
+from fp4dit_ao.kernels.attention import ATTENTION, LARGEST_HEAD, AttentionOperands
+from fp4dit_ao.passes.transforms.registry import applied_transforms
+from fp4dit_ao.schemes import owner_of
+from fp4dit_ao.util.markdown import markdown_table
 
 
-def inspect(model: str, against: str | None, out: Path | None) -> None:
-    """Print the layers of ``model`` as Markdown, with ``against`` the error of each weight; draw the levels they use."""
+def inspect(model: str, against: str | None, out: Path | None, device: str | None = None) -> None:
+    """Print the layers of ``model`` as Markdown, with ``against`` the error of each weight; draw the levels they use.
+
+    Args:
+        model: a quantized pipeline's folder or name.
+        against: the float pipeline that it was made from.
+        out: PNG of the levels that the weights use.
+        device: where the layers would run, such as ``"cuda"``; None takes the GPU, if there is one.
+
+    Raises:
+        ValueError: ``model`` is not quantized, ``against`` is, or this machine has no such device.
+    """
+    place = _device(device)
     if not named_models.is_quantized(model):
         raise ValueError(
             f"{model} is not quantized by fp4dit_ao, there is nothing to inspect; see 'fp4dit-ao quantize'"
         )
     transformer = load_graph(Path(named_models.folder_of(model)) / "transformer")
-    originals = _float_weights(against) if against else {}
-    print(layer_table(transformer, originals))
+    originals = _transformed(_float_weights(against), transformer) if against else {}
+    print(layer_table(transformer, originals, place))
     print()
     print(kept_table(transformer))
     print()
@@ -47,8 +58,8 @@ def low_bit_weights(transformer: QuantizedTransformer) -> dict[str, Any]:
     return found
 
 
-def layer_table(transformer: QuantizedTransformer, originals: dict[str, Tensor]) -> str:
-    """One row per quantized layer: formats, backend, bytes and, where ``originals`` are given, the weight's error."""
+def layer_table(transformer: QuantizedTransformer, originals: dict[str, Tensor], device: torch.device) -> str:
+    """One row per quantized layer: formats, unit on ``device``, bytes and, with ``originals``, the weight's error."""
     weights = low_bit_weights(transformer)
     head = [
         "layer",
@@ -64,7 +75,7 @@ def layer_table(transformer: QuantizedTransformer, originals: dict[str, Tensor])
         if row.quantized:
             cells = [row.name, "×".join(map(str, row.shape or ())) or "q, k, v", row.weight or "", row.activation or ""]
             weight = weights.get(row.name)
-            cells += [_backend(row, weight), f"{row.bytes:,}" if row.bytes else ""]
+            cells += [_unit(row, weight, device), f"{row.bytes:,}" if row.bytes else ""]
             original = originals.get(f"{row.name}.weight")
             if originals:
                 cells += ["", ""] if weight is None or original is None else _errors(weight, original)
@@ -98,12 +109,20 @@ def size_of_rest(transformer: QuantizedTransformer) -> int:
     return sum(p.numel() for p in transformer.graph.parameters() if not isinstance(p.detach(), TorchAOBaseTensor))
 
 
-def _backend(row: LayerSummary, weight: Any) -> str:
-    if row.weight is None:
-        return "float"
-    if weight is not None and not isinstance(weight, MinifloatTensor):
-        return "block-scaled"
-    return pick(parse(row.weight), parse(row.activation) if row.activation else None)
+def _unit(row: LayerSummary, weight: Any, device: torch.device) -> str:
+    """What computes a layer on ``device``: the pick of the table that runs it."""
+    if weight is not None:
+        return str(weight.unit(device))
+    if row.kind == "attention" and row.activation is not None:
+        return str(ATTENTION.pick(AttentionOperands(parse(row.activation), device, LARGEST_HEAD)))
+    return "float"
+
+
+def _device(name: str | None) -> torch.device:
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name}: this machine has no CUDA device; choose 'cpu'")
+    return device
 
 
 def _errors(weight: Any, original: Tensor) -> list[str]:
@@ -111,10 +130,19 @@ def _errors(weight: Any, original: Tensor) -> list[str]:
     original = original.float()
     error = weight.dequantize(torch.float32) - original
     sqnr = 10 * torch.log10(original.square().sum() / error.square().sum().clamp(min=1e-30))
-    if not isinstance(weight, MinifloatTensor):
+    scheme = owner_of(weight)
+    if scheme is None:
         return [f"{sqnr:.2f}", ""]
-    nearest = quantize(original, weight.block_size, weight.scale, weight.fmt)
+    nearest = scheme.nearest_codes(weight, original)
     return [f"{sqnr:.2f}", f"{float((nearest != weight.codes).float().mean()):.1%}"]
+
+
+def _transformed(weights: dict[str, Tensor], transformer: QuantizedTransformer) -> dict[str, Tensor]:
+    """Float weights as graph transforms left them, without those of which that is not known."""
+    for transform in applied_transforms(transformer.graph):
+        changed = {name: transform.float_weight(name, x, transformer.graph) for name, x in weights.items()}
+        weights = {name: x for name, x in changed.items() if x is not None}
+    return weights
 
 
 def _float_weights(name: str) -> dict[str, Tensor]:

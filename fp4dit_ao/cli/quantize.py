@@ -1,35 +1,82 @@
-"""``fp4dit-ao quantize``: a float pipeline in, a quantized one saved."""
+"""``fp4dit-ao quantize``: quantizes a float pipeline and saves it."""
 
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
-from fp4dit_ao.calibration import read_prompts
-from fp4dit_ao.config import AdaRoundConfig, QuantConfig
+from fp4dit_ao.calibration import SELECTIONS, read_prompts
+from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
-from fp4dit_ao.diffusers_integration.pipeline_quantization import ROUNDINGS, quantize_pipeline
-from fp4dit_ao.evaluation.fidelity import write_text
+from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
+from fp4dit_ao.graph_capture.transforming import resolve_transforms
+from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS
+from fp4dit_ao.passes.mixed_precision import ALLOCATIONS
+from fp4dit_ao.passes.reconstruction import ROUNDINGS
+from fp4dit_ao.passes.reconstruction.choice import chosen_config
+from fp4dit_ao.passes.reconstruction.rounding import ClosedFormRounding
+from fp4dit_ao.util.atomic_files import write_text
 
 CALIBRATION_PROMPTS = 64
-"""Taken from the reference pipeline's own where the user gives none."""
+"""Number of the reference pipeline's own prompts that are used if the user gives none."""
+
+
+@dataclass(frozen=True)
+class Methods:
+    """Names of the methods that a model is quantized with, as ``quantize_pipeline`` takes them.
+
+    Attributes:
+        iters: iterations of learned rounding per unit; None for the default.
+    """
+
+    rounding: str = "adaround"
+    objective: str | None = None
+    scope: str | None = None
+    iters: int | None = None
+    selection: str = "uniform"
+    transforms: Sequence[str] = ()
+    allocation: str = "least_error"
+    budget_bits: float | None = None
+    fine_tuning: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``quantize_pipeline``.
+
+        Raises:
+            ValueError: the name of a method is unknown, or ``iters`` is given for a rounding that has no iterations.
+        """
+        SELECTIONS.find(self.selection)
+        ALLOCATIONS.find(self.allocation)
+        if self.fine_tuning is not None:
+            FINE_TUNINGS.find(self.fine_tuning)
+        resolve_transforms(self.transforms)
+        rounded = chosen_config(self.rounding, self.objective, self.scope)
+        if self.iters is not None:
+            if isinstance(ROUNDINGS.find(rounded.rounding), ClosedFormRounding):
+                raise ValueError(
+                    f"--iters is the length of learned rounding; leave it out with --rounding {self.rounding}"
+                )
+            rounded = replace(rounded, iters=self.iters)
+        return {
+            "reconstruction": rounded, "selection": self.selection, "transforms": self.transforms,
+            "allocation": self.allocation, "budget_bits": self.budget_bits, "fine_tuning": self.fine_tuning,
+        }  # fmt: skip
 
 
 def quantize(
-    model: str, out: Path, *, recipe: str, prompts: Path | None, rounding: str, iters: int | None, skip: Sequence[str],
-    steps: int | None, samples: int, seed: int, resume: bool, device: str | None,
+    model: str, out: Path, *, recipe: str, prompts: Path | None, methods: Methods, skip: Sequence[str], steps: int | None,
+    samples: int, seed: int, resume: bool, device: str | None,
 ) -> None:  # fmt: skip
-    """Quantize ``model`` and save it to ``out``; a killed run leaves ``<out>.unfinished``, and ``resume`` continues it.
+    """Quantizes ``model`` and saves it to ``out``; a killed run leaves ``<out>.unfinished``, from which ``resume``
+    continues.
 
     Raises:
-        ValueError, OSError: wrong input, all of it checked before the model is loaded as far as that is possible.
+        ValueError, OSError: wrong input; as much of it as possible is checked before the model is loaded.
     """
-    config = QuantConfig.from_name(recipe)
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"unknown --rounding {rounding!r}; choose one of {', '.join(ROUNDINGS)}")
-    if iters is not None and rounding == "nearest":
-        raise ValueError("--iters is the length of learned rounding; leave it out with --rounding nearest")
+    QuantConfig.from_name(recipe)  # refuses an unknown name; the table of families decides what it means for the model
+    arguments = methods.arguments()
     named_models.folder_of(model)
     texts = read_prompts(prompts) if prompts else named_models.default_prompts(model, CALIBRATION_PROMPTS)
     if out.exists() and any(out.iterdir()):
@@ -37,14 +84,18 @@ def quantize(
     unfinished = out.with_name(out.name + ".unfinished")
     if unfinished.exists() and not resume:
         raise FileExistsError(f"{unfinished} holds an unfinished run; continue it with --resume, or delete it")
+    if ROUNDINGS.find(arguments["reconstruction"].rounding).needs_samples or methods.fine_tuning is not None:
+        arguments |= {"checkpoint_dir": unfinished / "blocks", "cache_dir": unfinished / "samples"}
     pipe = named_models.open_pipeline(model, device)
     start = time.perf_counter()
     try:
-        quantized = _quantize(pipe, config, texts, rounding, iters, skip, steps, samples, seed, unfinished)
+        quantized = quantize_pipeline(
+            pipe, recipe, prompts=texts, steps=steps, samples=samples, skip=skip, seed=seed, **arguments
+        )
         quantized.save_pretrained(out)
     except Exception:
-        if not any(unfinished.glob("blocks/block-*")):
-            shutil.rmtree(unfinished, ignore_errors=True)  # nothing in it that would save time
+        if not any(unfinished.glob("blocks/*")):
+            shutil.rmtree(unfinished, ignore_errors=True)  # holds nothing that a resumed run would reuse
         raise
     if quantized.transformer.report is not None:
         print(quantized.transformer.report.to_markdown(), end="\n\n")
@@ -55,17 +106,3 @@ def quantize(
     print(f"{before / 1e6:.2f} MB → {size / 1e6:.2f} MB ({bits:.2f} bits per quantized weight, the rest at 16 bits)")
     print(f"saved after {time.perf_counter() - start:.0f} s: {out}")
     print(f"next: fp4dit-ao generate {out} --compare {model} --prompt {texts[0]!r}")
-
-
-def _quantize(
-    pipe: Any, config: QuantConfig, texts: list[str], rounding: str, iters: int | None, skip: Sequence[str],
-    steps: int | None, samples: int, seed: int, unfinished: Path,
-) -> Any:  # fmt: skip
-    learned = rounding == "adaround"
-    return quantize_pipeline(
-        pipe, config, prompts=texts, steps=steps, samples=samples, skip=skip, seed=seed,
-        rounding=cast(Literal["adaround", "nearest"], rounding),
-        adaround=AdaRoundConfig() if iters is None else AdaRoundConfig(iters=iters),
-        checkpoint_dir=unfinished / "blocks" if learned else None,
-        cache_dir=unfinished / "samples" if learned else None,
-    )  # fmt: skip

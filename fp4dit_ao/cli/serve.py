@@ -1,4 +1,4 @@
-"""``fp4dit-ao serve``: a pipeline behind the OpenAI images API."""
+"""``fp4dit-ao serve``: serves a pipeline with the OpenAI images API."""
 
 import contextlib
 import logging
@@ -13,18 +13,18 @@ def serve(
     model: str, host: str, port: int, name: str | None, batching: dict[str, Any], limits: dict[str, Any], same_bits: bool,
     compile: bool, device: str | None, weights: str,
 ) -> None:  # fmt: skip
-    """Load ``model``, listen, warm up, and answer until interrupted; what was accepted by then is finished.
+    """Loads ``model``, listens, warms up, and answers until interrupted; accepted requests are finished then.
 
     Raises:
-        OSError: no such model, or the port is taken.
-        ValueError: see ``models.weights_of``.
+        OSError: there is no such model, or the port is taken.
+        ValueError: see ``named_models.weights_of``.
         RuntimeError: FastAPI or uvicorn is not installed, or the model failed to warm up.
     """
     try:
         import uvicorn
 
         from fp4dit_ao.serving.app import Limits
-        from fp4dit_ao.serving.engine import Batching
+        from fp4dit_ao.serving.engine_types import Batching
         from fp4dit_ao.serving.launch import Options, application
     except ImportError as error:
         raise RuntimeError(f"serving needs {error.name}; install it with: pip install 'fp4dit-ao[serve]'") from error
@@ -37,19 +37,17 @@ def serve(
     print(f"loading {model}", flush=True)
     app, engine = application(model, options)
     address = f"http://{host}:{listening.getsockname()[1]}"
-    listening.listen()  # from here on, whoever connects is answered
+    listening.listen()  # from here on connections are answered
     print(f"listening on {address}; warming up, see {address}/health/ready", flush=True)
     config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=int(options.limits.timeout) + 1)
-    with contextlib.suppress(
-        KeyboardInterrupt
-    ):  # uvicorn raises again what stopped it, after what was accepted is finished
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn finishes accepted requests, then raises the interrupt again
         uvicorn.Server(config).run(sockets=[listening])
     if engine.failure is not None:
         raise RuntimeError(f"the model failed to warm up: {engine.failure}")
 
 
 def _reserve(host: str, port: int) -> socket.socket:
-    """A socket with the port to itself, before minutes go into loading a model."""
+    """Binds the port, before minutes are spent on loading a model."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     opened = socket.socket(family, socket.SOCK_STREAM)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

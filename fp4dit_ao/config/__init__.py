@@ -1,10 +1,10 @@
-"""What to quantize to what (:class:`QuantConfig`, named recipes), and how rounding is learned (:class:`AdaRoundConfig`)."""
+"""What to quantize to what (:class:`QuantConfig`, recipes), and how weights are rounded (:class:`ReconstructionConfig`)."""
 
 from fp4dit_ao.config.quant_config import HIGH_PRECISION, RECIPES, QuantConfig
 from fp4dit_ao.config.recipes import int_w4a6, int_w4a8, mxfp4, nvfp4, w4a6, w4a6_auto, w4a8
-from fp4dit_ao.config.reconstruction_config import AdaRoundConfig
+from fp4dit_ao.config.reconstruction_config import AdaRoundConfig, ReconstructionConfig
 
 __all__ = [
-    "HIGH_PRECISION", "RECIPES", "AdaRoundConfig", "QuantConfig", "int_w4a6", "int_w4a8", "mxfp4", "nvfp4", "w4a6", "w4a6_auto",
-    "w4a8",
+    "HIGH_PRECISION", "RECIPES", "AdaRoundConfig", "QuantConfig", "ReconstructionConfig", "int_w4a6", "int_w4a8", "mxfp4",
+    "nvfp4", "w4a6", "w4a6_auto", "w4a8",
 ]  # fmt: skip

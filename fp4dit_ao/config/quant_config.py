@@ -1,11 +1,12 @@
 """What to quantize to what: :class:`QuantConfig`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from fp4dit_ao.config.scheme_rules import FLOAT_SCALES, rules_of
 from fp4dit_ao.formats import parse
-from fp4dit_ao.ops.block_scale import BLOCKS, ELEMENTS
+from fp4dit_ao.ops.block_scale import BLOCKS
 
 HIGH_PRECISION = (
     "*pos_embed*", "*time_embed*", "*timestep*", "*time_text_embed*", "*text_embed*", "*context_embed*", "*x_embed*",
@@ -35,8 +36,9 @@ class QuantConfig:
     weight_candidates: tuple[str, ...] = ()
     """If given, each linear takes the one with the smallest output error on calibration data, instead of ``weight``."""
     weight_granularity: Literal["group", "channel", "tensor"] = "group"
-    weight_search: Literal["absmax", "mse"] = "absmax"
-    """How a weight scale is found: from the largest magnitude (the paper), or the one with the least squared error."""
+    weight_search: str = "absmax"
+    """How a weight scale is found, a name in ``observers.scale_search.SEARCHES``: ``"absmax"``, from the largest magnitude (the
+    paper), or ``"mse"``, the scale with the least squared error."""
     activation_granularity: Literal["token", "tensor", "block"] = "token"
     """``"token"``: online, from each token's own absmax (the paper); ``"tensor"``: one static range, calibrated;
     ``"block"``: online, the hardware's block formats, for weights and inputs alike (``scale_dtype`` says which)."""
@@ -73,30 +75,12 @@ class QuantConfig:
             raise ValueError(
                 f"QuantConfig: group_size={self.group_size!r}; it must be an even whole number, such as 128"
             )
+        rules_of(self).check(self)
 
-        blocks = BLOCKS.get(self.scale_dtype)
-        if (self.activation_granularity == "block") != (blocks is not None) or blocks not in (None, self.group_size):
-            raise ValueError(
-                f"QuantConfig: activation_granularity={self.activation_granularity!r} with scale_dtype="
-                f"{self.scale_dtype!r} and group_size={self.group_size}; blocks have 'e8m0' scales and 32 elements, or "
-                "'e4m3' and 16"
-            )
-        if blocks:
-            self._check_blocks()
-
-    def _check_blocks(self) -> None:
-        formats = ELEMENTS[self.scale_dtype]
-        if self.activation not in formats or self.weight not in (None, self.activation):
-            raise ValueError(
-                f"QuantConfig: weight={self.weight!r} and activation={self.activation!r}; with {self.scale_dtype!r} blocks "
-                f"both are the same, one of {', '.join(formats)}"
-            )
-        if self.weight_candidates or self.pre_gelu_weight not in (None, self.weight):
-            raise ValueError(
-                "QuantConfig: block formats are one for all layers; leave out weight_candidates and pre_gelu_weight"
-            )
-        if self.weight_granularity != "group" or self.weight_search != "absmax":
-            raise ValueError("QuantConfig: block formats have weight_granularity='group' and weight_search='absmax'")
+    @property
+    def scheme(self) -> str:
+        """Name of the quantization scheme that the fields choose, a key of ``fp4dit_ao.schemes.SCHEMES``."""
+        return rules_of(self).name
 
     @staticmethod
     def from_name(name: str) -> "QuantConfig":
@@ -135,11 +119,14 @@ def _check_format(field: str, name: str | None) -> None:
 
 _EXAMPLES = {"weight_candidates": ("e2m1", "e3m0"), "skip": ("proj_out*",)}
 
-_CHOICES = {
+WEIGHT_SEARCHES = ["absmax", "mse"]
+"""Names that ``weight_search`` takes; ``observers.scale_search.register_search`` adds to them."""
+
+_CHOICES: dict[str, Sequence[str]] = {
     "weight_granularity": ("group", "channel", "tensor"),
-    "weight_search": ("absmax", "mse"),
+    "weight_search": WEIGHT_SEARCHES,
     "activation_granularity": ("token", "tensor", "block"),
-    "scale_dtype": ("float32", "float16", "bfloat16", "e8m0", "e4m3"),
+    "scale_dtype": (*FLOAT_SCALES, *BLOCKS),
     "indivisible": ("error", "divisor", "keep"),
 }
 

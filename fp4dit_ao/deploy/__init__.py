@@ -1,1 +1,1 @@
-"""Quantized transformers as one file that runs without the model's Python class."""
+"""Export of quantized transformers to one file that runs without the model's Python class."""

@@ -1,8 +1,8 @@
-"""A quantized transformer as one file that runs without the model's Python class.
+"""Export of a quantized transformer to one file that runs without the model's Python class.
 
-Two kinds, both ``.pt2``: a *program* is ``torch.export``'s archive of the lowered graph, a *package* is what AOTInductor
-compiles it to. Batch, image size and text length stay dynamic. Weights are stored as plain tensors, packed codes and scales;
-nothing is pickled.
+There are two kinds, both ``.pt2``: a *program* is ``torch.export``'s archive of the lowered graph, a *package* is the
+code that AOTInductor compiles from it. Batch, image size and text length stay dynamic. Weights are stored as plain
+tensors, packed codes and scales; nothing is pickled.
 """
 
 import json
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from fp4dit_ao import _compat, kernels  # noqa: F401, kernels registers the operators that exported graphs call
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.deploy.signature import Signature, as_length, signature_of
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.passes.numbers_to_lengths import numbers_to_lengths
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 SUFFIX = ".pt2"
 _NOTE = "fp4dit_ao.json"
-"""In a program, the file beside the graph, in a package, the metadata entry that says how it is called."""
+"""Name of the JSON with the call signature: a file beside the graph in a program, a metadata entry in a package."""
 
 
 def export_program(model: "QuantizedTransformer") -> ExportedProgram:
-    """``model``'s lowered graph as an exported program: same bits as the graph, run eagerly.
+    """Exports the lowered graph of ``model`` as a program, whose results equal those of the eager graph in every bit.
 
-    Its operators are aten's and ``torch.ops.fp4dit_ao``'s, and its weights plain tensors: codes ``….weight_qdata`` (uint8) and
-    scales ``….weight_scale``. It takes the keyword arguments that were captured, and returns a tuple.
+    Its operators are aten's and ``torch.ops.fp4dit_ao``'s, its weights are plain tensors: codes ``….weight_qdata``
+    (uint8) and scales ``….weight_scale``. It takes the captured keyword arguments and returns a tuple.
     """
     from fp4dit_ao.passes.subclass_unwrapping import unwrap  # needs torchao, which loading does not
 
@@ -54,43 +54,44 @@ def export_program(model: "QuantizedTransformer") -> ExportedProgram:
 
 
 def save_program(model: "QuantizedTransformer", path: str | Path) -> None:
-    """Write :func:`export_program` to ``path``, whole or not at all; a file that is there is replaced.
+    """Writes :func:`export_program` to ``path``, whole or not at all; an existing file is replaced.
 
     Raises:
         ValueError: ``path`` does not end in ``.pt2``.
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with whole_file(_checked(path)) as partial:
         exported = export_program(model)
-        exported.example_inputs = None  # the only part of an archive that would be pickled
+        exported.example_inputs = None  # example inputs are the only part of an archive that would be pickled
         torch.export.save(exported, partial, extra_files={_NOTE: json.dumps(_note(model, exported))})
 
 
 def save_package(model: "QuantizedTransformer", path: str | Path) -> None:
-    """Compile ``model``'s graph ahead of time, for this machine's kind of processor or GPU, and write it to ``path``.
+    """Compiles the graph of ``model`` ahead of time, for this machine's kind of processor or GPU, and writes it to
+    ``path``.
 
-    It gives the same bits as ``torch.compile`` of the graph. Compiling takes as long as that, minutes for a large model.
+    Results equal those of ``torch.compile`` in every bit. Compiling takes as long, minutes for a large model.
 
     Raises:
         ValueError: ``path`` does not end in ``.pt2``.
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
         RuntimeError: there is no C++ compiler.
     """
     with whole_file(_checked(path)) as partial:
         exported = export_program(model)
         options = {"aot_inductor.metadata": {_NOTE: json.dumps(_note(model, exported))}}
         with torch.no_grad(), _compat.distinct_sizes(), _compat.types_in_packages():
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(partial), inductor_configs=options)
+            _compat.compile_package(exported, partial, options)
 
 
 class ExportedTransformer:
-    """A program or a package, called with the keyword arguments of the transformer that it was made from.
+    """A loaded program or package, called with the keyword arguments of the transformer that it was made from.
 
     Attributes:
         kind: ``"program"`` or ``"package"``.
-        class_name: of the diffusers model that was quantized.
-        signature: what it may be called with.
-        dtype: of its floating-point inputs and outputs.
+        class_name: class of the diffusers model that was quantized.
+        signature: types, devices and sizes of its arguments.
+        dtype: type of its floating-point inputs and outputs.
     """
 
     def __init__(self, kind: str, run: Callable[..., Any], note: Mapping[str, Any]):
@@ -102,25 +103,25 @@ class ExportedTransformer:
 
     @torch.no_grad()
     def __call__(self, **arguments: Any) -> tuple[Tensor, ...]:
-        """What the transformer's ``forward`` returns with ``return_dict=False``.
+        """Runs the graph; returns what the transformer's ``forward`` returns with ``return_dict=False``.
 
-        Constants that were captured (``None``, flags) may be left out.
+        Captured constants (``None``, flags) may be left out.
 
         Raises:
-            ValueError: arguments that the graph cannot honour; see ``Signature.bind``.
+            ValueError: an argument does not fit the signature; see ``Signature.bind``.
         """
         output: tuple[Tensor, ...] = self._run(**self.signature.bind(arguments, f"exported {self.class_name}"))
         return output
 
 
 def load(path: str | Path) -> ExportedTransformer:
-    """What :func:`save_program` or :func:`save_package` wrote.
+    """Loads a file that :func:`save_program` or :func:`save_package` wrote.
 
-    A package holds compiled code, which runs: load only files that you trust.
+    A package holds compiled code, which is executed: load only files that you trust.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it was not written here, or is damaged.
+        FileNotFoundError: there is no such file.
+        ValueError: the file was not written by this package, or is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -134,7 +135,7 @@ def load(path: str | Path) -> ExportedTransformer:
     note: dict[str, Any]
     try:
         if package:
-            run = torch._inductor.aoti_load_package(str(path))
+            run = _compat.load_package(path)
             note = json.loads(run.get_metadata()[_NOTE])
             return ExportedTransformer("package", run, note)
         extra = {_NOTE: ""}
@@ -164,12 +165,12 @@ def _note(model: "QuantizedTransformer", exported: ExportedProgram) -> dict[str,
 
 
 def _numbers(model: "QuantizedTransformer") -> list[str]:
-    """The arguments that are whole numbers and need not be those that were captured."""
+    """Names of whole-number arguments that may differ from the captured ones."""
     return sorted(_compat.varying_numbers(model.graph) & set(_compat.input_names(model.graph)))
 
 
 def _example(model: "QuantizedTransformer") -> dict[str, Any]:
-    """Arguments of the sizes that the graph was captured with; those were chosen so that no size is taken for a constant."""
+    """Arguments of the captured sizes, which were chosen so that export takes none of them for a constant."""
     kwargs = sample_description.empty_like(model.description, model.dtype)
     names = {id(x): name for name, x in _compat.flat_inputs(model.graph, kwargs).items()}
     sizes = _compat.captured_sizes(model.graph)

@@ -1,6 +1,7 @@
-"""What an exported graph may be called with: types, devices, and sizes that fit each other.
+"""Call signature of an exported graph: types, devices, and sizes that fit each other.
 
-Compiled code checks none of it: with a mask of another batch, say, it reads what it should not and returns an image.
+Compiled code checks none of this: given a mask of another batch size, for example, it reads past its end and still
+returns an image.
 """
 
 import functools
@@ -12,39 +13,39 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.utils import _pytree as pytree
 
 from fp4dit_ao import _compat
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.deploy import size_expressions
 from fp4dit_ao.graph_capture import sample_description
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The keyword arguments of a graph, as JSON can hold them.
+    """Keyword arguments of a graph, in a form that JSON can hold.
 
     Attributes:
-        inputs: of the tensors and constants, as ``samples.describe`` has it, and each tensor's ``device``. A size that may vary
-            is a name in place of a number, and stands for the same number wherever it occurs.
-        numbers: sizes, likewise, by the argument that gives them as a whole number.
-        relations: equalities between names that hold for whatever the graph may be called with, as ``sizes.evaluate`` reads
-            them.
+        inputs: description of the tensors and constants by ``sample_description.encode``, with each tensor's
+            ``device``. A size that may vary is a name instead of a number; a name stands for the same number wherever
+            it occurs.
+        numbers: sizes, in the same form, by the name of the argument that passes them as a whole number.
+        relations: equalities between names that every call must fulfil, in the syntax of ``size_expressions.evaluate``.
     """
 
-    inputs: Any
+    inputs: sample_description.Description
     numbers: Mapping[str, int | str]
     relations: Sequence[str]
 
     def bind(self, arguments: Mapping[str, Any], who: str) -> dict[str, Any]:
-        """The arguments that the graph takes: with constants that were left out, and lengths of tensors for numbers.
+        """Arguments of the graph for a call: adds omitted constants, and turns whole numbers into lengths of tensors.
 
         Args:
-            arguments: of a call.
+            arguments: keyword arguments of the call.
             who: the beginning of the message.
 
         Raises:
-            ValueError: one is unknown, no whole number, or no tensor of the type, rank, kind of device and fixed sizes that
-                were captured, or two do not fit each other.
+            ValueError: an argument is unknown, is not a whole number, differs from the captured type, rank, kind of
+                device or fixed size, or does not fit another argument.
         """
         given = {name: value for name, value in arguments.items() if name not in self.numbers}
         fixed = {"return_dict": False} if "return_dict" in self._constants else {}
@@ -56,7 +57,7 @@ class Signature:
         sample_description.check(self.inputs, bound, who)
         self._check_types(bound, who)
         self._check_sizes(bound, numbers, who)
-        # a view's strides, such as those of one timestep expanded over the batch, are not what was compiled
+        # compiled code assumes contiguous inputs; one timestep expanded over the batch is not
         bound = pytree.tree_map_only(Tensor, Tensor.contiguous, bound)
         return bound | {name: as_length(value) for name, value in numbers.items()}
 
@@ -86,7 +87,7 @@ class Signature:
             wanted = enumerate(self._specs[name]["shape"])
             found += [(name, f"{name}.shape[{i}]", size, shape[i]) for i, size in wanted]
         values: dict[str, int] = {}
-        first: dict[str, tuple[str, str]] = {}  # of a name: the first argument that has it, and where
+        first: dict[str, tuple[str, str]] = {}  # by name of a size: the first argument that has it, and the place there
         for name, place, wanted_size, size in found:
             if isinstance(wanted_size, int):
                 if size != wanted_size:
@@ -117,16 +118,16 @@ def _holds(relation: str, values: Mapping[str, int]) -> bool:
 
 
 def as_length(number: int) -> Tensor:
-    """A whole number as a tensor without elements: compiled code takes no other sizes than those of tensors."""
+    """Tensor of shape ``(number, 0)`` that stands for a whole number: compiled code takes sizes from tensors only."""
     return torch.empty(number, 0)
 
 
 def signature_of(exported: ExportedProgram, numbers: Sequence[str]) -> Signature:
-    """How ``exported`` may be called.
+    """Call signature of an exported program.
 
     Args:
-        exported: a program, not serialized yet.
-        numbers: the arguments that stand for whole numbers; see :func:`as_length`.
+        exported: a program that is not serialized yet.
+        numbers: names of arguments that stand for whole numbers; see :func:`as_length`.
     """
     values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
     inputs = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]

@@ -1,4 +1,5 @@
-"""How the sizes of a graph's inputs depend on each other: arithmetic in text, such as ``(6*s1) // s0 == 6``; no ``eval``."""
+"""Relations between the sizes of a graph's inputs as text, such as ``(6*s1) // s0 == 6``, evaluated without
+``eval``."""
 
 import ast
 import functools
@@ -20,15 +21,15 @@ _WORD = re.compile(r"[A-Za-z_]\w*")
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
-    """The value of ``expression``, a bool if it is an equality.
+    """Value of ``expression``; a bool if it is an equality.
 
     Args:
         expression: whole numbers and names with ``+ - * // % == min max`` and brackets, in Python's syntax.
-        sizes: what the names stand for.
+        sizes: values of the names.
 
     Raises:
-        ValueError: it holds anything else, or a name that stands for nothing.
-        ZeroDivisionError: it divides by zero.
+        ValueError: the expression holds anything else, or a name without a value.
+        ZeroDivisionError: the expression divides by zero.
     """
     try:
         return _value(_parsed(expression), sizes)
@@ -68,10 +69,10 @@ def readable(expression: str) -> bool:
 
 
 def names(expression: str) -> list[str]:
-    """The names in ``expression``, each once, in order."""
+    """Names in ``expression``, each once, in order."""
     return [name for name in dict.fromkeys(_WORD.findall(expression)) if name not in _FUNCTIONS]
 
 
 def rename(expression: str, new: Mapping[str, str]) -> str:
-    """``expression`` with other names."""
+    """Replaces names in ``expression`` by those in ``new``."""
     return _WORD.sub(lambda found: new.get(found[0], found[0]), expression)

@@ -1,4 +1,4 @@
-"""Quantize what enters scaled-dot-product attention inside of a diffusers attention module, whatever its processor does."""
+"""Quantization of q, k and v inside diffusers attention modules, for any attention processor."""
 
 import copy
 import functools
@@ -17,9 +17,9 @@ _INPUTS = ("query", "key", "value")
 
 
 class QuantizedAttention(TorchFunctionMode):
-    """Inside of it, q, k and v of every ``F.scaled_dot_product_attention`` become ``fmt``, token by token and head by head.
+    """Context that quantizes q, k and v of every ``F.scaled_dot_product_attention`` to ``fmt``, per token and head.
 
-    The same operators as in a lowered graph.
+    It runs the same operators as a lowered graph.
     """
 
     def __init__(self, fmt: str):
@@ -47,15 +47,15 @@ def _fake_quantize(x: Tensor, fmt: str) -> Tensor:
 
 
 def quantize_attention(module: nn.Module, fmt: str, name: str) -> None:
-    """Give ``module`` a processor that does what its own does, on quantized q, k and v.
+    """Replaces the processor of ``module`` by one that does the same on quantized q, k and v.
 
     Args:
         module: a diffusers attention module.
         fmt: format of q, k and v.
-        name: of the module, for the message.
+        name: name of the module, for the message.
 
     Raises:
-        ValueError: it has no processor.
+        ValueError: the module has no processor.
     """
     processor = getattr(module, "processor", None)
     if processor is None:
@@ -70,7 +70,7 @@ def quantize_attention(module: nn.Module, fmt: str, name: str) -> None:
 
 
 def restore_attention(modules: Iterable[Any]) -> None:
-    """Give attention modules their own processors back."""
+    """Gives attention modules back the processors that :func:`quantize_attention` replaced."""
     for module in modules:
         processor = getattr(module, "processor", None)
         if hasattr(processor, "quantized_fmt"):
@@ -81,7 +81,8 @@ def restore_attention(modules: Iterable[Any]) -> None:
 
 @functools.cache
 def _quantizing(cls: type) -> type:
-    """A subclass of a processor's class, which attention modules also ask for the signature of its ``__call__``."""
+    """Subclass of a processor's class that quantizes; it keeps the signature of ``__call__``, which attention modules
+    inspect."""
     original: Callable[..., Any] = cls.__call__  # type: ignore[operator]
 
     @functools.wraps(original)

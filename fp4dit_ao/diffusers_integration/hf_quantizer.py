@@ -1,13 +1,13 @@
-"""This package as diffusers sees it: a quantization config and the quantizer that ``from_pretrained`` calls.
+"""Plug-in for diffusers: a quantization config, and the quantizer that ``from_pretrained`` calls.
 
-``import fp4dit_ao`` registers both with diffusers; see ``_registration``. What is saved comes back as it was. A float model is
-quantized while it is read, weight by weight.
+``import fp4dit_ao`` registers both; see ``_registration``. Quantized models load as they were saved. Float models are
+quantized while they are read, weight by weight.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.quantizers import auto
@@ -20,7 +20,11 @@ from fp4dit_ao.checkpoint.quantization_record import Record, check_model
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration import module_form
 from fp4dit_ao.diffusers_integration.module_slots import Slots, quantized_linears
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.split_inputs import split_modules, whole_name
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 class _Method(StrEnum):
@@ -28,38 +32,46 @@ class _Method(StrEnum):
 
 
 class FP4DiTConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How ``from_pretrained`` quantizes a float transformer: to nearest, without calibration data.
+    """Config with which ``from_pretrained`` quantizes a float transformer: nearest rounding, without calibration data.
 
-    ``PipelineQuantizationConfig(quant_mapping={"transformer": FP4DiTConfig("w4a6")})`` does it to one component of a pipeline.
+    ``PipelineQuantizationConfig(quant_mapping={"transformer": FP4DiTConfig("w4a6")})`` quantizes one component of a
+    pipeline.
 
     Args:
         recipe: a name in ``config.RECIPES``, or a config.
         skip: globs over module names that stay in high precision, besides the recipe's own.
         sample: keyword arguments of one ``forward``, for models of families that the package does not know.
+        transforms: graph transforms that need no calibration data: ``"split_inputs"``.
 
     Raises:
-        ValueError: an unknown recipe.
+        ValueError: the recipe or a transform is unknown, or a transform needs calibration data.
     """
 
     def __init__(
-        self, recipe: str | QuantConfig = "w4a6", skip: Sequence[str] = (), sample: Mapping[str, Any] | None = None
+        self,
+        recipe: str | QuantConfig = "w4a6",
+        skip: Sequence[str] = (),
+        sample: Mapping[str, Any] | None = None,
+        transforms: Sequence[str | GraphTransform] = (),
     ):
+        module_form.without_data(transforms)
         if isinstance(recipe, str):
             QuantConfig.from_name(recipe)
         self.quant_method = _Method.FP4DIT_AO
         self.recipe, self.skip, self.sample = recipe, tuple(skip), sample
+        self.transforms = tuple(transforms)
         self.stored: dict[str, Any] | None = None
-        """The ``quantization_config`` of a model that is already quantized."""
+        """``quantization_config`` of a model that is already quantized, else None."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From what a ``config.json`` holds, which is checked when it is used."""
+        """Config from the content of ``config.json``, which is checked when it is used."""
         config = cls()
         config.stored = dict(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """In short; ``save_pretrained`` of the quantized model writes all that is needed to load it."""
+        """Short form for printing; ``save_pretrained`` of the quantized model writes the full record."""
         recipe = self.recipe if isinstance(self.recipe, str) else dataclasses.asdict(self.recipe)
         return {"quant_method": METHOD, "recipe": recipe, "skip": list(self.skip)}
 
@@ -68,10 +80,11 @@ class FP4DiTConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
-    """Puts stored codes and scales into a model that diffusers is loading, or quantizes its float weights on the way in.
+    """Puts stored codes and scales into a model that diffusers is loading, or quantizes its float weights on the way
+    in.
 
     Attributes:
-        record: what was done to the model.
+        record: how the model was quantized.
     """
 
     required_packages = ("accelerate",)
@@ -82,7 +95,7 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._slots: Slots | None = None
         self._linears: dict[str, QuantConfig] = {}
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: "ModelMixin", **kwargs: Any) -> None:
         config = self.quantization_config
         if self.pre_quantized:
             self.record = Record.from_json(config.stored or {}, "its config.json")
@@ -90,7 +103,9 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             check_model(self.record, dict(model.config) | {"_class_name": type(model).__name__}, "its config.json")
             self._slots = Slots(model, self.record)
         else:
-            self.record = module_form.decide(model, config.recipe, skip=config.skip, sample=config.sample)
+            self.record = module_form.decide(
+                model, config.recipe, skip=config.skip, sample=config.sample, transforms=config.transforms
+            )
             self._linears = dict(quantized_linears(self.record))
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -118,18 +133,19 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         model: nn.Module,
         param_value: Tensor,
         param_name: str,
-        target_device: Any,
+        target_device: torch.device | str | int,
         state_dict: dict[str, Any],
         unexpected_keys: list[str] | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
+        assert self.record is not None, "diffusers prepares the model before it loads weights"
         if self._slots is not None:
             if unexpected_keys:
                 raise ValueError(
                     f"the weights hold tensor {unexpected_keys[0]}, which config.json does not know; copy the folder again"
                 )
-            x = state_dict[param_name].clone()  # param_value is cast, scales too; memory as weights.read has it
+            x = state_dict[param_name].clone()  # param_value is cast, scales too; cloned as in tensor_files.read
             self.record.tensors[param_name].check(param_name, x)
             self._slots.put(param_name, x.to(target_device), param_value.dtype)
         else:
@@ -151,10 +167,10 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     @property
     def is_serializable(self) -> bool:
-        """Asked by diffusers' own ``save_pretrained`` alone, which could only find that codes have no storage.
+        """Read only by diffusers' own ``save_pretrained``, which would fail because codes have no storage.
 
         Raises:
-            ValueError: always.
+            ValueError: always, with the call that works.
         """
         raise ValueError(
             "diffusers' own save_pretrained cannot write low-bit weights; call the instance's, model.save_pretrained(folder)"

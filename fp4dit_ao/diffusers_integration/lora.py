@@ -1,40 +1,45 @@
-"""Fusing a LoRA into low-bit weights: their values and its product are added, and rounded anew.
+"""Fusing a LoRA into low-bit weights: its product is added to their values, and the sum is rounded again.
 
-PEFT's own merging knows only torchao's configs, and undoes itself by subtracting; here the former codes come back.
+PEFT's own merging supports only torchao's configs and unmerges by subtracting; here unfusing restores the former codes.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fp4dit_ao.config import QuantConfig
-from fp4dit_ao.schemes.low_bit_weight import low_bit_weight
+from fp4dit_ao.passes.transforms.scaled_linear import INPUT_SCALE
+from fp4dit_ao.schemes import scheme_of
 from fp4dit_ao.tensors.levels import refuse_unpacked
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 def fuse_lora(
-    model: Any,
+    model: "ModelMixin",
     configs: dict[str, QuantConfig],
     lora_scale: float = 1.0,
     safe_fusing: bool = False,
     adapter_names: list[str] | None = None,
 ) -> None:
-    """diffusers' ``fuse_lora`` of a model in the module form. Weights are rounded to nearest, in their own format and groups.
+    """``fuse_lora`` of a model in the module form: rounds the sums to nearest, in the format and groups of each weight.
 
-    What is fused costs no time, and the error of one more rounding. The former codes are kept for :func:`unfuse_lora`. After
-    ``unload_lora`` what was fused stays, and is saved with the model.
+    A fused LoRA costs no time, but one more rounding error. The former codes are kept for :func:`unfuse_lora`. A fused
+    LoRA stays after ``unload_lora``, and is saved with the model.
 
     Args:
-        model: with one or more LoRAs loaded.
-        configs: of its low-bit linears, by name.
+        model: a model with one or more LoRAs loaded.
+        configs: configs of its low-bit linears, by name.
         lora_scale: factor of every LoRA.
         safe_fusing: as in diffusers; low-bit weights always refuse NaN and Inf.
-        adapter_names: which; those that are set if None.
+        adapter_names: LoRAs to fuse; the active ones if None.
 
     Raises:
-        ValueError: weights were unpacked, or a LoRA is of a kind that does more than add a product (aLoRA, …).
+        ValueError: weights were unpacked, or a LoRA does more than add a product (aLoRA, …).
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -58,13 +63,42 @@ def fuse_lora(
         layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names)
 
 
-def unfuse_lora(model: Any) -> None:
-    """Undo :func:`fuse_lora`: low-bit weights have their former codes and scales again, bit for bit."""
+def unfuse_lora(model: "ModelMixin") -> None:
+    """Undoes :func:`fuse_lora`: low-bit weights get their former codes and scales back, bit for bit."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer) and layer.merged:
             layer.unmerge()
+
+
+def adding_refused_on(add: Callable[..., Any], model: Any, folded: Collection[str]) -> Callable[..., Any]:
+    """``add``, one of diffusers' methods that load a LoRA, with a refusal of LoRAs on linears that a transform changed.
+
+    Args:
+        add: ``model.load_lora_adapter`` or ``model.add_adapter``.
+        model: that it belongs to.
+        folded: names of linears whose inputs or outputs are other ones than the float model's.
+    """
+
+    @functools.wraps(add)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        before = set(getattr(model, "peft_config", {}))
+        result = add(*args, **kwargs)
+        layers = [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer) and name in folded]
+        if layers:
+            model.delete_adapters(sorted(set(model.peft_config) - before))
+            if not before:
+                model.unload_lora()
+            raise ValueError(
+                f"this LoRA changes {layers[0]}, whose smoothing factors were folded into other layers' weights: it would compute "
+                "something else there than in the float model; quantize with SmoothQuant(fold=False) to use it"
+            )
+        return result
+
+    return checked
 
 
 @torch.no_grad()
@@ -84,8 +118,11 @@ def _merge(
     weight = base.weight.detach()
     total = weight.dequantize(torch.float32)
     for adapter in wanted:
-        total += layer.get_delta_weight(adapter).to(total)
-    fused = low_bit_weight(name, total, config).to(weight.dtype)
+        delta = layer.get_delta_weight(adapter).to(total)
+        if (scale := getattr(base, INPUT_SCALE, None)) is not None:
+            delta = delta / scale.to(total)  # the weight's input is multiplied by it, that of the LoRA is not
+        total += delta
+    fused = scheme_of(config).round_to_nearest(name, total, config).to(weight.dtype)
     if not layer.merged:
         layer.unfused_weight = weight
     base.weight = nn.Parameter(fused, requires_grad=False)

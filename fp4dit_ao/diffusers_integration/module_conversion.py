@@ -1,8 +1,8 @@
-"""Ways into the module form: from a float model, from a graph, from a folder."""
+"""Conversion to the module form: from a float model, from a graph, and from a folder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,53 +14,59 @@ from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig, FP4DiTDiffusersQuantizer
 from fp4dit_ao.diffusers_integration.module_form import decide, finish, quantize_linear
 from fp4dit_ao.diffusers_integration.module_slots import Slots, check_online, quantized_linears
-from fp4dit_ao.passes.transforms.split_inputs import split_modules
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 BUFFER_LIMIT = 1 << 30
-"""Bytes of the largest tables, such as those of positions, that a model may make while it is loaded."""
+"""Most bytes of buffers, such as position tables, that a model may compute while it is loaded."""
 
 
 def quantize_modules(
-    model: Any,
+    model: "ModelMixin",
     recipe: str | QuantConfig = "w4a6",
     *,
     skip: Sequence[str] = (),
     sample: Mapping[str, Any] | None = None,
     source: str | None = None,
-) -> Any:
-    """Quantize a diffusers model in place with nearest rounding: no graph to run, no calibration, one weight at a time.
+    transforms: Sequence[str | GraphTransform] = (),
+) -> "ModelMixin":
+    """Quantizes a diffusers model in place with nearest rounding, one weight at a time, without calibration.
 
     Args:
         model: the float model.
-        recipe: a name in ``config.RECIPES``, taken as it is for the model's family; or a config, taken as it is.
+        recipe: a name in ``config.RECIPES``, adapted to the model's family; or a config, used unchanged.
         skip: globs over module names that stay in high precision, besides the recipe's own.
-        sample: keyword arguments of one ``forward``; of a family that the package knows, it makes them up. With them the
-            linears before a gate are found in the model's graph.
-        source: name or path of the float model, to be written down.
+        sample: keyword arguments of one ``forward``, with which linears before a gate are found in the model's graph;
+            random ones if None and the family is known.
+        source: name or path of the float model, for the record.
+        transforms: graph transforms that need no calibration data: ``"split_inputs"``.
 
     Returns:
         ``model``; its ``save_pretrained`` writes what ``from_pretrained`` and ``load_pipeline`` read.
 
     Raises:
-        ValueError: an unknown recipe, one that needs calibration data, or a model that it does not fit.
+        ValueError: the recipe or a transform is unknown, needs calibration data, or does not fit the model.
     """
-    record = decide(model, recipe, skip=skip, sample=sample, source=source)
-    split_modules(model, record.parts)
+    record = decide(model, recipe, skip=skip, sample=sample, source=source, transforms=transforms)
+    for transform in record.transforms:
+        transform.apply_to_modules(model)
     for name, config in quantized_linears(record):
         quantize_linear(model, name, config)
     quantizer = FP4DiTDiffusersQuantizer(FP4DiTConfig(recipe, skip=skip), record, pre_quantized=False)
     return finish(model, quantizer)
 
 
-def from_graph(record: Record, tensors: Mapping[str, Tensor]) -> Any:
-    """A quantized graph in the module form; tensors are shared, learned roundings included.
+def from_graph(record: Record, tensors: Mapping[str, Tensor]) -> "ModelMixin":
+    """Converts a quantized graph to the module form; tensors, and so learned roundings, are shared.
 
     Args:
         record: how the graph was quantized.
         tensors: its plain tensors, by name.
 
     Raises:
-        ValueError: it has static input ranges, which only the graph form computes.
+        ValueError: the graph has static input ranges, which only the graph form computes.
     """
     record.tensors = {name: Entry.unchecked(x) for name, x in tensors.items()}
     slots = Slots(empty_model(record.model, buffers=True), record)
@@ -69,14 +75,14 @@ def from_graph(record: Record, tensors: Mapping[str, Tensor]) -> Any:
     return finish(slots.close(), _quantizer_of(record))
 
 
-def load_modules(folder: str | Path) -> Any:
-    """The transformer in ``folder`` as the diffusers model that it was, on the CPU, in the module form.
+def load_modules(folder: str | Path) -> "ModelMixin":
+    """Loads the transformer in ``folder`` in the module form, on the CPU, in the type that it was saved in.
 
-    What ``from_pretrained`` of its class gives, in the type that it was saved in.
+    Equal to ``from_pretrained`` of its class.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: as for :func:`load`, or it has static input ranges, which only a graph computes.
+        ValueError: as for ``graph_form.load_graph``, or the model has static input ranges, which only a graph computes.
     """
     folder = Path(folder)
     record = transformer_folder.read_record(folder)
@@ -98,5 +104,5 @@ def load_modules(folder: str | Path) -> Any:
 
 
 def _quantizer_of(record: Record) -> FP4DiTDiffusersQuantizer:
-    """The diffusers quantizer of a model that was quantized as ``record`` says."""
+    """Diffusers quantizer of a model that was quantized according to ``record``."""
     return FP4DiTDiffusersQuantizer(FP4DiTConfig(record.recipe or "w4a6"), record=record)

@@ -1,7 +1,7 @@
-"""The module form: a diffusers model stays what it is, and its linears' weights become ``MinifloatTensor``.
+"""Module form: a diffusers model keeps its modules, and the weights of its linears become low-bit tensors.
 
-The graph form (:func:`fp4dit_ao.lower`) computes the same; this one keeps the module hierarchy, and with it LoRA, offloading,
-``.to()`` and whatever else looks for modules. q, k and v are quantized by wrapped attention processors.
+It computes the same as the graph form (:func:`fp4dit_ao.lower`), and keeps the module hierarchy that LoRA, offloading and
+``.to()`` rely on. Wrapped attention processors quantize q, k and v.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
+from fp4dit_ao import _compat
 from fp4dit_ao.checkpoint import graph_rebuilding, graph_tensors
 from fp4dit_ao.checkpoint.empty_model import empty_model
 from fp4dit_ao.checkpoint.quantization_record import Record, model_config
@@ -27,9 +28,12 @@ from fp4dit_ao.families import example_inputs, family_of, quantizer_for, recipe_
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.passes.device_placement import convert_tensors
-from fp4dit_ao.passes.transforms.split_inputs import part_sizes
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
+from fp4dit_ao.passes.transforms.registry import TRANSFORMS, applied_transforms
+from fp4dit_ao.passes.transforms.scaled_linear import unscale_modules
+from fp4dit_ao.passes.transforms.split_inputs import SplitInputs
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer, fit_group
-from fp4dit_ao.schemes.low_bit_weight import low_bit_weight
+from fp4dit_ao.schemes import scheme_of
 
 
 def decide(
@@ -39,11 +43,15 @@ def decide(
     skip: Sequence[str] = (),
     sample: Mapping[str, Any] | None = None,
     source: str | None = None,
+    transforms: Sequence[str | GraphTransform] = (),
 ) -> Record:
-    """What :func:`quantize_modules` would do with ``model``, whose tensors may be on the meta device; nothing is changed."""
+    """Decides how :func:`quantize_modules` would quantize ``model``, without changing it; tensors may be on the meta
+    device."""
     config = recipe_for(model, recipe)
+    if without_data(transforms):
+        config = recipe = dataclasses.replace(config, split_inputs=True)
     asked = recipe if isinstance(recipe, str) else config
-    if config.activation_granularity == "tensor":
+    if not scheme_of(config).quantizes_online(config):
         raise ValueError(
             f"recipe {asked} needs calibration data for static input ranges, which only the graph form computes; "
             "use quantize_pipeline, or a recipe that quantizes inputs online"
@@ -52,13 +60,12 @@ def decide(
         raise ValueError(
             f"recipe {asked} needs calibration data; use quantize_pipeline, then load_pipeline(…, form='module')"
         )
-    quantizer = quantizer_for(model, recipe)
-    for glob in skip:
-        quantizer.set_module_name(glob, None)
+    quantizer = quantizer_for(model, recipe, skip)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if sample is None and family_of(model).sample is not None:
         sample = example_inputs(model, dtype=dtype)
-    description, parts = None, {}
+    description: Any = None
+    applied: list[GraphTransform] = []
     if sample is None:
         decisions = _decisions_by_name(model, quantizer)
     else:
@@ -66,15 +73,32 @@ def decide(
         empty = empty_model(dict(model.config), cls=type(model))
         prepared = graph_rebuilding.prepare(empty, description, dtype, quantizer)
         decisions = graph_rebuilding.resolve(quantizer.decisions.values(), prepared)
-        parts = part_sizes(prepared.named_parameters())
-    record = Record(decisions, dtype, config, source, description, parts)
+        applied = applied_transforms(prepared)
+    record = Record(decisions, dtype, config, source, description, applied)
     if not any(True for _ in quantized_linears(record)):
         raise ValueError(f"nothing in this {type(model).__name__} would be quantized; check the skip globs")
     return record
 
 
+def without_data(transforms: Sequence[str | GraphTransform]) -> bool:
+    """Whether inputs are to be split: the one graph transform that needs no data and no graph.
+
+    Raises:
+        ValueError: an unknown transform, or one that needs calibration data.
+    """
+    found = [TRANSFORMS.find(t) if isinstance(t, str) else type(t) for t in transforms]
+    other = next((transform.name for transform in found if not issubclass(transform, SplitInputs)), None)
+    if other is not None:
+        raise ValueError(
+            f"transform {other!r} needs calibration data; use quantize_pipeline(…, transforms=[{other!r}]), "
+            "then load_pipeline(…, form='module')"
+        )
+    return bool(found)
+
+
 def _decisions_by_name(model: Any, quantizer: FP4DiTQuantizer) -> list[Decision]:
-    """Of a model whose graph nobody can capture: every ``nn.Linear`` and every attention module, by the quantizer's rules."""
+    """Decisions for a model that cannot be captured: every ``nn.Linear`` and attention module, by the quantizer's
+    rules."""
     decisions = []
     for name, module in model.named_modules():
         kind: Any = "linear" if isinstance(module, nn.Linear) else "attention" if hasattr(module, "processor") else None
@@ -93,21 +117,22 @@ def _decisions_by_name(model: Any, quantizer: FP4DiTQuantizer) -> list[Decision]
 
 
 def quantize_linear(model: Any, name: str, config: QuantConfig) -> None:
-    """Round the weight of a linear to nearest, in place.
+    """Quantizes the weight of a linear with nearest rounding, in place.
 
     Raises:
-        ValueError: NaN or Inf in it, or a group size that does not divide it.
+        ValueError: the weight holds NaN or Inf, or the group size does not divide its inputs.
     """
     linear = model.get_submodule(name)
-    linear.weight = nn.Parameter(low_bit_weight(name, linear.weight, config), requires_grad=False)
+    weight = scheme_of(config).round_to_nearest(name, linear.weight, config)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def finish(model: Any, quantizer: Any) -> Any:
-    """Wrap attention processors, and let ``model`` save itself in this package's format.
+    """Wraps attention processors, and makes ``model`` save itself in this package's format.
 
     Args:
-        model: with its linears quantized.
-        quantizer: an ``FP4DiTDiffusersQuantizer`` with the record of what was done.
+        model: a model whose linears are quantized.
+        quantizer: an ``FP4DiTDiffusersQuantizer`` with the model's quantization record.
     """
     for decision in quantizer.record.decisions:
         if decision.kind == "attention" and decision.config is not None and decision.config.attention is not None:
@@ -117,18 +142,21 @@ def finish(model: Any, quantizer: Any) -> Any:
     model.quantization_method = quantizer.quantization_config.quant_method
     model.is_quantized = False  # diffusers refuses .to(dtype) where this is True; here that casts what is not quantized
     model.register_to_config(quantization_config=quantizer.quantization_config)
-    if not getattr(model, "_repeated_blocks", None):  # what compile_repeated_blocks() compiles
-        blocks = (block for module in model.children() if isinstance(module, nn.ModuleList) for block in module)
-        model._repeated_blocks = sorted({type(block).__name__ for block in blocks})
+    blocks = (block for module in model.children() if isinstance(module, nn.ModuleList) for block in module)
+    _compat.name_repeated_blocks(model, (type(block).__name__ for block in blocks))
     model.save_pretrained = functools.partial(save_module_form, model)
     model.fuse_lora = functools.partial(lora.fuse_lora, model, dict(quantized_linears(quantizer.record)))
     model.unfuse_lora = functools.partial(lora.unfuse_lora, model)
-    model._apply = functools.partial(_apply, model)
+    _compat.replace_apply(model, functools.partial(_apply, model))
+    folded = {name for transform in quantizer.record.transforms for name in transform.folded_linears()}
+    if folded:
+        for method in ("load_lora_adapter", "add_adapter"):
+            setattr(model, method, lora.adding_refused_on(getattr(model, method), model, folded))
     return model.eval()
 
 
 def _apply(model: Any, convert: Any, recurse: bool = True) -> Any:
-    """``nn.Module._apply``, which otherwise fails on weights that a compiled model holds weak references to."""
+    """Replaces ``nn.Module._apply``, which fails on weights that a compiled model holds weak references to."""
     convert_tensors(model, convert)
     return model
 
@@ -139,10 +167,10 @@ def is_module_form(model: Any) -> bool:
 
 
 def record_of(model: Any) -> Record:
-    """How a model in the module form was quantized, with its config and dtype as they are now.
+    """Record of how a model in the module form was quantized, with its current config and dtype.
 
     Raises:
-        ValueError: it is not quantized.
+        ValueError: the model was not quantized by this package.
     """
     if not is_module_form(model):
         raise ValueError(f"this {type(model).__name__} was not quantized by fp4dit_ao")
@@ -155,8 +183,12 @@ def record_of(model: Any) -> Record:
 
 
 def tensors_to_save(model: Any) -> dict[str, Tensor]:
-    """Every tensor of a model in the module form, by the name that it has in a graph; codes and scales apart."""
-    every = dict(model.named_parameters()) | dict(model.named_buffers()) | model.hf_quantizer.record.constants
+    """Plain tensors of a model in the module form, by their names in a graph, with codes and scales as separate tensors."""
+    record: Record = model.hf_quantizer.record
+    every = dict(model.named_parameters()) | dict(model.named_buffers()) | record.constants
+    for transform in record.transforms:
+        for name in transform.shared_tensors():
+            every.pop(name, None)
     return {part: y for name, x in every.items() for part, y in graph_tensors.flatten(name, x.detach()).items()}
 
 
@@ -190,10 +222,10 @@ def save_module_form(
 
 
 def dequantize_modules(model: Any) -> Any:
-    """The float model again, in place, with weights as they were rounded.
+    """Turns a model in the module form back into a float model, in place; weights keep their rounded values.
 
     Raises:
-        ValueError: a LoRA is fused, which could not be undone any more.
+        ValueError: a LoRA is fused, which could not be unfused afterwards.
     """
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise ValueError("the transformer carries a fused LoRA; call unfuse_lora() or unload_lora() first")
@@ -201,7 +233,9 @@ def dequantize_modules(model: Any) -> Any:
         weight = getattr(module, "weight", None)
         if isinstance(weight, TorchAOBaseTensor):
             module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+    unscale_modules(model)
     restore_attention(model.modules())
-    model._internal_dict = type(model.config)({k: v for k, v in model.config.items() if k != "quantization_config"})
-    del model.save_pretrained, model.fuse_lora, model.unfuse_lora, model.quantization_method, model._apply
+    _compat.replace_config(model, {k: v for k, v in model.config.items() if k != "quantization_config"})
+    _compat.replace_apply(model, None)
+    del model.save_pretrained, model.fuse_lora, model.unfuse_lora, model.quantization_method
     return model

@@ -1,4 +1,4 @@
-"""Filling a float model with stored codes and scales: :class:`Slots`."""
+""":class:`Slots`: fills a float model with stored codes and scales."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,14 +10,13 @@ from fp4dit_ao import _compat
 from fp4dit_ao.checkpoint import graph_tensors
 from fp4dit_ao.checkpoint.quantization_record import Record
 from fp4dit_ao.config import QuantConfig
-from fp4dit_ao.passes.transforms.split_inputs import split_modules
-from fp4dit_ao.schemes.low_bit_weight import empty_parts, from_parts
+from fp4dit_ao.schemes import scheme_of
 
 
 def check_online(record: Record) -> None:
-    """Raise ``ValueError`` if something was quantized in a way that only a graph can execute."""
+    """Raises ``ValueError`` if a layer was quantized in a way that only the graph form can execute."""
     for decision in record.decisions:
-        if decision.config is not None and decision.config.activation_granularity == "tensor":
+        if decision.config is not None and not scheme_of(decision.config).quantizes_online(decision.config):
             raise ValueError(
                 f"{decision.name} quantizes its input in a static range, which only the graph form computes; use "
                 "form='graph', or a recipe that quantizes inputs online"
@@ -25,10 +24,10 @@ def check_online(record: Record) -> None:
 
 
 def quantized_linears(record: Record) -> Iterable[tuple[str, QuantConfig]]:
-    """(name, config) of every linear with a low-bit weight.
+    """Yields (name, config) of every linear with a low-bit weight.
 
     Raises:
-        ValueError: a config that only a graph can execute.
+        ValueError: only the graph form can execute a config.
     """
     check_online(record)
     for decision in record.decisions:
@@ -37,19 +36,20 @@ def quantized_linears(record: Record) -> Iterable[tuple[str, QuantConfig]]:
 
 
 class Slots:
-    """A float model, opened so that its state dict has the names of stored tensors, until it is closed.
+    """Float model that is opened, so that its state dict has the names of the stored tensors, filled, and closed.
 
     Args:
-        model: on the meta device; changed: every quantized weight becomes a module of codes and scales.
-        record: what will be put in.
+        model: a model on the meta device; it is changed: every quantized weight becomes a module of codes and scales.
+        record: record of the tensors that will be put in.
 
     Raises:
-        ValueError: the record is not one of such a model.
+        ValueError: the record does not fit the model.
     """
 
     def __init__(self, model: Any, record: Record):
         self.model, self.record = model, record
-        split_modules(model, record.parts)
+        for transform in record.transforms:
+            transform.apply_to_modules(model)
         self._linears = dict(quantized_linears(record))
         for name, config in self._linears.items():
             self._open(name, config)
@@ -77,13 +77,14 @@ class Slots:
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{type(self.model).__name__} has no linear {name}, which was quantized")
         parts = nn.Module()
-        for part, x in empty_parts(linear.weight.shape, config).items():
+        for part, x in scheme_of(config).empty_parts(linear.weight.shape, config).items():
             parts.register_buffer(part, x)
         del linear.weight
         linear.add_module("weight", parts)
 
     def put(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> None:
-        """Put ``x``, one of the record's tensors, in its place, as ``dtype`` unless it is quantized or whole numbers."""
+        """Puts ``x``, one of the record's tensors, in its place, cast to ``dtype`` unless it is quantized or
+        integer."""
         quantized = name.rpartition(".weight.")[0] in self._linears
         if dtype is not None and x.is_floating_point() and not quantized:
             x = x.to(dtype)
@@ -91,13 +92,13 @@ class Slots:
         self._waiting.pop(name, None)
 
     def close(self, dtype: torch.dtype | None = None) -> Any:
-        """The model in the module form, but for what :func:`finish` does.
+        """Builds the quantized weights and returns the model, ready for ``module_form.finish``.
 
         Args:
-            dtype: that quantized weights present themselves as; the record's if None.
+            dtype: reported dtype of quantized weights; the record's if None.
 
         Raises:
-            ValueError: not everything was put in.
+            ValueError: a tensor was not put in.
         """
         if self._waiting:
             raise ValueError(
@@ -107,8 +108,11 @@ class Slots:
             linear = self.model.get_submodule(name)
             parts = dict(linear.weight.named_buffers())  # type: ignore[union-attr,operator]
             del linear.weight
-            weight = from_parts(parts, config, dtype or self.record.dtype)
+            weight = scheme_of(config).from_parts(parts, config, dtype or self.record.dtype)
             linear.weight = nn.Parameter(weight, requires_grad=False)
+        for transform in self.record.transforms:
+            for name, original in transform.shared_tensors().items():
+                graph_tensors.put_tensor(self.model, name, graph_tensors.tensor_at(self.model, original))
         _compat.make_buffers_transient(self._transient)
         for name in self._constants:
             self.record.constants[name] = graph_tensors.tensor_at(self.model, name)

@@ -1,30 +1,33 @@
-"""Models by the name that a user types: ``reference``, a folder, or a hub id; float or quantized."""
+"""Pipelines by the name that a user types: ``reference``, a folder, or a hub id; float or quantized."""
 
 import functools
-from collections.abc import Mapping
+import math
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
+from torch import nn
 from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import reference
 from fp4dit_ao.checkpoint import transformer_folder
+from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.pipeline_folder import Weights, load_pipeline, resolve_folder
 from fp4dit_ao.reference.accuracy import spread_out
 
 REFERENCE = "reference"
-"""Stands for the pipeline that ships with the package."""
+"""Name of the pipeline that ships with the package."""
 
 
 def folder_of(name: str) -> str:
-    """The folder that ``name`` stands for: of a hub id, the local copy if this package quantized what is there, else itself.
+    """Folder of the pipeline ``name``. Hub ids are returned unchanged, or as their local copy if this package quantized
+    them.
 
     Raises:
-        FileNotFoundError: neither a folder nor like a hub id (``owner/name``).
-        ValueError: a folder without a pipeline in it.
+        FileNotFoundError: ``name`` is neither a folder nor spelled like a hub id (``owner/name``).
+        ValueError: the folder holds no pipeline.
     """
     if name == REFERENCE:
         return str(reference.path())
@@ -47,7 +50,10 @@ def _from_hub(name: str) -> str:
 
     try:
         config = Path(hf_hub_download(name, "transformer/config.json"))
-    except (OSError, ValueError):  # offline, no such repository, no transformer in it: opening the pipeline says which
+    except (
+        OSError,
+        ValueError,
+    ):  # opening the pipeline will say what is wrong
         return name
     return str(resolve_folder(name)) if transformer_folder.is_quantized(config.parent) else name
 
@@ -63,11 +69,11 @@ def is_quantized(name: str) -> bool:
 
 
 def weights_of(name: str, weights: str) -> Weights:
-    """``weights`` as ``load_pipeline`` takes it, for the model ``name``.
+    """Checks that the pipeline ``name`` can be loaded with ``weights``; returns them typed for ``load_pipeline``.
 
     Raises:
-        FileNotFoundError: there is no such model; see :func:`folder_of`.
-        ValueError: there are no such weights, or the model has no packed ones to make them from.
+        FileNotFoundError: there is no such pipeline; see :func:`folder_of`.
+        ValueError: the form of weights is unknown, or the pipeline has no packed weights to make it from.
     """
     if weights not in get_args(Weights):
         raise ValueError(f"unknown weights {weights!r}; choose one of {', '.join(get_args(Weights))}")
@@ -77,26 +83,28 @@ def weights_of(name: str, weights: str) -> Weights:
 
 
 def default_device() -> str:
-    """``"cuda"`` where there is one."""
+    """Name of the default device: ``"cuda"``, or ``"cpu"`` without a GPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def open_pipeline(name: str, device: str | None = None, *, compile: bool = False, weights: str = "packed") -> Any:
-    """The pipeline ``name``; float ones in float32 on the CPU and in bfloat16 elsewhere.
+def open_pipeline(
+    name: str, device: str | None = None, *, compile: bool = False, weights: str = "packed"
+) -> DiffusionPipeline:
+    """Loads the pipeline ``name``; float pipelines in float32 on the CPU and in bfloat16 elsewhere.
 
     Args:
         name: see :func:`folder_of`.
         device: :func:`default_device` if None.
         compile: run a quantized transformer under ``torch.compile``.
-        weights: of a quantized transformer; see :func:`fp4dit_ao.load_pipeline`.
+        weights: form of a quantized transformer's weights; see :func:`fp4dit_ao.load_pipeline`.
 
     Raises:
-        OSError: it cannot be found or read.
-        ValueError: it is no pipeline, or its weights cannot be had like that.
+        OSError: the pipeline cannot be found or read.
+        ValueError: ``name`` is no pipeline, or its weights do not exist in this form.
     """
     folder = folder_of(name)
     form, device = weights_of(name, weights), device or default_device()
-    logging.disable_progress_bar()  # of the files that are opened: over before it is read
+    logging.disable_progress_bar()  # the bar of opening files ends before it could be read
     if is_quantized(name):
         return load_pipeline(folder, device=device, compile=compile, weights=form)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -108,10 +116,10 @@ def open_pipeline(name: str, device: str | None = None, *, compile: bool = False
 
 
 def default_prompts(name: str, count: int) -> list[str]:
-    """Prompts for a model whose user gave none: ``count`` of the reference pipeline's own, spread over all of them.
+    """Default prompts: ``count`` of the reference pipeline's own, spread over all of them.
 
     Raises:
-        ValueError: another model.
+        ValueError: ``name`` is another model, which needs prompts.
     """
     if not is_reference(name):
         raise ValueError(f"{name} needs prompts; give --prompts FILE, one prompt a line")
@@ -122,30 +130,25 @@ def reference_indices(count: int) -> list[int]:
     """Positions of ``count`` prompts, evenly spread over the reference pipeline's.
 
     Raises:
-        ValueError: fewer than 1, or more than there are.
+        ValueError: ``count`` is below 1, or above the number of prompts.
     """
     return spread_out(count)
 
 
 def known_prompts(prompts: list[str]) -> list[int] | None:
-    """Positions of ``prompts`` in the reference pipeline's; None if it was not trained on one of them."""
+    """Positions of ``prompts`` among the reference pipeline's; None if it was not trained on all of them."""
     places = {text: index for index, text in enumerate(reference.prompts())}
     return [places[text] for text in prompts] if all(text in places for text in prompts) else None
 
 
-def size_at_16_bits(transformer: Any) -> tuple[int, float]:
-    """(bytes, bits per weight) of a transformer, with everything that is not quantized counted at 16 bits.
+def size_at_16_bits(transformer: nn.Module) -> tuple[int, float]:
+    """Bytes and bits per weight of a transformer, counting everything that is not quantized at 16 bits.
 
-    Bits per weight are over the quantized linears alone, scales included; 16 for a float model.
+    Bits per weight are those of the quantized linears, scales included; 16 for a float model.
     """
-    summary = transformer.summary() if hasattr(transformer, "summary") else []
+    summary = transformer.summary() if isinstance(transformer, QuantizedTransformer) else []
     rows = [row for row in summary if row.kind == "linear" and row.quantized and row.shape]
     packed = sum(row.bytes for row in rows)
-    weights = sum(row.shape[0] * row.shape[1] for row in rows)
-    other = sum(parameter.numel() for parameter in _plain_parameters(transformer).values())
+    weights = sum(math.prod(row.shape) for row in rows if row.shape)
+    other = sum(p.numel() for p in transformer.parameters() if not isinstance(p.detach(), TorchAOBaseTensor))
     return packed + 2 * other, 8 * packed / weights if weights else 16.0
-
-
-def _plain_parameters(transformer: Any) -> Mapping[str, Any]:
-    """Parameters that are not low-bit tensors."""
-    return {name: p for name, p in transformer.named_parameters() if not isinstance(p.detach(), TorchAOBaseTensor)}

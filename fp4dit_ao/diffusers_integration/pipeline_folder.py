@@ -1,4 +1,4 @@
-"""Quantized pipelines on disk: saved whole or not at all, loaded without the float weights."""
+"""Saving quantized pipelines, whole or not at all, and loading them without float weights."""
 
 import copy
 import functools
@@ -13,10 +13,11 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from fp4dit_ao import _compat
 from fp4dit_ao.calibration import pipeline_arguments
 from fp4dit_ao.calibration.pipeline_arguments import generation_defaults
 from fp4dit_ao.checkpoint import transformer_folder
-from fp4dit_ao.diffusers_integration.graph_form import load_graph
+from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer, load_graph
 from fp4dit_ao.diffusers_integration.module_conversion import load_modules
 from fp4dit_ao.passes.weight_unpacking import unpack_weights
 from fp4dit_ao.util.atomic_files import whole_folder
@@ -24,21 +25,22 @@ from fp4dit_ao.util.atomic_files import whole_folder
 INDEX = "model_index.json"
 
 Weights = Literal["packed", "int8", "fp8"]
+"""Forms of quantized weights in memory; see :func:`load_pipeline`."""
 
 _HUB = ("push_to_hub", "repo_id", "commit_message", "private", "create_pr", "token")
 
-_LOADERS: dict[str, Callable[[Path], Any]] = {"graph": load_graph, "module": load_modules}
-"""What loads a transformer, by its form."""
+_LOADERS: dict[str, Callable[[Path], nn.Module]] = {"graph": load_graph, "module": load_modules}
+"""Functions that load a transformer from its folder, by form."""
 
 
-def save_pipeline(pipe: Any, folder: str | Path, **kwargs: Any) -> None:
-    """Write a quantized pipeline into ``folder``, whole or not at all; a quantized pipeline that is there is replaced.
+def save_pipeline(pipe: DiffusionPipeline, folder: str | Path, **kwargs: Any) -> None:
+    """Writes a quantized pipeline into ``folder``, whole or not at all; an existing quantized pipeline is replaced.
 
-    ``pipe.save_pretrained`` of a pipeline made here does this. ``kwargs`` are those of diffusers' ``save_pretrained``.
+    This is ``pipe.save_pretrained`` of quantized pipelines; ``kwargs`` are those of diffusers' method.
 
     Raises:
         FileExistsError: the folder holds something else.
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     folder = Path(folder)
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
@@ -59,22 +61,23 @@ def load_pipeline(
     compile: bool = False,
     form: Literal["graph", "module"] = "graph",
     weights: Weights = "packed",
-) -> Any:
-    """The quantized pipeline in ``folder``, which draws what the saved one drew, bit for bit.
+) -> DiffusionPipeline:
+    """Loads the quantized pipeline in ``folder``; its images equal those of the saved pipeline in every bit.
 
     Args:
-        folder: what ``save_pretrained`` wrote, or the name of such a repository on the Hugging Face hub.
-        device: where to put it; the CPU if None.
+        folder: a folder that ``save_pretrained`` wrote, or the name of such a repository on the Hugging Face hub.
+        device: device of the pipeline; the CPU if None.
         dtype: floating-point type of everything that is not quantized; as saved if None.
         compile: run the quantized transformer under ``torch.compile``.
-        form: ``"graph"``: a ``QuantizedTransformer``. ``"module"``: the diffusers model that it was, with quantized weights,
-            for LoRA and offloading; see :mod:`fp4dit_ao.diffusers_integration.module_form`.
-        weights: memory or speed: ``"packed"``, the codes as they are stored; or ``"int8"`` or ``"fp8"``, a byte for each 4-bit
-            weight (:func:`fp4dit_ao.unpack_weights`), which gives up the very last bits, and cannot be saved.
+        form: ``"graph"``: a ``QuantizedTransformer``. ``"module"``: the original diffusers model with quantized
+            weights, for LoRA and offloading; see :mod:`fp4dit_ao.diffusers_integration.module_form`.
+        weights: ``"packed"`` keeps the stored codes. ``"int8"`` and ``"fp8"`` take a byte per 4-bit weight and are
+            faster (:func:`fp4dit_ao.unpack_weights`); results differ in the last bits, and the pipeline cannot be
+            saved.
 
     Raises:
-        FileNotFoundError: no such folder, or a file is missing from it.
-        ValueError: not a quantized pipeline, or damaged, or its weights do not fit the type; one sentence says how.
+        FileNotFoundError: there is no such folder, or a file is missing from it.
+        ValueError: the folder holds no quantized pipeline or is damaged, or its weights do not fit the type.
     """
     folder = resolve_folder(folder)
     if not (folder / INDEX).is_file():
@@ -87,7 +90,7 @@ def load_pipeline(
         raise ValueError(f"form={form!r}; choose one of {', '.join(_LOADERS)}")
     if weights not in get_args(Weights):
         raise ValueError(f"weights={weights!r}; choose one of {', '.join(get_args(Weights))}")
-    transformer: Any = _LOADERS[form](folder / "transformer")
+    transformer = _LOADERS[form](folder / "transformer")
     if dtype is not None:
         transformer.to(dtype)
     if weights != "packed":
@@ -103,7 +106,7 @@ def load_pipeline(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder}: a component besides the transformer cannot be loaded: {first}") from error
-    if form == "graph":
+    if isinstance(transformer, QuantizedTransformer):
         transformer.compile_graph(compile)
     elif compile:
         transformer.compile(dynamic=True)
@@ -112,10 +115,11 @@ def load_pipeline(
 
 
 def resolve_folder(name: str | Path) -> Path:
-    """``name`` if it is a folder, else the local copy of the Hugging Face repository of that name, downloaded if need be.
+    """Path of the folder ``name``, or of the local copy of that Hugging Face repository, which is downloaded if
+    necessary.
 
     Raises:
-        FileNotFoundError: neither.
+        FileNotFoundError: there is neither.
     """
     path = Path(name)
     if path.is_dir():
@@ -132,10 +136,16 @@ def resolve_folder(name: str | Path) -> Path:
     raise FileNotFoundError(f"there is no folder {name}")
 
 
-def with_transformer(pipe: Any, transformer: nn.Module, defaults: dict[str, Any]) -> Any:
-    """A shallow copy of ``pipe`` with another transformer, which saves itself whole or not at all."""
+def with_transformer(pipe: DiffusionPipeline, transformer: nn.Module, defaults: dict[str, Any]) -> DiffusionPipeline:
+    """Shallow copy of ``pipe`` with another transformer, whose ``save_pretrained`` is :func:`save_pipeline`.
+
+    Args:
+        pipe: the pipeline to copy.
+        transformer: the new transformer.
+        defaults: call arguments for ``generation.json``.
+    """
     new = copy.copy(pipe)
-    new._progress_bar_config = dict(getattr(pipe, "_progress_bar_config", {}))
+    new.set_progress_bar_config(**_compat.progress_bar_config(pipe))
     new.register_modules(transformer=transformer)
     new.generation_defaults = defaults
     new.save_pretrained = functools.partial(save_pipeline, new)
@@ -143,7 +153,7 @@ def with_transformer(pipe: Any, transformer: nn.Module, defaults: dict[str, Any]
 
 
 def _dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """For each component, the floating-point type that most bytes of its safetensors files have."""
+    """Floating-point type of each component: the one that most bytes of its safetensors files have."""
     dtypes: dict[str, torch.dtype] = {"default": torch.float32}
     for component in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "transformer"):
         sizes: dict[torch.dtype, int] = {}
@@ -164,4 +174,4 @@ def _dtypes(folder: Path) -> dict[str, torch.dtype]:
 
 
 _SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-"""Floating-point types by the names in safetensors headers."""
+"""Floating-point types, by their names in safetensors headers."""

@@ -1,8 +1,8 @@
-"""From a float diffusers pipeline to a quantized one in one call."""
+"""``quantize_pipeline``: quantizes a diffusers pipeline in one call."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,27 +10,42 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao.calibration import MEMORY_LIMIT, calibrate, collect_samples, pipeline_arguments
 from fp4dit_ao.checkpoint import graph_rebuilding
-from fp4dit_ao.config import AdaRoundConfig, QuantConfig
+from fp4dit_ao.config import AdaRoundConfig, QuantConfig, ReconstructionConfig
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.pipeline_folder import with_transformer
 from fp4dit_ao.families import quantizer_for, recipe_for
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind, capture
+from fp4dit_ao.graph_capture.transforming import resolve_transforms, transform
+from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, run_fine_tuning
 from fp4dit_ao.passes.lowering import lower
-from fp4dit_ao.passes.reconstruction import reconstruct
+from fp4dit_ao.passes.mixed_precision import ALLOCATIONS, choose_formats
+from fp4dit_ao.passes.reconstruction import ROUNDINGS, reconstruct
+from fp4dit_ao.passes.reconstruction.choice import chosen_config
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
+from fp4dit_ao.schemes import scheme_of
 
-ROUNDINGS = ("adaround", "nearest")
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 def quantize_pipeline(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     recipe: str | QuantConfig = "w4a6",
     *,
     prompts: Sequence[str] | None = None,
     steps: int | None = None,
     samples: int | None = 128,
-    rounding: Literal["adaround", "nearest"] = "adaround",
+    selection: str = "uniform",
+    transforms: Sequence[str | GraphTransform] = (),
+    allocation: str = "least_error",
+    budget_bits: float | None = None,
+    rounding: str | None = None,
+    objective: str | None = None,
+    scope: str | None = None,
     adaround: AdaRoundConfig | None = None,
+    reconstruction: ReconstructionConfig | None = None,
+    fine_tuning: str | None = None,
     skip: Sequence[str] = (),
     seed: int = 0,
     batch_size: int = 1,
@@ -40,59 +55,87 @@ def quantize_pipeline(
     memory_limit_bytes: int = MEMORY_LIMIT,
     progress: bool = True,
     **call: Any,
-) -> Any:
-    """Quantize the transformer of a diffusers pipeline.
+) -> "DiffusionPipeline":
+    """Quantizes the transformer of a diffusers pipeline: calibrate, learn the rounding, convert and lower in one call.
+
+    Names of methods are those that ``fp4dit_ao.methods()`` lists.
 
     Args:
         pipe: the float pipeline; it stays usable, and shares every component but the transformer with the result.
-        recipe: a name in ``config.RECIPES``, taken as it is for the model's family; or a config, taken as it is.
-        prompts: calibration prompts; see :func:`fp4dit_ao.collect_samples`, also for ``steps``, ``samples``, ``batch_size``,
-            ``seed``, ``cache_dir``, ``memory_limit_bytes`` and for text embeddings in place of prompts.
-        rounding: ``"adaround"`` learns the rounding of weights; ``"nearest"`` takes seconds.
-        adaround: how it is learned; the default is ``AdaRoundConfig()``.
+        recipe: a name in ``config.RECIPES``, adapted to the model's family; or a config, used unchanged.
+        prompts: calibration prompts; see :func:`fp4dit_ao.collect_samples`, also for ``steps``, ``samples``,
+            ``selection``, ``batch_size``, ``seed``, ``cache_dir``, ``memory_limit_bytes`` and for text embeddings in place
+            of prompts.
+        transforms: graph transforms before quantization, by name (``"smoothquant"``) or as objects, in order.
+        allocation: how layers choose among ``QuantConfig.weight_candidates``.
+        budget_bits: largest mean of stored bits per weight that the allocation may spend; None for no limit.
+        rounding: how weights are rounded: ``"nearest"`` takes seconds, ``"gptq"`` minutes; ``"adaround"``, the default, learns
+            it as ``adaround`` says.
+        objective: what learned rounding minimises; ``"mse"`` by default.
+        scope: what is rounded together; ``"block"`` by default.
+        adaround: settings of learned rounding; ``AdaRoundConfig()``, scale-aware AdaRound, if None.
+        reconstruction: rounding, objective, scope and their settings in one config, in place of those four.
+        fine_tuning: method of fine-tuning after rounding, such as ``"scales"``; None for none.
         skip: globs over module names that stay in high precision, besides the recipe's own.
         compile: run the quantized graph under ``torch.compile``.
-        checkpoint_dir: keep the state of the reconstruction there, so that a killed run resumes.
+        checkpoint_dir: folder for the state of reconstruction and fine-tuning, from which a killed run resumes.
         progress: show progress bars with the time left.
         call: further arguments of the pipeline while calibrating, on top of its ``generation.json``.
 
     Returns:
-        A pipeline of the same class. Its ``transformer`` is a ``QuantizedTransformer`` with ``.summary()`` and ``.report``;
-        its ``save_pretrained(dir)`` writes what :func:`load_pipeline` reads.
+        A pipeline of the same class. Its ``transformer`` is a ``QuantizedTransformer`` with ``.summary()`` and
+        ``.report``; its ``save_pretrained(dir)`` writes what :func:`load_pipeline` reads.
 
     Raises:
-        ValueError: no transformer, one that is already quantized, an unknown recipe or rounding, or bad data.
+        ValueError: the pipeline has no transformer or one that is already quantized, the name of a recipe or method is
+            unknown, or the calibration data is bad.
     """
     model = _float_transformer(pipe)
     config = recipe_for(model, recipe)
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding={rounding!r}; choose one of {', '.join(ROUNDINGS)}")
-    needs_calibration = bool(config.weight_candidates) or config.activation_granularity == "tensor"
-    needs_data = needs_calibration or rounding != "nearest"
+    rounded = chosen_config(rounding, objective, scope, adaround, reconstruction)
+    transforms = resolve_transforms(transforms)
+    _check_methods(config, allocation, budget_bits, fine_tuning)
+    rounds_on_data = ROUNDINGS.find(rounded.rounding).needs_samples
+    needs_calibration = bool(config.weight_candidates) or not scheme_of(config).quantizes_online(config)
+    needs_data = needs_calibration or rounds_on_data or fine_tuning is not None
+    needs_data = needs_data or any(found.needs_data for found in transforms)
     data = collect_samples(
         pipe, prompts, steps=steps, seed=seed, samples=samples if needs_data else 1, batch_size=batch_size,
-        cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
+        selection=selection, cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
     )  # fmt: skip
-    quantizer = quantizer_for(model, recipe)
-    for glob in skip:
-        quantizer.set_module_name(glob, None)
+    quantizer = quantizer_for(model, recipe, skip)
     with torch.no_grad():
-        prepared = prepare_pt2e(capture(model, data[0]), quantizer)
+        captured = transform(capture(model, data[0]), data, transforms, quantizer, progress)
+        prepared = prepare_pt2e(captured, quantizer)
         if needs_calibration:
             calibrate(prepared, data, progress=progress)
+        choose_formats(prepared, allocation, budget_bits)
     report = None
-    if rounding == "adaround":
-        report = reconstruct(
-            prepared, data, adaround or AdaRoundConfig(), checkpoint_dir=checkpoint_dir, progress=progress
-        )
+    if rounds_on_data:
+        report = reconstruct(prepared, data, rounded, checkpoint_dir=checkpoint_dir, progress=progress)
+    if fine_tuning is not None:
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir) / "fine_tuning"
+        run_fine_tuning(prepared, data, fine_tuning, checkpoint_dir=folder, progress=progress)
     with torch.no_grad():
         graph = lower(convert_pt2e(prepared, fold_quantize=False))
-    source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path, if it was loaded from one
+    source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path if the pipeline was loaded from one
     decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
     quantized = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
     quantized.report = report
     quantized.compile_graph(compile)
     return with_transformer(pipe, quantized, pipeline_arguments.defaults_of(pipe))
+
+
+def _check_methods(config: QuantConfig, allocation: str, budget_bits: float | None, fine_tuning: str | None) -> None:
+    """Raises ``ValueError`` early for names that are not registered, and a budget that nothing could spend."""
+    ALLOCATIONS.find(allocation)
+    if fine_tuning is not None:
+        FINE_TUNINGS.find(fine_tuning)
+    if budget_bits is not None and not config.weight_candidates:
+        raise ValueError(
+            "budget_bits is shared out among weight_candidates, and this recipe has none; choose a recipe with candidates, "
+            "such as w4a6_auto"
+        )
 
 
 def _float_transformer(pipe: Any) -> nn.Module:
@@ -110,5 +153,5 @@ def _float_transformer(pipe: Any) -> nn.Module:
     return model
 
 
-def _description(model: nn.Module, sample: dict[str, Any]) -> Any:
+def _description(model: nn.Module, sample: dict[str, Any]) -> sample_description.Description:
     return sample_description.describe(bind(model, sample))

@@ -1,8 +1,8 @@
-"""``save_pretrained`` of quantized transformers, whatever their form."""
+"""``save_pretrained`` of quantized transformers in either form."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -11,9 +11,12 @@ from fp4dit_ao.checkpoint.quantization_record import Record
 from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.tensors.levels import refuse_unpacked
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
 
 def refuse_unsaveable(model: nn.Module) -> None:
-    """Raise ``ValueError`` if ``model`` carries a LoRA, or weights that were unpacked to bytes."""
+    """Raises ``ValueError`` if ``model`` carries a LoRA, or weights that were unpacked to bytes."""
     adapters = sorted(name for name, _ in model.named_parameters() if ".lora_" in name)
     if adapters:
         raise ValueError(
@@ -24,7 +27,7 @@ def refuse_unsaveable(model: nn.Module) -> None:
 
 
 def save_pretrained(
-    model: Any,
+    model: "ModelMixin",
     record: Record,
     tensors: Mapping[str, Tensor],
     save_directory: str | Path,
@@ -39,12 +42,12 @@ def save_pretrained(
     """Writes a quantized transformer, with the arguments of diffusers' ``save_pretrained``.
 
     Args:
-        model: that is saved; its ``push_to_hub`` is called if asked for.
-        record: how it was quantized.
-        tensors: plain tensors, by name.
+        model: the model; its ``push_to_hub`` is called if requested.
+        record: how the model was quantized.
+        tensors: its plain tensors, by name.
 
     Raises:
-        ValueError: pickles, FlashPack or a variant are asked for.
+        ValueError: pickles, FlashPack or a variant are requested.
         OSError: the folder cannot be written.
     """
     if not safe_serialization or use_flashpack:

@@ -1,1 +1,1 @@
-"""Fidelity of quantized pipelines: metrics, tables, pictures."""
+"""Evaluation of quantized pipelines: image metrics, tables and pictures."""

@@ -1,4 +1,4 @@
-"""What a measurement was taken on: hardware and versions, written beside every figure."""
+"""Hardware and software versions of a measurement, written beside every figure."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ _PACKAGES = ("fp4dit-ao", "torch", "torchao", "diffusers", "transformers")
 
 
 def environment() -> dict[str, str]:
-    """Processor, threads, GPU if any, Python and package versions."""
+    """Processor, threads, GPU (``"none"`` if there is none), Python and package versions of this machine."""
     found = {
         "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -28,7 +28,7 @@ def environment() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The processor's marketing name, as far as the system tells it."""
+    """Marketing name of the processor, or what the system reports instead."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -39,12 +39,12 @@ def processor() -> str:
 
 
 def one_line() -> str:
-    """The environment as one sentence under a table."""
+    """This machine's environment as one sentence, for under a table."""
     return describe(environment())
 
 
 def describe(e: dict[str, str]) -> str:
-    """:func:`environment`, of whatever machine, as one sentence."""
+    """Formats a result of :func:`environment`, of any machine, as one sentence."""
     device = e["processor"] + (f", {e['gpu']}" if e["gpu"] != "none" else "")
     return f"{device}; {e['threads']} threads; torch {e['torch']}, torchao {e['torchao']}, diffusers {e['diffusers']}."
 

@@ -1,4 +1,4 @@
-"""Same-seed fidelity of a quantized pipeline: many prompts and seeds, judged image by image against the original's."""
+"""Fidelity of a quantized pipeline: its images compared with the original's at equal prompts and seeds."""
 
 import contextlib
 import json
@@ -6,30 +6,36 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from fp4dit_ao import _compat
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
 from fp4dit_ao.evaluation import metrics
 from fp4dit_ao.evaluation.environment import environment, one_line
 from fp4dit_ao.evaluation.metrics import Estimate, Images
 from fp4dit_ao.reference.accuracy import prompt_accuracy
+from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.markdown import markdown_table
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 _SEED_STRIDE = 1_000_003
-"""A prime larger than any number of prompts: (seed, prompt) pairs get distinct generator seeds."""
+"""Prime larger than any number of prompts, so that (seed, prompt) pairs get distinct generator seeds."""
 
 
 def image_seed(seed: int, prompt_index: int) -> int:
-    """The generator seed of one image: a function of its own seed and prompt alone, whatever it is batched with."""
+    """Generator seed of one image, which depends on its seed and prompt only, not on the batch."""
     return seed * _SEED_STRIDE + prompt_index
 
 
 def generate(
-    pipe: Any,
+    pipe: "DiffusionPipeline",
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -37,21 +43,22 @@ def generate(
     progress: str | None = "images",
     **call: Any,
 ) -> Images:
-    """Generate every prompt with every seed.
+    """Generates every prompt with every seed.
 
     Args:
         pipe: a diffusers text-to-image pipeline.
-        prompts: at least one.
-        seeds: at least one; every image has its own generator, seeded by :func:`image_seed`.
+        prompts: at least one prompt.
+        seeds: at least one seed; every image has its own generator, seeded by :func:`image_seed`.
         batch_size: images generated together.
-        progress: what the progress bar (with time left) is called; None for no bar.
+        progress: title of the progress bar; None for no bar.
         **call: further arguments of the pipeline, such as ``num_inference_steps``, on top of its ``generation.json``.
 
     Returns:
-        uint8 ``(seeds, prompts, height, width, 3)``.
+        Images, uint8 ``(seeds, prompts, height, width, 3)``.
 
     Raises:
-        ValueError: no prompts, no seeds, a batch size below 1, or an argument that the pipeline does not take.
+        ValueError: there are no prompts or no seeds, the batch size is below 1, or the pipeline does not take an
+            argument.
     """
     if not prompts or not seeds or batch_size < 1:
         raise ValueError(
@@ -74,9 +81,9 @@ def generate(
 
 
 @contextlib.contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """Without the pipeline's own progress bar."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
+def _quiet(pipe: "DiffusionPipeline") -> Iterator[None]:
+    """Context in which the pipeline shows no progress bar of its own."""
+    before = _compat.progress_bar_config(pipe)
     pipe.set_progress_bar_config(disable=True)
     try:
         yield
@@ -86,15 +93,15 @@ def _quiet(pipe: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One variant, judged image by image.
+    """Metrics of every image of one variant.
 
     Attributes:
-        name: what the variant is called.
-        psnr: dB against the original, ``(seeds, prompts)``, capped at :data:`metrics.PSNR_CAP`.
-        ssim: against the original, ``(seeds, prompts)``.
-        right: whether each image shows what was asked for; None where that cannot be judged.
-        seconds: per image, generation only.
-        notes: further columns, name to text.
+        name: name of the variant.
+        psnr: PSNR against the original in dB, ``(seeds, prompts)``, at most :data:`metrics.PSNR_CAP`.
+        ssim: SSIM against the original, ``(seeds, prompts)``.
+        right: whether each image shows its prompt, bool ``(seeds, prompts)``; None if that cannot be judged.
+        seconds: generation time per image.
+        notes: texts of further columns, by the column's name.
     """
 
     name: str
@@ -113,7 +120,7 @@ class Fidelity:
         seconds: float = float("nan"),
         notes: dict[str, str] | None = None,
     ) -> "Fidelity":
-        """Judge ``images`` against ``originals``, both ``(seeds, prompts, h, w, 3)``.
+        """Compares ``images`` with ``originals``, both uint8 ``(seeds, prompts, h, w, 3)``.
 
         Args:
             prompt_indices: positions of the prompts in ``reference.prompts()``, if the model is the reference pipeline.
@@ -123,7 +130,7 @@ class Fidelity:
         return Fidelity(name, psnr, ssim, right, seconds, dict(notes or {}))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; the inverse of :meth:`from_dict`."""
+        """Returns all fields for JSON; the inverse of :meth:`from_dict`."""
         return {
             "name": self.name, "psnr": self.psnr.round(4).tolist(), "ssim": self.ssim.round(6).tolist(),
             "right": None if self.right is None else self.right.astype(int).tolist(), "seconds": self.seconds,
@@ -132,6 +139,7 @@ class Fidelity:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "Fidelity":
+        """Reads what :meth:`to_dict` returned."""
         right = None if data["right"] is None else np.asarray(data["right"], dtype=bool)
         psnr, ssim = np.asarray(data["psnr"], dtype=np.float64), np.asarray(data["ssim"], dtype=np.float64)
         return Fidelity(data["name"], psnr, ssim, right, data["seconds"], data["notes"])
@@ -148,7 +156,7 @@ def _right(images: Images, prompt_indices: Sequence[int]) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired difference of two variants over the same images: the mean of ``first - second``."""
+    """Paired difference of two variants over the same prompts and seeds: means of ``first - second``."""
 
     first: str
     second: str
@@ -158,6 +166,7 @@ class Comparison:
 
     @staticmethod
     def of(first: Fidelity, second: Fidelity) -> "Comparison":
+        """Compares two variants image by image."""
         accuracy = None
         if first.right is not None and second.right is not None:
             accuracy = metrics.estimate(first.right.astype(np.float64) - second.right)
@@ -167,12 +176,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Several variants over the same prompts and seeds, for a table and for JSON.
+    """Several variants over the same prompts and seeds, printed as a table and saved as JSON.
 
     Attributes:
-        variants: in the order of the table.
-        settings: what was measured (prompts, seeds, steps, …).
-        comparisons: paired differences worth showing.
+        variants: the variants, in the order of the table.
+        settings: prompts, seeds, steps, … of the measurement.
+        comparisons: paired differences to print.
+        environment: hardware and versions of the measurement.
     """
 
     variants: list[Fidelity]
@@ -181,7 +191,7 @@ class Evaluation:
     environment: dict[str, str] = field(default_factory=environment)
 
     def markdown(self) -> str:
-        """The table, the paired differences, and what they were measured on."""
+        """Markdown: the table, the settings and hardware, and the paired differences."""
         judged = any(variant.right is not None for variant in self.variants)
         notes = list(dict.fromkeys(name for variant in self.variants for name in variant.notes))
         head = ["", *notes, "PSNR, dB", "SSIM", *(["prompt accuracy"] if judged else []), "s / image"]
@@ -208,6 +218,7 @@ class Evaluation:
         return text + "\n"
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns everything for JSON, metrics of every image included."""
         return {
             "settings": self.settings,
             "environment": self.environment,
@@ -218,7 +229,7 @@ class Evaluation:
         }
 
     def save(self, path: Path) -> None:
-        """Write JSON, whole or not at all."""
+        """Writes :meth:`to_dict` as JSON, whole or not at all."""
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
@@ -226,28 +237,10 @@ def _psnr_text(estimate: Estimate) -> str:
     return "identical" if estimate.low >= metrics.PSNR_CAP else estimate.text(2)
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns padded so that it also reads well in a terminal."""
-    table = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(3, *(len(row[column]) for row in table)) for column in range(len(head))]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def timed_generate(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> tuple[Images, float]:
-    """:func:`generate`, and the seconds it took per image."""
+def timed_generate(
+    pipe: "DiffusionPipeline", prompts: Sequence[str], seeds: Sequence[int], **options: Any
+) -> tuple[Images, float]:
+    """Images of :func:`generate`, and the seconds per image."""
     start = time.perf_counter()
     images = generate(pipe, prompts, seeds, **options)
     return images, (time.perf_counter() - start) / (len(prompts) * len(seeds))

@@ -1,24 +1,27 @@
-"""How close images are to their originals, and how sure the answer is.
+"""Image metrics against originals (PSNR, SSIM), and means with 95 % intervals.
 
-Quality is compared at equal prompts and seeds. The images of one prompt resemble each other, so the unit that is drawn
-at random is the *prompt*: intervals come from a bootstrap that resamples prompts and keeps all seeds of each together.
+Quality is compared at equal prompts and seeds. The images of one prompt resemble each other, so the sampling unit is
+the
+*prompt*: intervals come from a bootstrap that resamples prompts and keeps all seeds of each together.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats  # type: ignore[import-untyped]
 
 Floats = NDArray[np.float64]
 Images = NDArray[np.uint8]
 
 PSNR_CAP = 100.0
-"""dB given to identical images, whose PSNR is infinite; half a grey level of error everywhere gives 54 dB."""
+"""PSNR in dB of identical images, instead of infinity; an error of half a grey level everywhere gives 54 dB."""
 RESAMPLES = 4000
+"""Bootstrap resamples per interval."""
 BOOTSTRAP_SEED = 0
 _CHUNK = 64
+"""Images that are compared together, to bound memory."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Estimate:
     high: float
 
     def text(self, digits: int = 2, percent: bool = False) -> str:
-        """``"25.31 (24.80 to 25.85)"``."""
+        """Formats the estimate, such as ``"25.31 (24.80 to 25.85)"``; ``percent`` multiplies by 100."""
         factor = 100 if percent else 1
         value, low, high = (f"{factor * x:.{digits}f}" for x in (self.value, self.low, self.high))
         return f"{value}{' %' if percent else ''} ({low} to {high})"
@@ -41,10 +44,13 @@ def psnr(images: Images, originals: Images) -> Floats:
 
     Args:
         images: uint8 ``(..., h, w, 3)``.
-        originals: the same shape.
+        originals: uint8, of the same shape.
 
     Returns:
-        ``(...)``.
+        float64 ``(...)``.
+
+    Raises:
+        ValueError: the shapes differ.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -81,7 +87,7 @@ def _per_image(chunk: Callable[..., Floats], images: Images, originals: Images) 
             f"images of shape {images.shape} cannot be compared with originals of shape {originals.shape}; "
             "generate both with the same prompts, seeds and size"
         )
-    # float64: SSIM subtracts squares, and float32 calls two identical white squares different
+    # float64, since SSIM subtracts squares: in float32 the SSIM of two identical white images is below 1
     flat, flat_originals = (x.reshape(-1, *x.shape[-3:]) for x in (images, originals))
     parts = []
     for start in range(0, len(flat), _CHUNK):
@@ -91,30 +97,28 @@ def _per_image(chunk: Callable[..., Floats], images: Images, originals: Images) 
 
 
 def estimate(values: NDArray[np.generic]) -> Estimate:
-    """Mean and 95 % percentile-bootstrap interval over prompts.
+    """Mean and 95 % percentile-bootstrap interval over prompts; equal values give equal intervals (fixed seed).
 
     Args:
         values: ``(seeds, prompts)``, float or bool. A proportion that is 0 or 1 throughout gets the Wilson interval of
-            its number of prompts, since resampling would call it certain.
+            its number of prompts, since resampling would call it certain. A single prompt has no interval: its ends are
+            the value.
+
+    Raises:
+        ValueError: ``values`` is empty or has another number of dimensions.
     """
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 2 or not numbers.size:
         raise ValueError(f"values must have shape (seeds, prompts), found {numbers.shape}")
     by_prompt = numbers.mean(axis=0)
-    value = float(by_prompt.mean())
+    value, count = float(by_prompt.mean()), len(by_prompt)
     if values.dtype == np.bool_ and value in (0.0, 1.0):
-        low, high = wilson(round(value * len(by_prompt)), len(by_prompt))
-        return Estimate(value, low, high)
-    random = np.random.default_rng(BOOTSTRAP_SEED)
-    means = by_prompt[random.integers(len(by_prompt), size=(RESAMPLES, len(by_prompt)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(value, float(low), float(high))
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (E. B. Wilson, 1927)."""
-    z = 1.959964
-    p, z2 = successes / n, z * z
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+        interval = stats.binomtest(round(value * count), count).proportion_ci(method="wilson")
+    elif count == 1:
+        return Estimate(value, value, value)
+    else:
+        interval = stats.bootstrap(
+            (by_prompt,), np.mean, n_resamples=RESAMPLES, method="percentile",
+            random_state=np.random.default_rng(BOOTSTRAP_SEED),
+        ).confidence_interval  # fmt: skip
+    return Estimate(value, float(interval.low), float(interval.high))

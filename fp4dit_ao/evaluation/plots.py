@@ -1,7 +1,7 @@
-"""What a person looks at: images side by side, number formats on a line, histograms, the levels that weights use."""
+"""Pictures: images side by side, levels of number formats, histograms, and the levels that weights use."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,26 +9,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fp4dit_ao.formats import NumberFormat, parse
+from fp4dit_ao.util.atomic_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
 _SMALLEST, _LARGEST = 128, 512
-"""Pixels: images are shown at their own size, within these."""
+"""Smallest and largest side of a shown image, in pixels; images between them keep their size."""
 _GAP = 6
 _FONT = 14
 
 
 def comparison(columns: Mapping[str, NDArray[np.uint8]], rows: Sequence[str]) -> "Image":
-    """A grid of images: one column per variant, one row per prompt, both labelled.
+    """Labelled grid of images: one column per variant, one row per prompt.
 
     Args:
-        columns: variant name to uint8 ``(rows, h, w, 3)``; all of one size.
-        rows: a label per row.
+        columns: images by name of the variant, uint8 ``(rows, h, w, 3)``, all of one shape.
+        rows: label of each row.
 
     Raises:
-        ValueError: no columns, or a column whose shape differs.
+        ValueError: there are no columns, or their shapes differ.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -61,23 +62,18 @@ def comparison(columns: Mapping[str, NDArray[np.uint8]], rows: Sequence[str]) ->
 
 
 def save(picture: "Image | Figure", path: Path) -> None:
-    """Write a PNG, whole or not at all; the folder is created.
+    """Writes a PNG, whole or not at all; the folder is created.
 
     Raises:
         OSError: the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    write: Any = getattr(picture, "savefig", None) or picture.save  # type: ignore[union-attr]
-    try:
+    write: Callable[..., None] = getattr(picture, "savefig", None) or picture.save  # type: ignore[union-attr]
+    with whole_file(path) as partial:
         write(partial, format="png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Figure", Any]:
-    """A matplotlib figure (inches) without a window, and its axes as an array ``(rows, columns)``."""
+    """Matplotlib figure of a size in inches, without a window, and its axes as an array ``(rows, columns)``."""
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(width, height), layout="constrained", dpi=110)
@@ -85,7 +81,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **optio
 
 
 def number_lines(formats: Sequence[str]) -> "Figure":
-    """Every level of each format on a line, largest magnitudes aligned at ±1 (the paper's figure of formats)."""
+    """Levels of each format on a number line, scaled to ±1 (as in the figure of formats of arXiv 2503.15465)."""
     canvas, axes = figure(8, 0.55 * len(formats) + 0.8)
     (ax,) = axes.flat
     for row, name in enumerate(reversed(formats)):
@@ -100,7 +96,7 @@ def number_lines(formats: Sequence[str]) -> "Figure":
 
 
 def histograms(series: Mapping[str, NDArray[Any]], xlabel: str, columns: int = 3, log: bool = True) -> "Figure":
-    """A small histogram of each array, flattened."""
+    """Grid of small histograms, one per array (flattened), titled with its name."""
     columns = min(columns, len(series))
     rows = -(-len(series) // columns)
     canvas, axes = figure(3.4 * columns, 2.2 * rows, rows, columns)
@@ -115,10 +111,10 @@ def histograms(series: Mapping[str, NDArray[Any]], xlabel: str, columns: int = 3
 
 
 def level_usage(layers: Mapping[str, tuple[str, NDArray[np.uint8]]]) -> "Figure":
-    """Which levels the weights use: per format, all its layers pooled on top, and layer by layer below.
+    """Frequencies of the levels that weights use: per format, all layers together on top, and each layer below.
 
     Args:
-        layers: layer name to (format, codes of any shape).
+        layers: (format, codes of any shape), by name of the layer.
     """
     by_format: dict[str, dict[str, NDArray[np.float64]]] = {}
     for name, (fmt_name, codes) in layers.items():
@@ -145,7 +141,7 @@ def level_usage(layers: Mapping[str, tuple[str, NDArray[np.uint8]]]) -> "Figure"
 
 
 def _level_counts(fmt: NumberFormat, codes: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """How often each level of ``fmt.lattice`` occurs: +0 and −0 together."""
+    """Number of occurrences of each level of ``fmt.lattice``; +0 and −0 count together."""
     order = {int(level): index for index, level in enumerate(fmt.lattice)}
     place = np.array([order.get(fmt.level(code), 0) for code in range(2**fmt.bits)])
     counts = np.bincount(codes.ravel(), minlength=2**fmt.bits)

@@ -1,4 +1,4 @@
-"""Model families: the table, and what follows from it."""
+"""Model families: the table, and the recipe, quantizer and example inputs that it gives a model."""
 
 from fp4dit_ao.families.family import Family
 from fp4dit_ao.families.lookup import example_inputs, family_of, quantizer_for, recipe_for

@@ -1,4 +1,4 @@
-"""What the package knows of one family of models: :class:`Family`."""
+""":class:`Family`: the settings of one family of models."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,22 +11,23 @@ from fp4dit_ao.families.sample_inputs import Inputs
 
 @dataclass(frozen=True)
 class Family:
-    """What the package knows of one family of models."""
+    """Settings of one family of models, a row of ``families.table.FAMILIES``."""
 
     name: str
+    """Name of the family, for reports."""
     transformer: str
-    """Name of the diffusers class."""
+    """Name of the diffusers class of its transformer."""
     skip: tuple[str, ...] = HIGH_PRECISION
     """Globs over module names that stay in high precision."""
     paper: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of ``QuantConfig`` that the paper's recipes have here."""
+    """Fields of ``QuantConfig`` that replace those of the paper's recipes."""
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By glob over module names: fields that every recipe has there."""
+    """Fields of ``QuantConfig`` that replace those of every recipe, by glob over module names."""
     when: Callable[[Any], bool] = lambda config: True
-    """Tells families of one class apart, by the model's config."""
+    """Whether a model with this config belongs to the family; tells families of one class apart."""
     sample: Inputs | None = None
-    """Random keyword arguments of ``forward``."""
+    """Makes random keyword arguments of ``forward``; None if unknown."""
     shared: tuple[str, ...] = ()
     """Arguments of ``forward`` that all rows of a batch share, so that their first dimension is not the batch."""
     rewrites: Mapping[str, Method] = field(default_factory=dict)
-    """By ``"Class.method"``: code that runs in the method's place while the model is captured."""
+    """Functions that replace methods while the model is captured, by ``"Class.method"``."""

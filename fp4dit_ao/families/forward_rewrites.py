@@ -1,27 +1,32 @@
-"""Forms of a few modules' code that ``torch.export`` can record for every size, where their own code cannot be.
+"""Replacements for methods of diffusers' models whose own code ``torch.export`` cannot record for every size.
 
-Each computes what the module computes; :mod:`fp4dit_ao.families` says which module takes which, while it is captured.
+Each returns what the original returns. The table of families says which methods are replaced while a model is captured.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel, Lumina2Transformer2DModel
+    from diffusers.models.embeddings import CogVideoXPatchEmbed, PatchEmbed
+    from diffusers.models.transformers.transformer_lumina2 import Lumina2RotaryPosEmbed
 
 Method = Callable[..., Any]
 
 
 @contextlib.contextmanager
 def methods_replaced(model: nn.Module, rewrites: Mapping[str, Method]) -> Iterator[None]:
-    """While open, modules of ``model`` run other code.
+    """Context in which methods of ``model``'s modules are replaced.
 
     Args:
         model: any module.
-        rewrites: by ``"Class.method"``, what runs in the method's place.
+        rewrites: the replacing functions, by ``"Class.method"``.
     """
     replaced = []
     for module in model.modules():
@@ -38,13 +43,15 @@ def methods_replaced(model: nn.Module, rewrites: Mapping[str, Method]) -> Iterat
 
 
 def _unpatchify(x: Tensor, rows: int, columns: int, patch: int) -> Tensor:
-    """(batch, rows * columns, patch * patch * channels) to (batch, channels, rows * patch, columns * patch)."""
+    """Reshapes (batch, rows * columns, patch * patch * channels) to
+    (batch, channels, rows * patch, columns * patch)."""
     x = x.unflatten(1, (rows, columns)).unflatten(-1, (patch, patch, -1))
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-def patch_embed(self: Any, latent: Tensor) -> Tensor:
-    """``PatchEmbed.forward``, which swaps the sides of its grid of positions: a compiled graph then served one proportion."""
+def patch_embed(self: "PatchEmbed", latent: Tensor) -> Tensor:
+    """Replaces ``PatchEmbed.forward``, which swaps the sides of its position grid, so that a graph fits one aspect
+    ratio only."""
     from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid
 
     if self.pos_embed is None or self.pos_embed_max_size:
@@ -63,16 +70,17 @@ def patch_embed(self: Any, latent: Tensor) -> Tensor:
 
 
 def dit(
-    self: Any,
+    self: "DiTTransformer2DModel",
     hidden_states: Tensor,
     timestep: Tensor,
     class_labels: Tensor,
     cross_attention_kwargs: dict[str, Any] | None = None,
     return_dict: bool = False,
 ) -> tuple[Tensor]:
-    """``DiTTransformer2DModel.forward``, which takes the square root of the number of tokens for the image's side.
+    """Replaces ``DiTTransformer2DModel.forward``, which computes the image's side as the square root of the number of
+    tokens.
 
-    Here the sides are the image's own: it need not be square.
+    Here height and width come from the latent, so that images need not be square.
     """
     rows, columns = (size // self.patch_size for size in hidden_states.shape[-2:])
     x = self.pos_embed(hidden_states)
@@ -85,9 +93,13 @@ def dit(
 
 
 def cogvideox_positions(
-    self: Any, sample_height: int, sample_width: int, sample_frames: int, device: torch.device | None = None
+    self: "CogVideoXPatchEmbed",
+    sample_height: int,
+    sample_width: int,
+    sample_frames: int,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """``CogVideoXPatchEmbed._get_positional_embeddings``, which writes into a tensor's ``.data``."""
+    """Replaces ``CogVideoXPatchEmbed._get_positional_embeddings``, which writes into a tensor's ``.data``."""
     from diffusers.models.embeddings import get_3d_sincos_pos_embed
 
     frames = (sample_frames - 1) // self.temporal_compression_ratio + 1
@@ -106,7 +118,7 @@ def cogvideox_positions(
 
 
 def lumina2(
-    self: Any,
+    self: "Lumina2Transformer2DModel",
     hidden_states: Tensor,
     timestep: Tensor,
     encoder_hidden_states: Tensor,
@@ -114,16 +126,17 @@ def lumina2(
     attention_kwargs: dict[str, Any] | None = None,
     return_dict: bool = False,
 ) -> tuple[Tensor]:
-    """``Lumina2Transformer2DModel.forward``, which packs text and image row by row, by lengths that it reads off the mask.
+    """Replaces ``Lumina2Transformer2DModel.forward``, which packs text and image by lengths that it reads from the
+    mask.
 
-    Here every row of the batch is as long as the longest could be, and what lies after its image is masked.
+    Here every row of the batch has the greatest possible length, and the places after its image are masked.
     """
     patch, text = self.config.patch_size, encoder_hidden_states.shape[1]
     rows, columns = (size // patch for size in hidden_states.shape[-2:])
     patches = rows * columns
     condition, caption = self.time_caption_embed(hidden_states, timestep, encoder_hidden_states)
 
-    # for every place of the sequence: is it text, image or nothing, and which row and column of the image
+    # for every place of the sequence: whether it is text, image or padding, and its row and column in the image
     length = encoder_attention_mask.sum(1, keepdim=True)
     place = torch.arange(text + patches, device=hidden_states.device)[None]
     is_text, is_used = place < length, place < length + patches
@@ -159,8 +172,8 @@ def lumina2(
     return (_unpatchify(x, rows, columns, patch),)
 
 
-def _rotation(embedder: Any, positions: Tensor) -> Tensor:
-    """Rotary embeddings (complex) of positions (batch, places, axes), computed rather than looked up."""
+def _rotation(embedder: "Lumina2RotaryPosEmbed", positions: Tensor) -> Tensor:
+    """Complex rotary embeddings of positions (batch, places, axes), computed instead of looked up in a table."""
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
     parts = [

@@ -1,8 +1,9 @@
-"""A model's family, and what follows from it: its recipe, its quantizer, an example of its inputs."""
+"""Looks up a model's family, and the recipe, quantizer and example inputs that follow from it."""
 
 import dataclasses
 import re
 import warnings
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,15 +15,16 @@ from fp4dit_ao.families import sample_inputs
 from fp4dit_ao.families.family import Family
 from fp4dit_ao.families.table import E2M1_THROUGHOUT, FAMILIES
 from fp4dit_ao.quantizer import FP4DiTQuantizer
+from fp4dit_ao.schemes import scheme_of
 
 _PAPER = ("w4a6", "w4a8", "w4a6_static", "w4a6_mse")
-"""Recipes that are the paper's, and so may mean other formats for another family; all others say their formats themselves."""
+"""Recipes of the paper, whose formats depend on the family; all other recipes name their formats outright."""
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of ``model``; one of safe defaults, named after its class, if the table has none.
+    """Family of ``model``; if the table has none, one with safe defaults, named after the model's class.
 
-    Those defaults leave every linear outside of the numbered blocks in high precision, and what :data:`HIGH_PRECISION` names.
+    The defaults keep in high precision every linear outside numbered blocks and every module in :data:`HIGH_PRECISION`.
     """
     config = getattr(model, "config", None)
     kind = type(model).__name__
@@ -38,7 +40,7 @@ def _in_block(name: str) -> bool:
 
 
 def recipe_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> QuantConfig:
-    """A recipe as it is for ``model``'s family. A config that is given rather than named stays as it is.
+    """Config of a named recipe, adapted to ``model``'s family; a config is returned unchanged.
 
     Raises:
         ValueError: no such recipe.
@@ -53,26 +55,34 @@ def recipe_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> QuantCon
     return dataclasses.replace(config, **fields)
 
 
-def quantizer_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> FP4DiTQuantizer:
-    """A quantizer for ``model``, set up with a recipe as it is for its family; further rules may be added.
+def quantizer_for(model: nn.Module, recipe: str | QuantConfig = "w4a6", skip: Sequence[str] = ()) -> FP4DiTQuantizer:
+    """Quantizer for ``model``, set up with a recipe adapted to its family; callers may add rules.
 
-    A model of no known family is quantized with safe defaults, and a warning says which.
+    A model of an unknown family is quantized with safe defaults, and a warning says which.
 
     Args:
         model: the float model.
-        recipe: a name in ``config.RECIPES``; or a config, which is used as it is.
+        recipe: a name in ``config.RECIPES``; or a config, which is used unchanged.
+        skip: globs over module names that stay in high precision, besides the recipe's own.
 
     Raises:
         ValueError: no such recipe.
     """
     config = recipe_for(model, recipe)
     quantizer = FP4DiTQuantizer().set_global(config)
-    if isinstance(recipe, QuantConfig):
-        return quantizer
+    if not isinstance(recipe, QuantConfig):
+        _set_family_rules(quantizer, model, config)
+    for glob in skip:
+        quantizer.set_module_name(glob, None)
+    return quantizer
+
+
+def _set_family_rules(quantizer: FP4DiTQuantizer, model: nn.Module, config: QuantConfig) -> None:
+    """Adds the rules that every recipe has for some layers of ``model``'s family; warns if the family is unknown."""
     family = family_of(model)
     names = [name for name, _ in model.named_modules()]
     for glob, fields in family.layers.items():
-        if "activation" in fields and (config.activation is None or config.activation_granularity == "block"):
+        if "activation" in fields and (config.activation is None or scheme_of(config).one_format):
             continue  # a recipe for weights alone, or of a block format, which is one for all layers
         if any(fnmatchcase(name, glob) for name in names):
             quantizer.set_module_name(glob, dataclasses.replace(config, **fields))
@@ -82,24 +92,23 @@ def quantizer_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> FP4Di
             f"{family.name} is no family that fp4dit_ao knows; quantizing the linears of its numbered blocks, weights "
             f"{config.weight} in groups of {config.group_size} or the largest divisor, and leaving {len(outside)} linears "
             f"outside of them as they are ({', '.join(outside[:4]) or 'none'}{', …' if len(outside) > 4 else ''})",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return quantizer
 
 
 def example_inputs(
     model: nn.Module, size: sample_inputs.Size | None = None, *, seed: int = 0, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """Random keyword arguments of ``model.forward``, as its pipeline would pass them: enough to capture it.
+    """Random keyword arguments of ``model.forward`` with the shapes that its pipeline passes, for capturing the model.
 
     Args:
         model: a float model of a known family.
-        size: how large; small if None.
-        seed: of the numbers.
-        dtype: of floating-point tensors; the model's if None.
+        size: sizes of the tensors; small ones if None.
+        seed: seed of the random numbers.
+        dtype: type of floating-point tensors; the model's if None.
 
     Raises:
-        ValueError: the table does not know the model's family.
+        ValueError: the model's family is not in the table.
     """
     family = family_of(model)
     if family.sample is None:

@@ -1,35 +1,38 @@
-"""What the ``forward`` of each family is given in one denoising step: random keyword arguments of the right shapes.
+"""Random keyword arguments of ``forward`` for each family, with the shapes of one denoising step.
 
-Enough to capture and to quantize with nearest rounding where no pipeline is at hand. To learn a rounding, take what a
-pipeline really passes: :func:`fp4dit_ao.collect_samples`.
+They suffice to capture a model and to quantize it with nearest rounding where no pipeline is at hand. Learned rounding
+needs real calibration data: :func:`fp4dit_ao.collect_samples`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from diffusers.configuration_utils import FrozenDict
+
 
 @dataclass(frozen=True)
 class Size:
-    """How large a sample is. Latents count in the autoencoder's units, before patches."""
+    """Sizes of a sample. Height, width and frames are those of the latent, before patching."""
 
     batch: int = 2
     height: int = 16
     width: int = 16
     frames: int = 3
     text: int = 16
-    """Tokens of text; families whose text length is part of the model take that instead."""
+    """Text tokens; ignored by families whose config fixes the text length."""
 
 
 class Random:
-    """Random tensors of one generator.
+    """Random tensors from one seeded generator.
 
     Args:
-        seed: of the generator.
-        dtype: of the floating-point tensors.
+        seed: seed of the generator.
+        dtype: type of the floating-point tensors.
     """
 
     def __init__(self, seed: int, dtype: torch.dtype):
@@ -37,28 +40,31 @@ class Random:
         self.dtype = dtype
 
     def normal(self, *shape: int) -> Tensor:
+        """Normally distributed numbers."""
         return torch.randn(shape, generator=self._generator).to(self.dtype)
 
     def whole(self, low: int, high: int, *shape: int) -> Tensor:
-        """Whole numbers in [low, high)."""
+        """Whole numbers in [low, high), int64."""
         return torch.randint(low, high, shape, generator=self._generator)
 
     def mask(self, batch: int, text: int) -> Tensor:
-        """1 for the tokens of a prompt of random length, at least one token, and 0 for the padding after it."""
+        """Attention mask ``(batch, text)``, int64: 1 for a prompt of random length, at least one token, then 0 for
+        padding."""
         lengths = self.whole(1, text + 1, batch, 1)
         return (torch.arange(text) < lengths).long()
 
     def rotation(self, tokens: int, features: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of rotary embeddings, which pipelines keep in float32."""
+        """Cosines and sines of rotary embeddings, ``(tokens, features)`` each; float32, as in pipelines."""
         angles = torch.rand(tokens, features // 2, generator=self._generator).repeat_interleave(2, 1) * torch.pi
         return angles.cos(), angles.sin()
 
 
 Inputs = Callable[[Any, Size, Random], dict[str, Any]]
-"""From a model's config, a size and a source of random tensors to the keyword arguments of ``forward``."""
+"""Makes keyword arguments of ``forward`` from a model's config, sizes and a source of random tensors."""
 
 
-def pixart(config: Any, size: Size, random: Random) -> dict[str, Any]:
+def pixart(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+    """Keyword arguments of PixArt-α and PixArt-Σ; see :data:`Inputs`."""
     micro = config.use_additional_conditions
     if micro is None:
         micro = config.sample_size == 128
@@ -74,7 +80,8 @@ def pixart(config: Any, size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def hunyuan(config: Any, size: Size, random: Random) -> dict[str, Any]:
+def hunyuan(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+    """Keyword arguments of Hunyuan-DiT; see :data:`Inputs`."""
     styled = config.use_style_cond_and_image_meta_size
     tokens = (size.height // config.patch_size) * (size.width // config.patch_size)
     return {
@@ -90,7 +97,8 @@ def hunyuan(config: Any, size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def dit(config: Any, size: Size, random: Random) -> dict[str, Any]:
+def dit(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+    """Keyword arguments of DiT; see :data:`Inputs`."""
     return {
         "hidden_states": random.normal(size.batch, config.in_channels, size.height, size.width),
         "timestep": random.whole(0, 1000, 1).expand(size.batch),
@@ -98,7 +106,8 @@ def dit(config: Any, size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def sd3(config: Any, size: Size, random: Random) -> dict[str, Any]:
+def sd3(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+    """Keyword arguments of Stable Diffusion 3; see :data:`Inputs`."""
     return {
         "hidden_states": random.normal(size.batch, config.in_channels, size.height, size.width),
         "encoder_hidden_states": random.normal(size.batch, size.text, config.joint_attention_dim),
@@ -107,7 +116,8 @@ def sd3(config: Any, size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def flux(config: Any, size: Size, random: Random) -> dict[str, Any]:
+def flux(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+    """Keyword arguments of FLUX.1; see :data:`Inputs`."""
     rows, columns = size.height // 2, size.width // 2
     places = torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
     return {
@@ -121,7 +131,8 @@ def flux(config: Any, size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def sana(config: Any, size: Size, random: Random) -> dict[str, Any]:
+def sana(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+    """Keyword arguments of Sana; see :data:`Inputs`."""
     return {
         "hidden_states": random.normal(size.batch, config.in_channels, size.height, size.width),
         "encoder_hidden_states": random.normal(size.batch, size.text, config.caption_channels),
@@ -131,7 +142,8 @@ def sana(config: Any, size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def lumina2(config: Any, size: Size, random: Random) -> dict[str, Any]:
+def lumina2(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+    """Keyword arguments of Lumina 2; see :data:`Inputs`."""
     return {
         "hidden_states": random.normal(size.batch, config.in_channels, size.height, size.width),
         "timestep": (random.whole(0, 1000, 1) / 1000).to(random.dtype).expand(size.batch),
@@ -140,7 +152,8 @@ def lumina2(config: Any, size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def auraflow(config: Any, size: Size, random: Random) -> dict[str, Any]:
+def auraflow(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+    """Keyword arguments of AuraFlow; see :data:`Inputs`."""
     return {
         "hidden_states": random.normal(size.batch, config.in_channels, size.height, size.width),
         "encoder_hidden_states": random.normal(size.batch, size.text, config.joint_attention_dim),
@@ -148,7 +161,8 @@ def auraflow(config: Any, size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def cogvideox(config: Any, size: Size, random: Random) -> dict[str, Any]:
+def cogvideox(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+    """Keyword arguments of CogVideoX; see :data:`Inputs`."""
     patch, thick = config.patch_size, config.patch_size_t or 1
     frames = size.frames + -size.frames % thick
     tokens = (frames // thick) * (size.height // patch) * (size.width // patch)
@@ -163,7 +177,8 @@ def cogvideox(config: Any, size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def wan(config: Any, size: Size, random: Random) -> dict[str, Any]:
+def wan(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+    """Keyword arguments of Wan; see :data:`Inputs`."""
     return {
         "hidden_states": random.normal(size.batch, config.in_channels, size.frames, size.height, size.width),
         "timestep": random.whole(0, 1000, 1).expand(size.batch),
@@ -172,7 +187,8 @@ def wan(config: Any, size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def ltx(config: Any, size: Size, random: Random) -> dict[str, Any]:
+def ltx(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+    """Keyword arguments of LTX-Video; see :data:`Inputs`."""
     tokens = size.frames * size.height * size.width
     return {
         "hidden_states": random.normal(size.batch, tokens, config.in_channels),

@@ -1,16 +1,17 @@
-"""The one table that knows model families by name: what stays in high precision, whose recipe differs, how a sample looks.
+"""Table of model families: modules kept in high precision, differing recipes, example inputs, methods rewritten for
+export.
 
-A model that is not in it is quantized with safe defaults; see :func:`fp4dit_ao.families.family_of`.
+Models of other families are quantized with safe defaults; see :func:`fp4dit_ao.families.family_of`.
 """
 
 from fp4dit_ao.families import forward_rewrites, sample_inputs
 from fp4dit_ao.families.family import Family
 
 E2M1_THROUGHOUT = {"pre_gelu_weight": None}
-"""Where the paper says nothing: its E3M0 before GELU cost more than it gained wherever it was measured."""
+"""Recipe of families that the paper does not cover: its E3M0 before GELU lost accuracy in every family measured."""
 
 _MODULATION = {"activation": "int8"}
-"""Of one vector an image: 8 bits cost little there, and an error would reach every token."""
+"""Modulation linears see one vector per image, so 8-bit inputs cost little; an error there would reach every token."""
 
 _POSITIONS = {"PatchEmbed.forward": forward_rewrites.patch_embed}
 
@@ -22,7 +23,7 @@ FAMILIES: tuple[Family, ...] = (
         "PixArtTransformer2DModel",
         skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out*"),
         paper={"weight": "e1m2"},
-        # as converted from the original: α's configs name neither
+        # Σ's configs, converted from the original code, set both fields; α's set neither
         when=lambda config: config.use_additional_conditions is False and config.interpolation_scale is not None,
         sample=sample_inputs.pixart,
         rewrites=_POSITIONS,
@@ -117,4 +118,4 @@ FAMILIES: tuple[Family, ...] = (
         sample=sample_inputs.ltx,
     ),
 )  # fmt: skip
-"""The first that fits a model is its family."""
+"""All families; a model belongs to the first that fits."""

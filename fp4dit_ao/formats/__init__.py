@@ -1,8 +1,8 @@
 """Low-bit number formats as integer lattices: ``ExMy`` floating point, and codebooks.
 
 A format is a finite set of integers, the *levels*; a tensor value is a level times a scale. An ``ExMy`` format
-(:class:`FloatFormat`) computes its levels, a codebook (:class:`CodebookFormat`, such as NF4) lists them. :func:`parse` finds
-a format by name.
+(:class:`FloatFormat`) computes its levels, a codebook (:class:`CodebookFormat`, such as NF4) lists them. :func:`parse`
+returns the format of a name.
 """
 
 from fp4dit_ao.formats.codebook import CodebookFormat

@@ -12,14 +12,14 @@ from fp4dit_ao.formats.number_format import MAX_BITS, NumberFormat
 
 @dataclass(frozen=True)
 class CodebookFormat(NumberFormat):
-    """Levels that follow no formula: code i stands for the i-th of them, from the lowest up.
+    """Format whose levels follow no formula: code i stands for the i-th level, from the lowest up.
 
     Attributes:
-        name: what :func:`parse` knows it by.
+        name: the name that :func:`parse` takes.
         levels: integers, strictly ascending, with 0 among them; a power of two in number, at most 256.
 
     Raises:
-        ValueError: they are not.
+        ValueError: the levels are not ascending, lack 0, or have another number.
     """
 
     name: str
@@ -66,11 +66,12 @@ class CodebookFormat(NumberFormat):
 
     @functools.cached_property
     def _thresholds(self) -> list[float]:
-        """Code i + 1 begins above the i-th: the middle between levels, or the float32 below it where a tie goes up."""
+        """Boundaries between codes: values above the i-th get code i + 1 or more. Each is the middle between two
+        levels, or the float32 just below it where the tie goes up."""
         middles = torch.tensor([(a + b) / 2 for a, b in zip(self.levels, self.levels[1:], strict=False)])
         odd = torch.arange(len(middles)) % 2 == 1
         return torch.where(odd, torch.nextafter(middles, torch.tensor(-math.inf)), middles).tolist()
 
 
 NF4 = CodebookFormat("nf4", (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127))
-"""NF4 (arXiv 2305.14314): quantiles of a normal distribution, times 127 and rounded, which makes them int8."""
+"""NF4 (arXiv 2305.14314): quantiles of a normal distribution, times 127 and rounded to int8."""

@@ -5,8 +5,8 @@ On its own finest step, every ``ExMy`` format is a set of integers (exponent fie
     level(e, m) = m                        e = 0 (subnormal)
                 = (2^M + m) * 2^(e - 1)    e >= 1
 
-A tensor value is ``level * step`` with ``step = absmax / lattice_max``. That *is* the real-valued exponent bias of FP4DiT
-(arXiv 2503.15465): ``b = 2^E - log2(maxval) + log2(2 - 2^-M) - 1`` and ``step = 2^(1 - b - M)``; see
+A tensor value is ``level * step`` with ``step = absmax / lattice_max``. That *is* the real-valued exponent bias of
+FP4DiT (arXiv 2503.15465): ``b = 2^E - log2(maxval) + log2(2 - 2^-M) - 1`` and ``step = 2^(1 - b - M)``; see
 :meth:`FloatFormat.exponent_bias`. A code is ``sign | exponent field | mantissa field``, so magnitudes sort like codes.
 """
 
@@ -23,7 +23,8 @@ _PATTERN = re.compile(r"e(?P<e>[0-9]+)m(?P<m>[0-9]+)(?P<fn>fn)?|int(?P<int>[0-9]
 
 
 def is_float_format_name(name: object) -> bool:
-    """Whether ``name`` has the form of an ``ExMy`` or ``intN`` format, such as ``"e2m1"``, even one that does not exist."""
+    """Whether ``name`` is spelled like an ``ExMy`` or ``intN`` format, such as ``"e2m1"``, even if there is no such
+    format."""
     return isinstance(name, str) and _PATTERN.fullmatch(name) is not None
 
 
@@ -57,10 +58,11 @@ class FloatFormat(NumberFormat):
 
     @staticmethod
     def parse(name: str) -> "FloatFormat":
-        """``"e2m1"``, ``"e4m3fn"`` (hardware FP8), or ``"int4"`` for ``e0m3``; ``parse(str(fmt)) == fmt``.
+        """Format of a name: ``"e2m1"``, ``"e4m3fn"`` (hardware FP8), or ``"int4"`` for ``e0m3``;
+        ``parse(str(fmt)) == fmt``.
 
         Raises:
-            ValueError: not such a name, or not such a format.
+            ValueError: ``name`` is not spelled like a format, or no such format exists.
         """
         found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
         if found is None:
@@ -81,12 +83,12 @@ class FloatFormat(NumberFormat):
 
     @property
     def max_code(self) -> int:
-        """The code of the largest value."""
+        """Code of the largest value."""
         return 2 ** (self.bits - 1) - 1 - self.nan
 
     @property
     def max_binade(self) -> int:
-        """k of the highest binade; values there are multiples of ``2^k`` steps."""
+        """Number k of the highest binade, whose levels are multiples of ``2^k`` steps."""
         return max(0, 2**self.exponent_bits - 2)
 
     @property
@@ -105,13 +107,15 @@ class FloatFormat(NumberFormat):
         return torch.tensor([-v for v in reversed(positive[1:])] + positive, dtype=torch.int64)
 
     def exponent_bias(self, maxval: float) -> float:
-        """The paper's real-valued bias b of a tensor whose largest magnitude is ``maxval``: ``step = 2^(1 - b - M)``."""
+        """Real-valued exponent bias b for a largest magnitude ``maxval`` (arXiv 2503.15465):
+        ``step = 2^(1 - b - M)``."""
         return 1 - self.mantissa_bits + math.log2(self.lattice_max / maxval)
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 
     def element_step(self, y: Tensor) -> Tensor:
-        """Distance between neighbouring levels at ``y``: ``2^k`` for ``|y|`` in binade k. float32, in steps, like ``y``."""
+        """Distance between neighbouring levels at ``y``: ``2^k`` for ``|y|`` in binade k; float32, in steps, like
+        ``y``."""
         return _power_of_two(self._binade(y.float()))
 
     def encode(self, y: Tensor) -> Tensor:
@@ -129,17 +133,17 @@ class FloatFormat(NumberFormat):
         return torch.where((code >> (self.bits - 1) & 1) > 0, -level, level)
 
     def round(self, y: Tensor) -> Tensor:
-        """The levels nearest to ``y``, float32: ``decode(encode(y))`` without the codes in between, many times quicker."""
+        """Levels nearest to ``y`` as float32: ``decode(encode(y))`` without computing codes, many times faster."""
         y = self._saturated(y)
         if not self.mantissa_bits:
             k = self._binade(y)
             return self._mantissa(y, k) * _power_of_two(k)
-        # float32 itself rounds to multiples of 2^k, ties to even, where its own last bit is 2^k: beside 1.5 * 2^(k + 23)
+        # the last bit of float32 is 2^k near 1.5 * 2^(k + 23): adding that rounds to multiples of 2^k, ties to even
         anchor = self._anchor(y)
         return (y + anchor) - anchor
 
     def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        # a negative first value of a binade borders on the binade below it, where the level above it lies
+        # the level above a binade's first negative value lies in the binade below, with the smaller step
         step = self.element_step(torch.where(y < 0, torch.nextafter(y, torch.zeros_like(y)), y))
         return torch.floor(y / step) * step, step
 
@@ -157,28 +161,29 @@ class FloatFormat(NumberFormat):
         largest = float(self.lattice_max)
         if torch.compiler.is_compiling():
             y = y.float().clamp(-largest, largest)
-            return torch.where(y == y, y, 0.0)  # NaN to 0
+            return torch.where(y == y, y, 0.0)  # NaN becomes 0
         return torch.nan_to_num(y.float(), nan=0.0).clamp(-largest, largest)
 
     def _mantissa(self, y: Tensor, k: Tensor) -> Tensor:
-        """``y`` (in binade k) in units of ``2^k``, rounded so that ties go to the even code."""
+        """``y`` of binade k in units of ``2^k``, rounded to whole numbers, ties to the even code."""
         mantissa = y * _power_of_two(-k)
         if self.mantissa_bits:
             return torch.round(mantissa)
-        odd = (k & 1) * torch.sign(y)  # without mantissa bits, a code is even or odd by its exponent
+        odd = (k & 1) * torch.sign(y)  # without mantissa bits the exponent decides whether a code is even
         return torch.round(mantissa - odd) + odd
 
     def _binade(self, y: Tensor) -> Tensor:
-        """int32 k such that levels near ``y`` (float32) are multiples of 2^k; 0 in the subnormal range."""
+        """Binade k of ``y`` (float32), as int32: levels near ``y`` are multiples of 2^k; 0 in the subnormal range."""
         exponent = (y.view(torch.int32) >> 23 & 0xFF) - 127
         return (exponent - self.mantissa_bits).clamp(0, self.max_binade)
 
 
 _FEW_BINADES = 6
-"""Up to here a comparison per binade is compiled: Inductor vectorises comparisons on CPUs, but no look at a float's bits (nor
-``nan_to_num``). Uncompiled, ``where`` is the one that is not vectorised."""
+"""Most binades for which compiled code finds the binade by comparisons: Inductor vectorises those on CPUs, but neither
+reading the bits of a float nor ``nan_to_num``. In eager mode ``where`` is the one that is not vectorised."""
 
 
 def _power_of_two(k: Tensor) -> Tensor:
-    """Exact float32 ``2^k`` of int32 ``k`` in [-126, 127], from its bits: no libm, so it is exact on every backend."""
+    """Exact float32 ``2^k`` of int32 ``k`` in [-126, 127], made from bits instead of by libm, so exact on every
+    backend."""
     return ((k + 127) << 23).view(torch.float32)

@@ -1,13 +1,14 @@
-"""Storage of codes: two to a byte where they have at most four bits."""
+"""Packed storage of codes: two per byte for formats of at most four bits."""
 
 import torch
 from torch import Tensor
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Store uint8 codes ``(..., K)`` compactly: two 4-bit codes a byte ``(..., K/2)``, the first in the low nibble.
+    """Packs uint8 codes ``(..., K)`` of at most four bits into ``(..., K/2)``: two per byte, the first in the low
+    nibble.
 
-    Codes wider than four bits keep a byte each.
+    Wider codes stay one per byte.
 
     Raises:
         ValueError: K is odd for codes of at most four bits.
@@ -22,7 +23,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """What :func:`pack` was given: uint8 ``(..., K)``."""
+    """Inverse of :func:`pack`: uint8 codes ``(..., K)``."""
     if bits > 4:
         return packed
     return torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)

@@ -1,1 +1,1 @@
-"""From a model and a sample to one aten graph. Empty, so that exported files load without torchao and diffusers."""
+"""Capture of a model as one aten graph. Imports nothing, so that exported files load without torchao and diffusers."""

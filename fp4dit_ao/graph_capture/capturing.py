@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from fp4dit_ao import _compat
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.families import family_of
 from fp4dit_ao.families.forward_rewrites import methods_replaced
 from fp4dit_ao.passes.functional_writes import make_functional
@@ -20,10 +20,10 @@ _CONSTANTS = (type(None), bool, int, float, str)
 
 
 def bind(model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """``sample`` as the keyword arguments of ``model.forward``, in its order, with its defaults filled in.
+    """Keyword arguments of ``model.forward`` from ``sample``: in the order of its signature, with defaults filled in.
 
     Raises:
-        ValueError: a key that ``forward`` does not take, or one that it needs is missing.
+        ValueError: ``sample`` has a key that ``forward`` does not take, or lacks one that it needs.
     """
     signature = inspect.signature(model.forward)
     accepted = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -49,10 +49,10 @@ def bind(model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def capture(model: nn.Module, sample: Mapping[str, Any]) -> GraphModule:
-    """Export ``model`` (non-strict) as a GraphModule with the call signature of ``model.forward``.
+    """Exports ``model`` (non-strict) as a GraphModule with the call signature of ``model.forward``.
 
-    Batch, spatial and sequence dimensions are dynamic (``Dim.AUTO``); nothing else of the sample but its dtypes and its
-    constants (``None``, flags) is baked in. The graph returns a tuple, as with ``return_dict=False``.
+    Batch, spatial and sequence dimensions are dynamic (``Dim.AUTO``). The graph keeps only the dtypes and the constants
+    (``None``, flags) of the sample. It returns a tuple, as with ``return_dict=False``.
 
     Args:
         model: any module whose tensors arrive as arguments, such as ``pipe.transformer``; put in eval mode.
@@ -83,25 +83,27 @@ def capture(model: nn.Module, sample: Mapping[str, Any]) -> GraphModule:
 
 
 def _defaults(model: nn.Module) -> dict[str, object]:
-    """The constant defaults of ``forward``; the graph is called with ``return_dict=False`` unless told otherwise."""
+    """Defaults of ``forward`` that are constants; ``return_dict`` is False in graphs."""
     parameters = inspect.signature(model.forward).parameters.values()
     defaults: dict[str, object] = {p.name: p.default for p in parameters if isinstance(p.default, _CONSTANTS)}
     return defaults | ({"return_dict": False} if "return_dict" in defaults else {})
 
 
-def _dynamic(x: Any) -> Any:
-    """What ``torch.export`` is told about one value of a sample: sizes and whole numbers vary, anything else is constant."""
+def _dynamic(x: object) -> object:
+    """Dynamic shape of one value of a sample for ``torch.export``: sizes and whole numbers vary, all else is
+    constant."""
     if isinstance(x, Tensor):
         return dict.fromkeys(range(x.ndim), Dim.AUTO)
     return Dim.AUTO if type(x) is int else None
 
 
 _POSITION_TABLES = (("pos_embed", "height"), ("pos_embedding", "sample_height"))
-"""Modules of diffusers (``PatchEmbed``, ``CogVideoXPatchEmbed``) that cache positions of one size: the table, and that size."""
+"""Attributes of diffusers' modules that cache positions of one image size (``PatchEmbed``, ``CogVideoXPatchEmbed``):
+the table, and the size that it was made for."""
 
 
 def _caches_positions(module: nn.Module) -> str | None:
-    """The attribute with the size of a module's cached position table, which it recomputes for any other; None without one."""
+    """Name of the attribute that holds the size of a module's cached position table; None if it has no such table."""
     for table, size in _POSITION_TABLES:
         learned = getattr(module, "use_learned_positional_embeddings", False)
         if hasattr(module, table) and hasattr(module, size) and not learned:
@@ -111,7 +113,8 @@ def _caches_positions(module: nn.Module) -> str | None:
 
 @contextlib.contextmanager
 def _positions_computed(model: nn.Module) -> Iterator[None]:
-    """Make cached position tables look stale, so that export records the code that serves every image size."""
+    """Context in which cached position tables look stale, so that export records the code that computes them for any
+    size."""
     cached = [
         (module, size, getattr(module, size)) for module in model.modules() if (size := _caches_positions(module))
     ]
@@ -125,7 +128,8 @@ def _positions_computed(model: nn.Module) -> Iterator[None]:
 
 
 def _unspecialised(kwargs: dict[str, Any], shared: Sequence[str]) -> dict[str, Any]:
-    """The sample with a batch of at least two: export takes one for a constant. What a batch shares stays as it is."""
+    """Sample with a batch of at least two, since export takes a size of one for a constant. ``shared`` arguments
+    stay."""
     tensors = [x for x in pytree.tree_leaves(kwargs) if isinstance(x, Tensor) and x.ndim]
     if not tensors or tensors[0].shape[0] != 1:
         return kwargs
@@ -142,7 +146,7 @@ _ASSERTS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._asse
 
 
 def _drop_asserts(graph: GraphModule) -> None:
-    """Remove export's run-time checks: they pin the graph to the device and the proportions of the example."""
+    """Removes export's run-time checks, which tie the graph to the device and the aspect ratio of the example."""
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target in _ASSERTS:
             graph.graph.erase_node(node)

@@ -1,6 +1,5 @@
-"""A sample is the keyword arguments of one ``forward``: tensors, constants, and dicts, lists and tuples of them.
-
-Here they are turned into JSON (with the tensors kept apart, or described by shape and type) and back.
+"""Samples as JSON and back. A sample is the keyword arguments of one ``forward``: tensors, constants, and dicts, lists
+and tuples of them. In JSON, tensors are stored apart, or described by shape and type.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -11,17 +10,21 @@ from torch import Tensor
 
 _CONSTANTS = (type(None), bool, int, float, str)
 
+Description = dict[str, Any]
+"""JSON of one value of a sample, such as ``{"tensor": …}`` or ``{"dict": {…}}``; see :func:`encode`."""
 
-def encode(value: Any, tensor: Callable[[Tensor], Any], where: str = "sample") -> Any:
-    """``value`` as JSON: ``{"tensor": tensor(x)}``, ``{"constant": …}``, ``{"dict": {…}}``, ``{"list": […]}`` or ``"tuple"``.
+
+def encode(value: Any, tensor: Callable[[Tensor], Any], where: str = "sample") -> Description:
+    """Encodes ``value`` as JSON: ``{"tensor": tensor(x)}``, ``{"constant": …}``, ``{"dict": {…}}``, ``{"list": […]}``
+    or ``"tuple"``.
 
     Args:
         value: a tree of tensors and constants.
-        tensor: what stands for a tensor.
+        tensor: returns the JSON that stands for a tensor.
         where: the name of ``value``, for the message.
 
     Raises:
-        ValueError: something that is neither; it says where.
+        ValueError: ``value`` holds something else; the message says where.
     """
     if isinstance(value, Tensor):
         return {"tensor": tensor(value)}
@@ -38,10 +41,10 @@ def encode(value: Any, tensor: Callable[[Tensor], Any], where: str = "sample") -
 
 
 def decode(data: Any, tensor: Callable[[Any], Tensor]) -> Any:
-    """The inverse of :func:`encode`; ``tensor`` makes a tensor of what stands for it.
+    """Inverse of :func:`encode`; ``tensor`` returns the tensor for the JSON that stands for it.
 
     Raises:
-        ValueError: not something that ``encode`` wrote.
+        ValueError: ``data`` was not written by ``encode``.
     """
     if not isinstance(data, dict) or len(data) != 1:
         raise ValueError(f"not the description of a sample: {str(data)[:60]}")
@@ -58,17 +61,20 @@ def decode(data: Any, tensor: Callable[[Any], Tensor]) -> Any:
     raise ValueError(f"not the description of a sample: unknown kind {kind!r}")
 
 
-def describe(sample: Mapping[str, Any]) -> Any:
-    """``sample`` as JSON with shapes and types in place of the tensors."""
+def describe(sample: Mapping[str, Any]) -> Description:
+    """Describes ``sample`` as JSON, with shapes and types in place of tensors."""
     return encode(sample, lambda x: {"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")})
 
 
-def empty_like(description: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """A sample of uninitialised tensors that fits ``description`` (see :func:`describe`).
+def empty_like(description: Description, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Sample of uninitialised tensors that fits ``description``.
 
     Args:
-        description: what :func:`describe` returned.
+        description: the result of :func:`describe`.
         dtype: replaces the type of every floating-point tensor.
+
+    Raises:
+        ValueError: ``description`` is none.
     """
 
     def tensor(spec: dict[str, Any]) -> Tensor:
@@ -81,8 +87,8 @@ def empty_like(description: Any, dtype: torch.dtype | None = None) -> dict[str, 
     return sample
 
 
-def tensors(value: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a sample, with its dotted name."""
+def tensors(value: object, where: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yields (dotted name, tensor) for every tensor of a sample."""
     if isinstance(value, Tensor):
         yield where, value
     elif isinstance(value, Mapping):
@@ -93,10 +99,10 @@ def tensors(value: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors(item, f"{where}[{i}]")
 
 
-def difference(description: Any, value: Any, where: str) -> str | None:
-    """Why ``value`` cannot take the place that ``description`` describes in a captured graph; None if it can.
+def difference(description: Description, value: object, where: str) -> str | None:
+    """Reason why a captured graph cannot take ``value`` for the argument in ``description``; None if it can.
 
-    Tensors may differ in their sizes, but not in rank; constants are part of the graph and may not differ at all.
+    Tensors may have other sizes, but not another rank; constants are part of the graph and must be equal.
     """
     ((kind, spec),) = description.items()
     if kind == "tensor":
@@ -119,17 +125,17 @@ def difference(description: Any, value: Any, where: str) -> str | None:
     return next((found for pair in pairs if (found := difference(*pair)) is not None), None)
 
 
-def check(description: Any, arguments: Mapping[str, Any], who: str, varying: Collection[str] = ()) -> None:
-    """Refuse what a captured graph cannot honour.
+def check(description: Description, arguments: Mapping[str, Any], who: str, varying: Collection[str] = ()) -> None:
+    """Refuses arguments that a captured graph would ignore or misread.
 
     Args:
-        description: of the arguments that were captured; ``return_dict`` is nobody's business.
-        arguments: of the call; one that is missing counts as None.
+        description: the captured arguments. ``return_dict`` is ignored: it does not change the computation.
+        arguments: arguments of the call; a missing one counts as None.
         who: the beginning of the message.
-        varying: names of whole numbers that may be others than those captured.
+        varying: names of whole numbers that may differ from the captured ones.
 
     Raises:
-        ValueError: an argument that is unknown, of another rank, or not the constant that was captured.
+        ValueError: an argument is unknown, has another rank, or differs from the captured constant.
     """
     captured = {name: spec for name, spec in description["dict"].items() if name != "return_dict"}
     unknown = sorted(set(arguments) - set(captured) - {"return_dict"})
@@ -143,8 +149,8 @@ def check(description: Any, arguments: Mapping[str, Any], who: str, varying: Col
             raise ValueError(f"{who}: {wrong}; quantize again with a call like this one to change it")
 
 
-def specs(description: Any) -> dict[str, dict[str, Any]]:
-    """What is said of every tensor in a description, by the name that :func:`tensors` gives it."""
+def specs(description: Description) -> dict[str, dict[str, Any]]:
+    """Descriptions of the tensors in a description, by the names that :func:`tensors` gives them."""
     found: list[dict[str, Any]] = []
 
     def tensor(spec: dict[str, Any]) -> Tensor:
@@ -155,7 +161,7 @@ def specs(description: Any) -> dict[str, dict[str, Any]]:
     return dict(zip(names, found, strict=True))
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):

@@ -2,19 +2,27 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp4dit_ao.formats import parse
+from fp4dit_ao.formats import NumberFormat, parse
+from fp4dit_ao.kernels.checks import refuse
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.token_quantization import digits, quantize_tokens
+from fp4dit_ao.kernels.units import Unit, UnitTable
 from fp4dit_ao.ops import LIBRARY, choose_scale, fake_quantize
 
-_LARGEST_HEAD = 256
-_DIGITS = 2
+LARGEST_HEAD = 256
+"""Most features of a head that the compiled kernel takes."""
+_MOST_DIGITS = 2
+"""Most int8 digits of a level that it takes."""
+_LARGEST_SCORE = 2**31 - 1
+"""What an int32 score holds."""
+_FAILURES = ("out of memory", "needs AVX-512 VNNI")
+"""What the library's error numbers 1 and 2 mean."""
 
 
 @functools.cache
@@ -22,6 +30,27 @@ def available() -> bool:
     """Whether the compiled library and this processor (AVX-512 VNNI) compute attention on int8 levels."""
     opened = native.shared_object()
     return opened is not None and opened.fp4dit_attention_level() > 0
+
+
+class AttentionOperands(NamedTuple):
+    """What decides how attention is computed.
+
+    Attributes:
+        fmt: format of q, k and v.
+        device: of all three.
+        head_dim: features of a head.
+        separate: whether all three are ``(batch, heads, tokens, head_dim)`` with the same batch and heads.
+    """
+
+    fmt: NumberFormat
+    device: torch.device
+    head_dim: int
+    separate: bool = True
+
+
+def _kernel_supports(o: AttentionOperands) -> bool:
+    exact = digits(o.fmt) <= _MOST_DIGITS and o.fmt.lattice_max**2 * o.head_dim <= _LARGEST_SCORE
+    return o.separate and o.head_dim <= LARGEST_HEAD and o.device.type == "cpu" and exact and available()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, fmt: str) -> Tensor:
@@ -40,10 +69,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         float32; only where the result is bfloat16 (and levels are int8) are weights rounded to bfloat16, as PyTorch's own
         attention does. A query whose keys are all masked gets zeros.
     """
-    if not _fits(q, k, v, mask, fmt):
-        block = [1] * (q.ndim - 1) + [-1]
-        q, k, v = (fake_quantize(x, block, choose_scale(x, block, fmt, torch.float32), fmt, x.dtype) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    separate = q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
+    separate = separate and q.shape[-1] == k.shape[-1] == v.shape[-1]
+    unit = ATTENTION.pick(AttentionOperands(parse(fmt), q.device, q.shape[-1], separate))
+    y: Tensor = unit.run(q, k, v, mask, scale, fmt)
+    return y
+
+
+def _on_compiled_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, fmt: str) -> Tensor:
     bias = None if mask is None else mask.float()
     if mask is not None and mask.dtype == torch.bool:
         bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
@@ -52,6 +85,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     levels = [part for x in (q, k, v) for part in _levels(x, fmt)]  # int8 digits and scales
     y: Tensor = torch.ops.fp4dit_ao.int8_attention(*levels, bias, scale, output_dtype)
     return y.to(q.dtype)
+
+
+def _on_pytorch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, fmt: str) -> Tensor:
+    block = [1] * (q.ndim - 1) + [-1]
+    q, k, v = (fake_quantize(x, block, choose_scale(x, block, fmt, torch.float32), fmt, x.dtype) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+
+ATTENTION: UnitTable[AttentionOperands] = UnitTable(
+    "attention",
+    [
+        Unit("int8 scores, compiled kernel", _kernel_supports, _on_compiled_kernel, lambda: "avx512vnni"),
+        Unit("PyTorch's attention, rounded values", lambda o: True, _on_pytorch),
+    ],
+)
 
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -66,14 +114,6 @@ def arguments_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, A
     if any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
         return None
     return given["query"], given["key"], given["value"], given.get("attn_mask"), given.get("scale")
-
-
-def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, fmt: str) -> bool:
-    shaped = q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
-    shaped = shaped and q.shape[-1] == k.shape[-1] == v.shape[-1] <= _LARGEST_HEAD
-    number = parse(fmt)
-    exact = digits(number) <= _DIGITS and number.lattice_max**2 * q.shape[-1] < 2**31
-    return shaped and q.device.type == "cpu" and exact and available()
 
 
 def _levels(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
@@ -92,35 +132,20 @@ def run(
             256. A level is one digit, or 128 times the first plus the second; no score may exceed an int32.
         q_scale: float32 ``(batch, heads, queries)``; ``k_scale``, ``v_scale`` likewise.
         bias: float32, broadcastable to ``(batch, heads, queries, keys)``, or None.
-        scale: of the scores.
+        scale: factor of the scores.
         output_dtype: float32, bfloat16 or float16.
 
     Returns:
         ``(batch, heads, queries, dim)``, laid out as ``(batch, queries, heads, dim)``.
 
     Raises:
-        ValueError: shapes or types do not fit.
+        ValueError: an argument does not fit (it says which, what was found and what was expected).
         RuntimeError: no library, an instruction set that the processor lacks, or no memory.
     """
-    opened = native.shared_object()
-    if opened is None:
-        raise RuntimeError("fp4dit_ao was installed without its compiled kernel; install a C compiler and reinstall it")
+    opened = native.opened_library("int8_attention")
+    _check(q, q_scale, k, k_scale, v, v_scale, output_dtype)
     count, batch, heads, queries, dim = q.shape
     keys = k.shape[3]
-    fits = (
-        k.shape == v.shape == (count, batch, heads, keys, dim)
-        and count <= _DIGITS
-        and dim <= _LARGEST_HEAD
-        and output_dtype in native.OUTPUTS
-    )
-    fits = fits and {x.dtype for x in (q, k, v)} == {torch.int8}
-    fits = fits and q_scale.shape == q.shape[1:4] and k_scale.shape == v_scale.shape == k.shape[1:4]
-    if not fits:
-        raise ValueError(
-            f"int8_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} with scales "
-            f"{tuple(q_scale.shape)}, {tuple(k_scale.shape)}, {tuple(v_scale.shape)} to {output_dtype} do not fit; they "
-            f"must be int8 (1 or 2, batch, heads, tokens, dim) with dim up to {_LARGEST_HEAD}, and (batch, heads, tokens)"
-        )
     arrays = [x.contiguous() for x in (q, k, v)] + [x.float().contiguous() for x in (q_scale, k_scale, v_scale)]
     strides: tuple[int, ...] = (0, 0, 0)
     added = None
@@ -134,8 +159,33 @@ def run(
         native.parallel(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
-        raise RuntimeError(f"int8_attention: {('out of memory', 'needs AVX-512 VNNI')[failed - 1]}")
+        raise RuntimeError(f"int8_attention: {_FAILURES[failed - 1]}")
     return out.transpose(1, 2)
+
+
+def _check(
+    q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, output_dtype: torch.dtype
+) -> None:
+    name = "int8_attention"
+    for argument, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != torch.int8:
+            refuse(name, argument, x.dtype, torch.int8)
+        if x.ndim != 5:
+            refuse(name, argument, f"shape {tuple(x.shape)}", "(digits, batch, heads, tokens, dim)")
+    if not 1 <= q.shape[0] <= _MOST_DIGITS:
+        refuse(name, "q", f"{q.shape[0]} digits", f"1 to {_MOST_DIGITS}")
+    if q.shape[4] > LARGEST_HEAD:
+        refuse(name, "q", f"heads of {q.shape[4]} features", f"at most {LARGEST_HEAD}")
+    expected = (*q.shape[:3], k.shape[3], q.shape[4])
+    if k.shape != expected:
+        refuse(name, "k", f"shape {tuple(k.shape)}", f"{expected}, for q of {tuple(q.shape)}")
+    if v.shape != k.shape:
+        refuse(name, "v", f"shape {tuple(v.shape)}", f"{tuple(k.shape)}, that of k")
+    for argument, x, levels in (("q_scale", q_scale, q), ("k_scale", k_scale, k), ("v_scale", v_scale, v)):
+        if x.shape != levels.shape[1:4]:
+            refuse(name, argument, f"shape {tuple(x.shape)}", f"{tuple(levels.shape[1:4])}, one for each token")
+    if output_dtype not in native.OUTPUTS:
+        refuse(name, "output_dtype", output_dtype, f"one of {', '.join(map(str, native.OUTPUTS))}")
 
 
 LIBRARY.define(

@@ -1,4 +1,4 @@
-"""float32 multiplication of dequantized weights: for any pair of formats, and the specification of the others."""
+"""float32 multiplication of dequantized weights: computes any pair of formats, and specifies what the other units compute."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,6 @@ from fp4dit_ao.formats import NumberFormat, unpack
 from fp4dit_ao.ops import choose_scale, dequantize
 
 
-def supports(fmt: NumberFormat, act_fmt: NumberFormat | None) -> bool:
-    return True
-
-
 def linear(
     x: Tensor,
     qdata: Tensor,
@@ -23,7 +19,7 @@ def linear(
     act_fmt: NumberFormat | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """See :func:`fp4dit_ao.kernels.linear`. The token's scale is applied after the product, as in the fast backends."""
+    """See :func:`fp4dit_ao.kernels.linear`. The token's scale is applied after the product, as in the int8 units."""
     weight = dequantize(unpack(qdata, fmt.bits), block_size, scale, str(fmt), torch.float32)
     if act_fmt is None:
         y = F.linear(x.float(), weight)

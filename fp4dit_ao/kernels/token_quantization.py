@@ -1,18 +1,19 @@
-"""Token-wise quantization to int8 levels: plain operators, which Inductor fuses into what precedes them; on CPUs, one compiled
-loop for what is large, and where nothing is traced.
+"""Token-wise quantization to int8 levels: PyTorch's operators, or one compiled loop on CPUs.
 
-Inductor makes two passes over the tensor, and divides; the loop has some rows in the first-level cache while it goes over them
-twice, and multiplies. So it is several times quicker (``python -m benchmarks.tokens``), which is more than fusion saves. It
-takes any layout, such as attention's heads, and one operator compiles sooner than the arithmetic that it stands for.
+Inductor fuses the operators into what precedes them, but makes two passes over the tensor, and divides. The loop goes over a
+few rows at a time twice while they are in the first-level cache, and multiplies, which makes it several times faster
+(``python -m benchmarks.tokens``): more than fusion saves, except for small tensors. It takes any layout, such as attention's
+heads, and compiles sooner, being one operator.
 
 Levels too large for an int8 are written with several int8 digits, the way 1984 is 15 * 128 + 64: a product with the levels
-is then the sum of the products with each digit, as exact as one. E3M4 takes two digits, E4M3 three.
+is then the sum of the products with each digit, and as exact as one. E3M4 takes two digits, E4M3 three.
 
 Linears that read the same value (q, k and v; every block's text) share one quantization when they are compiled together.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,18 +22,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fp4dit_ao import _compat
 from fp4dit_ao.formats import FloatFormat, NumberFormat, parse
 from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels.units import Unit, UnitTable
 from fp4dit_ao.ops import LIBRARY, choose_scale
 
+MOST_DIGITS = 3
+"""Most digits of a level that the int8 kernels take; E4M3 needs this many."""
 _BASE = 128
-"""Of the digits: -127 to 127, with the sign of the level."""
-
-_MANY = 2**16
-"""Numbers from which the compiled loop beats Inductor's: fewer take less time than entering an operator."""
-_MOST_DIGITS = 3
-"""Of the compiled loop: E4M3 takes as many."""
+"""Base of the digits, which are -127 to 127 and have the level's sign."""
+_WORTHWHILE_ELEMENTS = 2**16
+"""Elements from which the loop is faster than Inductor's code; below, entering an operator takes longer than the work."""
 
 _TRACED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""For every value in a graph being traced, by format: (its version, the result). Gone when the value is."""
+"""Results by value of the graph being traced, and by format: (the value's version, result). Gone with the value."""
 
 
 def quantize_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
@@ -51,7 +52,7 @@ def quantize_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
 
 
 def digits(fmt: NumberFormat) -> int:
-    """How many int8 digits a level takes; 1 where every level is an int8."""
+    """Int8 digits that a level of the format takes; 1 where every level is an int8."""
     count = 1
     while fmt.lattice_max >= _BASE**count:
         count += 1
@@ -59,45 +60,65 @@ def digits(fmt: NumberFormat) -> int:
 
 
 def add_digits(y: Tensor, count: int) -> Tensor:
-    """``(count * tokens, n)``, linear in the digits of tokens' levels, to ``(tokens, n)`` of the levels."""
+    """Adds products with each digit, ``(count * tokens, n)``, the highest first, up to those with levels, ``(tokens, n)``."""
     total, *lower = y.unflatten(0, (count, -1)).unbind()
     for digit in lower:
         total = total * _BASE + digit
     return total
 
 
-def _shared(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+class TokenOperands(NamedTuple):
+    """What decides how tokens are quantized.
+
+    Attributes:
+        fmt: format to quantize to.
+        device: of the tokens.
+        dtype: of the tokens.
+        plain: whether they are an ordinary tensor, or stand for one in a traced graph.
+    """
+
+    fmt: NumberFormat
+    device: torch.device
+    dtype: torch.dtype
+    plain: bool
+
+
+def _loop_supports(o: TokenOperands) -> bool:
+    simple = isinstance(o.fmt, FloatFormat) and o.fmt.mantissa_bits > 0 and digits(o.fmt) <= MOST_DIGITS
+    readable = o.plain and o.device.type == "cpu" and o.dtype in native.OUTPUTS
+    return simple and readable and native.shared_object() is not None
+
+
+def _quantize_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    """``torch.ops.fp4dit_ao.quantize_tokens``: the picked unit; in a traced graph, once for each value and format."""
     if not _compat.is_traced(x):  # a tensor with memory of its own can change without a trace
-        return _run(x, fmt) if _runs_natively(x, fmt) and not torch.compiler.is_compiling() else _quantize(x, fmt)
+        unit = TOKENS.units[-1] if torch.compiler.is_compiling() else TOKENS.pick(_operands(x, fmt))
+        return unit.run(x, fmt)
     known = _TRACED.setdefault(x, {})
     version, result = known.get(fmt, (None, None))
-    if result is None or version != x._version:
-        worthwhile = _runs_natively(x, fmt) and _is_large(x)
-        result = torch.ops.fp4dit_ao.int8_tokens(x, fmt) if worthwhile else _quantize(x, fmt)
-        known[fmt] = (x._version, result)
+    if result is None or version != _compat.version(x):
+        compiled = TOKENS.pick(_operands(x, fmt)).run is compiled_tokens and _is_large(x)
+        result = torch.ops.fp4dit_ao.int8_tokens(x, fmt) if compiled else operator_tokens(x, fmt)
+        known[fmt] = (_compat.version(x), result)
     return result
 
 
-def _runs_natively(x: Tensor, fmt: str) -> bool:
-    number = parse(fmt)
-    simple = isinstance(number, FloatFormat) and number.mantissa_bits > 0 and digits(number) <= _MOST_DIGITS
+def _operands(x: Tensor, fmt: str) -> TokenOperands:
     plain = _compat.is_traced(x) or type(x) in (Tensor, torch.nn.Parameter)
-    return (
-        simple and plain and x.device.type == "cpu" and x.dtype in native.OUTPUTS and native.shared_object() is not None
-    )
+    return TokenOperands(parse(fmt), x.device, x.dtype, plain)
 
 
 def _is_large(x: Tensor) -> bool:
-    """Whether the loop is quicker than what Inductor makes, as far as the size is known while a graph is made."""
+    """Whether the loop is faster than Inductor's code, as far as the size is known while a graph is made."""
     elements = _compat.size_hint(x.numel())
-    return elements is None or elements >= _MANY
+    return elements is None or elements >= _WORTHWHILE_ELEMENTS
 
 
-def _run(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
-    """What :func:`_quantize` gives, to the bit."""
+def compiled_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    """:func:`operator_tokens` by the compiled loop, to the bit; by the operators themselves where there is no library."""
     opened = native.shared_object()
     if opened is None:
-        return _quantize(x, fmt)
+        return operator_tokens(x, fmt)
     x = x.detach()
     if x.ndim > 4 or x.stride(-1) != 1:
         x = _rows(x).contiguous()
@@ -115,13 +136,14 @@ def _run(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _numbers(fmt: str) -> tuple[int, int, float]:
-    """Mantissa bits, digits of a level, and the largest level."""
+    """Mantissa bits of a format, digits of its levels, and its largest level."""
     number = parse(fmt)
     assert isinstance(number, FloatFormat)
     return number.mantissa_bits, digits(number), float(number.lattice_max)
 
 
-def _quantize(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+def operator_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    """Arguments and result as those of :func:`quantize_tokens`, on PyTorch's operators: the specification."""
     scale = choose_scale(x, [1] * (x.ndim - 1) + [-1], fmt, torch.float32)
     levels = parse(fmt).round(x.float() / scale)
     count = digits(parse(fmt))
@@ -131,7 +153,7 @@ def _quantize(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
         parts.append(_rows(digit.to(torch.int8)))
         levels = levels - digit * place
     parts.append(_rows(levels.to(torch.int8)))
-    # integers first: what is written is in order, whatever the order of x
+    # converted to integers before the reshape, so that what is written is contiguous whatever the layout of x
     return torch.cat(parts) if count > 1 else parts[0], _rows(scale)
 
 
@@ -139,15 +161,23 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _shapes(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+def _empty_result(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     count = digits(parse(fmt))
     rows = math.prod(x.shape[:-1])
     return x.new_empty((count * rows, x.shape[-1]), dtype=torch.int8), x.new_empty((rows, 1), dtype=torch.float32)
 
 
+TOKENS: UnitTable[TokenOperands] = UnitTable(
+    "quantize_tokens",
+    [
+        Unit("compiled loop", _loop_supports, compiled_tokens),
+        Unit("PyTorch operators", lambda o: True, operator_tokens),
+    ],
+)
+
 LIBRARY.define("quantize_tokens(Tensor x, str fmt) -> (Tensor, Tensor)")
-LIBRARY.impl("quantize_tokens", _shared, "CompositeImplicitAutograd")
+LIBRARY.impl("quantize_tokens", _quantize_tokens, "CompositeImplicitAutograd")
 LIBRARY.define("int8_tokens(Tensor x, str fmt) -> (Tensor, Tensor)")
-LIBRARY.impl("int8_tokens", _run, "CPU")
-LIBRARY.impl("int8_tokens", _quantize, "CUDA")
-LIBRARY.impl("int8_tokens", _shapes, "Meta")
+LIBRARY.impl("int8_tokens", compiled_tokens, "CPU")
+LIBRARY.impl("int8_tokens", operator_tokens, "CUDA")
+LIBRARY.impl("int8_tokens", _empty_result, "Meta")

@@ -1,7 +1,9 @@
-"""Scales of the hardware's block formats: a power of two for 32 elements (MX), or E4M3 under one float32 (NVFP4).
+"""Scales of the hardware's block formats: a power of two for 32 elements (MX), or E4M3 times one float32 per tensor
+(NVFP4).
 
-The OCP formats give an element ``level * unit * scale`` with :func:`unit` fixed by the format; here ``level * step``. A step is
-kept as float32 while it is worked with: powers of two, and products of an E4M3 number and a tensor's scale, are its values.
+An element of the OCP formats is ``level * unit * scale``, with :func:`unit` fixed by the format; here it is
+``level * step``. Steps are computed in float32, which holds their values: powers of two, or an E4M3 number times the
+tensor's scale.
 """
 
 from collections.abc import Sequence
@@ -14,20 +16,20 @@ from fp4dit_ao.ops.library import LIBRARY
 from fp4dit_ao.ops.quantization import choose_scale
 
 BLOCKS = {"e8m0": 32, "e4m3": 16}
-"""Elements that share a scale, by the scale's type."""
+"""Elements per block, by the type of the scale."""
 ELEMENTS = {"e8m0": ("e2m1", "e2m3", "e3m2"), "e4m3": ("e2m1",)}
-"""Formats of the elements that a standard has, by the scale's type."""
+"""Element formats that the standard (OCP MX, NVFP4) defines, by the type of the scale."""
 _E4M3_MIN, _E4M3_MAX = 2.0**-6, 448.0
-"""The smallest normal and the largest E4M3: hardware scales stay between them."""
+"""Smallest normal and largest number of E4M3, the range of hardware scales."""
 
 
 def unit(fmt: FloatFormat) -> float:
-    """The value of level 1 in the OCP format, its smallest subnormal: 0.5 for E2M1, 1/8 for E2M3, 1/16 for E3M2."""
+    """Value of level 1 in the OCP format, its smallest subnormal: 0.5 for E2M1, 1/8 for E2M3, 1/16 for E3M2."""
     return 2.0 ** (2 - 2 ** (fmt.exponent_bits - 1) - fmt.mantissa_bits)
 
 
 def power_of_two_above(scale: Tensor) -> Tensor:
-    """The least power of two that is not less than ``scale`` (positive float32), so that nothing saturates; at most 2^127.
+    """Least power of two not below ``scale`` (positive float32), so that no element saturates; at most 2^127.
 
     NaN stays NaN.
     """
@@ -37,15 +39,16 @@ def power_of_two_above(scale: Tensor) -> Tensor:
 
 
 def two_level_scale(x: Tensor, block_size: Sequence[int], fmt: str) -> tuple[Tensor, Tensor]:
-    """NVFP4's scales: the largest magnitude of all has the largest block scale and the largest level.
+    """Scales of NVFP4: the largest magnitude of the tensor gets the largest block scale and the largest level.
 
     Args:
         x: float tensor.
-        block_size: torchao's; the blocks that share an E4M3 scale.
+        block_size: as in torchao; the blocks that share an E4M3 scale.
         fmt: format of the elements.
 
     Returns:
-        float32 blocks' scales, each an E4M3 number, and the tensor's float32 scale; a step is their product.
+        Scales of the blocks (float32, each an E4M3 number) and the float32 scale of the tensor. A step is their
+        product.
     """
     lattice = FloatFormat.parse(fmt)
     largest = x.abs().amax().float() / (_E4M3_MAX * lattice.lattice_max * unit(lattice))
@@ -55,7 +58,7 @@ def two_level_scale(x: Tensor, block_size: Sequence[int], fmt: str) -> tuple[Ten
 
 
 def choose_block_scale(x: Tensor, block_size: Sequence[int], fmt: str, kind: str) -> Tensor:
-    """The float32 step of every block, ``x.shape[i] // block_size[i]``: ``"e8m0"`` or ``"e4m3"``, a key of :data:`BLOCKS`."""
+    """Step of every block: float32, shape ``x.shape[i] // block_size[i]``; ``kind`` is a key of :data:`BLOCKS`."""
     if kind == "e8m0":
         return power_of_two_above(choose_scale(x, block_size, fmt, torch.float32))
     scale, tensor = two_level_scale(x, block_size, fmt)

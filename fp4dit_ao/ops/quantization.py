@@ -1,9 +1,9 @@
-"""``torch.ops.fp4dit_ao.*``: choose a scale, quantize to codes, dequantize; or both of these at once.
+"""``torch.ops.fp4dit_ao.*``: choose a scale, quantize to codes, dequantize, and fake-quantize.
 
-All take torchao's ``block_size``: how many elements along each dimension share a scale, -1 for a whole dimension. A
-scale tensor keeps the rank: ``scale.shape[i] == x.shape[i] // block_size[i]``. They are composites of plain aten
-operators, so Inductor fuses them into what surrounds them, autograd and fake tensors see through them, and a backend
-may still register its own kernel under its dispatch key.
+All take torchao's ``block_size``: number of elements along each dimension that share a scale, -1 for a whole dimension.
+A scale tensor has the rank of ``x``: ``scale.shape[i] == x.shape[i] // block_size[i]``. They are composites of plain
+aten operators, so Inductor fuses them into the operators around them, autograd and fake tensors see through them, and a
+backend may still register its own kernel under its dispatch key.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ LIBRARY.define("fake_quantize(Tensor x, SymInt[] block_size, Tensor scale, str f
 
 
 def full_block(shape: Sequence[int], block_size: Sequence[int]) -> list[int]:
-    """``block_size`` with every -1 replaced by the dimension it stands for.
+    """``block_size`` with every -1 replaced by the size of its dimension.
 
     Raises:
         ValueError: the ranks differ, or a block does not divide its dimension.
@@ -39,7 +39,7 @@ def full_block(shape: Sequence[int], block_size: Sequence[int]) -> list[int]:
 
 
 def _known(*sizes: int) -> bool:
-    """Whether all sizes are numbers: to ask a symbol of a dynamic shape anything would fix it."""
+    """Whether all sizes are plain numbers. Comparing a symbol of a dynamic shape would add a guard that fixes it."""
     return not any(isinstance(size, torch.SymInt) for size in sizes)
 
 
@@ -64,7 +64,7 @@ def _scale_shape(x: Tensor, block_size: Sequence[int]) -> list[int]:
 
 
 def _expand(scale: Tensor, x: Tensor, block_size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """float32 scales and ``x``, shaped so that they broadcast against each other."""
+    """Float32 scales and ``x``, reshaped so that they broadcast."""
     blocked, reduce = _blocked(x, block_size)
     expected = _scale_shape(x, block_size)
     differ = [size != want for size, want in zip(scale.shape, expected, strict=False) if _known(size, want)]
@@ -77,16 +77,16 @@ def _expand(scale: Tensor, x: Tensor, block_size: Sequence[int]) -> tuple[Tensor
 
 
 def expand_scale(scale: Tensor, x: Tensor, block_size: Sequence[int]) -> Tensor:
-    """float32 scales, repeated so that every element of ``x`` has its own."""
+    """Float32 scale of every element of ``x``."""
     expanded, blocked = _expand(scale, x, block_size)
     return expanded.expand_as(blocked).reshape(x.shape)
 
 
 def choose_scale(x: Tensor, block_size: Sequence[int], fmt: str, scale_dtype: torch.dtype) -> Tensor:
-    """``absmax / lattice_max`` of every block, in ``scale_dtype``.
+    """Absmax scale of every block, ``absmax / lattice_max`` in ``scale_dtype``.
 
-    Never zero or infinite (see :func:`to_scale_dtype`): not of an all-zero block, and not of one with an infinity. A NaN in
-    ``x`` makes its block's scale NaN, so that it stays visible.
+    It is never zero or infinite (see :func:`to_scale_dtype`), even if a block is all zero or holds an infinity. A NaN
+    in ``x`` makes the scale of its block NaN, so that it stays visible.
     """
     blocked, reduce = _blocked(x, block_size)
     absmax = blocked.abs().amax(reduce) if reduce else blocked.abs()
@@ -95,10 +95,11 @@ def choose_scale(x: Tensor, block_size: Sequence[int], fmt: str, scale_dtype: to
 
 
 def to_scale_dtype(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 ``scale`` in ``dtype``, between its smallest number that float32 holds without going subnormal and its largest.
+    """Float32 ``scale`` cast to ``dtype``, clamped to its largest number and to its smallest one that is normal in
+    float32.
 
-    So float16 uses its subnormals, which start where weights of ordinary size have their scales (0.004 / 64 in E3M0), and
-    no scale vanishes where float32 subnormals are flushed to zero.
+    Subnormals of float16 are thus used, since scales of ordinary weights fall there (0.004 / 64 in E3M0), but no scale
+    becomes zero on machines that flush float32 subnormals.
     """
     limits = torch.finfo(dtype)
     smallest = max(limits.tiny * limits.eps, torch.finfo(torch.float32).tiny)
@@ -106,24 +107,25 @@ def to_scale_dtype(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantize(x: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str) -> Tensor:
-    """uint8 codes, shaped like ``x``, of the format's levels nearest to ``x / scale`` (ties to the even code, saturating).
+    """Codes of the levels nearest to ``x / scale``: uint8, shaped like ``x``, ties to the even code, saturating.
 
-    The quotient is rounded to float32 before it is compared with the levels. If that puts it exactly in the middle between
-    two of them, the farther one may be taken: 3 times in ten million normally distributed weights, and then farther by at
-    most 2^-23 of ``|x|``.
+    The quotient is rounded to float32 before it is compared with the levels. If rounding puts it exactly in the middle
+    of two levels, the farther one may be chosen: 3 times in ten million normally distributed weights, and then farther
+    by at most 2^-23 of ``|x|``.
     """
     scale, blocked = _expand(scale, x, block_size)
     return parse(fmt).encode(blocked.float() / scale).reshape(x.shape)
 
 
 def dequantize(codes: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str, output_dtype: torch.dtype) -> Tensor:
-    """``level(codes) * scale`` in ``output_dtype``, shaped like ``codes``; the product is rounded once, from float32."""
+    """Values of codes, ``level(codes) * scale`` in ``output_dtype``, shaped like ``codes``; rounded once, from
+    float32."""
     scale, blocked = _expand(scale, codes, block_size)
     return (parse(fmt).decode(blocked) * scale).to(output_dtype).reshape(codes.shape)
 
 
 def fake_quantize(x: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str, output_dtype: torch.dtype) -> Tensor:
-    """``dequantize(quantize(x))``, equal to the last bit, without the codes in between: what a lowered graph runs."""
+    """Equal to ``dequantize(quantize(x))`` in every bit, without computing codes; lowered graphs run it."""
     scale, blocked = _expand(scale, x, block_size)
     return (parse(fmt).round(blocked.float() / scale) * scale).to(output_dtype).reshape(x.shape)
 

@@ -1,4 +1,4 @@
-"""Prompt accuracy: is the real emoji nearest to a generated picture the one that the prompt asked for?
+"""Prompt accuracy: share of generated pictures whose nearest real emoji is the one that the prompt names.
 
 Run ``python -m fp4dit_ao.reference.accuracy --help``. The reference pipeline knows a few hundred prompts, each with one
 true picture, so this question has an exact answer and stands in for a CLIP score. A picture is compared in the space of
@@ -6,21 +6,22 @@ its RGB values averaged over 16 x 16 cells (4 px each), flattened to 768 numbers
 trained emoji apart, coarse enough to forgive the autoencoder's blur.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
+from scipy import stats  # type: ignore[import-untyped]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fp4dit_ao import reference
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 CELLS = 16
-Z_95 = 1.959964
-"""Half-width of a 95 % interval of the standard normal distribution."""
 
 Floats = NDArray[np.float32]
 
@@ -28,7 +29,11 @@ Floats = NDArray[np.float32]
 def features(images: NDArray[Any]) -> Floats:
     """RGB averaged over 16 x 16 cells and flattened: float32 ``(n, 768)`` in [0, 1].
 
-    ``images``: ``(n, h, w, 3)``, ``h`` and ``w`` multiples of 16; uint8, or floating-point in [0, 1].
+    Args:
+        images: ``(n, h, w, 3)``, ``h`` and ``w`` multiples of 16; uint8, or floating-point in [0, 1].
+
+    Raises:
+        ValueError: another shape.
     """
     if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] % CELLS or images.shape[2] % CELLS:
         raise ValueError(f"images must have shape (n, h, w, 3) with h and w multiples of {CELLS}, found {images.shape}")
@@ -42,7 +47,9 @@ def features(images: NDArray[Any]) -> Floats:
 def nearest(images: NDArray[Any], candidates: NDArray[Any] | None = None) -> NDArray[np.int64]:
     """Index of the candidate picture nearest to each image, by Euclidean distance between :func:`features`.
 
-    ``candidates``: as ``images``; all trained emoji (:func:`fp4dit_ao.reference.pictures`) if not given.
+    Args:
+        images: see :func:`features`.
+        candidates: like ``images``; all trained emoji (:func:`fp4dit_ao.reference.pictures`) if None.
     """
     real = features(reference.pictures() if candidates is None else candidates)
     distances = ((features(images)[:, None] - real[None]) ** 2).sum(axis=2)
@@ -51,9 +58,15 @@ def nearest(images: NDArray[Any], candidates: NDArray[Any] | None = None) -> NDA
 
 
 def prompt_accuracy(images: NDArray[Any], prompt_indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
-    """For each image, whether the nearest trained emoji is the prompted one; its mean is the prompt accuracy.
+    """Whether the trained emoji nearest to each image is the prompted one: bool ``(n,)``; its mean is the prompt
+    accuracy.
 
-    ``prompt_indices``: for each image, the position of its prompt in :func:`fp4dit_ao.reference.prompts`.
+    Args:
+        images: see :func:`features`.
+        prompt_indices: position of each image's prompt in :func:`fp4dit_ao.reference.prompts`.
+
+    Raises:
+        ValueError: another number of prompts than of images.
     """
     if len(images) != len(prompt_indices):
         raise ValueError(f"one prompt index per image is needed, found {len(prompt_indices)} for {len(images)} images")
@@ -61,16 +74,8 @@ def prompt_accuracy(images: NDArray[Any], prompt_indices: Sequence[int] | NDArra
     return right
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a proportion (E. B. Wilson, 1927): honest near 0 and 1, unlike ±1.96 σ."""
-    p, z2 = successes / n, Z_95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return centre - half, centre + half
-
-
 def spread_out(count: int) -> list[int]:
-    """Indices of ``count`` prompts, evenly spaced over all of them, so that every category takes part."""
+    """Indices of ``count`` prompts, evenly spaced over all of them, so that every category is represented."""
     total = len(reference.prompts())
     if not 1 <= count <= total:
         raise ValueError(f"{count} prompts asked for, the reference pipeline knows {total}")
@@ -78,12 +83,14 @@ def spread_out(count: int) -> list[int]:
 
 
 def batches(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 16, **call: Any
+    pipe: "DiffusionPipeline", prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 16, **call: Any
 ) -> Iterator[NDArray[np.uint8]]:
-    """Generates the prompts batch by batch: uint8 ``(b, 64, 64, 3)`` each.
+    """Generates the prompts batch by batch; yields uint8 ``(b, 64, 64, 3)``.
 
-    Every image has its own generator, so that it does not depend on the batch that it is generated in.
-    ``call``: what differs from :func:`fp4dit_ao.reference.generation`.
+    Every image has its own generator, so that it does not depend on its batch.
+
+    Args:
+        call: arguments that override :func:`fp4dit_ao.reference.generation`.
     """
     import torch
 
@@ -96,7 +103,7 @@ def batches(
 
 
 def grid(rows: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Lays equally long lists of pictures ``(n, h, w, 3)`` out as the rows of one picture."""
+    """Joins lists of pictures, ``(n, h, w, 3)`` each, as the rows of one picture."""
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
 
 
@@ -109,7 +116,7 @@ def main(
     model: Annotated[Path | None, typer.Option(help="Pipeline folder; the shipped one if not given.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Write 32 of the pairs, real above generated, as PNG.")] = None,
 ) -> None:
-    """Print the prompt accuracy of a pipeline that draws the reference's emoji."""
+    """Prints the prompt accuracy of a pipeline that draws the reference's emoji."""
     import torch
     from diffusers import PixArtSigmaPipeline
     from PIL import Image
@@ -127,7 +134,7 @@ def main(
             bar.update(len(part))
     generated = np.concatenate(images)
     right = prompt_accuracy(generated, chosen)
-    low, high = wilson(int(right.sum()), prompts)
+    low, high = stats.binomtest(int(right.sum()), prompts).proportion_ci(method="wilson")
     options = reference.generation() | call
     setting = f"{options['num_inference_steps']} steps, guidance {options['guidance_scale']}, seeds {seed} + i"
     print(f"prompt accuracy {right.mean():.1%} (95 % interval {low:.1%} to {high:.1%}; {prompts} prompts, {setting})")

@@ -1,4 +1,4 @@
-"""The emoji that the reference pipeline draws: read from the npm package to train, from one sprite sheet afterwards.
+"""Emoji that the reference pipeline draws, read from the npm package (for training) or from one sprite sheet.
 
 Source: ``emoji-datasource-google`` (images: Noto Emoji, Apache License 2.0; metadata: MIT). Get it with
 ``npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz``.
@@ -19,23 +19,23 @@ CATEGORIES = ("Animals & Nature", "Food & Drink", "Activities")
 
 @dataclass(frozen=True)
 class Emoji:
-    """One picture and the texts that ask for it."""
+    """One picture and its prompts."""
 
     name: str
-    """The prompt: the Unicode name in lower case, such as ``"tiger face"``."""
+    """Prompt: the Unicode name in lower case, such as ``"tiger face"``."""
     alias: str
-    """A second wording, from the short name, such as ``"tiger"``."""
+    """Second prompt, made from the short name, such as ``"tiger"``."""
     image: np.ndarray
-    """uint8, ``(64, 64, 3)``, on white."""
+    """Picture on white, uint8 ``(64, 64, 3)``."""
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """The prompt of one entry of the package's ``emoji.json``."""
+    """Prompt of one entry of the package's ``emoji.json``."""
     return str(row["name"]).lower().replace("’", "'")
 
 
 def read_package(package: Path) -> list[Emoji]:
-    """The emoji of :data:`CATEGORIES` from an unpacked ``emoji-datasource-google``, in Unicode's own order."""
+    """Reads the emoji of :data:`CATEGORIES` from an unpacked ``emoji-datasource-google``, in Unicode's own order."""
     rows = json.loads((package / "emoji.json").read_text(encoding="utf-8"))
     rows = [row for row in rows if row["category"] in CATEGORIES and row["has_img_google"]]
     names = {name_of(row) for row in rows}
@@ -43,7 +43,7 @@ def read_package(package: Path) -> list[Emoji]:
     for row in sorted(rows, key=lambda row: row["sort_order"]):
         name, alias = name_of(row), row["short_name"].replace("_", " ").replace("-", " ")
         if alias in names or any(character.isdigit() for character in alias):
-            alias = name  # "cat" is short for "cat face" but the name of another picture, whose short name is "cat2"
+            alias = name  # "cat" is short for "cat face", and the full name of another picture
         picture = Image.open(package / "img" / "google" / "64" / row["image"]).convert("RGBA").resize((SIZE, SIZE))
         white = Image.new("RGBA", picture.size, "white")
         image = np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
@@ -52,7 +52,7 @@ def read_package(package: Path) -> list[Emoji]:
 
 
 def write_sheet(emoji: list[Emoji], folder: Path) -> None:
-    """Save the pictures as one sprite sheet ``emoji.png`` and the texts as ``emoji.json``."""
+    """Saves the pictures as one sprite sheet ``emoji.png`` and the prompts as ``emoji.json``."""
     rows = -(-len(emoji) // COLUMNS)
     sheet = np.full((rows * SIZE, COLUMNS * SIZE, 3), 255, np.uint8)
     for index, item in enumerate(emoji):
@@ -64,7 +64,7 @@ def write_sheet(emoji: list[Emoji], folder: Path) -> None:
 
 
 def read_sheet(folder: Path) -> list[Emoji]:
-    """What :func:`write_sheet` saved, in the same order."""
+    """Reads what :func:`write_sheet` saved, in the same order."""
     texts = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
     sheet = np.asarray(Image.open(folder / "emoji.png").convert("RGB"))
     emoji = []

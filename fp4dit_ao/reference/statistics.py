@@ -1,7 +1,7 @@
-"""How representative is the reference transformer? ``python -m fp4dit_ao.reference.statistics --help``.
+"""Weight and activation statistics of the reference transformer: ``python -m fp4dit_ao.reference.statistics --help``.
 
-Conclusions about number formats hold only for tensors shaped as in real diffusion transformers: bell-shaped, often
-heavy-tailed weights, and activations whose size differs from token to token. Per kind of linear layer, this prints
+Conclusions about number formats hold only for tensors distributed as in real diffusion transformers: bell-shaped, often
+heavy-tailed weights, and activations whose size differs from token to token. Printed per kind of linear layer:
 
 *excess kurtosis* of the weights, mean((w - mean)^4) / variance^2 - 3: -1.2 for uniform, 0 for normal, more for heavy
 tails;
@@ -12,8 +12,9 @@ tails;
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from torch import Tensor, nn
 
 from fp4dit_ao import reference
 from fp4dit_ao.reference.accuracy import batches, spread_out
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Floats = NDArray[np.float32]
 
@@ -42,25 +46,25 @@ KINDS = {
 
 
 def kind_of(name: str) -> str:
-    """The row of the table that the linear layer ``name`` of a PixArt transformer belongs to."""
+    """Kind (row of the table) of the linear layer ``name`` of a PixArt transformer."""
     return next((kind for pattern, kind in KINDS.items() if re.search(pattern, name)), "other")
 
 
 def excess_kurtosis(weight: Tensor) -> float:
-    """Fourth standardised moment minus 3, over all elements."""
+    """Fourth standardised moment of all elements, minus 3."""
     w = weight.detach().double().flatten()
     w = w - w.mean()
     return float((w**4).mean() / (w**2).mean() ** 2 - 3)
 
 
-def token_maxima(pipe: Any, prompts: list[str], **call: Any) -> dict[str, Floats]:
-    """Per linear layer of the transformer, the largest magnitude of every input token met while generating ``prompts``.
+def token_maxima(pipe: "DiffusionPipeline", prompts: list[str], **call: Any) -> dict[str, Floats]:
+    """Largest magnitude of every input token seen while generating ``prompts``, by name of the linear layer.
 
     A row of the last dimension is a token; the adaLN and timestep layers have one per image.
     """
     found: dict[str, list[Tensor]] = defaultdict(list)
 
-    def watch(name: str) -> Any:
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             found[name].append(args[0].detach().abs().amax(dim=-1).flatten().float())
 
@@ -78,7 +82,7 @@ def token_maxima(pipe: Any, prompts: list[str], **call: Any) -> dict[str, Floats
 
 
 def table(transformer: nn.Module, maxima: dict[str, Floats]) -> str:
-    """Markdown, a row per kind of layer; where a kind has several layers, the median and in brackets the extremes."""
+    """Markdown table with a row per kind of layer; medians over its layers, with the extremes in brackets."""
     rows: dict[str, list[tuple[float, float]]] = defaultdict(list)
     shapes: dict[str, str] = {}
     for name, module in transformer.named_modules():
@@ -105,7 +109,7 @@ def _median_and_range(values: tuple[float, ...]) -> str:
 
 
 def draw(transformer: nn.Module, maxima: dict[str, Floats], path: Path) -> None:
-    """Weights of each kind against the normal distribution, and token maxima of each kind, as one picture."""
+    """Draws the weights of each kind against the normal distribution, and the token maxima of each kind."""
     from matplotlib.figure import Figure
 
     weights: dict[str, list[Tensor]] = defaultdict(list)
@@ -143,7 +147,7 @@ def main(
     model: Annotated[Path | None, typer.Option(help="PixArt pipeline folder; the shipped one if not given.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the distributions into this PNG.")] = None,
 ) -> None:
-    """Print the table; draw the distributions if asked."""
+    """Prints the table, and draws the distributions if asked."""
     from diffusers import PixArtSigmaPipeline
 
     pipe = PixArtSigmaPipeline.from_pretrained(model or reference.path(), torch_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Trains the reference pipeline from nothing: ``python -m fp4dit_ao.reference.train --help``.
+"""Trains the reference pipeline from scratch: ``python -m fp4dit_ao.reference.train --help``.
 
 Three stages, each resumable (Ctrl-C or kill, then the same command again):
 
@@ -11,198 +11,44 @@ transformers have bell-shaped weights, and conclusions about number formats depe
 """
 
 import json
-import math
-import platform
-import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5TokenizerFast
+from diffusers import AutoencoderKL, PixArtSigmaPipeline
+from torch import Tensor
 
+from fp4dit_ao.reference.architecture import (
+    GENERATION,
+    TEXT_LENGTH,
+    TextToLatent,
+    build_autoencoder,
+    load_tokenizer,
+    scheduler,
+)
 from fp4dit_ao.reference.data import Emoji, read_package, write_sheet
+from fp4dit_ao.reference.training_run import Run
 
 app = typer.Typer(add_completion=False, help=__doc__)
-TEXT_LENGTH = 16
 DROP_TEXT = 0.1
+"""Fraction of training prompts replaced by the empty text, for classifier-free guidance."""
 USE_ALIAS = 0.2
-SAVE_EVERY = 500
-EMA = 0.999
+"""Fraction of training prompts replaced by the second wording."""
 
 Package = Annotated[Path, typer.Option(help="Unpacked emoji-datasource-google.")]
 Work = Annotated[Path, typer.Option(help="Folder for training state.")]
 
 
-def build_autoencoder() -> AutoencoderKL:
-    """Three levels: 64 px to 16 x 16 latents of 4 channels."""
-    return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, sample_size=64, norm_num_groups=16, layers_per_block=1,
-        block_out_channels=(32, 64, 128), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-    )  # fmt: skip
-
-
-def build_transformer() -> PixArtTransformer2DModel:
-    """7 M parameters; every linear layer's input is a multiple of 128 wide, the group size of the paper's weights."""
-    model = PixArtTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=6,
-        cross_attention_dim=256, sample_size=16, patch_size=2, caption_channels=256, use_additional_conditions=False,
-    )  # fmt: skip
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=math.sqrt(2 / (module.in_features + module.out_features)))
-            nn.init.zeros_(module.bias)
-    nn.init.normal_(model.pos_embed.proj.weight, std=math.sqrt(1 / 16))
-    nn.init.zeros_(model.pos_embed.proj.bias)
-    closed = [model.adaln_single.linear, model.proj_out, *(block.attn2.to_out[0] for block in model.transformer_blocks)]
-    for linear in closed:
-        nn.init.zeros_(linear.weight)
-    return model
-
-
-def build_text_encoder(vocabulary: int) -> T5EncoderModel:
-    """Two layers, as wide as the transformer."""
-    config = T5Config(
-        vocab_size=vocabulary, d_model=256, d_kv=64, d_ff=512, num_layers=2, num_heads=4, dropout_rate=0.0,
-        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    return T5EncoderModel(config)
-
-
-def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A Unigram tokenizer over the emoji names, in T5's own wrapper (pad 0, end 1, unknown 2)."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=1000, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    scores: dict[str, float] = dict(json.loads(tokenizer.to_str())["model"]["vocab"])
-    # so few texts leave the trainer cutting "monkey" in three: every whole word becomes a piece of its own
-    words = Counter(word for text in texts for word in text.lower().split())
-    for word, count in sorted(words.items()):
-        scores["▁" + word] = math.log(count / words.total())
-    return T5TokenizerFast(vocab=list(scores.items()), extra_ids=0, model_max_length=TEXT_LENGTH)
-
-
-def load_tokenizer(work: Path, emoji: list[Emoji]) -> PreTrainedTokenizerFast:
-    """The run's own tokenizer: built once, then read back, so that no other version can assign other ids."""
-    folder = work / "tokenizer"
-    if not (folder / "tokenizer.json").exists():
-        build_tokenizer([item.name for item in emoji] + [item.alias for item in emoji]).save_pretrained(folder)
-    tokenizer: PreTrainedTokenizerFast = T5TokenizerFast.from_pretrained(folder)
-    return tokenizer
-
-
-def scheduler() -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ of second order, as PixArt-Sigma; the transformer is trained on the same noise levels."""
-    return DPMSolverMultistepScheduler(
-        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
-        prediction_type="v_prediction", algorithm_type="dpmsolver++", solver_order=2,
-    )  # fmt: skip
-
-
-class Run:
-    """Model, averages, optimiser and history of one stage, saved as safetensors and JSON so that it can resume."""
-
-    def __init__(self, folder: Path, model: nn.Module, lr: float, weight_decay: float, seed: int):
-        self.folder, self.model, self.lr, self.seed = folder, model, lr, seed
-        self.params = dict(model.named_parameters())
-        self.ema = {name: p.detach().clone() for name, p in self.params.items()}
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
-        self.step, self.seconds = 0, 0.0
-        self.loss = math.nan  # set by the training loop in every step
-        self.smooth: float | None = None
-        self.history: list[list[float]] = []
-        if (folder / "state.json").exists():
-            self._load()
-
-    def _load(self) -> None:
-        state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
-        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
-        self.smooth = state.get("smooth")
-        tensors = load_file(self.folder / f"state-{self.step}.safetensors")
-        with torch.no_grad():
-            for name, p in self.params.items():
-                p.copy_(tensors[f"model.{name}"])
-                self.ema[name] = tensors[f"ema.{name}"]
-                self.optimizer.state[p] = {
-                    "step": torch.tensor(float(self.step)),
-                    "exp_avg": tensors[f"m.{name}"],
-                    "exp_avg_sq": tensors[f"v.{name}"],
-                }
-
-    def save(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        for name, p in self.params.items():
-            state = self.optimizer.state[p]
-            tensors |= {f"model.{name}": p.detach(), f"ema.{name}": self.ema[name]}
-            tensors |= {f"m.{name}": state["exp_avg"], f"v.{name}": state["exp_avg_sq"]}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, self.folder / f"state-{self.step}.safetensors")
-        record: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "seed": self.seed, "smooth": self.smooth}
-        record |= {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        record |= {"history": self.history}
-        partial = self.folder / "state.json.partial"
-        partial.write_text(json.dumps(record), encoding="utf-8")
-        partial.replace(self.folder / "state.json")
-        for old in self.folder.glob("state-*.safetensors"):
-            if old.name != f"state-{self.step}.safetensors":
-                old.unlink()
-
-    def steps(self, total: int, decay: float) -> Iterator[torch.Generator]:
-        """Yields a generator seeded by the step; after each yield the gradients are applied. The rate warms up over
-        200 steps, stays, and falls linearly to zero over the last ``decay`` fraction."""
-        bar = tqdm(total=total, initial=self.step, desc=self.folder.name, mininterval=5)
-        while self.step < total:
-            start = time.monotonic()
-            rate = min(1.0, (self.step + 1) / 200, (total - self.step) / max(1, total * decay))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * rate
-            yield torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.step += 1
-            weight = 1 - min(EMA, (self.step + 1) / (self.step + 10))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.params.values()], weight)
-            self.seconds += time.monotonic() - start
-            self.smooth = self.loss if self.smooth is None else 0.98 * self.smooth + 0.02 * self.loss
-            if self.step % 20 == 0:
-                self.history.append([self.step, round(self.smooth, 5)])
-            bar.set_postfix(loss=f"{self.smooth:.4f}", refresh=False)
-            bar.update()
-            if self.step % SAVE_EVERY == 0 or self.step == total:
-                self.save()
-        bar.close()
-
-    def averaged(self) -> nn.Module:
-        """The model with its averages in place of its weights."""
-        with torch.no_grad():
-            for name, p in self.params.items():
-                p.copy_(self.ema[name])
-        return self.model.eval()
-
-
 def pixels(emoji: list[Emoji]) -> Tensor:
-    """float32 ``(n, 3, 64, 64)`` in [-1, 1]."""
+    """Pictures as float32 ``(n, 3, 64, 64)`` in [-1, 1]."""
     stacked = torch.stack([torch.from_numpy(item.image.copy()) for item in emoji])
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def edges(x: Tensor) -> Tensor:
-    """Differences between neighbouring pixels, flattened: what a blurred picture gets wrong."""
+    """Differences between neighbouring pixels, flattened; they are large where a blurred picture is wrong."""
     return torch.cat([(x[..., 1:, :] - x[..., :-1, :]).flatten(1), (x[..., 1:] - x[..., :-1]).flatten(1)], 1)
 
 
@@ -225,7 +71,7 @@ def autoencoder(
             y = model.decode(posterior.mean + posterior.std * noise).sample
         y = y.float()
         loss = F.l1_loss(y, x) + 0.5 * F.l1_loss(edges(y), edges(x)) + 1e-5 * posterior.kl().float().mean() / 16
-        # L1 alone is content with a median colour: it drew green and purple things brown
+        # with L1 alone the median colour wins: green and purple things came out brown
         loss = loss + 4 * F.mse_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
         loss.backward()  # type: ignore[no-untyped-call]
         run.loss = loss.item()
@@ -233,7 +79,7 @@ def autoencoder(
 
 @torch.no_grad()
 def encode_all(model: AutoencoderKL, images: Tensor) -> Tensor:
-    """The posterior means of ``images``: float32 ``(n, 4, 16, 16)``."""
+    """Posterior means of ``images``: float32 ``(n, 4, 16, 16)``."""
     return torch.cat([model.encode(part).latent_dist.mean for part in torch.split(images, 32)])
 
 
@@ -247,12 +93,12 @@ def reconstruction_psnr(model: AutoencoderKL, images: Tensor) -> float:
 
 @torch.no_grad()
 def finished_autoencoder(work: Path, images: Tensor) -> AutoencoderKL:
-    """The averaged autoencoder, each channel of its latents brought to mean 0, and all together to variance 1.
+    """Averaged autoencoder whose latents have mean 0 in each channel and variance 1 over all channels together.
 
-    The 1 x 1 convolutions on either side of the latent take this up exactly. Channels keep their relative sizes: one of
-    them says next to nothing, and scaling it up would have the transformer learn noise.
+    The 1 x 1 convolutions on either side of the latent absorb the scale and shift exactly. Channels keep their relative
+    sizes: one of them carries little information, and scaling it up would make the transformer learn noise.
     """
-    vae: Any = Run(work / "autoencoder", build_autoencoder(), 0.0, 0.0, 0).averaged()
+    vae: AutoencoderKL = Run(work / "autoencoder", build_autoencoder(), 0.0, 0.0, 0).averaged()
     latents = encode_all(vae, images)
     shift = latents.mean((0, 2, 3))
     scale = (latents - shift.view(-1, 1, 1)).std()
@@ -264,24 +110,7 @@ def finished_autoencoder(work: Path, images: Tensor) -> AutoencoderKL:
     back.bias += back.weight[:, :, 0, 0] @ shift
     back.weight *= scale
     vae.register_to_config(scaling_factor=1.0)
-    return vae  # type: ignore[no-any-return]
-
-
-class TextToLatent(nn.Module):
-    """Text encoder and transformer as one module, so that they train as one."""
-
-    def __init__(self, vocabulary: int):
-        super().__init__()
-        self.text_encoder = build_text_encoder(vocabulary)
-        self.transformer = build_transformer()
-
-    def forward(self, noisy: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        text = self.text_encoder(ids, attention_mask=mask)[0]
-        output: Tensor = self.transformer(
-            noisy, encoder_hidden_states=text, timestep=timestep, encoder_attention_mask=mask,
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False,
-        )[0]  # fmt: skip
-        return output
+    return vae
 
 
 @app.command()
@@ -324,15 +153,8 @@ def transformer(
         run.loss = loss.item()
 
 
-GENERATION = {
-    "num_inference_steps": 20, "guidance_scale": 1.5, "height": 64, "width": 64, "use_resolution_binning": False,
-    "max_sequence_length": TEXT_LENGTH, "clean_caption": False,
-}  # fmt: skip
-"""How the trained pipeline is meant to be called; written beside it as ``generation.json``."""
-
-
 def draw_history(runs: dict[str, Run], path: Path) -> None:
-    """The loss curve of each stage, side by side."""
+    """Draws the loss curves of the stages side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3), layout="constrained")

@@ -1,5 +1,5 @@
-"""Serving images: an engine that batches what arrives together, an HTTP app that speaks the OpenAI images API, and Ray Serve.
+"""Serving of images: an engine that batches requests, an HTTP application with the OpenAI images API, and Ray Serve.
 
-``engine`` and ``drawing`` know nothing of HTTP; ``app`` puts a FastAPI application before an engine, ``ray`` makes many
+``engine`` and ``drawing`` do not depend on HTTP; ``app`` is the FastAPI application of an engine, ``ray`` runs many
 replicas of both.
 """

@@ -1,36 +1,39 @@
-"""A diffusers pipeline as what an engine draws with."""
+""":class:`Painter`: draws the batches of an engine with a diffusers pipeline."""
 
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
-from fp4dit_ao.serving.engine import Image, Style
+from fp4dit_ao.serving.engine_types import Image, Style
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 class Painter:
-    """Draws batches with a pipeline. Every image has a generator of its own, so its noise does not depend on its neighbours.
+    """Draws batches with a pipeline. Every image has its own generator, so its noise does not depend on its batch.
 
     Args:
-        pipe: a text-to-image pipeline; its ``generation.json`` says what a request does not.
-        max_batch: images of a batch, at most.
-        same_bits: draw every batch as one of ``max_batch``, filled up with copies of its last image. An image's bits then do
-            not depend on how many it was drawn with: matrix libraries choose other kernels, and other orders of summation,
-            for other numbers of rows. Fewer images then take as long as ``max_batch``.
+        pipe: a text-to-image pipeline; its ``generation.json`` gives the arguments that requests do not.
+        max_batch: most images of a batch.
+        same_bits: pad every batch to ``max_batch`` with copies of its last image. The bits of an image then do not
+            depend on the size of its batch, for which matrix libraries choose kernels with other orders of summation.
+            Smaller batches then take as long as full ones.
 
     Attributes:
-        default: the style of a request that asks for none.
-        multiple: of which width and height must be multiples.
+        default: style of requests that do not give one.
+        multiple: width and height must be multiples of this.
 
     Raises:
-        ValueError: not a text-to-image pipeline.
+        ValueError: ``pipe`` is not a text-to-image pipeline.
     """
 
-    def __init__(self, pipe: Any, max_batch: int = 1, same_bits: bool = False):
+    def __init__(self, pipe: "DiffusionPipeline", max_batch: int = 1, same_bits: bool = False):
         self._pipe, self._max_batch, self._same_bits = pipe, max_batch, same_bits
         parameters = inspect.signature(type(pipe).__call__).parameters
         needed = {"prompt", "height", "width", "num_inference_steps", "generator", "output_type"}
@@ -47,7 +50,8 @@ class Painter:
         self.multiple = math.lcm(8, scale * (patch if isinstance(patch, int) else 2))
 
     def warm_up(self) -> None:
-        """Draw batches of one, two and as many as there may be, at the default size, with two steps: all that is compiled."""
+        """Draws batches of one, two and ``max_batch`` images at the default size with two steps, which compiles all
+        variants."""
         style = Style(self.default.width, self.default.height, min(2, self.default.steps))
         counts = {self._max_batch} if self._same_bits else {1, min(2, self._max_batch), self._max_batch}
         for count in sorted(counts):
@@ -55,10 +59,10 @@ class Painter:
 
     @torch.no_grad()
     def draw(self, style: Style, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
-        """One uint8 image ``(height, width, 3)`` per prompt.
+        """Draws one image per prompt: uint8 ``(height, width, 3)``.
 
         Raises:
-            RuntimeError: the model gave numbers that are no image.
+            RuntimeError: the output holds NaN or infinity.
         """
         count = len(prompts)
         if self._same_bits:

@@ -1,4 +1,4 @@
-"""The engine: a bounded queue, a batcher, and one thread that draws. It knows nothing of HTTP, nor of diffusers."""
+"""Engine of a server: a bounded queue, a batcher, and one thread that draws. It depends neither on HTTP nor on diffusers."""
 
 import collections
 import logging
@@ -7,75 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from fp4dit_ao.serving.engine_types import Batching, Draw, Image, NotReady, QueueFull, Style
 from fp4dit_ao.serving.metrics import Metrics
 
-Image = NDArray[np.uint8]
-"""``(height, width, 3)``."""
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Style:
-    """What images must share to be drawn together.
-
-    Attributes:
-        width: in pixels.
-        height: in pixels.
-        steps: of denoising.
-    """
-
-    width: int
-    height: int
-    steps: int
-
-
-Draw = Callable[[Style, Sequence[str], Sequence[int]], Sequence[Image]]
-"""(style, prompts, seeds) to one image each; called from one thread, never twice at once."""
-
-
-@dataclass(frozen=True)
-class Batching:
-    """How images are drawn together.
-
-    Attributes:
-        max_batch: images drawn together, at most.
-        window: seconds that the oldest waiting image waits for others to come, unless a batch is full.
-        max_queue: images that may wait.
-    """
-
-    max_batch: int = 8
-    window: float = 0.02
-    max_queue: int = 64
-
-    def __post_init__(self) -> None:
-        if self.max_batch < 1 or self.max_queue < 1 or self.window < 0:
-            raise ValueError(f"{self}: a batch and a queue hold at least one image, and a window is not negative")
-
-
-class EngineError(RuntimeError):
-    """Why an engine draws nothing now."""
-
-
-class QueueFull(EngineError):
-    """Too many images are waiting.
-
-    Attributes:
-        retry_after: seconds until those that wait will have been drawn, estimated.
-    """
-
-    def __init__(self, waiting: int, retry_after: float):
-        super().__init__(f"{waiting} images are waiting already")
-        self.retry_after = retry_after
-
-
-class NotReady(EngineError):
-    """The engine is warming up, has failed, or is closed."""
 
 
 @dataclass(eq=False)
@@ -89,13 +25,14 @@ class _Task:
 
 
 class Engine:
-    """Draws images in batches, in order of arrival, on a thread of its own.
+    """Draws images in batches, in order of arrival, on its own thread.
 
     Args:
-        draw: what draws a batch; a batch that fails is drawn again image by image, so that no image fails for its neighbours.
-        warm_up: called on the engine's thread before it is ready.
-        batching: how images are drawn together.
-        metrics: where it is counted.
+        draw: draws a batch. A batch that fails is drawn again image by image, so that one bad image does not fail the
+            others.
+        warm_up: called on the engine's thread before the engine is ready.
+        batching: sizes and waiting times of batches.
+        metrics: counters to update; new ones if None.
 
     Attributes:
         batching: as given.
@@ -124,7 +61,7 @@ class Engine:
     # --- life --------------------------------------------------------------------------------------------------------
 
     def start(self) -> "Engine":
-        """Start the thread, which warms up first, if that was not done before; returns at once."""
+        """Starts the thread, which warms up first; returns at once. Later calls do nothing."""
         if self._state == "new":
             self._state = "warming up"
             self._thread.start()
@@ -132,23 +69,24 @@ class Engine:
 
     @property
     def state(self) -> str:
-        """``"new"``, ``"warming up"``, ``"ready"``, ``"failed"`` or ``"closed"``."""
+        """State: ``"new"``, ``"warming up"``, ``"ready"``, ``"failed"`` or ``"closed"``."""
         return self._state
 
     @property
     def ready(self) -> bool:
+        """Whether images are accepted."""
         return self._state == "ready"
 
     @property
     def failure(self) -> BaseException | None:
-        """What went wrong while warming up."""
+        """Exception of a failed warm-up, else None."""
         return self._failure
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
-        """Block while the engine warms up.
+        """Blocks while the engine warms up.
 
         Raises:
-            NotReady: it failed, was closed, or took longer than ``timeout`` seconds.
+            NotReady: the warm-up failed or took longer than ``timeout`` seconds, or the engine was closed.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._state not in ("new", "warming up"), timeout)
@@ -156,7 +94,7 @@ class Engine:
             raise NotReady(self._reason())
 
     def close(self) -> None:
-        """Refuse what comes and what waits; return when what runs is finished."""
+        """Refuses new and waiting images; returns when the running batch is finished."""
         with self._changed:
             started, self._state = self._state != "new", "closed"
             abandoned = list(self._waiting)
@@ -178,17 +116,18 @@ class Engine:
     def submit(
         self, prompt: str, seeds: Sequence[int], style: Style, timeout: float = float("inf")
     ) -> "list[Future[Image]]":
-        """Ask for one image per seed; all of them are accepted, or none. A future that is cancelled in time is not drawn.
+        """Queues one image per seed; either all are accepted or none. Images whose future is cancelled in time are not
+        drawn.
 
         Args:
-            prompt: of all of them.
-            seeds: of each one's noise.
+            prompt: prompt of all images.
+            seeds: seed of each image's noise.
             style: size and steps.
-            timeout: seconds until an image that still waits is given up, with ``TimeoutError``.
+            timeout: seconds after which an image that still waits fails with ``TimeoutError``.
 
         Raises:
             NotReady: the engine is not ready.
-            QueueFull: they would not all fit.
+            QueueFull: the queue cannot hold all of them.
         """
         now = time.monotonic()
         tasks = [_Task(prompt, seed, style, now, now + timeout, Future()) for seed in seeds]
@@ -229,7 +168,8 @@ class Engine:
             self._changed.notify_all()
 
     def _next_batch(self) -> list[_Task]:
-        """What is drawn next: the oldest image, and those of its style behind it. Empty once the engine is closed."""
+        """Takes the next batch from the queue: the oldest image and later ones of its style. Empty once the engine is
+        closed."""
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._waiting or self._state == "closed")
@@ -249,7 +189,7 @@ class Engine:
 
     @staticmethod
     def _begin(task: _Task) -> bool:
-        """Whether ``task`` is still wanted; from here on it cannot be cancelled."""
+        """Marks ``task`` as running, so that it cannot be cancelled any more; returns whether it is still wanted."""
         if not task.future.set_running_or_notify_cancel():
             return False
         if time.monotonic() > task.deadline:
@@ -258,23 +198,30 @@ class Engine:
         return True
 
     def _run(self, batch: list[_Task]) -> None:
+        """Draws a batch taken from the queue; if that fails, its images one by one."""
         began = time.monotonic()
         for task in batch:
             self.metrics.waited.observe(began - task.arrived)
-        self.metrics.batch_size.observe(len(batch))
         try:
-            images = self._draw(batch[0].style, [task.prompt for task in batch], [task.seed for task in batch])
-            if len(images) != len(batch):
-                raise RuntimeError(f"{len(images)} images were drawn for {len(batch)} prompts")
+            self._draw_together(batch)
         except Exception as error:
-            if len(batch) > 1:
-                log.warning("a batch of %d failed and is drawn one by one: %s", len(batch), error)
-                for task in batch:
-                    self._run([task])
+            if len(batch) == 1:
+                self._fail(batch[0], error)
                 return
-            log.exception("drawing failed")
-            _settle(batch[0].future, error)
-            return
+            log.warning("a batch of %d failed and is drawn one by one: %s", len(batch), error)
+            for task in batch:
+                try:
+                    self._draw_together([task])
+                except Exception as own_error:
+                    self._fail(task, own_error)
+
+    def _draw_together(self, batch: list[_Task]) -> None:
+        """Draws the images of ``batch`` in one call and hands them out; raises what the drawing raises."""
+        began = time.monotonic()
+        self.metrics.batch_size.observe(len(batch))
+        images = self._draw(batch[0].style, [task.prompt for task in batch], [task.seed for task in batch])
+        if len(images) != len(batch):
+            raise RuntimeError(f"{len(images)} images were drawn for {len(batch)} prompts")
         took = time.monotonic() - began
         self._batch_seconds += 0.3 * (took - self._batch_seconds)
         self.metrics.batch_seconds.observe(took)
@@ -282,12 +229,18 @@ class Engine:
         for task, image in zip(batch, images, strict=True):
             _settle(task.future, image)
 
+    @staticmethod
+    def _fail(task: _Task, error: Exception) -> None:
+        log.error("drawing failed", exc_info=error)
+        _settle(task.future, error)
 
-def _settle(future: "Future[Any]", outcome: Any) -> None:
+
+def _settle(future: "Future[Image]", outcome: Image | BaseException) -> None:
+    """Sets the result or the exception of a future, unless it was cancelled."""
     try:
         if isinstance(outcome, BaseException):
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
-    except InvalidStateError:  # cancelled meanwhile: nobody waits for it
+    except InvalidStateError:  # cancelled meanwhile
         pass

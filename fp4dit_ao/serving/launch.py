@@ -1,4 +1,4 @@
-"""From a model's name to an application that serves it."""
+"""Loads a model by name and makes the application that serves it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,21 +8,22 @@ from fastapi import FastAPI
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.serving.app import Limits, create_app
 from fp4dit_ao.serving.drawing import Painter
-from fp4dit_ao.serving.engine import Batching, Engine
+from fp4dit_ao.serving.engine import Engine
+from fp4dit_ao.serving.engine_types import Batching
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a model is served.
+    """Options of serving a model.
 
     Attributes:
-        name: in ``/v1/models``; that of the folder if None.
+        name: name in ``/v1/models``; that of the folder if None.
         batching: see :class:`Batching`.
         limits: see :class:`Limits`.
         same_bits: see :class:`Painter`.
         compile: run the transformer under ``torch.compile``.
-        device: where; the GPU if there is one if None.
-        weights: memory or speed; see :func:`fp4dit_ao.load_pipeline`.
+        device: device of the pipeline; if None the GPU, or the CPU without one.
+        weights: form of quantized weights; see :func:`fp4dit_ao.load_pipeline`.
     """
 
     name: str | None = None
@@ -35,11 +36,12 @@ class Options:
 
 
 def application(model: str, options: Options | None = None) -> tuple[FastAPI, Engine]:
-    """Load ``model`` (see ``models.folder_of``) behind an engine, which is not started yet, and the application before it.
+    """Loads ``model`` (see ``named_models.folder_of``); returns its application, and its engine, which is not started
+    yet.
 
     Raises:
-        OSError: it cannot be found or read.
-        ValueError: it is no text-to-image pipeline, or the options contradict each other.
+        OSError: the model cannot be found or read.
+        ValueError: the model is not a text-to-image pipeline, or the options contradict each other.
     """
     options = options or Options()
     pipe = named_models.open_pipeline(model, options.device, compile=options.compile, weights=options.weights)

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus. Every engine has its own registry, so that several live in one process."""
+"""Metrics of a server for Prometheus. Every engine has its own registry, so that one process can hold several."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -10,11 +10,11 @@ class Metrics:
 
     Attributes:
         requests: HTTP requests for images, by status code.
-        request_seconds: of a request for images, from its arrival to the last byte, by status code.
-        images: that were drawn.
-        batch_size: images drawn together.
-        batch_seconds: of drawing one batch.
-        waited: seconds that an image waited in the queue.
+        request_seconds: seconds from the arrival of a request to the last byte of its answer, by status code.
+        images: images drawn.
+        batch_size: images per batch.
+        batch_seconds: seconds of drawing one batch.
+        waited: seconds that an image waited in the queue, once per image.
         waiting: images in the queue now.
         ready: 1 once warmed up, else 0.
     """
@@ -35,5 +35,5 @@ class Metrics:
         self.ready = Gauge("fp4dit_ready", "Whether the model is warmed up", registry=to)
 
     def text(self) -> bytes:
-        """All of them in Prometheus's text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)

@@ -1,25 +1,25 @@
-"""Many replicas of one application on Ray Serve: ``serve run fp4dit_ao.serving.ray:build model=DIR replicas=4``."""
+"""Replicas of one application on Ray Serve: ``serve run fp4dit_ao.serving.ray:build model=DIR replicas=4``."""
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from fp4dit_ao.diffusers_integration.pipeline_folder import Weights
-from fp4dit_ao.serving.engine import Batching
+from fp4dit_ao.serving.engine_types import Batching
 from fp4dit_ao.serving.launch import Options, application
 
 
 class Arguments(BaseModel):
-    """What ``serve run`` takes as ``name=value``.
+    """Arguments that ``serve run`` takes as ``name=value``.
 
     Attributes:
         model: a pipeline's folder, the same on every machine, or a hub id.
-        replicas: each a process with its own model, queue and batches.
-        cpus: of one replica.
-        gpus: of one replica; fractions share one.
-        max_batch: images drawn together.
-        window: milliseconds to wait for images to draw together.
-        max_queue: images that may wait in one replica.
+        replicas: number of processes, each with its own model, queue and batches.
+        cpus: CPUs per replica.
+        gpus: GPUs per replica; replicas with fractions share one.
+        max_batch: most images drawn together.
+        window: milliseconds that the oldest image waits for others.
+        max_queue: most waiting images per replica.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -39,7 +39,7 @@ class Arguments(BaseModel):
 
 
 def build(args: Arguments) -> serve.Application:
-    """The Ray Serve application: a replica takes requests once it is warmed up, and Ray spreads them."""
+    """Makes the Ray Serve application: Ray spreads requests over the replicas that are warmed up."""
     batching = Batching(args.max_batch, args.window / 1000, args.max_queue)
     options = Options(
         args.name, batching, same_bits=args.same_bits, compile=args.compile, device=args.device, weights=args.weights

@@ -1,4 +1,4 @@
-"""The part of the OpenAI images API that is spoken here: what requests and responses look like."""
+"""Requests and responses of the supported part of the OpenAI images API."""
 
 import base64
 import io
@@ -8,13 +8,13 @@ from typing import Any, Literal
 from PIL import Image as Pillow
 from pydantic import BaseModel, ConfigDict, Field
 
-from fp4dit_ao.serving.engine import Image
+from fp4dit_ao.serving.engine_types import Image
 
 MAX_SEED = 2**63 - 1
 
 
 class ImageRequest(BaseModel):
-    """The body of ``POST /v1/images/generations``. ``seed`` and ``steps`` are extensions."""
+    """Body of ``POST /v1/images/generations``. ``seed`` and ``steps`` are extensions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -23,7 +23,7 @@ class ImageRequest(BaseModel):
     n: int = Field(1, ge=1, description="How many images, of seeds seed, seed + 1, …")
     size: str = Field("auto", pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$", description="WIDTHxHEIGHT in pixels.")
     seed: int | None = Field(
-        None, ge=0, le=MAX_SEED, description="Of the first image's noise; drawn by lot if left out."
+        None, ge=0, le=MAX_SEED, description="Seed of the first image's noise; random if left out."
     )
     steps: int | None = Field(None, ge=1, description="Denoising steps.")
     response_format: Literal["b64_json"] = Field("b64_json", description="No image is stored, so there are no URLs.")
@@ -35,17 +35,21 @@ class ImageRequest(BaseModel):
     user: str | None = Field(None, description="Ignored.")
 
     def dimensions(self) -> tuple[int, int] | None:
-        """(width, height), None for ``"auto"``."""
+        """Width and height in pixels; None for ``"auto"``."""
         found = re.fullmatch(r"(\d+)x(\d+)", self.size)
         return (int(found[1]), int(found[2])) if found else None
 
 
 class ImageData(BaseModel):
+    """One drawn image."""
+
     b64_json: str
     seed: int = Field(description="With it, the same request draws the same image.")
 
 
 class ImageResponse(BaseModel):
+    """Answer to a request for images."""
+
     created: int = Field(description="Seconds since 1970.")
     data: list[ImageData]
     size: str
@@ -55,6 +59,8 @@ class ImageResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
+    """Description of the served model."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -62,15 +68,21 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
+    """Answer of ``/v1/models``."""
+
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class Health(BaseModel):
+    """Answer of the health checks."""
+
     status: str
 
 
 class ErrorBody(BaseModel):
+    """Description of an error, in OpenAI's shape."""
+
     message: str
     type: str
     param: str | None = None
@@ -78,16 +90,18 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
+    """Answer to a failed request."""
+
     error: ErrorBody
 
 
 class ApiError(Exception):
-    """What a request is refused with.
+    """Error that is answered in OpenAI's shape.
 
     Attributes:
-        status: of HTTP.
-        body: the JSON that is answered.
-        retry_after: seconds after which to try again; None if that would not help.
+        status: HTTP status code.
+        body: JSON of the answer.
+        retry_after: seconds after which to try again; None if trying again would not help.
     """
 
     def __init__(
@@ -108,7 +122,7 @@ class ApiError(Exception):
 
 
 def encode(image: Image, output_format: str, compression: int) -> str:
-    """A picture file of ``image``, in base64."""
+    """Encodes ``image`` as a picture file in base64; ``compression`` is the quality in percent, for jpeg and webp."""
     file = io.BytesIO()
     options: dict[str, Any] = {} if output_format == "png" else {"quality": compression}
     Pillow.fromarray(image).save(file, output_format, **options)

@@ -1,7 +1,7 @@
-"""Weights in the hardware's block formats: torchao's ``MXTensor`` and ``NVFP4Tensor``, that also run on other hardware.
+"""Weights in the hardware's block formats: torchao's ``MXTensor`` and ``NVFP4Tensor``, which here also run on other hardware.
 
-On Blackwell, ``linear`` is torchao's own: native block-scaled instructions for E2M1. Elsewhere (and for MXFP6, for which
-torchao has no native product) it is :mod:`fp4dit_ao.kernels.block_scaled_linear`'s.
+:mod:`fp4dit_ao.kernels.block_scaled_linear` picks what computes ``linear``: torchao with native block-scaled instructions, or
+the emulation.
 """
 
 from typing import Any
@@ -9,26 +9,51 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchao.prototype.mx_formats.config import ScaleCalculationMode
-from torchao.prototype.mx_formats.constants import DTYPE_FP6_E2M3, DTYPE_FP6_E3M2
-from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
-from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, QuantizeTensorToNVFP4Kwargs
 from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import __version__, _compat
+from fp4dit_ao._compat.torchao_prototype import (
+    DTYPE_FP6_E2M3,
+    DTYPE_FP6_E3M2,
+    MXTensor,
+    NVFP4Tensor,
+    QuantizeTensorToMXKwargs,
+    QuantizeTensorToNVFP4Kwargs,
+    ScaleCalculationMode,
+)  # fmt: skip
 from fp4dit_ao.formats import FloatFormat, pack, unpack
 from fp4dit_ao.kernels import block_scaled_linear
+from fp4dit_ao.kernels.units import Unit
 from fp4dit_ao.ops.block_scale import BLOCKS, unit
 
 _ATEN = torch.ops.aten
 ELEMENTS = {"e2m1": torch.float4_e2m1fn_x2, "e2m3": DTYPE_FP6_E2M3, "e3m2": DTYPE_FP6_E3M2}
-"""torchao's name of each MX element format."""
-NATIVE = (10, 0)
-"""Blackwell: the first with block-scaled instructions."""
+"""torchao's name for each MX element format."""
 
 
-class MXWeight(MXTensor):  # type: ignore[misc]
+class _OnAnyHardware:
+    """What both weights add to torchao's tensors."""
+
+    fmt: Any
+    # torchao's block tensors disable the handlers of torch functions
+    __torch_function__ = classmethod(TorchAOBaseTensor.__torch_function__.__func__)
+
+    def unit(self: Any, device: torch.device | str | None = None) -> Unit[Any]:
+        """The unit that computes this weight's linear for input of its type, on ``device`` or where the weight is."""
+        operands = block_scaled_linear.BlockOperands(self.fmt, torch.device(device or self.device), self.dtype)
+        return block_scaled_linear.BLOCK_SCALED_LINEAR.pick(operands)
+
+    def _stable_hash_for_caching(self) -> str:
+        """Key of this tensor in torch's on-disk compile caches: everything that shapes the generated code."""
+        parts = {name: getattr(self, name) for name in _compat.parts(type(self))}
+        plain = {
+            k: (v.dtype, tuple(v.shape), v.stride(), v.device) if isinstance(v, Tensor) else v for k, v in parts.items()
+        }
+        return repr((__version__, type(self).__name__, plain))
+
+
+class MXWeight(_OnAnyHardware, MXTensor):  # type: ignore[misc]
     """A linear weight in MXFP4 or MXFP6, whose input is quantized to the same format, online.
 
     Tensor Attributes:
@@ -73,7 +98,7 @@ class MXWeight(MXTensor):  # type: ignore[misc]
         return block_scaled_linear.mx_linear(x, self.qdata, self.scale, self.fmt, bias)
 
 
-class NVFP4Weight(NVFP4Tensor):  # type: ignore[misc]
+class NVFP4Weight(_OnAnyHardware, NVFP4Tensor):  # type: ignore[misc]
     """A linear weight in NVFP4, whose input is quantized to the same format, online.
 
     Tensor Attributes:
@@ -93,7 +118,7 @@ class NVFP4Weight(NVFP4Tensor):  # type: ignore[misc]
 
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, tensor_scale: Tensor, dtype: torch.dtype) -> "NVFP4Weight":
-        """From uint8 codes ``(out_features, in_features)`` and the two scales of ``block_scales.two_level_scale``."""
+        """From uint8 codes ``(out_features, in_features)`` and the two scales of ``ops.block_scale.two_level_scale``."""
         whole = tensor_scale / unit(FloatFormat.parse("e2m1"))
         return cls.from_parts(pack(codes, 4), scale.to(torch.float8_e4m3fn), whole, dtype)
 
@@ -125,24 +150,9 @@ class NVFP4Weight(NVFP4Tensor):  # type: ignore[misc]
         return f"NVFP4Weight(shape={tuple(self.shape)}, {self._quantization_type()})"
 
 
-BlockWeight = MXWeight | NVFP4Weight
-
-
-def runs_natively(x: Tensor, weight: BlockWeight) -> bool:
-    """Whether the GPU that holds ``x`` has instructions for this weight's format."""
-    return x.is_cuda and weight.fmt == "e2m1" and torch.cuda.get_device_capability(x.device) >= NATIVE
-
-
-def linear(x: Tensor, weight: BlockWeight, bias: Tensor | None) -> Tensor:
-    """``x @ W^T + bias`` with ``x`` quantized blockwise, ``(..., out_features)`` in the type of ``x``."""
-    if runs_natively(x, weight):
-        taken = x if x.dtype in (torch.bfloat16, torch.float32) else x.bfloat16()
-        return weight.on_torchao(taken.contiguous(), bias).to(x.dtype)
-    return weight.emulated(x, bias)
-
-
 def _linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    return linear(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias"))
+    x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
+    return block_scaled_linear.linear(x, weight, bias, weight.fmt)
 
 
 def _to_copy(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
@@ -155,18 +165,7 @@ def _to_copy(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     return type(self)(**moved)
 
 
-def _hash(self: BlockWeight) -> str:
-    """What torch's on-disk compile caches know this tensor by: everything that shapes the generated code."""
-    parts = {name: getattr(self, name) for name in _compat.parts(type(self))}
-    plain = {
-        k: (v.dtype, tuple(v.shape), v.stride(), v.device) if isinstance(v, Tensor) else v for k, v in parts.items()
-    }
-    return repr((__version__, type(self).__name__, plain))
-
-
 for _cls in (MXWeight, NVFP4Weight):
-    _cls.__torch_function__ = classmethod(TorchAOBaseTensor.__torch_function__.__func__)  # which torchao's two disable
-    _cls._stable_hash_for_caching = _hash
     _cls.implements(_ATEN.linear.default)(_linear)
     _cls.implements_torch_function([F.linear, _ATEN.linear.default])(_linear)
     _cls.implements(_ATEN._to_copy.default)(_to_copy)

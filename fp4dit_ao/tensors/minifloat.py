@@ -4,28 +4,27 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchao.utils import TorchAOBaseTensor
 
-from fp4dit_ao import __version__, kernels
+from fp4dit_ao import _compat, kernels
 from fp4dit_ao.formats import pack, parse, unpack
-from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels.units import Unit
 from fp4dit_ao.ops import choose_scale, dequantize, quantize
+from fp4dit_ao.tensors.quantized_weight import QuantizedWeight
 
-_ATEN = torch.ops.aten
 
-
-class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
-    """A linear weight ``(out_features, in_features)`` in an ``ExMy`` format.
+class MinifloatTensor(QuantizedWeight):
+    """A linear weight ``(out_features, in_features)`` in a number format of at most 8 bits.
 
     Tensor Attributes:
-        qdata: uint8 codes; 4-bit formats two to a byte, ``(out_features, in_features / 2)``, the first in the low nibble.
+        qdata: uint8 codes; formats of at most 4 bits two to a byte, ``(out_features, in_features / 2)``, the first in the low
+            nibble.
         scale: float, ``(out_features / block_size[0], in_features / block_size[1])``.
 
     Non-Tensor Attributes:
         block_size: elements along each dimension that share a scale; -1 for all of them.
         fmt: name of the weight's format.
         act_fmt: format that ``linear`` quantizes its input to, token-wise and online; None leaves the input as it is.
-        dtype: the type this tensor presents itself as, and of ``dequantize()``.
+        dtype, transposed: as in :class:`QuantizedWeight`.
     """
 
     tensor_data_names: ClassVar[list[str]] = ["qdata", "scale"]
@@ -35,17 +34,32 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
     scale: Tensor
 
     def __new__(
-        cls, qdata: Tensor, scale: Tensor, block_size: list[int], fmt: str, act_fmt: str | None, dtype: torch.dtype
+        cls,
+        qdata: Tensor,
+        scale: Tensor,
+        block_size: list[int],
+        fmt: str,
+        act_fmt: str | None,
+        dtype: torch.dtype,
+        transposed: bool = False,
+        *,
+        requires_grad: bool = False,
     ) -> "MinifloatTensor":
-        shape = list(qdata.shape)
-        shape[-1] *= 2 if parse(fmt).bits <= 4 else 1
-        wrapper: MinifloatTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
-        )
-        return wrapper
+        rows, columns = qdata.shape[0], qdata.shape[1] * _codes_a_byte(fmt)
+        shape = (columns, rows) if transposed else (rows, columns)
+        return _compat.wrapper_tensor(cls, shape, dtype, qdata.device, requires_grad)
 
     def __init__(
-        self, qdata: Tensor, scale: Tensor, block_size: list[int], fmt: str, act_fmt: str | None, dtype: torch.dtype
+        self,
+        qdata: Tensor,
+        scale: Tensor,
+        block_size: list[int],
+        fmt: str,
+        act_fmt: str | None,
+        dtype: torch.dtype,
+        transposed: bool = False,
+        *,
+        requires_grad: bool = False,
     ):
         super().__init__()
         self.qdata = qdata
@@ -53,6 +67,7 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
         self.block_size = block_size
         self.fmt = fmt
         self.act_fmt = act_fmt
+        self.transposed = transposed
 
     @classmethod
     def from_codes(
@@ -79,68 +94,38 @@ class MinifloatTensor(TorchAOBaseTensor):  # type: ignore[misc]
         """uint8 codes, unpacked, ``(out_features, in_features)``."""
         return unpack(self.qdata, parse(self.fmt).bits)
 
-    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as a float tensor of ``dtype``."""
-        return dequantize(self.codes, self.block_size, self.scale, self.fmt, output_dtype or self.dtype)
+    def tiles(self) -> dict[str, tuple[int, int] | None]:
+        rows, columns = self.block_size
+        return {"qdata": (1, _codes_a_byte(self.fmt)), "scale": (rows, columns)}
 
-    def _stable_hash_for_caching(self) -> str:
-        """What torch's on-disk compile caches know this tensor by: everything that shapes the generated code."""
-        parts = [(part.dtype, tuple(part.shape), part.stride(), part.device) for part in (self.qdata, self.scale)]
-        return repr(
-            (
-                __version__,
-                native.VERSION if native.shared_object() is not None else None,
-                parts,
-                list(self.block_size),
-                self.fmt,
-                self.act_fmt,
-                self.dtype,
-            )
-        )
+    def attributes_of_part(self, rows: int, columns: int) -> dict[str, Any]:
+        sizes = zip(self.block_size, (rows, columns), strict=True)
+        return {"block_size": [min(block, size) or block for block, size in sizes]}
+
+    def stored_values(self, output_dtype: torch.dtype) -> Tensor:
+        return dequantize(self.codes, self.block_size, self.scale, self.fmt, output_dtype)
+
+    def stored_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return kernels.linear(x, self.qdata, self.scale, self.block_size, self.fmt, self.act_fmt, bias)
+
+    def unit(self, device: torch.device | str | None = None) -> Unit[Any]:
+        columns = self.stored_shape[1] if self.block_size[1] == -1 else self.block_size[1]
+        activation = None if self.act_fmt is None else parse(self.act_fmt)
+        return kernels.pick(parse(self.fmt), activation, device or self.device, columns)
 
     def _quantization_type(self) -> str:
         return f"fmt={self.fmt}, act_fmt={self.act_fmt}, block_size={list(self.block_size)}, shape={tuple(self.shape)}"
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        """One line: thousands of codes tell a reader nothing."""
+        """Formats and shape on one line, without the codes."""
         scale = str(self.scale.dtype).removeprefix("torch.")
         return (
             f"MinifloatTensor({self._quantization_type()}, scale={scale}, dtype={self.dtype}, device='{self.device}')"
         )
 
 
-@MinifloatTensor.implements(_ATEN.linear.default)  # type: ignore[untyped-decorator]
-@MinifloatTensor.implements_torch_function([torch.nn.functional.linear, _ATEN.linear.default])  # type: ignore[untyped-decorator]
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    x, weight = args[0], args[1]
-    bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    return kernels.linear(x, weight.qdata, weight.scale, weight.block_size, weight.fmt, weight.act_fmt, bias)
-
-
-@MinifloatTensor.implements(_ATEN._to_copy.default)  # type: ignore[untyped-decorator]
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> MinifloatTensor:
-    """``.to(device)`` moves codes and scales; ``.to(dtype)`` changes only what the tensor presents itself as."""
-    self = args[0]
-    device = kwargs.get("device") or self.device
-    return MinifloatTensor(
-        self.qdata.to(device),
-        self.scale.to(device),
-        self.block_size,
-        self.fmt,
-        self.act_fmt,
-        kwargs.get("dtype") or self.dtype,
-    )
-
-
-@MinifloatTensor.implements(_ATEN.is_pinned.default)  # type: ignore[untyped-decorator]
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
-    return all(getattr(args[0], name).is_pinned() for name in MinifloatTensor.tensor_data_names)
-
-
-@MinifloatTensor.implements(_ATEN._pin_memory.default)  # type: ignore[untyped-decorator]
-def _(func: Any, types: Any, args: Any, kwargs: Any) -> MinifloatTensor:
-    pinned: MinifloatTensor = args[0]._apply_fn_to_data(lambda x: x.pin_memory())
-    return pinned
+def _codes_a_byte(fmt: str) -> int:
+    return 2 if parse(fmt).bits <= 4 else 1
 
 
 torch.serialization.add_safe_globals([MinifloatTensor])

@@ -1,1 +1,1 @@
-"""What has nothing to do with quantization."""
+"""Helpers that have nothing to do with quantization: files, tables, registries."""

@@ -1,4 +1,4 @@
-"""Folders and files that are written whole or not at all."""
+"""Writing folders and files whole or not at all."""
 
 import contextlib
 import os
@@ -13,16 +13,18 @@ from safetensors import SafetensorError
 
 @contextlib.contextmanager
 def whole_folder(target: str | Path, replaceable: bool = False, own: Sequence[str] = ()) -> Iterator[Path]:
-    """A new folder to write into, ``<target>.partial-…``, renamed to ``target`` at the end; removed if anything fails.
+    """New folder to write into, ``<target>.partial-…``, which is renamed to ``target`` at the end; removed if anything
+    fails.
 
     Args:
-        target: where the folder shall be in the end; may exist if empty.
-        replaceable: whether it may also exist with content. Entries that the new folder lacks are then kept.
-        own: globs of names that are not kept.
+        target: the final place of the folder; it may exist if it is empty.
+        replaceable: whether ``target`` may also exist with content. Entries that the new folder lacks are then kept.
+        own: globs over names of old entries that are not kept.
 
     Raises:
         FileExistsError: ``target`` exists and may not be replaced.
-        OSError: it cannot be written (permissions, disk full); one sentence, nothing left behind.
+        OSError: the folder cannot be written (permissions, disk full); one sentence, and an existing folder is as it
+            was.
     """
     target = Path(target)
     if target.is_symlink() or target.exists():
@@ -37,39 +39,53 @@ def whole_folder(target: str | Path, replaceable: bool = False, own: Sequence[st
         yield partial
         _put(partial, target, own)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OSError(f"cannot save to {target}: {reason}; nothing was written there") from error
+        raise OSError(f"cannot save to {target}: {_reason(error)}; nothing was written there") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def whole_file(target: str | Path) -> Iterator[Path]:
-    """A file of ``target``'s name in a new folder to write to, moved to ``target`` at the end; removed if anything fails.
+    """Path to write a file to, which is moved to ``target`` at the end, and removed if anything fails.
+
+    The path has the name of ``target``, in a new folder beside it; missing parents of ``target`` are created.
 
     Args:
-        target: where the file shall be in the end; one that is there is replaced.
+        target: the final place of the file; an existing file is replaced.
 
     Raises:
-        OSError: it cannot be written (permissions, disk full); one sentence, nothing left behind.
+        OSError: the file cannot be written (permissions, disk full); one sentence, an existing file is as it was.
     """
     target = Path(target)
     partial = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         if target.is_dir():
-            raise IsADirectoryError("it is a folder")
+            raise IsADirectoryError(0, "it is a folder")
         partial.mkdir(parents=True)
         yield partial / target.name
         (partial / target.name).replace(target)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"cannot save to {target}: {reason}; nothing was written there") from error
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot save to {target}: {_reason(error)}; nothing was written there") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def write_text(target: str | Path, text: str) -> None:
+    """Writes ``text`` to ``target`` as UTF-8: afterwards the file is either the old or the new one, never half of it.
+
+    Raises:
+        OSError: see :func:`whole_file`.
+    """
+    with whole_file(target) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
 def _put(partial: Path, target: Path, own: Sequence[str]) -> None:
-    """Rename ``partial`` to ``target``; what was there is put back if that fails."""
+    """Renames ``partial`` to ``target``; a folder that was there is put back if that fails."""
     if not target.exists():
         partial.rename(target)
         return

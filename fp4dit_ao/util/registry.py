@@ -1,4 +1,4 @@
-"""Registries of plug-in points: the methods that are known by name, with their sources and costs."""
+"""Registries of plug-in points: methods by name, with their sources and costs."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,10 +13,11 @@ class MethodInfo:
 
     Attributes:
         point: plug-in point, such as ``"rounding"``.
-        name: that configs and the command line take.
-        summary: what the method does, in one sentence.
-        source: paper, and equation or section, where it comes from; ``""`` for a baseline without one.
-        cost: what it takes beside nearest rounding, such as ``"seconds"`` or ``"a Hessian for each linear, then seconds"``.
+        name: name that configs and the command line take.
+        summary: description in one sentence.
+        source: paper, and equation or section; ``""`` for a baseline without one.
+        cost: cost beyond nearest rounding, such as ``"seconds"`` or
+            ``"a Hessian for each linear, then seconds"``.
     """
 
     point: str
@@ -27,10 +28,10 @@ class MethodInfo:
 
 
 class Registry(Mapping[str, Method], Generic[Method]):
-    """The methods of one plug-in point, by name, in the order of their registration.
+    """Methods of one plug-in point by name, in the order of registration.
 
     Args:
-        point: name of the plug-in point, for messages and for ``fp4dit_ao.methods()``.
+        point: name of the plug-in point, for messages and ``fp4dit_ao.methods()``.
     """
 
     def __init__(self, point: str):
@@ -39,7 +40,7 @@ class Registry(Mapping[str, Method], Generic[Method]):
         self._infos: dict[str, MethodInfo] = {}
 
     def register(self, name: str, method: Method, *, summary: str, source: str = "", cost: str = "") -> Method:
-        """Adds ``method`` under ``name`` and returns it.
+        """Adds ``method`` under ``name``, with the fields of :class:`MethodInfo`; returns it.
 
         Raises:
             ValueError: another method has this name.
@@ -51,17 +52,17 @@ class Registry(Mapping[str, Method], Generic[Method]):
         return method
 
     def find(self, name: str) -> Method:
-        """The method named ``name``.
+        """Method named ``name``.
 
         Raises:
-            ValueError: there is none; the message lists those that there are.
+            ValueError: there is none; the message lists the known names.
         """
         if not isinstance(name, str) or name not in self._methods:
             raise ValueError(f"unknown {self.point} {name!r}; choose one of {', '.join(self._methods)}")
         return self._methods[name]
 
     def infos(self) -> list[MethodInfo]:
-        """What is known of every method, in the order of registration."""
+        """Descriptions of all methods, in the order of registration."""
         return list(self._infos.values())
 
     def __getitem__(self, name: str) -> Method:

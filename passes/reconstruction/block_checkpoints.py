@@ -1,4 +1,4 @@
-"""A checkpoint per reconstructed block, so that a killed run resumes and ends with the same bits."""
+"""A checkpoint per reconstructed unit, so that a killed run resumes and ends with the same bits."""
 
 import dataclasses
 import hashlib
@@ -6,27 +6,32 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
+from fp4dit_ao._compat import pytree
+from fp4dit_ao.config import ReconstructionConfig
 from fp4dit_ao.observers import FloatObserver
 from fp4dit_ao.observers.weight import weight_of
 from fp4dit_ao.passes.partition import Segment, weight_observers
 from fp4dit_ao.passes.reconstruction.report import BlockReport
-
-if TYPE_CHECKING:
-    from fp4dit_ao.passes.reconstruction.engine import AdaRoundConfig
+from fp4dit_ao.passes.reconstruction.rounding import RoundingRule
 
 
-def fingerprint(prepared: GraphModule, samples: Sequence[Mapping[str, Any]], config: "AdaRoundConfig") -> str:
-    """SHA-256 over everything that the result depends on: settings, graph, weights, formats and data."""
-    digest = hashlib.sha256(repr(dataclasses.astuple(config)).encode())
+def fingerprint(
+    prepared: GraphModule, samples: Sequence[Mapping[str, Any]], config: ReconstructionConfig, rule: RoundingRule
+) -> str:
+    """SHA-256 over everything that the result depends on: settings, graph, weights, formats and data.
+
+    An ``AdaRoundConfig`` counts as the ``ReconstructionConfig`` that it stands for.
+    """
+    settings = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(ReconstructionConfig)]
+    digest = hashlib.sha256(f"{settings} {rule!r}".encode())
     digest.update(prepared.code.encode())
     for node, observer in weight_observers(prepared):
         digest.update(f"{observer.name} {observer.fmt} {observer.granularity}".encode())
@@ -47,10 +52,10 @@ def _bytes(x: Tensor) -> Any:
 
 
 class Store:
-    """The blocks of one run, a file each.
+    """The units of one run, a file each.
 
     Raises:
-        ValueError: the folder holds blocks of another run (other settings, weights or data), or a broken file.
+        ValueError: the folder holds units of another run (other settings, weights or data), or a broken file.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str):
@@ -61,7 +66,7 @@ class Store:
         return self.folder / f"block-{index:03d}.safetensors"
 
     def save(self, index: int, segment: Segment, row: BlockReport) -> None:
-        """Write one finished block; a kill leaves either all of it or nothing."""
+        """Write one finished unit; a kill leaves either all of it or nothing."""
         codes = {o.name: o.codes for o in _observers(segment) if o.codes is not None}
         metadata = {"fingerprint": self.fingerprint, "row": json.dumps(dataclasses.asdict(row))}
         partial = self._path(index).with_suffix(".partial")
@@ -69,7 +74,7 @@ class Store:
         os.replace(partial, self._path(index))
 
     def load(self, index: int, segment: Segment) -> BlockReport | None:
-        """Restore one block's codes; None if it was not finished."""
+        """Restore one unit's codes; None if it was not finished."""
         path = self._path(index)
         if not path.exists():
             return None
@@ -78,7 +83,7 @@ class Store:
                 metadata = file.metadata() or {}
                 codes = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is broken ({error}); delete it to reconstruct that block again") from error
+            raise ValueError(f"{path} is broken ({error}); delete it to reconstruct that part again") from error
         if metadata.get("fingerprint") != self.fingerprint:
             raise ValueError(
                 f"{path} belongs to another run (other settings, weights or calibration data); "

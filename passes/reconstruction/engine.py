@@ -1,8 +1,9 @@
-"""Block-wise reconstruction: learn every weight's rounding from what its block puts out (BRECQ, arXiv 2102.05426).
+"""Reconstruction: round every weight by what its block, or layer, or window of blocks puts out (BRECQ, arXiv 2102.05426).
 
-Works in place on a prepared graph: it cuts the graph into blocks, streams calibration data through them, and for each block
-in turn minimises the difference between its output on *quantized* inputs and the original's output on the original's
-inputs, by the rounding of its weights alone. What is learned stays in the weight observers, as codes.
+Works in place on a prepared graph. The scope cuts it into units; calibration data streams through them, once as the
+original computes it and once as the quantized model does; and for each unit in turn the rounding rule chooses codes, so
+that its output on *quantized* inputs comes close to the original's output on the original's inputs. The codes stay in the
+weight observers.
 """
 
 import contextlib
@@ -15,41 +16,48 @@ import torch
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from fp4dit_ao.config import AdaRoundConfig
+from fp4dit_ao.config import AdaRoundConfig, ReconstructionConfig
 from fp4dit_ao.observers import set_fake_quantize
 from fp4dit_ao.observers.weight import gram_of, weight_of
-from fp4dit_ao.passes.partition import Segment, partition, weight_observers
+from fp4dit_ao.passes.partition import Segment, weight_observers
 from fp4dit_ao.passes.reconstruction import block_checkpoints
-from fp4dit_ao.passes.reconstruction.block_learning import Block, settled
+from fp4dit_ao.passes.reconstruction.objectives import OBJECTIVES
 from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
+from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS
+from fp4dit_ao.passes.reconstruction.scopes import SCOPES, Plan, Unit
 from fp4dit_ao.passes.reconstruction.streams import Stream, build
+from fp4dit_ao.passes.reconstruction.unit_error import UnitError, settled
+from fp4dit_ao.passes.reconstruction.unit_rounding import round_unit, steps_of
 
 
 def reconstruct(
     prepared: GraphModule,
     samples: Sequence[Mapping[str, Any]],
-    config: AdaRoundConfig | None = None,
+    config: ReconstructionConfig | None = None,
     *,
     checkpoint_dir: str | Path | None = None,
     progress: bool = True,
 ) -> ReconstructionReport:
-    """Learn the rounding of every quantized weight of ``prepared``, block by block, in place.
+    """Round every quantized weight of ``prepared``, unit by unit, in place.
 
     Args:
         prepared: from ``prepare_pt2e`` with :class:`~fp4dit_ao.FP4DiTQuantizer`, calibrated.
         samples: keyword arguments of forward calls (:func:`~fp4dit_ao.collect_samples`).
-        config: how to learn.
-        checkpoint_dir: keep each finished block there; the same call after a kill resumes, and ends with the same bits.
+        config: which methods, and how to learn; ``AdaRoundConfig()`` by default.
+        checkpoint_dir: keep each finished unit there; the same call after a kill resumes, and ends with the same bits.
         progress: show a progress bar with the time left.
 
     Returns:
-        A report with a row per block.
+        A report with a row per unit.
 
     Raises:
-        ValueError: samples that are empty, do not fit, or hold NaN; a checkpoint of another run; too little memory allowed.
+        ValueError: an unknown method; samples that are empty, do not fit, or hold NaN; a checkpoint of another run; too little
+            memory allowed.
         RuntimeError: formats are to be chosen on data, but the graph was not calibrated.
     """
     config = config or AdaRoundConfig()
+    rule, objective = ROUNDINGS.find(config.rounding), OBJECTIVES.find(config.objective)
+    scope = SCOPES.find(config.scope)
     began = time.monotonic()
     device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
     streams = build(prepared, samples)
@@ -58,36 +66,56 @@ def reconstruct(
         observer.resolve(weight, gram_of(prepared, node))
         observer.codes = None  # of an earlier reconstruction
         observer.quantized(weight)
-    segments = partition(prepared)
+    plan = scope(prepared, config)
     store = (
-        block_checkpoints.Store(checkpoint_dir, block_checkpoints.fingerprint(prepared, samples, config))
+        block_checkpoints.Store(checkpoint_dir, block_checkpoints.fingerprint(prepared, samples, config, rule))
         if checkpoint_dir
         else None
     )
     report = ReconstructionReport([], 0.0, 0)
-    blocks = [segment for segment in segments if segment.observers]
-    with _frozen(prepared), tqdm(total=len(blocks) * config.iters, desc="reconstruct", disable=not progress) as bar:
-        planned = _planned_bytes(segments, streams, device)
+    total = sum(steps_of(unit.segment, rule, config) for unit in plan.units)
+    with _frozen(prepared), tqdm(total=total, desc="reconstruct", disable=not progress) as bar:
+        planned = _planned_bytes(plan, streams, device)
         _check_memory(planned, streams, config)
         for stream in streams:
             stream.move_to(device, offload=_offload(planned, device, config))
-        for segment in segments:
-            _advance_full(segment, streams, config.batch_size)
-            if segment.observers:
-                bar.set_postfix_str(segment.name)
-                index = len(report.rows)
-                row = store.load(index, segment) if store else None
-                if row is None:
-                    row = Block(segment, streams, config, index).learn(bar)
-                    if store:
-                        store.save(index, segment, row)
-                else:
-                    bar.initial = bar.n = bar.n + config.iters  # the time left is that of what is left
-                report.rows.append(row)
-            _advance_quantized(segment, streams, config.batch_size)
+        for index, unit in enumerate(_walk(plan, streams, config.batch_size)):
+            bar.set_postfix_str(unit.segment.name)
+            row = store.load(index, unit.segment) if store else None
+            if row is None:
+                error = UnitError(unit.segment, streams, objective, config.batch_size)
+                row = round_unit(error, rule, config, index, bar)
+                if store:
+                    store.save(index, unit.segment, row)
+            else:
+                bar.initial = bar.n = bar.n + steps_of(
+                    unit.segment, rule, config
+                )  # the time left is that of what is left
+            report.rows.append(row)
     report.stream_bytes = sum(stream.peak for stream in streams)
     report.seconds = time.monotonic() - began
     return report
+
+
+def _walk(plan: Plan, streams: list[Stream], chunk: int) -> Iterator[Unit]:
+    """Every unit, when quantized values stand before it and full-precision ones behind it; then to the end of the graph.
+
+    Full-precision values run ahead by as many steps as a unit covers. Observers of a unit are set to fake quantization.
+    """
+    full = quantized = 0  # steps that each has taken
+    for unit in (*plan.units, None):
+        first, last = (unit.first, unit.last) if unit else (len(plan.steps), -1)
+        while quantized < first:
+            if full == quantized:
+                _advance_full(plan.steps[full], streams, chunk)
+                full += 1
+            _advance_quantized(plan.steps[quantized], streams, chunk)
+            quantized += 1
+        while full <= last:
+            _advance_full(plan.steps[full], streams, chunk)
+            full += 1
+        if unit:
+            yield unit
 
 
 def _advance_full(segment: Segment, streams: list[Stream], chunk: int) -> None:
@@ -104,20 +132,19 @@ def _advance_quantized(segment: Segment, streams: list[Stream], chunk: int) -> N
             stream.advance_quantized(segment, chunk)
 
 
-def _planned_bytes(segments: list[Segment], streams: list[Stream], device: torch.device) -> int:
+def _planned_bytes(plan: Plan, streams: list[Stream], device: torch.device) -> int:
     """What the streams will take, found by sending one row of each through the whole graph."""
     total = 0
     for stream in streams:
         alone = [stream.first_row()]
         alone[0].move_to(device)
-        for segment in segments:
-            _advance_full(segment, alone, 1)
-            _advance_quantized(segment, alone, 1)
+        for _ in _walk(plan, alone, 1):
+            pass
         total += alone[0].peak
     return total
 
 
-def _offload(planned: int, device: torch.device, config: AdaRoundConfig) -> bool:
+def _offload(planned: int, device: torch.device, config: ReconstructionConfig) -> bool:
     """Whether the values stay in host memory: as asked, or if they would fill half of what an accelerator has free."""
     if config.offload is not None or device.type != "cuda":
         return bool(config.offload)
@@ -138,7 +165,7 @@ def _frozen(model: GraphModule) -> Iterator[None]:
         set_fake_quantize(model, False, False)
 
 
-def _check_memory(used: int, streams: list[Stream], config: AdaRoundConfig) -> None:
+def _check_memory(used: int, streams: list[Stream], config: ReconstructionConfig) -> None:
     if config.memory_limit_bytes is not None and used > config.memory_limit_bytes:
         rows = sum(stream.rows for stream in streams)
         fit = rows * config.memory_limit_bytes // used

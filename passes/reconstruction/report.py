@@ -1,4 +1,4 @@
-"""What reconstruction did: a row per block."""
+"""What reconstruction did: a row per unit (block, layer or window)."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -6,15 +6,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block.
+    """One unit.
 
     Attributes:
-        block: fully qualified name.
+        block: fully qualified name of the block or linear; of a window, that of its first and last block.
         layers: quantized linears in it.
-        loss_before: squared error of its output with round-to-nearest, relative to the output's power, on quantized inputs.
+        loss_before: the objective (squared error relative to the output's power) of the unit's output on quantized inputs,
+            with the rounding before: to nearest, or what an earlier window settled.
         loss_after: the same with the rounding that was kept.
-        changed: fraction of its weights whose code differs from round-to-nearest.
-        kept: ``"learned"``, or ``"nearest"`` where learning did not improve the error on all calibration rows.
+        changed: fraction of its weights whose level differs from that of round-to-nearest.
+        kept: ``"learned"`` or ``"solved"`` (closed form); or, where that did not improve the error on all calibration rows,
+            ``"nearest"``, or ``"earlier"`` if an earlier window had settled some of the weights.
         seconds: spent on it.
     """
 
@@ -32,7 +34,7 @@ class ReconstructionReport:
     """Rows in the order of the graph.
 
     Attributes:
-        rows: one for each block.
+        rows: one for each unit.
         seconds: in total.
         stream_bytes: the most memory that the two streams of block inputs and outputs took.
     """

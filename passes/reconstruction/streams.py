@@ -106,7 +106,6 @@ class Stream:
     def __init__(self, values: Sequence[Values], rows: Rows):
         self._rows = rows
         self._device = self._home = torch.device("cpu")
-        self._same = False
         self._standing_for: int | None = None
         self.rows = sum(rows.count(v) for v in values)
         self.peak = 0
@@ -115,6 +114,7 @@ class Stream:
             stacked = torch.cat([v[name] for v in values], rows.dims[name]) if rows.dims.get(name, -1) >= 0 else value
             self.full[name] = stacked.detach() if isinstance(stacked, Tensor) else stacked
         self.quantized: Values = dict(self.full)
+        self._exact = set(self.full)
 
     def move_to(self, device: torch.device, offload: bool = False) -> None:
         """Compute on ``device``, and keep the values there too, or ``offload`` all but the rows in use to host memory."""
@@ -155,29 +155,35 @@ class Stream:
         return alone
 
     def advance_full(self, segment: Segment, chunk: int) -> None:
-        """Run ``segment`` (observers paused) over all rows, ``chunk`` at a time, and keep what later segments read."""
-        self._same = not segment.quantizes and all(self.full[name] is self.quantized[name] for name in segment.inputs)
-        self._advance(self.full, segment, chunk)
+        """Run ``segment`` (observers paused) over all rows, ``chunk`` at a time, and keep what later segments read.
+
+        Values that depend on nothing quantized go into both streams.
+        """
+        if not segment.quantizes and self._exact.issuperset(segment.inputs):
+            self._exact.update(segment.outputs)
+            self._advance([self.full, self.quantized], segment, chunk)
+        else:
+            self._advance([self.full], segment, chunk)
+        self._drop(self.full, segment)
 
     def advance_quantized(self, segment: Segment, chunk: int) -> None:
-        """Likewise, the quantized stream, after :meth:`advance_full`."""
-        if self._same:
-            self.quantized |= {name: self.full[name] for name in segment.outputs if name in self.full}
-            self._drop(self.quantized, segment)
-        else:
-            self._advance(self.quantized, segment, chunk)
+        """Likewise, the quantized stream; :meth:`advance_full` comes first, and may be several segments ahead."""
+        if not self._exact.issuperset(segment.outputs):
+            self._advance([self.quantized], segment, chunk)
+        self._drop(self.quantized, segment)
 
     @torch.no_grad()
-    def _advance(self, values: Values, segment: Segment, chunk: int) -> None:
+    def _advance(self, streams: list[Values], segment: Segment, chunk: int) -> None:
+        """Compute a segment from the first of these streams, for all of them."""
         kept = [(i, name) for i, name in enumerate(segment.outputs) if name not in segment.dead]
         results: Values = {}
         for rows in self.chunks(chunk):
-            outputs = segment.graph(*self.select(values, segment.inputs, rows))
+            outputs = segment.graph(*self.select(streams[0], segment.inputs, rows))
             for position, name in kept:
                 self._store(results, name, outputs[position], rows)
-        values.update(results)
+        for values in streams:
+            values.update(results)
         self.peak = max(self.peak, self._nbytes())
-        self._drop(values, segment)
 
     def _drop(self, values: Values, segment: Segment) -> None:
         for name in segment.dead:

@@ -1,12 +1,17 @@
 """``linear(cat([a, b]))`` as ``linear(a) + linear(b)``, so that each part is quantized with scales of its own."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer import Quantizer
+
+from fp4dit_ao.passes.transforms.annotated_linears import annotated_linears, linear_name
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record
+from fp4dit_ao.passes.transforms.scaled_linear import INPUT_SCALE, scaled_input
 
 _ATEN = torch.ops.aten
 _FEATURE_WISE = (
@@ -32,7 +37,7 @@ class SplitLinear(nn.Module):
     """A linear whose input features are split: ``part0(x[..., :a]) + part1(x[..., a:]) + …``.
 
     Args:
-        linear: that it replaces; its parameters are shared.
+        linear: that it replaces; its parameters are shared. The scale of a ``ScaledLinear`` is applied before splitting.
         sizes: input features of each part.
     """
 
@@ -40,6 +45,9 @@ class SplitLinear(nn.Module):
         super().__init__()
         self.sizes = list(sizes)
         self.register_parameter("bias", linear.bias)
+        if isinstance(scale := getattr(linear, INPUT_SCALE, None), Tensor):
+            stored = INPUT_SCALE not in linear._non_persistent_buffers_set
+            self.register_buffer(INPUT_SCALE, scale, persistent=stored)
         for index, (size, weight) in enumerate(zip(sizes, linear.weight.split(self.sizes, 1), strict=True)):
             part = nn.Linear(size, linear.out_features, bias=False, device="meta")
             part.weight = nn.Parameter(weight.detach(), requires_grad=False)
@@ -47,10 +55,10 @@ class SplitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(…, in_features)`` to ``(…, out_features)``."""
-        first, *others = zip(self.children(), x.split(self.sizes, -1), strict=True)
+        first, *others = zip(self.children(), scaled_input(self, x).split(self.sizes, -1), strict=True)
         weight: Any = first[0].weight
         bias: Any = self.bias
-        total = F.linear(first[1], weight, bias)
+        total = F.linear(scaled_input(*first), weight, bias)
         for part, piece in others:
             total = total + part(piece)
         return total
@@ -59,7 +67,7 @@ class SplitLinear(nn.Module):
 def joined_features(node: Node) -> list[int] | None:
     """How many features of each tensor a linear's input joins; None if it joins none, or sizes vary."""
     source: Any = node.args[0]
-    while isinstance(source, Node) and source.target in _FEATURE_WISE:
+    while isinstance(source, Node) and (source.target in _FEATURE_WISE or _is_scaled(source)):
         source = source.args[0]
     if not isinstance(source, Node) or source.target is not _ATEN.cat.default or len(source.args) < 2:
         return None
@@ -72,18 +80,12 @@ def joined_features(node: Node) -> list[int] | None:
     return sizes if fits and sum(sizes) == features else None
 
 
-def part_sizes(weights: Iterable[tuple[str, Tensor]]) -> dict[str, list[int]]:
-    """By the name of every linear that was split: the input features of its parts.
-
-    Args:
-        weights: (name, parameter) of a graph.
-    """
-    sizes: dict[str, dict[str, int]] = {}
-    for name, weight in weights:
-        part, _, leaf = name.rpartition(".")
-        if leaf == "weight" and whole_name(part) != part:
-            sizes.setdefault(whole_name(part), {})[part] = weight.shape[-1]
-    return {whole: [parts[part_name(whole, i)] for i in range(len(parts))] for whole, parts in sizes.items()}
+def _is_scaled(node: Node) -> bool:
+    """Whether a node multiplies its first argument by a stored tensor, channel by channel."""
+    if node.target is not _ATEN.mul.Tensor or not isinstance(node.args[0], Node):
+        return False
+    scale = node.args[1]
+    return isinstance(scale, Node) and scale.op == "get_attr" and scale.meta["val"].ndim <= 1
 
 
 def split_modules(model: nn.Module, sizes: Mapping[str, Sequence[int]]) -> None:
@@ -103,22 +105,70 @@ def split_modules(model: nn.Module, sizes: Mapping[str, Sequence[int]]) -> None:
         setattr(model.get_submodule(parent), leaf, SplitLinear(linear, parts))
 
 
-def split_linears(model: GraphModule, wanted: Callable[[Node], bool]) -> None:
-    """Split every linear that is ``wanted`` and whose input joins tensors along the features, in place.
+class SplitInputs(GraphTransform):
+    """Splits linears whose input joins tensors along the features, so that each part has scales of its own.
 
-    A part's weight is a parameter ``….skip_linear.part0.weight``, beside the bias; the whole weight goes.
+    A part's weight is a parameter ``….skip_linear.part0.weight``, beside the bias; the whole weight goes. Source: the shortcut
+    splitting of Q-Diffusion (arXiv 2302.04304, section 4.3.2).
+
+    Args:
+        quantizer: what it quantizes is split.
+        wanted: says of a linear's node whether to split it if that is possible, in place of ``quantizer``; every one if both
+            are None.
+
+    Attributes:
+        parts: input features of the parts of every linear that is split, by its name.
     """
-    changed = False
-    for node in list(model.graph.nodes):
-        if node.target is _ATEN.linear.default and wanted(node):
-            weight, sizes = node.args[1], joined_features(node)
-            if sizes is not None and weight.op == "get_attr":
-                _split(model, node, sizes)
-                changed = True
-    if changed:
-        model.graph.eliminate_dead_code()
-        model.graph.lint()
-        model.recompile()
+
+    name: ClassVar[str] = "split_inputs"
+    needs_data: ClassVar[bool] = False
+
+    def __init__(self, quantizer: Quantizer | None = None, wanted: Callable[[Node], bool] | None = None):
+        self.quantizer = quantizer
+        self.wanted = wanted
+        self.parts: dict[str, list[int]] = {}
+
+    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Find the linears to split; ``samples`` have no influence."""
+        wanted = self.wanted
+        if wanted is None and self.quantizer is not None:
+            wanted = {linear.node for linear in annotated_linears(graph, self.quantizer)}.__contains__
+        self.parts = {}
+        for node in graph.graph.nodes:
+            if node.target is _ATEN.linear.default and (wanted is None or wanted(node)):
+                sizes = joined_features(node) if linear_name(node) else None
+                if sizes is not None:
+                    self.parts[linear_name(node)] = sizes
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.parts)
+
+    def rewrite(self, graph: GraphModule) -> None:
+        left = dict(self.parts)
+        for node in list(graph.graph.nodes):
+            name = linear_name(node) if node.target is _ATEN.linear.default else ""
+            if name in self.parts:
+                sizes = left.pop(name, self.parts[name])
+                if sum(sizes) != node.args[1].meta["val"].shape[-1]:
+                    raise ValueError(
+                        f"linear {name} has {node.args[1].meta['val'].shape[-1]} input features, not {sizes}"
+                    )
+                _split(graph, node, sizes)
+        if left:
+            raise ValueError(f"the graph has no linear {next(iter(left))}, which was split; it is of another model")
+
+    def apply_to_modules(self, model: nn.Module) -> None:
+        split_modules(model, self.parts)
+
+    def to_record(self) -> Record:
+        return {"parts": {name: list(sizes) for name, sizes in self.parts.items()}}
+
+    @classmethod
+    def from_record(cls, record: Record) -> "SplitInputs":
+        transform = cls()
+        transform.parts = {str(name): [int(size) for size in sizes] for name, sizes in record["parts"].items()}
+        return transform
 
 
 def _split(model: GraphModule, node: Node, sizes: list[int]) -> None:

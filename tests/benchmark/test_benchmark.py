@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,21 +169,20 @@ def test_processes_end_with_the_measurement():
     assert all(process.poll() is not None for process in processes)
 
 
-def test_short_calls_are_repeated_and_their_first_is_not_counted():
+def test_short_calls_are_repeated_and_their_first_is_not_counted(monkeypatch):
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+
     class Short(Workload):
         calls = 0
 
         def run(self):
             self.calls += 1
-            end = 0.01 if self.calls == 1 else 0.002
-            torch.manual_seed(0)
-            import time
+            clock.now += 0.01 if self.calls == 1 else 0.002
 
-            time.sleep(end)
-
+    monkeypatch.setattr("fp4dit_ao.benchmark.worker.time", clock)
     workload = Short()
-    assert 0.002 <= turn(workload) < 0.009
-    assert 5 <= workload.calls <= 11
+    assert turn(workload) == pytest.approx(0.002)
+    assert workload.calls == 1 + 10  # 0.02 s of calls of 0.002 s
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=9), st.floats(0.01, 100))

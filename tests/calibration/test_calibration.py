@@ -2,19 +2,16 @@
 
 import math
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from fp4dit_ao import FP4DiTQuantizer, QuantConfig, calibrate, capture, collect_samples, w4a6
-from fp4dit_ao.calibration import collection, plan, read_prompts, sample_cache, size_in_bytes
+from fp4dit_ao.calibration import collection, read_prompts, sample_cache, size_in_bytes
 from fp4dit_ao.observers import StaticActivationObserver
 from tests.graphs import TinyDiT, tiny_sample
 from tests.tiny import CALL, tiny_pipeline
@@ -95,18 +92,6 @@ def test_precomputed_embeddings_replace_prompts(pipe: Any) -> None:
         torch.testing.assert_close(a["hidden_states"], b["hidden_states"])
 
 
-@given(calls=st.integers(1, 50), batches=st.integers(1, 40), data=st.data())
-def test_plan_spreads_samples_evenly(calls: int, batches: int, data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, calls * batches))
-    chosen = plan(calls, batches, count)
-    cells = [(batch, call) for batch, kept in chosen.items() for call in kept]
-    assert len(cells) == len(set(cells)) == count
-    per_call = Counter(call for _, call in cells)
-    per_batch = Counter(batch for batch, _ in cells)
-    assert max(per_call.values()) - min(per_call.get(i, 0) for i in range(calls)) <= 1
-    assert max(per_batch.values()) - min(per_batch.get(i, 0) for i in range(batches)) <= 1
-
-
 def test_memory_limit_keeps_fewer_and_says_so(pipe: Any) -> None:
     everything = collect(pipe, samples=None)
     limit = size_in_bytes(everything) // 2
@@ -129,6 +114,7 @@ def test_embeddings_shared_by_a_trajectory_count_once(pipe: Any) -> None:
         ({"prompts": []}, "calibration needs prompts"),
         ({"samples": 0}, "samples=0; at least one is needed"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"selection": "best"}, "unknown sample selection 'best'; choose one of uniform, density_diversity"),
         ({"colour": "red"}, "PixArtSigmaPipeline takes no argument colour"),
         ({"prompt_embeds": torch.zeros(2, 8, 128)}, "prompt_embeds has 2 rows for 3 prompts"),
     ],

@@ -180,8 +180,8 @@ def test_tensors_missing_or_left_over(transformer: Any, change: Callable[[Any], 
     ("change", "message"),
     [
         (
-            lambda c: c["quantization_config"].update(format_version=3),
-            "has format version 3, this fp4dit_ao reads 2; update",
+            lambda c: c["quantization_config"].update(format_version=4),
+            "has format version 4, this fp4dit_ao reads 2 and 3; update",
         ),
         (
             lambda c: c["quantization_config"].update(format_version=1),

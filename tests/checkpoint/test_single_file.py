@@ -2,15 +2,26 @@
 
 import json
 import struct
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torchao.utils import TorchAOBaseTensor
 
-from fp4dit_ao import MinifloatTensor, export_single_file, quantize_modules, read_single_file
-from tests.tiny import tiny_pipeline
+from fp4dit_ao import (
+    MinifloatTensor,
+    QuantConfig,
+    export_single_file,
+    quantize_modules,
+    quantize_pipeline,
+    read_single_file,
+)
+from fp4dit_ao.checkpoint import single_file
+from fp4dit_ao.config import RECIPES
+from tests.tiny import CALL, tiny_pipeline
 
 LAYER = "transformer_blocks.0.attn1.to_q"
 GATE = "transformer_blocks.0.ff.net.0.proj"
@@ -69,7 +80,8 @@ def test_the_reader_gives_every_weight(model: Any, file: Path) -> None:
 def test_it_says_how_inputs_are_quantized_and_where_it_came_from(file: Path) -> None:
     metadata = read_single_file(file).metadata
     assert metadata["layers"][LAYER] == {
-        "kind": "linear", "input": "e2m3", "input_scale": "token", "weight": "e2m1", "block_size": [1, 128],
+        "kind": "linear", "input": "e2m3", "input_scale": "token", "scheme": "grouped", "weight": "e2m1",
+        "block_size": [1, 128],
     }  # fmt: skip
     assert metadata["layers"]["transformer_blocks.0.attn1"]["input"] == "e2m3"
     assert metadata["model"]["_class_name"] == "PixArtTransformer2DModel"
@@ -97,3 +109,53 @@ def test_a_failed_export_leaves_nothing(file: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is no saved transformer"):
         export_single_file(tmp_path / "none", tmp_path / "out.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def floats() -> Any:
+    return tiny_pipeline(layers=1)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_comes_back_exactly(recipe: str, floats: Any, tmp_path: Path) -> None:
+    """What the file says, by NumPy alone, against the tensors that the graph computes with."""
+    pipe = quantize_pipeline(
+        floats, recipe, prompts=["a red cat"], samples=2, rounding="nearest", progress=False, **CALL
+    )
+    transformer = pipe.transformer
+    transformer.save_pretrained(tmp_path / "t")
+    export_single_file(tmp_path / "t", tmp_path / "one.safetensors")
+    found = read_single_file(tmp_path / "one.safetensors")
+    quantized = 0
+    for name, parameter in transformer.graph.named_parameters():
+        layer, weight = name.removesuffix(".weight"), parameter.detach()
+        if isinstance(weight, TorchAOBaseTensor):
+            quantized += 1
+            np.testing.assert_array_equal(found.weight(layer), weight.dequantize(torch.float32).numpy())
+            np.testing.assert_array_equal(found.codes(layer), weight.codes.numpy())
+        else:
+            np.testing.assert_array_equal(found.tensors[name], weight.numpy())
+    assert quantized == 10
+    for name, buffer in transformer.graph.named_buffers():
+        if name.endswith(".input_scale"):
+            np.testing.assert_array_equal(found.tensors[name], buffer.numpy())
+    static = [name for name in found.tensors if name.endswith(".input_scale")]
+    assert bool(static) == (QuantConfig.from_name(recipe).activation_granularity == "tensor")
+
+
+def test_hardware_floats_are_read_as_torch_reads_them(tmp_path: Path) -> None:
+    """Every byte of E4M3 and E8M0, against torch's conversion."""
+    every = torch.arange(256, dtype=torch.uint8)
+    for name, dtype in (("F8_E4M3", torch.float8_e4m3fn), ("F8_E8M0", torch.float8_e8m0fnu)):
+        expected = every.view(dtype).float().numpy()
+        place = {"data_offsets": [0, 256], "dtype": name, "shape": [256]}
+        data = every.numpy()
+        np.testing.assert_array_equal(single_file._tensor("x", place, data, sha256(data).hexdigest()), expected)
+
+
+def test_files_that_name_no_scheme_are_grouped(file: Path) -> None:
+    """As they were written before there were several."""
+    found = read_single_file(file)
+    before = {k: v for k, v in found.metadata["layers"][LAYER].items() if k != "scheme"}
+    old = single_file.SingleFile(found.tensors, {**found.metadata, "layers": {LAYER: before}})
+    np.testing.assert_array_equal(old.weight(LAYER), found.weight(LAYER))

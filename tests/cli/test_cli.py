@@ -91,15 +91,28 @@ def test_quantize_says_what_it_did(quantized):
     assert not list(quantized.rglob("*.bin"))
 
 
-def test_learned_rounding_leaves_a_report(folders):
+@pytest.mark.parametrize(
+    ("method", "unit"),
+    [
+        (["--iters", 2], "| transformer_blocks.1 |"),
+        (["--rounding", "gptq"], "| transformer_blocks.1 |"),
+        (
+            ["--rounding", "adaround", "--scope", "window", "--iters", 2],
+            "| transformer_blocks.0 … transformer_blocks.1 |",
+        ),
+    ],
+    ids=["default", "gptq", "window"],
+)
+def test_rounding_on_data_leaves_a_report(folders, method, unit):
+    out = folders / "-".join(map(str, method))
     result = run(
-        "quantize", folders / "float", "--iters", 2, "--samples", 4, "--recipe", "w4a8", "--skip", "*attn2*",
-        "--prompts", folders / "prompts.txt", "--out", folders / "learned",
+        "quantize", folders / "float", *method, "--samples", 4, "--recipe", "w4a8", "--skip", "*attn2*",
+        "--prompts", folders / "prompts.txt", "--out", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "transformer_blocks.1" in (folders / "learned" / "reconstruction.md").read_text()
-    assert not (folders / "learned.unfinished").exists()
-    kept = run("inspect", folders / "learned").stdout
+    assert unit in (out / "reconstruction.md").read_text()
+    assert not out.with_name(out.name + ".unfinished").exists()
+    kept = run("inspect", out).stdout
     assert re.search(r"attn2\.to_q .*name matches '\*attn2\*'", kept)
 
 
@@ -253,8 +266,11 @@ def test_benchmark_refuses_before_any_work(options, words, tmp_path):
     ("options", "words"),
     [
         (["--recipe", "w3a3"], ["unknown recipe 'w3a3'", "w4a6"]),
-        (["--rounding", "up"], ["unknown --rounding 'up'", "nearest"]),
-        (["--rounding", "nearest", "--iters", 3], ["--iters"]),
+        (["--rounding", "up"], ["unknown rounding 'up'", "nearest", "gptq"]),
+        (["--objective", "beauty"], ["unknown objective 'beauty'", "mse"]),
+        (["--scope", "world"], ["unknown scope 'world'", "block, layer, window"]),
+        (["--rounding", "nearest", "--iters", 3], ["--iters", "--rounding nearest"]),
+        (["--rounding", "gptq", "--iters", 3], ["--iters", "--rounding gptq"]),
         (["--prompts", "EMPTY"], ["holds no prompts"]),
         (["--prompts", "ABSENT"], ["there is no prompt file"]),
         (["--prompts", "BINARY"], ["is not UTF-8"]),
@@ -299,21 +315,18 @@ def test_a_pipeline_without_a_transformer_is_refused(folders, tmp_path):
     assert not (tmp_path / "out.unfinished").exists()
 
 
-def test_a_group_that_does_not_divide_is_refused(folders, tmp_path):
+def test_a_group_that_does_not_divide_becomes_the_largest_that_does(folders, tmp_path):
+    """As ``quantize_pipeline`` does for every family of the table."""
     tiny_pipeline(width=192, layers=1).save_pretrained(tmp_path / "narrow")
     (tmp_path / "narrow" / "generation.json").write_text(json.dumps(CALL))
     result = run(
-        "quantize",
-        tmp_path / "narrow",
-        "--prompts",
-        folders / "prompts.txt",
-        "--out",
-        tmp_path / "out",
-        "--rounding",
-        "nearest",
-    )
-    refused(result, "transformer_blocks.0.attn1.to_q", "128", "192", "indivisible")
-    assert [path.name for path in tmp_path.iterdir()] == ["narrow"]
+        "quantize", tmp_path / "narrow", "--prompts", folders / "prompts.txt", "--out", tmp_path / "out",
+        "--rounding", "nearest",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    decisions = QuantizedTransformer.from_pretrained(tmp_path / "out" / "transformer").decisions
+    sizes = {decision.name: decision.config.group_size for decision in decisions if decision.config}
+    assert sizes["transformer_blocks.0.attn1.to_q"] == 96
 
 
 @pytest.mark.parametrize("model", ["nowhere/at/all", "./nowhere", "nowhere"])

@@ -14,11 +14,11 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torchao.utils import TorchAOBaseTensor
 from typer.testing import CliRunner
 
 from fp4dit_ao import MinifloatTensor, quantize_pipeline, unpack_weights
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.cli.app import app
 from fp4dit_ao.cli.export import find_transformer
 from fp4dit_ao.deploy import exported_transformer

@@ -130,9 +130,10 @@ def test_fusing_rounds_the_sum_and_unfusing_restores_every_bit(recipe: str) -> N
 def quantized_alone(weight: torch.Tensor, recipe: str) -> torch.Tensor:
     """What ``quantize_modules`` makes of a model whose weights are this one."""
     from fp4dit_ao import QuantConfig
-    from fp4dit_ao.schemes.low_bit_weight import low_bit_weight
+    from fp4dit_ao.schemes import scheme_of
 
-    return low_bit_weight("alone", weight, QuantConfig.from_name(recipe)).dequantize()
+    config = QuantConfig.from_name(recipe)
+    return scheme_of(config).round_to_nearest("alone", weight, config).dequantize()
 
 
 def test_a_fused_lora_does_what_it_did_unfused_but_for_rounding() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fp4dit_ao import AdaRoundConfig, MinifloatTensor, load_pipeline, quantize_pipeline, w4a6_auto
+from fp4dit_ao import AdaRoundConfig, MinifloatTensor, ReconstructionConfig, load_pipeline, quantize_pipeline, w4a6_auto
 from fp4dit_ao.calibration.pipeline_arguments import generation_defaults
 from fp4dit_ao.diffusers_integration.pipeline_folder import resolve_folder
 from tests.tiny import CALL, tiny_pipeline
@@ -116,7 +116,11 @@ def test_formats_chosen_on_data(original: Any, tmp_path: Path) -> None:
     ("kwargs", "message"),
     [
         ({"recipe": "w3a3"}, "unknown recipe 'w3a3'; choose one of"),
-        ({"rounding": "up"}, "rounding='up'; choose one of adaround, nearest"),
+        ({"rounding": "up"}, "unknown rounding 'up'; choose one of nearest, scale_aware, adaround, gptq"),
+        ({"objective": "beauty"}, "unknown objective 'beauty'; choose one of mse"),
+        ({"scope": "world"}, "unknown scope 'world'; choose one of block, layer, window"),
+        ({"rounding": "gptq", "reconstruction": ReconstructionConfig()}, "reconstruction has rounding='scale_aware'"),
+        ({"adaround": AdaRoundConfig(), "reconstruction": ReconstructionConfig()}, "give one of the two"),
         ({"prompts": []}, "calibration needs prompts"),
         ({"skip": ["blocks.9.*"]}, "matches no linear or attention"),
     ],

@@ -1,12 +1,15 @@
 """Images and their metrics: what is generated does not depend on batching, and the numbers agree with plain formulas."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from fp4dit_ao.evaluation import metrics
-from fp4dit_ao.evaluation.fidelity import Comparison, Evaluation, Fidelity, generate, markdown_table
+from fp4dit_ao.evaluation.fidelity import Comparison, Evaluation, Fidelity, generate
+from fp4dit_ao.util.markdown import markdown_table
+from tests.conftest import ROOT
 from tests.tiny import CALL, tiny_pipeline
 
 RANDOM = np.random.default_rng(0)
@@ -105,9 +108,23 @@ def test_a_proportion_of_one_is_not_certain():
     assert 0.9 < found.low < 0.95
 
 
-def test_wilson_matches_a_published_value():
-    low, high = metrics.wilson(7, 10)  # Wikipedia's formula, evaluated by hand
-    assert (low, high) == (pytest.approx(0.3968, abs=1e-4), pytest.approx(0.8922, abs=1e-4))
+def test_a_proportion_of_zero_has_the_published_interval():
+    found = metrics.estimate(np.zeros((3, 20), dtype=bool))
+    # Newcombe (1998), Statistics in Medicine 17, table I, method 3: 0 of 20
+    assert (found.low, found.high) == (pytest.approx(0, abs=5e-5), pytest.approx(0.1611, abs=5e-5))
+
+
+def test_one_prompt_has_no_interval():
+    found = metrics.estimate(np.array([[1.0], [3.0]]))
+    assert (found.value, found.low, found.high) == (2, 2, 2)
+
+
+def test_published_intervals_are_reproduced():
+    published = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())
+    for row in published["variants"]:
+        for name, estimate in Fidelity.from_dict(row).estimates().items():
+            for end, value in asdict(estimate).items():
+                assert value == pytest.approx(row["estimates"][name][end], abs=1e-6), (row["name"], name, end)
 
 
 def test_a_paired_difference_is_narrower_than_its_parts(images):

@@ -151,7 +151,9 @@ def test_levels_of_two_digits_up_to_the_largest_score() -> None:
     x = torch.ones(1, 1, 3, 256) * torch.tensor([1.0, -1.0, 2.0])[:, None]
     y = OP.attention(x, x, x, None, 1e-2, "e3m4")
     check(y, exact(x, x, x, None, 1e-2, "e3m4"), 1e-5)
-    assert not kernel._fits(*(x,) * 3, None, "e4m3fn"), "three digits"
+    for fmt, unit in (("e3m4", "int8 scores, compiled kernel"), ("e4m3fn", "PyTorch's attention, rounded values")):
+        operands = kernel.AttentionOperands(parse(fmt), torch.device("cpu"), 256)
+        assert kernel.ATTENTION.pick(operands).name == unit, "two digits, three digits"
 
 
 @pytest.mark.parametrize("fmt", ["e2m3", "e3m4"])
@@ -189,21 +191,26 @@ def test_compiles_without_a_break() -> None:
 
 @needs_kernel
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "message"),
     [
-        {"k": torch.zeros(1, 1, 2, 5, 32, dtype=torch.int8)},
-        {"v": torch.zeros(1, 1, 2, 6, 16, dtype=torch.int8)},
-        {"v": torch.zeros(2, 1, 2, 5, 16, dtype=torch.int8)},
-        {"q": torch.zeros(1, 1, 2, 5, 16)},
-        {"q_scale": torch.ones(1, 2, 4)},
-        {"output_dtype": torch.float64},
+        (
+            {"k": torch.zeros(1, 1, 2, 5, 32, dtype=torch.int8)},
+            r"k has shape \(1, 1, 2, 5, 32\); expected \(1, 1, 2, 5, 16\)",
+        ),
+        ({"v": torch.zeros(1, 1, 2, 6, 16, dtype=torch.int8)}, r"v has shape \(1, 1, 2, 6, 16\); .* that of k"),
+        ({"v": torch.zeros(2, 1, 2, 5, 16, dtype=torch.int8)}, r"v has shape \(2, 1, 2, 5, 16\)"),
+        ({"q": torch.zeros(1, 1, 2, 5, 16)}, "q has torch.float32; expected torch.int8"),
+        ({"q": torch.zeros(1, 2, 5, 16, dtype=torch.int8)}, r"q has shape \(1, 2, 5, 16\); expected \(digits, batch"),
+        ({"q": torch.zeros(3, 1, 2, 5, 16, dtype=torch.int8)}, "q has 3 digits; expected 1 to 2"),
+        ({"q": torch.zeros(1, 1, 2, 5, 300, dtype=torch.int8)}, "q has heads of 300 features; expected at most 256"),
+        ({"q_scale": torch.ones(1, 2, 4)}, r"q_scale has shape \(1, 2, 4\); expected \(1, 2, 5\), one for each token"),
+        ({"output_dtype": torch.float64}, "output_dtype has torch.float64; expected one of torch.float32"),
     ],
-    ids=["dim", "keys", "digits", "type", "scale", "output"],
 )
-def test_what_does_not_fit_is_refused(wrong: dict) -> None:
+def test_what_does_not_fit_is_refused_by_name(wrong: dict, message: str) -> None:
     arguments = {}
     for name in "qkv":
         arguments |= {name: torch.zeros(1, 1, 2, 5, 16, dtype=torch.int8), f"{name}_scale": torch.ones(1, 2, 5)}
     arguments |= {"bias": None, "scale": 1.0, "output_dtype": torch.float32}
-    with pytest.raises(ValueError, match=r"int8_attention: q \(1, 1, 2, 5, 16\), k .* do not fit"):
+    with pytest.raises(ValueError, match=f"^int8_attention: {message}"):
         kernel.run(**(arguments | wrong))

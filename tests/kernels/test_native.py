@@ -10,8 +10,9 @@ from torch._dynamo.backends.common import aot_autograd
 
 from benchmarks import tokens as benchmark
 from fp4dit_ao import FloatFormat, MinifloatTensor
-from fp4dit_ao.kernels import int8_backend, token_quantization
-from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels import int8_linear as int8_products
+from fp4dit_ao.kernels import token_quantization
+from fp4dit_ao.kernels.cpu import int8_linear, native
 from fp4dit_ao.ops import choose_scale
 
 E3M0 = [0, 1, 2, 4, 8, 16, 32, 64, 0, -1, -2, -4, -8, -16, -32, -64]
@@ -53,7 +54,7 @@ def oracle(p: dict) -> tuple[torch.Tensor, torch.Tensor]:
 def check(p: dict) -> None:
     exact, magnitude = oracle(p)
     for kernel in instruction_sets():
-        y = native.run(**p, kernel=kernel)
+        y = int8_linear.run(**p, kernel=kernel)
         assert ((y - exact).abs() <= 1e-6 * magnitude + 1e-30).all(), kernel
 
 
@@ -128,7 +129,7 @@ def test_half_outputs_round_to_nearest_even_everywhere(dtype, features, lower) -
     }  # fmt: skip
     expected = value.to(dtype).expand(-1, features)
     for kernel in instruction_sets():
-        got = native.run(**p, output_dtype=dtype, kernel=kernel)
+        got = int8_linear.run(**p, output_dtype=dtype, kernel=kernel)
         assert torch.equal(got.isnan(), expected.isnan())
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0)), kernel
 
@@ -137,8 +138,10 @@ def test_half_outputs_round_to_nearest_even_everywhere(dtype, features, lower) -
 def test_outputs_too_large_for_a_cache(features) -> None:
     p = problem(2050, features, 128, 128)
     for kernel in instruction_sets():
-        wide = native.run(**p, kernel=kernel)
-        assert torch.equal(native.run(**(p | {"output_dtype": torch.bfloat16}), kernel=kernel), wide.bfloat16()), kernel
+        wide = int8_linear.run(**p, kernel=kernel)
+        assert torch.equal(int8_linear.run(**(p | {"output_dtype": torch.bfloat16}), kernel=kernel), wide.bfloat16()), (
+            kernel
+        )
 
 
 @pytest.mark.parametrize("threads", [1, 3, 16])
@@ -148,12 +151,12 @@ def test_rows_are_shared_among_any_number_of_threads(threads) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        whole = native.run(**p)
+        whole = int8_linear.run(**p)
     finally:
         torch.set_num_threads(before)
     for row in (0, 191, 192, 858, 1031, 1032, 1699):
         one = p | {name: p[name][row : row + 1] for name in ("tokens", "token_scale")}
-        assert torch.equal(native.run(**one)[0], whole[row])
+        assert torch.equal(int8_linear.run(**one)[0], whole[row])
 
 
 def test_threads_and_strides_change_no_bit() -> None:
@@ -161,40 +164,52 @@ def test_threads_and_strides_change_no_bit() -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = native.run(**p)
+        alone = int8_linear.run(**p)
         torch.set_num_threads(4)
-        assert torch.equal(native.run(**p), alone)
+        assert torch.equal(int8_linear.run(**p), alone)
     finally:
         torch.set_num_threads(threads)
     columns = {name: p[name].T.contiguous().T for name in ("tokens", "qdata", "scale")}
-    assert torch.equal(native.run(**(p | columns)), alone)
+    assert torch.equal(int8_linear.run(**(p | columns)), alone)
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        {"qdata": torch.zeros(70, 100, dtype=torch.uint8)},
-        {"scale": torch.ones(3, 2)},
-        {"scale": torch.ones(70, 3)},
-        {"token_scale": torch.ones(2, 1)},
-        {"bias": torch.ones(69)},
-        {"table": [0] * 15},
-        {"table": [-128] * 16},
-        {"tokens": torch.zeros(9, 256)},
-        {"output_dtype": torch.float64},
-        {"digits": 0},
-        {"digits": 2},
-        {"digits": 4, "tokens": torch.zeros(36, 256, dtype=torch.int8)},
+        ({"qdata": torch.zeros(70, 100, dtype=torch.uint8)}, "qdata has rows of 100 bytes; expected 128, for the 256"),
+        ({"qdata": torch.zeros(70, 128)}, "qdata has torch.float32; expected torch.uint8"),
+        ({"qdata": torch.zeros(128, dtype=torch.uint8)}, r"qdata has shape \(128,\); expected two dimensions"),
+        ({"scale": torch.ones(3, 2)}, "scale has 3 rows; expected 1 or 70"),
+        (
+            {"scale": torch.ones(70, 3)},
+            "scale has 3 groups; expected a number that cuts 256 features into multiples of 4",
+        ),
+        ({"scale": torch.ones(70, 0)}, "scale has 0 groups"),
+        ({"scale": torch.ones(70, 128)}, "scale has 128 groups"),
+        ({"token_scale": torch.ones(2, 1)}, "token_scale has 2 scales; expected 9"),
+        ({"bias": torch.ones(69)}, r"bias has shape \(69,\); expected \(70,\)"),
+        ({"table": [0] * 15}, r"table has \[0, .*\]; expected sixteen levels within \+-127"),
+        ({"table": [-128] * 16}, r"table has \[-128, .*\]; expected sixteen levels within \+-127"),
+        ({"tokens": torch.zeros(9, 256)}, "tokens has torch.float32; expected torch.int8"),
+        ({"output_dtype": torch.float64}, "output_dtype has torch.float64; expected one of torch.float32"),
+        ({"digits": 0}, "digits has 0; expected 1 to 3"),
+        ({"digits": 2}, "token_scale has 9 scales; expected 4.5, for 9 rows of 2 digits"),
+        ({"digits": 4, "tokens": torch.zeros(36, 256, dtype=torch.int8)}, "digits has 4; expected 1 to 3"),
+        ({"kernel": "mmx"}, "kernel has 'mmx'; expected one of .*portable"),
+        (
+            {"tokens": torch.zeros(9, 0, dtype=torch.int8), "qdata": torch.zeros(70, 0, dtype=torch.uint8)},
+            "scale has 2 groups; expected a number that cuts 0 features",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused(change) -> None:
-    with pytest.raises(ValueError, match="do not fit"):
-        native.run(**(problem(9, 70, 256, 128) | change))
+def test_what_does_not_fit_is_refused_by_name(change, message) -> None:
+    with pytest.raises(ValueError, match=f"^int8_linear: {message}"):
+        int8_linear.run(**(problem(9, 70, 256, 128) | change))
 
 
 def test_no_rows() -> None:
-    assert native.run(**problem(0, 70, 256, 128)).shape == (0, 70)
-    assert native.run(**problem(0, 70, 256, 128, digits=2)).shape == (0, 70)
+    assert int8_linear.run(**problem(0, 70, 256, 128)).shape == (0, 70)
+    assert int8_linear.run(**problem(0, 70, 256, 128, digits=2)).shape == (0, 70)
 
 
 @pytest.mark.parametrize("fmt", ["e2m1", "e3m0", "e1m2", "e1m1"])
@@ -223,7 +238,7 @@ def test_a_missing_library_is_said_once(found, reason, monkeypatch, tmp_path) ->
         with pytest.warns(UserWarning, match=rf"no compiled kernel \(.*({reason}).* Install gcc"):
             assert native.shared_object() is None
         assert native.kernels() == {}
-        assert not native.supports(torch.ones(1), 4, 128)
+        assert not int8_linear.supports(torch.device("cpu"), 4, 128)
     finally:
         native.shared_object.cache_clear()
 
@@ -296,8 +311,8 @@ def test_products_on_operators_are_the_specification() -> None:
     tokens = fmt.round(x / token_scale).to(torch.int8)
     codes = torch.stack([p["qdata"] & 15, p["qdata"] >> 4], -1).flatten(1)
     levels = torch.tensor(WILD, dtype=torch.int8)[codes.long()]
-    expected = int8_backend._products(tokens, levels, p["scale"], 64) * token_scale
-    got = native.run(tokens, token_scale, p["qdata"], p["scale"], WILD, None, torch.float32)
+    expected = int8_products.group_products(tokens, levels, p["scale"]) * token_scale
+    got = int8_linear.run(tokens, token_scale, p["qdata"], p["scale"], WILD, None, torch.float32)
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -306,8 +321,8 @@ def test_products_on_operators_are_the_specification() -> None:
 
 def _both(x: torch.Tensor, fmt: str) -> None:
     """The compiled loop and the operators it stands for, to the bit."""
-    levels, scale = token_quantization._run(x, fmt)
-    expected, expected_scale = token_quantization._quantize(x, fmt)
+    levels, scale = token_quantization.compiled_tokens(x, fmt)
+    expected, expected_scale = token_quantization.operator_tokens(x, fmt)
     assert torch.equal(levels, expected)
     assert torch.equal(scale.view(torch.int32), expected_scale.view(torch.int32)) or scale.isnan().any()
     assert torch.equal(scale.isnan(), expected_scale.isnan())
@@ -354,7 +369,7 @@ def test_compiled_tokens_of_wild_floats(values: list[float], fmt: str) -> None:
 def test_compiled_graphs_quantize_large_tensors_in_the_loop(rows: int) -> None:
     torch.compiler.reset()
     x = torch.randn(300, 512)
-    expected = token_quantization._run(x[:rows] + 1, "e2m3")
+    expected = token_quantization.compiled_tokens(x[:rows] + 1, "e2m3")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
         got = torch.compile(lambda x: token_quantization.quantize_tokens(x + 1, "e2m3"))(x[:rows])
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -382,5 +397,5 @@ def test_compiled_tokens_take_any_layout(fmt: str) -> None:
             x, x[0, 0], x[0, 0, 0], x.transpose(1, 2), x.transpose(0, 2), x[:, ::2], x[:, :, 1:], x[..., ::3],
             x.expand(2, 3, 5, 7, features), x[:, :1].expand(3, 5, 7, features), torch.nn.Parameter(x),
         ):  # fmt: skip
-            assert token_quantization._runs_natively(view, fmt)
+            assert token_quantization.TOKENS.pick(token_quantization._operands(view, fmt)).name == "compiled loop"
             _both(view, fmt)

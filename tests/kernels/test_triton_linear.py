@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 import fp4dit_ao.kernels
 from fp4dit_ao import FloatFormat, MinifloatTensor
-from fp4dit_ao.kernels import int8_backend
-from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels.cpu import int8_linear as compiled_linear
+from fp4dit_ao.kernels.cpu.int8_linear import level_table
 from fp4dit_ao.kernels.cuda import int8_linear
 from tests.kernels.test_native import WILD, oracle, problem
 
@@ -130,7 +130,7 @@ def test_a_linear_is_the_same_through_it(kernel, fmt, act_fmt, dtype, monkeypatc
     x, bias = torch.randn(2, 5, 256, dtype=dtype).to(DEVICE), torch.randn(70, dtype=dtype).to(DEVICE)
     with monkeypatch.context() as patch:
         patch.setattr(int8_linear, "supports", lambda *_: False)
-        patch.setattr(native, "supports", lambda *_: False)
+        patch.setattr(compiled_linear, "supports", lambda *_: False)
         on_operators = F.linear(x, weight, bias)
     if DEVICE == "cpu":
         monkeypatch.setattr(fp4dit_ao.kernels.cuda, "triton_linear", kernel, raising=False)
@@ -156,7 +156,7 @@ def test_fp8_levels_are_exact(kernel, fmt, packed) -> None:
     """Products and sums below 2^24 steps: exact in a full float32 accumulator, which the interpreter's is."""
     p = problem(9, 33, 256, 128)
     tokens = FloatFormat.parse("e2m3").round(p["tokens"].float() / 2)
-    p |= {"tokens": tokens.to(torch.float8_e4m3fn), "table": native.levels(FloatFormat.parse(fmt))}
+    p |= {"tokens": tokens.to(torch.float8_e4m3fn), "table": level_table(FloatFormat.parse(fmt))}
     exact, magnitude = oracle(p)
     if not packed:
         codes = torch.stack([p["qdata"] & 15, p["qdata"] >> 4], -1).flatten(1)
@@ -168,7 +168,7 @@ def test_fp8_levels_are_exact(kernel, fmt, packed) -> None:
 
 def test_fp8_takes_only_levels_that_it_holds(kernel) -> None:
     p = problem(2, 4, 64, 32)
-    with pytest.raises(ValueError, match=r"float8_e4m3fn holds exactly"):
+    with pytest.raises(ValueError, match=r"expected sixteen levels that torch\.float8_e4m3fn holds exactly"):
         run(kernel, p | {"tokens": p["tokens"].to(torch.float8_e4m3fn)})  # WILD has 127, of seven bits
     for words, dtype in ((range(-8, 8), torch.float8_e4m3fn), (WILD, torch.int8)):
         raw = b"".join(word.to_bytes(4, "little", signed=True) for word in kernel.table_words(tuple(words), dtype))
@@ -176,21 +176,22 @@ def test_fp8_takes_only_levels_that_it_holds(kernel) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        {"qdata": torch.zeros(70, 100, dtype=torch.uint8)},
-        {"scale": torch.ones(3, 2)},
-        {"scale": torch.ones(70, 3)},
-        {"token_scale": torch.ones(2, 1)},
-        {"bias": torch.ones(69)},
-        {"table": [0] * 15},
-        {"table": [300] * 16},
-        {"tokens": torch.zeros(9, 256)},
-        {"table": None},
+        ({"qdata": torch.zeros(70, 100, dtype=torch.uint8)}, "weight has rows of 100 bytes; expected 128"),
+        ({"scale": torch.ones(3, 2)}, "scale has 3 rows; expected 1 or 70"),
+        ({"scale": torch.ones(70, 3)}, "scale has 3 groups; expected a number that cuts 256 features into even groups"),
+        ({"scale": torch.ones(70)}, "scale has shape .70,.; expected two dimensions"),
+        ({"token_scale": torch.ones(2, 1)}, "token_scale has 2 scales; expected 9"),
+        ({"bias": torch.ones(69)}, "bias has shape .69,.; expected .70,."),
+        ({"table": [0] * 15}, "table has .*; expected sixteen levels that torch.int8 holds exactly"),
+        ({"table": [300] * 16}, "table has .*; expected sixteen levels that torch.int8 holds exactly"),
+        ({"tokens": torch.zeros(9, 256)}, "tokens has torch.float32; expected torch.int8 or torch.float8_e4m3fn"),
+        ({"table": None}, "weight has torch.uint8; expected torch.int8, levels for torch.int8 tokens"),
     ],
 )
-def test_what_does_not_fit_is_refused(kernel, change) -> None:
-    with pytest.raises(ValueError, match=r"do not fit|not sixteen"):
+def test_what_does_not_fit_is_refused_by_name(kernel, change, message) -> None:
+    with pytest.raises(ValueError, match=f"^int8_linear: {message}"):
         run(kernel, problem(9, 70, 256, 128) | change)
 
 
@@ -308,22 +309,23 @@ def test_importing_the_package_loads_no_kernel() -> None:
 
 def test_choosing_it_breaks_no_graph(monkeypatch) -> None:
     """The questions asked of a GPU are asked while torch.compile traces; here they are answered for it."""
-    int8_linear._available.cache_clear()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(int8_linear, "supports", lambda x, bits, group: int8_linear._available(x.device))
-    asked = native.supports
-    monkeypatch.setattr(native, "supports", lambda *_: False)
+    asked_of = []
+
+    def supports(device: torch.device, bits: int, group_size: int) -> bool:
+        asked_of.append(device)
+        return int8_linear.capability.__wrapped__(torch.device("cuda", 0)) >= int8_linear.CAPABILITY
+
     weight = MinifloatTensor.from_hp(torch.randn(48, 128), [1, 64], "e2m1", "e2m3")
     x = torch.randn(5, 128)
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(int8_linear, "supports", supports)
+        patch.setattr(compiled_linear, "supports", lambda *_: False)
         got = torch.compile(lambda x: F.linear(F.silu(x), weight), fullgraph=True)(x)
-    finally:
-        int8_linear._available.cache_clear()
-    monkeypatch.setattr(native, "supports", asked)
+    assert asked_of
     assert torch.allclose(got, F.linear(F.silu(x), weight), rtol=1e-4, atol=1e-4)
 
 
 def test_a_cpu_tensor_never_takes_it() -> None:
-    assert not int8_linear.supports(torch.ones(1), 4, 128)
-    assert int8_backend.supports(FloatFormat.parse("e2m1"), FloatFormat.parse("e2m3"))
+    assert not int8_linear.supports(torch.device("cpu"), 4, 128)

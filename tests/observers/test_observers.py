@@ -14,7 +14,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 from fp4dit_ao.formats import parse
-from fp4dit_ao.kernels.cpu import candidate_search as compiled_search
+from fp4dit_ao.kernels.candidate_search import CANDIDATE_SEARCH, SearchOperands
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.observers import StaticActivationObserver, TokenActivationObserver, WeightObserver, set_fake_quantize
 from fp4dit_ao.observers.scale_search import SEARCHES, squared_error
@@ -105,8 +105,9 @@ def test_the_compiled_search_finds_what_the_operators_find(
     weight[0] = 0
     block = [1, group]
     found = SEARCHES["mse"](weight, block, fmt, scale_dtype)
-    assert compiled_search.supports(weight, block, fmt) or native.shared_object() is None
-    monkeypatch.setattr(compiled_search, "supports", lambda *_: False)
+    operands = SearchOperands(fmt, weight.device, grouped=True)
+    assert CANDIDATE_SEARCH.pick(operands).name == "compiled loop" or native.shared_object() is None
+    monkeypatch.setattr(CANDIDATE_SEARCH, "units", CANDIDATE_SEARCH.units[1:])
     expected = SEARCHES["mse"](weight, block, fmt, scale_dtype)
     assert found.dtype == expected.dtype == scale_dtype and found.shape == expected.shape
     errors = [squared_error(weight, block, fmt, scale) for scale in (found, expected)]

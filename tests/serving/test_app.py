@@ -35,7 +35,8 @@ from fp4dit_ao.cli.app import app as command
 from fp4dit_ao.serving import launch
 from fp4dit_ao.serving.app import GENERATIONS, Limits, create_app
 from fp4dit_ao.serving.drawing import Painter
-from fp4dit_ao.serving.engine import Batching, Engine, Style
+from fp4dit_ao.serving.engine import Engine
+from fp4dit_ao.serving.engine_types import Batching, Style
 from tests.serving.test_engine import Gate, picture
 
 DEFAULT = Style(32, 32, 4)

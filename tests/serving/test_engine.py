@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4dit_ao.serving.drawing import Painter
-from fp4dit_ao.serving.engine import Batching, Engine, Image, NotReady, QueueFull, Style
+from fp4dit_ao.serving.engine import Engine
+from fp4dit_ao.serving.engine_types import Batching, Image, NotReady, QueueFull, Style
 
 SMALL, LARGE = Style(8, 8, 1), Style(16, 8, 1)
 
@@ -173,6 +174,21 @@ def test_an_image_that_fails_does_not_take_its_neighbours_along(gate: Gate) -> N
         with pytest.raises(RuntimeError, match="no such thing"):
             bad.result(30)
         assert engine.ready
+
+
+def test_an_image_of_a_failed_batch_waited_once(gate: Gate) -> None:
+    def draw(style: Style, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+        if len(prompts) > 1:
+            raise RuntimeError("one at a time, please")
+        return gate(style, prompts, seeds)
+
+    gate.open.set()
+    with ready(draw, max_batch=3, window=30) as engine:
+        for future in engine.submit("a", [0, 1, 2], SMALL):
+            future.result(30)
+    assert [seeds for _, _, seeds in gate.batches] == [[0], [1], [2]]
+    assert value(engine, "fp4dit_queue_seconds_count") == 3
+    assert value(engine, "fp4dit_images_total") == 3
 
 
 def test_images_that_go_missing_are_an_error() -> None:

@@ -43,7 +43,7 @@ from fp4dit_ao.formats import pack
 from fp4dit_ao.ops import dequantize, quantize
 from fp4dit_ao.ops.block_scale import BLOCKS, choose_block_scale, power_of_two_above, two_level_scale, unit
 from fp4dit_ao.passes.subclass_unwrapping import unwrap
-from fp4dit_ao.tensors.block_scaled import ELEMENTS, MXWeight, NVFP4Weight, linear
+from fp4dit_ao.tensors.block_scaled import ELEMENTS, MXWeight, NVFP4Weight
 from tests.graphs import TinyDiT, tiny_sample
 from tests.passes.test_lowering import LINEAR, EveryLinear, converted
 from tests.tiny import CALL, tiny_pipeline
@@ -199,7 +199,7 @@ def test_torchaos_emulation_agrees(recipe) -> None:
     """In bfloat16, as torchao's config has it: operands are exact there, so only the sums' rounding differs."""
     w = weight_of(recipe, dtype=torch.bfloat16)
     x = torch.randn(6, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    ours, theirs = linear(x, w, None), w.on_torchao(x, torch.zeros(48))
+    ours, theirs = F.linear(x, w), w.on_torchao(x, torch.zeros(48))
     assert torch.allclose(ours.float(), theirs.float(), rtol=2**-7, atol=2**-7)
 
 

@@ -1,1 +1,1 @@
-"""CPU kernels: a compiled library of C, opened with ctypes."""
+"""CPU kernels: a library of C, opened with ctypes."""

@@ -11,18 +11,28 @@ from fp4dit_ao.kernels.token_quantization import add_digits
 from fp4dit_ao.ops import LIBRARY
 
 CAPABILITY = (8, 0)
-"""Ampere: the first for which Triton multiplies bytes on tensor cores."""
+"""Ampere: the first capability for which Triton multiplies bytes on tensor cores."""
+_MOST_BITS = 4
+_MULTIPLE = 2
+"""Group sizes are multiples of this: a group is whole bytes of two codes."""
 
 
-def supports(x: Tensor, bits: int, group: int) -> bool:
-    """Whether ``int8_linear`` can take ``x``: on such a GPU, with weights of at most ``bits=4`` and groups of whole bytes."""
-    return x.is_cuda and bits <= 4 and group % 2 == 0 and _available(x.device)
+def supports(device: torch.device, bits: int, group_size: int) -> bool:
+    """Whether ``int8_linear`` takes weights of so many bits and groups of that size on the device."""
+    fits = bits <= _MOST_BITS and group_size % _MULTIPLE == 0
+    return fits and capability(device) >= CAPABILITY and _triton_installed()
 
 
 @functools.cache
-def _available(device: torch.device) -> bool:
-    installed = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
-    return installed and torch.cuda.get_device_capability(device) >= CAPABILITY
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of an NVIDIA GPU; (0, 0) for any other device."""
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return torch.cuda.get_device_capability(device) if nvidia else (0, 0)
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def run(
@@ -35,7 +45,7 @@ def run(
     output_dtype: torch.dtype,
     digits: int = 1,
 ) -> Tensor:
-    """See :func:`fp4dit_ao.kernels.cpu.native.run`; several digits are a product each, and float32 until they are added."""
+    """See :func:`fp4dit_ao.kernels.cpu.int8_linear.run`. Each digit is a product of its own, float32 until they are added."""
     from fp4dit_ao.kernels.cuda import triton_linear
 
     if digits == 1:

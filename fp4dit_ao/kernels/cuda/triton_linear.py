@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from fp4dit_ao.kernels.checks import refuse
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton interprets its kernels (``TRITON_INTERPRET=1``), on tensors of the CPU."""
 MAX_BLOCK_K = 128
@@ -27,7 +29,7 @@ MAX_BLOCK_K = 128
 MIN_BLOCK_K = 32
 """The shortest product of bytes that tensor cores have."""
 _BAND = 8
-"""Blocks of tokens that share weights in the cache."""
+"""Blocks of tokens that run side by side and so read each weight from memory once."""
 _LOOKUP = """
 {
 .reg .b32 code, magnitude, half, high, low, swap;
@@ -159,16 +161,16 @@ CONFIGS: dict[int, tuple[Config, ...]] = {
 accumulator: 64 x 128 in four warps or 128 x 128 in eight is the largest that 255 registers a thread hold without spills."""
 
 _FASTEST: dict[tuple[object, ...], Config] = {}
-"""What :func:`tune` found, by device, sizes and types, for as long as the process runs."""
+"""Results of :func:`tune` by device, sizes and types, kept while the process runs."""
 
 
 def candidates(rows: int) -> tuple[Config, ...]:
-    """The candidates for that many tokens."""
+    """Configurations to try for that many tokens."""
     return next(configs for most, configs in CONFIGS.items() if rows <= most)
 
 
 def block_k(group: int) -> int:
-    """Inputs of a tile: a divisor of the group if one serves, else enough for the group, its rest masked."""
+    """Inputs that a tile spans: a divisor of the group if there is one, else enough for all of it, the rest masked."""
     whole = [size for size in (128, 64, 32) if group % size == 0]
     return whole[0] if whole else min(MAX_BLOCK_K, max(MIN_BLOCK_K, triton.next_power_of_2(group)))
 
@@ -183,8 +185,11 @@ def table_words(table: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
     levels = torch.tensor(table, dtype=torch.float32)
     held = levels.to(dtype)
     if levels.shape != (16,) or not torch.equal(held.float(), levels):
-        raise ValueError(
-            f"the levels {list(table)} are not sixteen numbers that {dtype} holds exactly; use int8 tokens"
+        refuse(
+            "int8_linear",
+            "table",
+            list(table),
+            f"sixteen levels that {dtype} holds exactly (int8 holds all within +-127)",
         )
     return struct.unpack("<4i", held.view(torch.uint8).numpy().tobytes())
 
@@ -199,7 +204,7 @@ def run(
     output_dtype: torch.dtype,
     config: Config | None = None,
 ) -> Tensor:
-    """``(tokens @ levels^T, group by group times scale) * token_scale + bias``: see :func:`fp4dit_ao.kernels.cpu.native.run`.
+    """``(tokens @ levels^T, group by group times scale) * token_scale + bias``, as ``kernels.cpu.int8_linear.run`` on CPUs.
 
     With int8 tokens every product and every tile's sum is exact, and only their float32 sum is rounded. With float8_e4m3fn
     tokens the products are exact, too, but a tile's sum is as exact as the tensor core's accumulator: Hopper's keeps about
@@ -222,20 +227,9 @@ def run(
     Raises:
         ValueError: shapes, types or the table do not fit; nothing is read out of bounds.
     """
-    rows, depth = tokens.shape
-    features, groups = weight.shape[0], scale.shape[1]
-    group = depth // max(1, groups)
-    packed = table is not None
-    fits = tokens.dtype in (torch.int8, torch.float8_e4m3fn) and weight.dtype == (
-        torch.uint8 if packed else tokens.dtype
-    )
-    fits = fits and weight.shape[1] * (2 if packed else 1) == depth and group * groups == depth
-    fits = fits and group % 2 == 0 and scale.shape[0] in (1, features) and token_scale.numel() == rows
-    if not fits or not (bias is None or bias.shape == (features,)):
-        raise ValueError(
-            f"int8_linear: tokens {tuple(tokens.shape)} {tokens.dtype}, weight {tuple(weight.shape)} {weight.dtype} and "
-            f"scales {tuple(scale.shape)} do not fit; in_features must be the groups' number times an even number"
-        )
+    _check(tokens, token_scale, weight, scale, table, bias)
+    (rows, depth), (features, groups) = tokens.shape, (weight.shape[0], scale.shape[1])
+    group, packed = depth // groups, table is not None
     out = torch.empty((rows, features), dtype=output_dtype, device=tokens.device)
     if not out.numel():
         return out
@@ -271,6 +265,36 @@ def run(
             _FASTEST[key] = tune(fitting, launch, f"tuning {rows} x {depth} x {features}")
         launch(_FASTEST.get(key, candidates(rows)[0]))
     return out
+
+
+def _check(
+    tokens: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, table: Sequence[int] | None, bias: Tensor | None
+) -> None:
+    name = "int8_linear"
+    for argument, x in (("tokens", tokens), ("weight", weight), ("scale", scale)):
+        if x.ndim != 2:
+            refuse(name, argument, f"shape {tuple(x.shape)}", "two dimensions")
+    (rows, depth), (features, width), (scale_rows, groups) = tokens.shape, weight.shape, scale.shape
+    if tokens.dtype not in (torch.int8, torch.float8_e4m3fn):
+        refuse(name, "tokens", tokens.dtype, f"{torch.int8} or {torch.float8_e4m3fn}")
+    stored, a_byte = (tokens.dtype, 1) if table is None else (torch.uint8, 2)
+    if weight.dtype != stored:
+        refuse(
+            name,
+            "weight",
+            weight.dtype,
+            f"{stored}, {'levels' if table is None else 'codes'} for {tokens.dtype} tokens",
+        )
+    if width * a_byte != depth:
+        refuse(name, "weight", f"rows of {width} bytes", f"{depth / a_byte:g}, for the {depth} features of tokens")
+    if scale_rows != features and scale_rows != 1:
+        refuse(name, "scale", f"{scale_rows} rows", f"1 or {features}, one for each row of the weight")
+    if not groups or not depth or depth % groups or depth // groups % 2:
+        refuse(name, "scale", f"{groups} groups", f"a number that cuts {depth} features into even groups")
+    if token_scale.numel() != rows:
+        refuse(name, "token_scale", f"{token_scale.numel()} scales", f"{rows}, one for each token")
+    if bias is not None and bias.shape != (features,):
+        refuse(name, "bias", f"shape {tuple(bias.shape)}", f"{(features,)}")
 
 
 def tune(configs: Sequence[Config], launch: Callable[[Config], None], what: str) -> Config:

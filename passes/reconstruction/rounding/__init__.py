@@ -1,1 +1,40 @@
-"""Rounding rules."""
+"""Rounding rules: which of the format's values every weight takes. A file per method, and a line here that registers it.
+
+To add one, write a class with the contract of :class:`LearnedRounding` or :class:`ClosedFormRounding` in a new file, and
+register it
+below: a learned rule as the class, a closed form as an instance.
+"""
+
+from fp4dit_ao.passes.reconstruction.rounding.adaround import AdaRound, ScaleAwareAdaRound
+from fp4dit_ao.passes.reconstruction.rounding.gptq import GPTQ
+from fp4dit_ao.passes.reconstruction.rounding.nearest import Nearest
+from fp4dit_ao.passes.reconstruction.rounding.rule import ROUNDINGS, ClosedFormRounding, LearnedRounding, RoundingRule
+
+ROUNDINGS.register("nearest", Nearest(), summary="Rounds every weight to the nearest value.", cost="none; no data")
+ROUNDINGS.register(
+    "scale_aware", ScaleAwareAdaRound, summary="AdaRound in weight units: learns which neighbour each weight takes.",
+    source="FP4DiT, arXiv 2503.15465, Theorem 2", cost="iters optimisation steps per unit",
+)  # fmt: skip
+ROUNDINGS.register(
+    "adaround", AdaRound, summary="AdaRound in logits: learns which neighbour each weight takes.",
+    source="AdaRound, arXiv 2004.10568", cost="iters optimisation steps per unit",
+)  # fmt: skip
+ROUNDINGS.register(
+    "gptq", GPTQ(), summary="Rounds column by column; later columns make good the errors of earlier ones.",
+    source="GPTQ, arXiv 2210.17323", cost="a Hessian per linear (half a forward per group of linears), then seconds",
+)  # fmt: skip
+ROUNDINGS.register(
+    "gptq_act_order", GPTQ(act_order=True), summary="GPTQ with the columns of the largest inputs first.",
+    source="GPTQ, arXiv 2210.17323; the order: its reference code", cost="as gptq",
+)  # fmt: skip
+
+__all__ = [
+    "GPTQ",
+    "ROUNDINGS",
+    "AdaRound",
+    "ClosedFormRounding",
+    "LearnedRounding",
+    "Nearest",
+    "RoundingRule",
+    "ScaleAwareAdaRound",
+]

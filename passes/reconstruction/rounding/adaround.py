@@ -22,14 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp4dit_ao.observers import WeightObserver
-from fp4dit_ao.ops import expand_scale
+from fp4dit_ao.observers import Grid
+from fp4dit_ao.passes.reconstruction.rounding.rule import LearnedRounding
 
 STRETCH, SHIFT = 1.2, 0.1
 """The rectified sigmoid ``clip(STRETCH * sigmoid(v) - SHIFT, 0, 1)`` reaches 0 and 1 at finite v."""
+LEAN = 0.49
+"""How far from its settled end a gate may start again, as a fraction of how far the original weight is from it."""
 
 
-class AdaRound(nn.Module):
+class AdaRound(LearnedRounding):
     """One weight's gates, as plain AdaRound learns them.
 
     Attributes:
@@ -45,24 +47,28 @@ class AdaRound(nn.Module):
     span: Tensor
     slope: Tensor | None
 
-    def __init__(self, weight: Tensor, observer: WeightObserver):
-        super().__init__()
-        assert observer.scale is not None
+    def __init__(self, weight: Tensor, grid: Grid):
+        super().__init__(weight, grid)
         self.dtype = weight.dtype
         self._gate: Tensor | None = None
-        fmt, levels = observer.fmt, observer.fmt.lattice
-        lowest, largest = float(levels[0]), float(levels[-1])
-        scale = expand_scale(observer.scale, weight, observer.block_size(weight))
-        y = (weight.detach().float() / scale).clamp(lowest, largest)
-        low, step = fmt.bracket(y)
-        up = (low + step).clamp(max=largest)
-        self.register_buffer("low", fmt.encode(low), persistent=False)
-        self.register_buffer("up", fmt.encode(up), persistent=False)
-        self.register_buffer("base", scale * low, persistent=False)
-        self.register_buffer("span", scale * (up - low), persistent=False)
-        self.register_buffer("slope", self._slope(scale * step), persistent=False)
-        logit = torch.logit(((y - low) / step + SHIFT) / STRETCH)
-        self.alpha = nn.Parameter(logit if self.slope is None else logit / self.slope)
+        around = grid.bracket(weight.detach())
+        self.register_buffer("low", around.low_codes, persistent=False)
+        self.register_buffer("up", around.up_codes, persistent=False)
+        self.register_buffer("base", grid.scale * around.low, persistent=False)
+        self.register_buffer("span", grid.scale * (around.up - around.low), persistent=False)
+        self.register_buffer("slope", self._slope(grid.scale * around.step), persistent=False)
+        position = (around.position - around.low) / around.step
+        self.alpha = nn.Parameter(self._alpha_of(position))
+
+    def _alpha_of(self, gate: Tensor) -> Tensor:
+        """The parameter at which the gates are these, in [0, 1]."""
+        logit = torch.logit((gate + SHIFT) / STRETCH)
+        return logit if self.slope is None else logit / self.slope
+
+    @torch.no_grad()
+    def start_from(self, codes: Tensor) -> None:
+        settled = (codes == self.up).float()
+        self.alpha.copy_(self._alpha_of(settled + LEAN * (self.gate() - settled)))
 
     def _slope(self, step: Tensor) -> Tensor | None:
         """Of the logit over alpha, where ``step`` (``S s``, in weight units) is the distance between the levels."""
@@ -105,10 +111,6 @@ class ScaleAwareAdaRound(AdaRound):
     def learning_rate(self, relative: float) -> float:
         assert self.slope is not None
         return relative / float(self.slope.median())
-
-
-RULES: dict[str, type[AdaRound]] = {"adaround": AdaRound, "scale_aware": ScaleAwareAdaRound}
-"""By name. A rule needs ``forward``, ``regularizer``, ``hard_codes``, ``learning_rate`` and ``parameters``."""
 
 
 class _Gate(torch.autograd.Function):

@@ -7,10 +7,19 @@ import pytest
 import torch
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from fp4dit_ao import AdaRoundConfig, FP4DiTQuantizer, QuantConfig, capture, reconstruct, w4a6, w4a6_auto
+from fp4dit_ao import (
+    AdaRoundConfig,
+    FP4DiTQuantizer,
+    QuantConfig,
+    ReconstructionConfig,
+    capture,
+    reconstruct,
+    w4a6,
+    w4a6_auto,
+)  # fmt: skip
 from fp4dit_ao.config import int_w4a6
 from fp4dit_ao.passes.partition import weight_observers
-from fp4dit_ao.passes.reconstruction.block_learning import Block
+from fp4dit_ao.passes.reconstruction import engine, unit_rounding
 from fp4dit_ao.passes.reconstruction.streams import build
 from tests.graphs import TinyDiT, tiny_sample
 
@@ -102,38 +111,70 @@ def test_the_same_seed_gives_the_same_bits() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(codes(first), codes(other), strict=True))
 
 
-def test_a_killed_run_resumes_with_the_same_bits(tmp_path, monkeypatch) -> None:
-    whole, data, _ = prepare(layers=2)
+@pytest.mark.parametrize(
+    ("config", "units"),
+    [
+        (SHORT, ["blocks.0", "blocks.1", "blocks.2"]),
+        (ReconstructionConfig("gptq", batch_size=8), ["blocks.0", "blocks.1", "blocks.2"]),
+        (
+            ReconstructionConfig(scope="window", iters=20, batch_size=8, relative_lr=0.2),
+            ["blocks.0 … blocks.1", "blocks.1 … blocks.2"],
+        ),
+    ],
+    ids=["learned", "closed form", "window"],
+)
+def test_a_killed_run_resumes_with_the_same_bits(config, units, tmp_path, monkeypatch) -> None:
+    whole, data, _ = prepare(layers=3)
     killed, resumed = copy.deepcopy(whole), copy.deepcopy(whole)
-    reconstruct(whole, data, SHORT, progress=False)
+    reconstruct(whole, data, config, progress=False)
 
-    learn, blocks = Block.learn, []
+    blocks: list[str] = []
 
-    def dies_in_the_second_block(self, bar):
-        blocks.append(self.segment.name)
+    def dies_in_the_second_unit(error, *args):
+        blocks.append(error.segment.name)
         if len(blocks) == 2:
             raise KeyboardInterrupt
-        return learn(self, bar)
+        return unit_rounding.round_unit(error, *args)
 
-    monkeypatch.setattr(Block, "learn", dies_in_the_second_block)
+    monkeypatch.setattr(engine, "round_unit", dies_in_the_second_unit)
     with pytest.raises(KeyboardInterrupt):
-        reconstruct(killed, data, SHORT, checkpoint_dir=tmp_path, progress=False)
-    monkeypatch.setattr(Block, "learn", learn)
+        reconstruct(killed, data, config, checkpoint_dir=tmp_path, progress=False)
     assert [f.name for f in tmp_path.iterdir()] == ["block-000.safetensors"]
 
-    ran = []
-    monkeypatch.setattr(Block, "learn", lambda self, bar: (ran.append(self.segment.name), learn(self, bar))[1])
-    report = reconstruct(resumed, data, SHORT, checkpoint_dir=tmp_path, progress=False)
-    assert ran == ["blocks.1"]
-    assert [row.block for row in report.rows] == ["blocks.0", "blocks.1"]
+    ran: list[str] = []
+    monkeypatch.setattr(
+        engine,
+        "round_unit",
+        lambda error, *args: (ran.append(error.segment.name), unit_rounding.round_unit(error, *args))[1],
+    )
+    report = reconstruct(resumed, data, config, checkpoint_dir=tmp_path, progress=False)
+    assert ran == units[1:]
+    assert [row.block for row in report.rows] == units
     assert all(torch.equal(a, b) for a, b in zip(codes(whole), codes(resumed), strict=True))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path) -> None:
     prepared, data, _ = prepare()
     reconstruct(copy.deepcopy(prepared), data, SHORT, checkpoint_dir=tmp_path, progress=False)
-    with pytest.raises(ValueError, match="belongs to another run"):
-        reconstruct(prepared, data, replace(SHORT, seed=1), checkpoint_dir=tmp_path, progress=False)
+    others = [
+        replace(SHORT, seed=1),
+        ReconstructionConfig("gptq"),
+        ReconstructionConfig(scope="layer"),
+        ReconstructionConfig("adaround", iters=60, batch_size=8, relative_lr=0.2),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="belongs to another run"):
+            reconstruct(copy.deepcopy(prepared), data, other, checkpoint_dir=tmp_path, progress=False)
+
+
+def test_an_adaround_config_resumes_as_the_config_that_it_stands_for(tmp_path, monkeypatch) -> None:
+    prepared, data, _ = prepare()
+    same = ReconstructionConfig(iters=60, batch_size=8, relative_lr=0.2)
+    again = copy.deepcopy(prepared)
+    reconstruct(prepared, data, SHORT, checkpoint_dir=tmp_path, progress=False)
+    monkeypatch.setattr(engine, "round_unit", None)  # nothing is left to do
+    reconstruct(again, data, same, checkpoint_dir=tmp_path, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(codes(prepared), codes(again), strict=True))
     next(tmp_path.iterdir()).write_bytes(b"junk")
     with pytest.raises(ValueError, match="is broken"):
         reconstruct(prepared, data, SHORT, checkpoint_dir=tmp_path, progress=False)
@@ -191,10 +232,21 @@ def test_bad_samples_are_refused(data, message) -> None:
         reconstruct(prepared, data, SHORT, progress=False)
 
 
-@pytest.mark.parametrize("bad", [{"iters": -1}, {"batch_size": 0}, {"warmup": 1.0}, {"regularizer": -1}])
-def test_bad_settings_are_refused(bad) -> None:
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        AdaRoundConfig(**bad)
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            {"rounding": "up"},
+            "unknown rounding 'up'; choose one of nearest, scale_aware, adaround, gptq, gptq_act_order",
+        ),
+        ({"objective": "beauty"}, "unknown objective 'beauty'; choose one of mse"),
+        ({"scope": "world"}, "unknown scope 'world'; choose one of block, layer, window"),
+    ],
+)
+def test_unknown_methods_are_refused_with_the_known(names, message) -> None:
+    prepared, data, _ = prepare()
+    with pytest.raises(ValueError, match=message):
+        reconstruct(prepared, data, ReconstructionConfig(**names), progress=False)
 
 
 def test_a_report_reads_as_a_table() -> None:

@@ -1,20 +1,14 @@
-"""The one place that touches private torch and torchao API. Tested in tests/test_compat.py against every version we claim."""
+"""Captured and exported graphs: calling convention, placeholders, sizes."""
 
-import contextlib
 import inspect
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import SymInt, Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
-from torch.fx.experimental import _config as symbolic_config
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen
-from torch.overrides import TorchFunctionMode
 from torch.utils._sympy.printers import PythonPrinter
 
 
@@ -47,6 +41,11 @@ def exported_graph(exported: ExportedProgram, defaults: Mapping[str, object]) ->
     graph.meta.update(module.meta)
     graph.recompile()
     return graph
+
+
+def copy_calling_convention(graph: Graph, source: Graph) -> None:
+    """Give ``graph`` the signature, default values and output structure of ``source``."""
+    graph.set_codegen(source._codegen)
 
 
 def input_names(graph: GraphModule) -> list[str]:
@@ -147,149 +146,13 @@ def _python(expression: Any) -> str:
         return str(expression)
 
 
-def fake_mode() -> FakeTensorMode:
-    """Under it, operators compute shapes and types but no values."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def is_traced(x: Tensor) -> bool:
-    """Whether ``x`` stands for a value in a graph that ``torch.compile`` is making: all that changes it is in the graph."""
-    return isinstance(x, FunctionalTensor)
-
-
-def size_hint(size: int | torch.SymInt) -> int | None:
-    """What a size is while a graph is made: of a dynamic one, that of the example; None if it has none."""
-    hint = size.node.hint if isinstance(size, torch.SymInt) else size
-    return hint if isinstance(hint, int) else None
-
-
-def fake_like(x: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Tensor:
-    """A tensor of ``x``'s shape that claims to be on the CPU and holds nothing."""
-    return FakeTensor(mode, torch.empty_like(x, device="meta", dtype=dtype), torch.device("cpu"))
-
-
-def parse_to(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None]:
-    """The device and the type in the arguments of ``Module.to``."""
-    device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-    return device, dtype
-
-
-def distinct_sizes() -> contextlib.AbstractContextManager[None]:
-    """While compiling, sizes that happen to be equal (height and width, batch and heads) are not taken to always be so."""
-    config: Any = symbolic_config
-    patch: contextlib.AbstractContextManager[None] = config.patch(use_duck_shape=False)
-    return patch
-
-
-def sizes_of_repeats() -> contextlib.AbstractContextManager[Any]:
-    """While exporting, ``repeat_interleave`` keeps sizes symbolic; torch 2.11's takes the one it repeats for a constant."""
-    return contextlib.nullcontext() if torch.__version__ >= "2.12" else _ExpandedRepeats()
-
-
-class _ExpandedRepeats(TorchFunctionMode):
-    """``repeat_interleave`` by a whole number is recorded as the operators that it stands for."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.repeat_interleave, Tensor.repeat_interleave):
-            found = self._arguments(*args, **(kwargs or {}))
-            if isinstance(found["repeats"], int):
-                return self._expanded(**found)
-        return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _arguments(input: Tensor, repeats: Any, dim: int | None = None, *, output_size: Any = None) -> dict[str, Any]:
-        return {"x": input, "repeats": repeats, "dim": dim}
-
-    @staticmethod
-    def _expanded(x: Tensor, repeats: int, dim: int | None) -> Tensor:
-        x, dim = (x.flatten(), 0) if dim is None else (x, dim % x.ndim)
-        shape = [*x.shape[: dim + 1], repeats, *x.shape[dim + 1 :]]
-        return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
-
-
-_CPP_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
-"""C++'s numbers of the types that our operators take as arguments (``c10::ScalarType``)."""
-_FP8_HEADER = "#include <c10/util/Float8_e4m3fn.h>"
-
-
-@contextlib.contextmanager
-def types_in_packages() -> Iterator[None]:
-    """While compiling a package: what older compilers write of types is what they then read.
-
-    torch 2.11 writes type arguments in the numbers of export, and reads them as C++'s; it and 2.12 use FP8 without including
-    its header.
-    """
-    with contextlib.ExitStack() as changes:
-        if torch.__version__ < "2.12":
-            changes.enter_context(_numbers_of_cpp())
-        if torch.__version__ < "2.13":
-            changes.enter_context(_header_of_fp8())
-        yield
-
-
-@contextlib.contextmanager
-def _numbers_of_cpp() -> Iterator[None]:
-    from torch._export.serde import serialize
-
-    numbers: dict[torch.dtype, Any] = serialize._TORCH_TO_SERIALIZE_DTYPE
-    own = dict(numbers)
-    numbers.update(_CPP_TYPES)
-    try:
-        yield
-    finally:
-        numbers.update(own)
-
-
-@contextlib.contextmanager
-def _header_of_fp8() -> Iterator[None]:
-    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
-
-    wrapper: Any = CppWrapperCpu
-    include = wrapper.get_device_include_path
-    wrapper.get_device_include_path = staticmethod(lambda device: f"{include(device)}\n{_FP8_HEADER}")
-    try:
-        yield
-    finally:
-        wrapper.get_device_include_path = staticmethod(include)
-
-
-def mark_static(x: Tensor) -> None:
-    """Let ``torch.compile`` take the sizes of ``x`` (and of the tensors that a subclass is made of) for constants."""
-    torch._dynamo.mark_static(x)
-
-
 def size_at(size: SymInt, sizes: Mapping[str, int], others: int) -> int:
     """A symbolic size where the named symbols have these ``sizes``, and all ``others`` that one."""
     expression = size.node.expr
     return int(expression.subs({symbol: sizes.get(str(symbol), others) for symbol in expression.free_symbols}))
 
 
-def make_buffers_persistent(model: nn.Module, names: Container[str]) -> list[tuple[nn.Module, set[str]]]:
-    """Bring the buffers of ``model`` that are among ``names`` into its state dict; returns those that were not, by module."""
-    found = []
-    for prefix, module in model.named_modules():
-        own = {leaf for leaf in module._non_persistent_buffers_set if (f"{prefix}.{leaf}" if prefix else leaf) in names}
-        module._non_persistent_buffers_set -= own
-        found.append((module, own))
-    return found
-
-
-def make_buffers_transient(buffers: list[tuple[nn.Module, set[str]]]) -> None:
-    """Undo :func:`make_buffers_persistent`."""
-    for module, names in buffers:
-        module._non_persistent_buffers_set |= names
-
-
-def parts(cls: type[Any]) -> list[str]:
-    """What a torchao tensor is made of, tensors and attributes, in the order of its constructor's arguments."""
-    kinds = ("tensor_data", "tensor_attribute", "optional_tensor_data", "optional_tensor_attribute")
-    return [name for kind in kinds for name in getattr(cls, f"{kind}_names", ())]
-
-
-def int4_cpu_config(group_size: int) -> Any:
-    """torchao's config of INT4 weights for CPUs, which 0.18 renamed."""
-    from torchao.prototype.quantization.int4 import inference_workflow
-
-    names = ("PrototypeInt4WeightOnlyConfig", "Int4WeightOnlyOpaqueTensorConfig")
-    found = [config for name in names if (config := getattr(inference_workflow, name, None)) is not None]
-    return found[0](group_size=group_size)
+def is_view(target: object) -> bool:
+    """Whether an operator's result may share memory with its arguments; True for what is no operator and may do anything."""
+    schema = getattr(target, "_schema", None)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)

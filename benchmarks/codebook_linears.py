@@ -1,0 +1,119 @@
+"""Linears with codebook groups against bfloat16 on a CPU: ``python -m benchmarks.codebook_linears``.
+
+Ours quantizes tokens from bfloat16, multiplies and writes bfloat16, all within the time. Beside it, in turns: PyTorch's linear
+in bfloat16 (eager, and with a prepacked weight), and oneDNN's int8 product of tokens that are quantized already, with one scale
+for all of them: what the processor can do, not the same computation. Ratios are medians over the rounds of neighbours in time.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from fp4dit_ao.environment import one_line
+from fp4dit_ao.evaluate import markdown_table
+from fp4dit_ao.kernels import codebook_linear, native
+
+SHAPES = ((1152, 1152), (4608, 1152), (1152, 4608))
+"""Output and input features of PixArt-XL's linears."""
+GROUP = 128
+OURS, EAGER, PREPACKED, ONEDNN = "ours", "eager", "prepacked", "oneDNN"
+
+
+def main(
+    counts: Annotated[
+        str, typer.Option("--tokens", help="Rows, separated by commas.")
+    ] = "1,4,16,64,256,512,1024,2048,4096",
+    fmt: Annotated[str, typer.Option("--format", help="Of the tokens.")] = "e2m3",
+    rounds: Annotated[int, typer.Option(min=1, help="At least; small shapes take more.")] = 15,
+    threads: Annotated[int, typer.Option(min=0, help="0 takes PyTorch's number.")] = 0,
+) -> None:
+    """Print the table."""
+    if threads:
+        torch.set_num_threads(threads)
+    if native.shared_object() is None:  # it has said why, and what to do
+        raise typer.Exit(1)
+    cases = [(*shape, int(count)) for shape in SHAPES for count in counts.split(",")]
+    rows, gains = [], []
+    for features, depth, count in track(cases, "measuring", console=Console(stderr=True)):
+        seconds = _turns(_ways(features, depth, count, fmt), rounds, enough=0.5)
+        gain = _ratio(seconds, lambda t: min(t[EAGER], t[PREPACKED]))
+        gains.append(gain)
+        against = f"{_ratio(seconds, lambda t: t[ONEDNN]):.2f}" if ONEDNN in seconds[0] else "–"
+        medians = [f"{statistics.median(t[way] for t in seconds) * 1e3:.3f}" for way in (OURS, EAGER, PREPACKED)]
+        rows.append([f"{features} x {depth}", str(count), *medians, f"{gain:.2f}", against])
+    head = ["out x in", "tokens", "ours, ms", "eager, ms", "prepacked, ms", "bfloat16 / ours", "oneDNN int8 / ours"]
+    print(markdown_table(head, rows))
+    kernel = next(iter(codebook_linear.kernels()))
+    print(f"\nbfloat16 / ours: {min(gains):.2f} to {max(gains):.2f}, median {statistics.median(gains):.2f}.")
+    print(f"{fmt.upper()} tokens, groups of {GROUP}; kernel {kernel}; {one_line()}")
+
+
+def _ways(features: int, depth: int, count: int, fmt: str) -> dict[str, Callable[[], object]]:
+    """By name, what is timed. Without oneDNN, bfloat16 is eager and there is no int8 product."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(count, depth, generator=g).bfloat16()
+    weight, bias = torch.randn(features, depth, generator=g).bfloat16(), torch.randn(features, generator=g)
+    qdata = torch.randint(0, 256, (features, depth // 2), dtype=torch.uint8, generator=g)
+    index = torch.randint(0, 256, (features, (depth // GROUP + 1) // 2), dtype=torch.uint8, generator=g)
+    codebooks = torch.randint(-120, 121, (16, 16), dtype=torch.int8, generator=g)
+    row_scale = torch.rand(features, generator=g)
+    half_bias = bias.bfloat16()
+
+    def ours() -> Tensor:
+        levels, scale = torch.ops.fp4dit_ao.quantize_tokens(x, fmt)
+        return torch.ops.fp4dit_ao.codebook_linear(
+            levels, scale, qdata, index, codebooks, row_scale, bias, torch.bfloat16, digits
+        )
+
+    levels, scale = torch.ops.fp4dit_ao.quantize_tokens(x, fmt)
+    digits = levels.shape[0] // count
+    reference = codebook_linear.reference_codebook_linear(
+        levels, scale, qdata, index, codebooks, row_scale, bias, torch.bfloat16, digits
+    )
+    assert torch.equal(ours(), reference)
+
+    def eager() -> Tensor:
+        return F.linear(x, weight, half_bias)
+
+    ways: dict[str, Callable[[], object]] = {OURS: ours, EAGER: eager, PREPACKED: eager}
+    if not torch.backends.mkldnn.is_available():
+        return ways
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, count)
+    ways[PREPACKED] = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, half_bias, "none", [], "")
+    integers = codebook_linear.decode(qdata, index, codebooks, GROUP)
+    prepacked = torch.ops.onednn.qlinear_prepack(integers, [count, depth])
+    some, ones, zeros = levels[:count], torch.ones(features), torch.zeros(features, dtype=torch.int64)
+    ways[ONEDNN] = lambda: torch.ops.onednn.qlinear_pointwise(
+        some, 1.0, 0, prepacked, ones, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
+    )
+    return ways
+
+
+def _turns(ways: dict[str, Callable[[], object]], rounds: int, enough: float) -> list[dict[str, float]]:
+    """Seconds of each way in every round; until there are `rounds` and they took `enough`. The first two rounds warm up."""
+    turns: list[dict[str, float]] = []
+    while len(turns) < rounds + 2 or sum(sum(turn.values()) for turn in turns) < enough:
+        turn = {}
+        for way, call in ways.items():
+            start = time.perf_counter()
+            call()
+            turn[way] = time.perf_counter() - start
+        turns.append(turn)
+    return turns[2:]
+
+
+def _ratio(turns: list[dict[str, float]], other: Callable[[dict[str, float]], float]) -> float:
+    """Median over the rounds of how many times as long as ours another way took."""
+    return statistics.median(other(turn) / turn[OURS] for turn in turns)
+
+
+if __name__ == "__main__":
+    typer.run(main)

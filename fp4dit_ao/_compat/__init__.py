@@ -1,0 +1,63 @@
+"""The one place that touches private torch, torchao and diffusers API, a thin function for each use.
+
+Tested in tests/test_compat.py against every version that we claim; tests/test_private_api.py refuses private names elsewhere.
+:mod:`fp4dit_ao._compat.torchao_prototype` is imported by itself, since it imports torchao.
+"""
+
+import torch.utils._pytree as pytree
+
+from fp4dit_ao._compat.compilation import (
+    compile_package,
+    distinct_sizes,
+    load_package,
+    mark_static,
+    sizes_of_repeats,
+    types_in_packages,
+)  # fmt: skip
+from fp4dit_ao._compat.diffusers import (
+    name_repeated_blocks,
+    progress_bar_config,
+    replace_apply,
+    replace_config,
+)  # fmt: skip
+from fp4dit_ao._compat.graphs import (
+    captured_sizes,
+    copy_calling_convention,
+    create_buffer_node,
+    exported_graph,
+    flat_inputs,
+    input_names,
+    is_view,
+    size_at,
+    size_relations,
+    size_text,
+    varying_numbers,
+    without_guards,
+)  # fmt: skip
+from fp4dit_ao._compat.tensors import (
+    aliased,
+    fake_like,
+    fake_mode,
+    fp8_product,
+    int8_product,
+    is_traced,
+    is_view_of_another,
+    lerp_,
+    make_buffers_persistent,
+    make_buffers_transient,
+    parse_to,
+    size_hint,
+    slots,
+    version,
+    wrapper_tensor,
+)  # fmt: skip
+from fp4dit_ao._compat.torchao import parts
+
+__all__ = [
+    "aliased", "captured_sizes", "compile_package", "copy_calling_convention", "create_buffer_node", "distinct_sizes",
+    "exported_graph", "fake_like", "fake_mode", "flat_inputs", "fp8_product", "input_names", "int8_product", "is_traced",
+    "is_view", "is_view_of_another", "lerp_", "load_package", "make_buffers_persistent", "make_buffers_transient",
+    "mark_static", "name_repeated_blocks", "parse_to", "parts", "progress_bar_config", "pytree", "replace_apply",
+    "replace_config", "size_at", "size_hint", "size_relations", "size_text", "sizes_of_repeats", "slots",
+    "types_in_packages", "varying_numbers", "version", "without_guards", "wrapper_tensor",
+]  # fmt: skip

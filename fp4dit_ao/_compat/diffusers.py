@@ -1,0 +1,28 @@
+"""Attributes of diffusers' pipelines and models that have no public accessor. Nothing is imported from diffusers."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+def progress_bar_config(pipe: Any) -> dict[str, Any]:
+    """The settings that ``pipe.set_progress_bar_config`` was last called with; calling it with them restores them."""
+    return dict(getattr(pipe, "_progress_bar_config", {}))
+
+
+def replace_config(model: Any, config: Mapping[str, Any]) -> None:
+    """Make ``config`` all of ``model.config``; ``register_to_config`` would only add to it."""
+    model._internal_dict = type(model.config)(config)
+
+
+def name_repeated_blocks(model: Any, classes: Iterable[str]) -> None:
+    """Tell ``compile_repeated_blocks()`` the class names of what repeats, unless the model says so itself."""
+    if not getattr(model, "_repeated_blocks", None):
+        model._repeated_blocks = sorted(set(classes))
+
+
+def replace_apply(model: Any, convert: Callable[..., Any] | None) -> None:
+    """Let ``convert`` do what ``to()``, ``half()`` and ``cuda()`` do to ``model``; None restores the class's own method."""
+    if convert is None:
+        del model._apply
+    else:
+        model._apply = convert

@@ -1,0 +1,114 @@
+"""Tensors and modules: subclasses, fake tensors, versions, low-bit products, parameter slots."""
+
+from collections.abc import Container, MutableMapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+Subclass = TypeVar("Subclass", bound=Tensor)
+
+
+def wrapper_tensor(
+    cls: type[Subclass], shape: Sequence[int], dtype: torch.dtype, device: torch.device, requires_grad: bool = False
+) -> Subclass:
+    """Makes an instance of the tensor subclass ``cls`` that has no memory of its own.
+
+    It reports ``shape``, ``dtype`` and ``device``; ``cls.__init__`` adds the tensors that hold the data.
+    """
+    made: Subclass = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
+    )
+    return made
+
+
+def aliased(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    """``result`` of a subclass's own ``func``, sharing storage with ``args`` where the operator's schema says so."""
+    return return_and_correct_aliasing(func, args, kwargs, result)
+
+
+def int8_product(x: Tensor, y: Tensor) -> Tensor:
+    """int32 ``x @ y`` of int8 matrices. On CUDA, ``x`` needs more than 16 rows, and sizes are multiples of eight."""
+    return torch._int_mm(x, y)
+
+
+def fp8_product(x: Tensor, y: Tensor, x_scale: Tensor, y_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(x @ y) * x_scale * y_scale`` of float8 matrices, on GPUs of capability 8.9 and up.
+
+    Args:
+        x: float8_e4m3fn ``(rows, depth)``, row-major.
+        y: float8_e4m3fn ``(depth, columns)``, column-major; both sizes are multiples of 16.
+        x_scale: float32 ``(rows, 1)``.
+        y_scale: float32 ``(1, columns)``.
+        dtype: of the result; row-wise scales allow bfloat16 alone.
+    """
+    return torch._scaled_mm(x, y, x_scale, y_scale, out_dtype=dtype)
+
+
+def version(x: Tensor) -> int:
+    """Counts the in-place changes of ``x``; a result computed from ``x`` is out of date once it differs."""
+    return x._version
+
+
+def is_view_of_another(x: Tensor) -> bool:
+    """Whether autograd knows ``x`` as a view of another tensor."""
+    return x._is_view()
+
+
+def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
+    """``target += weight * (source - target)`` for every pair, in place and in few kernels."""
+    torch._foreach_lerp_(list(targets), list(sources), weight)
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode in which operators compute shapes and types but no values."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether ``x`` stands for a value in a graph that ``torch.compile`` is making: all that changes it is in the graph."""
+    return isinstance(x, FunctionalTensor)
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """A size while a graph is made: a dynamic one has the example's, or None where there is no example."""
+    hint = size.node.hint if isinstance(size, torch.SymInt) else size
+    return hint if isinstance(hint, int) else None
+
+
+def fake_like(x: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Tensor:
+    """A tensor of ``x``'s shape that claims to be on the CPU and holds nothing."""
+    return FakeTensor(mode, torch.empty_like(x, device="meta", dtype=dtype), torch.device("cpu"))
+
+
+def parse_to(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None]:
+    """The device and the type in the arguments of ``Module.to``."""
+    device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+    return device, dtype
+
+
+def slots(module: nn.Module) -> tuple[MutableMapping[str, Tensor | None], MutableMapping[str, Tensor | None]]:
+    """The module's own parameters and buffers by name, as the dictionaries that hold them: assigning replaces one.
+
+    ``setattr`` refuses what is not exactly a ``Parameter``, and ``register_parameter`` moves a name to the end.
+    """
+    return module._parameters, module._buffers  # type: ignore[return-value]
+
+
+def make_buffers_persistent(model: nn.Module, names: Container[str]) -> list[tuple[nn.Module, set[str]]]:
+    """Bring the buffers of ``model`` that are among ``names`` into its state dict; returns those that were not, by module."""
+    found = []
+    for prefix, module in model.named_modules():
+        own = {leaf for leaf in module._non_persistent_buffers_set if (f"{prefix}.{leaf}" if prefix else leaf) in names}
+        module._non_persistent_buffers_set -= own
+        found.append((module, own))
+    return found
+
+
+def make_buffers_transient(buffers: list[tuple[nn.Module, set[str]]]) -> None:
+    """Undo :func:`make_buffers_persistent`."""
+    for module, names in buffers:
+        module._non_persistent_buffers_set |= names

@@ -1,0 +1,88 @@
+"""What each quantization scheme asks of a :class:`~fp4dit_ao.config.QuantConfig`: the half of a scheme that needs no tensors.
+
+The other half, observers and tensor classes, is :mod:`fp4dit_ao.schemes`. It is apart because configs are made and checked
+long before anything is quantized, and without importing torchao.
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+from fp4dit_ao.ops.block_scale import BLOCKS, ELEMENTS
+
+if TYPE_CHECKING:
+    from fp4dit_ao.config.quant_config import QuantConfig
+
+FLOAT_SCALES = ("float32", "float16", "bfloat16")
+"""Types of scales that are plain floating-point numbers."""
+
+
+class SchemeRules(Protocol):
+    """When a config means a scheme, and what it must look like then.
+
+    Attributes:
+        name: of the scheme, as ``fp4dit_ao.schemes.SCHEMES`` knows it.
+    """
+
+    name: str
+
+    def claims(self, config: "QuantConfig") -> bool:
+        """Whether the config means this scheme. Each field is a valid choice by itself; together they may contradict."""
+
+    def check(self, config: "QuantConfig") -> None:
+        """Checks a config that this scheme claims.
+
+        Raises:
+            ValueError: fields that contradict each other, in a sentence that begins with ``QuantConfig:`` and says which
+                values go together.
+        """
+
+
+class BlockScaledRules:
+    """Rules of the hardware's block formats: one element format for weights and inputs, one block length by type of scale."""
+
+    name = "block_scaled"
+
+    def claims(self, config: "QuantConfig") -> bool:
+        return config.activation_granularity == "block" or config.scale_dtype in BLOCKS
+
+    def check(self, config: "QuantConfig") -> None:
+        if config.activation_granularity != "block" or BLOCKS.get(config.scale_dtype) != config.group_size:
+            raise ValueError(
+                f"QuantConfig: activation_granularity={config.activation_granularity!r} with scale_dtype="
+                f"{config.scale_dtype!r} and group_size={config.group_size}; blocks have 'e8m0' scales and 32 elements, or "
+                "'e4m3' and 16"
+            )
+        formats = ELEMENTS[config.scale_dtype]
+        if config.activation not in formats or config.weight not in (None, config.activation):
+            raise ValueError(
+                f"QuantConfig: weight={config.weight!r} and activation={config.activation!r}; with {config.scale_dtype!r} "
+                f"blocks both are the same, one of {', '.join(formats)}"
+            )
+        if config.weight_candidates or config.pre_gelu_weight not in (None, config.weight):
+            raise ValueError(
+                "QuantConfig: block formats are one for all layers; leave out weight_candidates and pre_gelu_weight"
+            )
+        if config.weight_granularity != "group" or config.weight_search != "absmax":
+            raise ValueError("QuantConfig: block formats have weight_granularity='group' and weight_search='absmax'")
+
+
+class GroupedRules:
+    """Rules of levels times a float scale per group, channel or tensor: any config that no other scheme claims."""
+
+    name = "grouped"
+
+    def claims(self, config: "QuantConfig") -> bool:
+        return True
+
+    def check(self, config: "QuantConfig") -> None:
+        """Accepts all: the fields' choices are independent of each other."""
+
+
+BLOCK_SCALED, GROUPED = BlockScaledRules(), GroupedRules()
+
+RULES: list[SchemeRules] = [BLOCK_SCALED, GROUPED]
+"""In the order in which they are asked; the last claims what is left. ``schemes.register_scheme`` adds to it."""
+
+
+def rules_of(config: "QuantConfig") -> SchemeRules:
+    """The rules of the scheme that ``config`` means."""
+    return next(rules for rules in RULES if rules.claims(config))

@@ -1,0 +1,34 @@
+"""Every plug-in point of the package, and the methods that are registered there."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS
+from fp4dit_ao.passes.mixed_precision import ALLOCATIONS
+from fp4dit_ao.util.markdown import markdown_table
+from fp4dit_ao.util.registry import MethodInfo, Registry
+
+POINTS: tuple[Registry[Any], ...] = (ALLOCATIONS, FINE_TUNINGS)
+"""Registries of the plug-in points, in the order in which a pipeline meets them."""
+
+
+def methods(point: str | None = None) -> list[MethodInfo]:
+    """The registered methods: point, name, summary, source and cost of each.
+
+    Args:
+        point: a plug-in point, such as ``"rounding"``; all of them if None.
+
+    Raises:
+        ValueError: there is no such point.
+    """
+    points = {registry.point: registry for registry in POINTS}
+    if point is not None and point not in points:
+        raise ValueError(f"unknown plug-in point {point!r}; choose one of {', '.join(points)}")
+    chosen = points.values() if point is None else [points[point]]
+    return [info for registry in chosen for info in registry.infos()]
+
+
+def methods_table(infos: Sequence[MethodInfo]) -> str:
+    """The methods as a Markdown table."""
+    rows = [[info.point, info.name, info.summary, info.source, info.cost] for info in infos]
+    return markdown_table(["point", "name", "what it does", "source", "cost"], rows)

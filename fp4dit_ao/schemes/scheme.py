@@ -1,0 +1,209 @@
+"""What a quantization scheme is (:class:`QuantizationScheme`), and the table of those that there are."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.config.scheme_rules import RULES, SchemeRules
+from fp4dit_ao.formats import parse
+from fp4dit_ao.util.registry import Registry
+
+
+@dataclass(frozen=True)
+class ObserverSpec:
+    """An observer to make: ``kind(**arguments)``. Equal specs of one value share an observer.
+
+    Attributes:
+        kind: class of the observer; torchao's ``with_args`` makes its constructor.
+        arguments: keyword arguments, hashable, without ``name`` and ``collect_gram``.
+    """
+
+    kind: Any
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two specs have in common when they make the same observer."""
+        return (self.kind, *sorted(self.arguments.items()))
+
+    def constructor(self, **more: Any) -> Any:
+        """A function without arguments that makes the observer, with the arguments ``more`` besides."""
+        return self.kind.with_args(**self.arguments, **more)
+
+
+@dataclass(frozen=True)
+class LowBitLinear:
+    """A linear of a converted graph, as a lowered graph has it: ``linear(x, weight, bias)``.
+
+    Attributes:
+        x: what goes in; where the weight's ``linear`` quantizes its input itself, the float value before quantization.
+        weight: tensor subclass.
+        path: fully qualified name of the float weight, whose place it takes.
+    """
+
+    x: Node
+    weight: Tensor
+    path: str
+
+
+@dataclass(frozen=True)
+class PlainLinear:
+    """The linear of a low-bit weight on plain tensors: ``function(x, *tensors, *arguments, bias)``.
+
+    Attributes:
+        function: made of aten's and ``torch.ops.fp4dit_ao``'s operators, traceable by ``torch.export``.
+        tensors: by the name that is appended to the weight's; of types that ``torch.export.save`` stores.
+        arguments: numbers and names, between the tensors and the bias.
+    """
+
+    function: Callable[..., Tensor]
+    tensors: Mapping[str, Tensor]
+    arguments: tuple[Any, ...] = ()
+
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+"""NumPy arrays by name."""
+
+
+class QuantizationScheme(Protocol):
+    """How weights and inputs become integers and scales, at every stage from config to file. Stateless.
+
+    A scheme is chosen by :func:`scheme_of`. All its forms of one weight must agree: the converted graph's float weight, the
+    tensor of :meth:`round_to_nearest` or :meth:`lowered`, dequantized, and :meth:`dequantize` of the file have equal values.
+
+    Attributes:
+        rules: when a config means this scheme, and what it must look like then; its ``name`` is the scheme's.
+        one_format: whether all layers share one format for weights and inputs, so that a family's rules for single layers
+            do not apply.
+    """
+
+    rules: SchemeRules
+    one_format: bool
+
+    # --- configs -----------------------------------------------------------------------------------------------------
+
+    def quantizes_online(self, config: QuantConfig) -> bool:
+        """Whether inputs need no calibration, and the module form can compute them."""
+
+    def block_size(self, config: QuantConfig) -> list[int]:
+        """Rows and columns of a weight that share a scale (or a codebook); -1 for all."""
+
+    # --- observers ---------------------------------------------------------------------------------------------------
+
+    def weight_observer(self, config: QuantConfig) -> ObserverSpec:
+        """Observer of a linear's weight; takes ``name``, and is a ``WeightObserver``."""
+
+    def input_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec:
+        """Observer of a linear's input in format ``fmt``; takes ``name`` and ``collect_gram``."""
+
+    def attention_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec:
+        """Observer of q, k and v, ``(..., heads, tokens, head_dim)``, in format ``fmt``; arguments as for an input's."""
+
+    # --- tensors -----------------------------------------------------------------------------------------------------
+
+    def empty_parts(self, shape: Sequence[int], config: QuantConfig) -> dict[str, Tensor]:
+        """Tensors that are stored for a weight of ``shape`` (out_features, in_features), by name, on the meta device.
+
+        The names are those of the tensor subclass's data attributes, so that ``graph_tensors.flatten`` gives the same.
+        """
+
+    def from_parts(self, parts: Mapping[str, Any], config: QuantConfig, dtype: torch.dtype) -> Tensor:
+        """Builds the weight from the tensors that :meth:`empty_parts` describes; its reported dtype is ``dtype``."""
+
+    def round_to_nearest(self, name: str, weight: Tensor, config: QuantConfig) -> Tensor:
+        """Rounds a float weight ``(out_features, in_features)`` to nearest, as its observer would without a learned rounding.
+
+        Args:
+            name: of the linear, for messages.
+            weight: of any float type, which the result reports as its own.
+            config: of this linear.
+
+        Raises:
+            ValueError: NaN or Inf in it, or a group size that does not divide it.
+        """
+
+    def owns(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is a tensor subclass of this scheme."""
+
+    def nearest_codes(self, weight: Any, original: Tensor) -> Tensor:
+        """uint8 codes that ``original`` would have if it were rounded to nearest with the scales of ``weight``.
+
+        Args:
+            weight: a tensor that this scheme owns.
+            original: float, of its shape.
+        """
+
+    # --- graphs ------------------------------------------------------------------------------------------------------
+
+    def lowered(self, model: GraphModule, linear: Node) -> LowBitLinear | None:
+        """The low-bit form of an ``aten.linear`` of a converted graph; None if its weight is not stored in this scheme."""
+
+    def plain_linear(self, weight: Any) -> PlainLinear:
+        """The linear of a tensor that this scheme owns, without its class."""
+
+    # --- the single file ---------------------------------------------------------------------------------------------
+
+    def describe(self, config: QuantConfig) -> dict[str, Any]:
+        """JSON of a linear's weight in a single file, besides ``scheme``: ``weight`` (name of the format), ``block_size``, and
+        whatever else :meth:`dequantize` needs, as docs/single_file.md has it."""
+
+    def describe_format(self, config: QuantConfig) -> dict[str, Any]:
+        """JSON of the weight's format in a single file: ``bits`` of a code and ``levels``; see :func:`describe_format`."""
+
+    def input_scale(self, config: QuantConfig, attention: bool) -> str:
+        """How the scale of inputs (of q, k and v if ``attention``) is found, in a single file: ``"token"``, ``"tensor"`` or
+        ``"block"``."""
+
+    def dequantize(self, codes: np.ndarray[Any, Any], parts: Arrays, layer: Any, fmt: Any) -> np.ndarray[Any, Any]:
+        """The weight of a single file in NumPy alone.
+
+        Args:
+            codes: uint8, unpacked, ``(out_features, in_features)``.
+            parts: the stored tensors of the weight, by the names of :meth:`empty_parts`; of floating-point types that NumPy
+                lacks, as float32.
+            layer: what :meth:`describe` gave.
+            fmt: what :meth:`describe_format` gave.
+
+        Returns:
+            float32 ``(out_features, in_features)``, equal to the tensor's ``dequantize(torch.float32)``.
+        """
+
+
+def describe_format(name: str) -> dict[str, Any]:
+    """JSON of the number format ``name`` in a single file: bits of a code, and the level of each code."""
+    fmt = parse(name)
+    return {"bits": fmt.bits, "levels": [fmt.level(code) for code in range(2**fmt.bits)]}
+
+
+SCHEMES: Registry[QuantizationScheme] = Registry("quantization scheme")
+"""By name."""
+
+
+def register_scheme(
+    scheme: QuantizationScheme, *, summary: str, source: str = "", cost: str = ""
+) -> QuantizationScheme:
+    """Adds a scheme, and its rules before those that are there; returns it.
+
+    Raises:
+        ValueError: another scheme has its name.
+    """
+    SCHEMES.register(scheme.rules.name, scheme, summary=summary, source=source, cost=cost)
+    if scheme.rules not in RULES:
+        RULES.insert(0, scheme.rules)
+    return scheme
+
+
+def scheme_of(config: QuantConfig) -> QuantizationScheme:
+    """The scheme that ``config`` means."""
+    return SCHEMES.find(config.scheme)
+
+
+def owner_of(weight: Tensor) -> QuantizationScheme | None:
+    """The scheme whose tensor subclass ``weight`` is, if any."""
+    return next((scheme for scheme in SCHEMES.values() if scheme.owns(weight)), None)

@@ -1,0 +1,67 @@
+"""ASGI middleware: counting and timing requests, and limiting their bodies."""
+
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fp4dit_ao.serving.error_responses import answer
+from fp4dit_ao.serving.metrics import Metrics
+from fp4dit_ao.serving.schema import ApiError
+
+
+class RequestCounter:
+    """ASGI middleware that counts requests to one path, and times them to the last byte, by status code.
+
+    Args:
+        app: the application behind it.
+        metrics: its ``requests`` and ``request_seconds`` are updated.
+        path: path of the counted requests.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, path: str):
+        self.app, self.metrics, self.path = app, metrics, path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != self.path:
+            await self.app(scope, receive, send)
+            return
+        began, code = time.monotonic(), 500
+
+        async def watched(message: Message) -> None:
+            nonlocal code
+            code = message.get("status", code)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            self.metrics.requests.labels(code).inc()
+            self.metrics.request_seconds.labels(code).observe(time.monotonic() - began)
+
+
+class BodyLimit:
+    """ASGI middleware that answers 413 to a body of more than ``limit`` bytes, before the body is read completely."""
+
+    def __init__(self, app: ASGIApp, limit: int):
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        messages, size = [], 0
+        while scope["method"] in ("POST", "PUT", "PATCH"):
+            message = await receive()
+            messages.append(message)
+            size += len(message.get("body", b""))
+            if size > self.limit:
+                refusal = answer(ApiError(413, f"the body is larger than {self.limit} bytes", "too_large"))
+                await refusal(scope, receive, send)
+                return
+            if not message.get("more_body"):
+                break
+
+        async def replay() -> Message:
+            return messages.pop(0) if messages else await receive()
+
+        await self.app(scope, replay, send)

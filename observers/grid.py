@@ -1,0 +1,67 @@
+"""The values that a weight can be rounded to, element by element: what rounding rules work on."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fp4dit_ao.formats import NumberFormat
+
+
+class Bracket(NamedTuple):
+    """The two neighbouring levels around every element; all shaped like the weight.
+
+    Attributes:
+        position: float32, the weight over its scale, clipped to the levels; in steps.
+        low: float32, the largest level not above ``position``; in steps.
+        up: float32, the next level, ``low + step``; ``low`` itself at the highest level.
+        step: float32, positive, the distance between neighbours at ``low`` (at the highest level: to the one below); in steps.
+        low_codes: uint8 codes of ``low``.
+        up_codes: uint8 codes of ``up``.
+    """
+
+    position: Tensor
+    low: Tensor
+    up: Tensor
+    step: Tensor
+    low_codes: Tensor
+    up_codes: Tensor
+
+
+class Grid:
+    """Values ``level * scale`` for every element of one weight; made by :meth:`WeightObserver.grid`.
+
+    Rounding rules ask the grid and never the format, so that a scheme whose groups have formats of their own (codebook groups)
+    can give them a subclass: it overrides :meth:`encode`, :meth:`levels`, :meth:`bracket` and :meth:`columns`.
+
+    Args:
+        fmt: the format of every element.
+        scale: float32, shaped like the weight: weight units per step, positive.
+    """
+
+    def __init__(self, fmt: NumberFormat, scale: Tensor):
+        self.fmt, self.scale = fmt, scale
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """uint8 codes of the values nearest to ``weight`` (float, weight units); ties to the even code, saturating."""
+        return self.fmt.encode(weight.float() / self.scale)
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """The levels (float32, steps) of uint8 ``codes``: equal for codes of equal value, as those of zero and minus zero."""
+        return self.fmt.decode(codes)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The values (float32, weight units) of uint8 ``codes``."""
+        return self.levels(codes) * self.scale
+
+    def bracket(self, weight: Tensor) -> Bracket:
+        """The two levels between which every element of ``weight`` (float, weight units) lies."""
+        lattice = self.fmt.lattice
+        lowest, largest = float(lattice[0]), float(lattice[-1])
+        position = (weight.float() / self.scale).clamp(lowest, largest)
+        low, step = self.fmt.bracket(position)
+        up = (low + step).clamp(max=largest)
+        return Bracket(position, low, up, step, self.fmt.encode(low), self.fmt.encode(up))
+
+    def columns(self, index: slice | Tensor) -> "Grid":
+        """The grid of some columns (the last dimension), in the order of ``index`` (a slice, or int64 positions)."""
+        return Grid(self.fmt, self.scale[..., index])

@@ -1,0 +1,84 @@
+"""The linears of a graph that a quantizer would quantize, with the observers that it would put there."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer import Quantizer, SharedQuantizationSpec
+
+_ANNOTATION = "quantization_annotation"
+_ATEN = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class AnnotatedLinear:
+    """One linear of a graph, before it is prepared.
+
+    Attributes:
+        node: the call of ``aten.linear``.
+        weight_observer: makes the observer of its weight.
+        input_observer: makes the observer of its input; None if inputs are not quantized. Linears that share an observer have
+            the same function here.
+    """
+
+    node: Node
+    weight_observer: Callable[[], Any]
+    input_observer: Callable[[], Any] | None
+
+    @property
+    def source(self) -> Node:
+        """The node of the input, ``(…, in_features)``."""
+        source = self.node.args[0]
+        assert isinstance(source, Node)
+        return source
+
+    @property
+    def weight(self) -> str:
+        """Fully qualified name of the weight."""
+        return weight_path(self.node)
+
+    @property
+    def name(self) -> str:
+        """Fully qualified name of the module that owns the weight."""
+        return linear_name(self.node)
+
+
+def weight_path(node: Node) -> str:
+    """Fully qualified name of the weight of a linear's node; ``""`` if it is computed, not stored."""
+    weight = node.args[1]
+    return str(weight.target) if isinstance(weight, Node) and weight.op == "get_attr" else ""
+
+
+def linear_name(node: Node) -> str:
+    """Fully qualified name of the module that owns the weight of a linear's node."""
+    return weight_path(node).rpartition(".")[0]
+
+
+def annotated_linears(graph: GraphModule, quantizer: Quantizer) -> list[AnnotatedLinear]:
+    """The linears that ``quantizer`` quantizes, in the order of the graph, which is left without annotations.
+
+    Raises:
+        ValueError: what the quantizer raises.
+    """
+    quantizer.annotate(graph)
+    found = []
+    for node in graph.graph.nodes:
+        annotation = node.meta.get(_ANNOTATION)
+        if node.target is not _ATEN.linear.default or annotation is None or not weight_path(node):
+            continue
+        specs = annotation.input_qspec_map
+        weight = _observer(specs.get(node.args[1]))
+        if weight is not None:
+            found.append(AnnotatedLinear(node, weight, _observer(specs.get(node.args[0]))))
+    for node in graph.graph.nodes:
+        node.meta.pop(_ANNOTATION, None)
+    return found
+
+
+def _observer(spec: Any) -> Callable[[], Any] | None:
+    while isinstance(spec, SharedQuantizationSpec):
+        source, user = spec.edge_or_node
+        spec = user.meta[_ANNOTATION].input_qspec_map[source]
+    return None if spec is None else spec.observer_or_fake_quant_ctr

@@ -1,0 +1,46 @@
+"""The table of graph transforms, and transforms from their records."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch.fx import GraphModule
+
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, records_of
+from fp4dit_ao.passes.transforms.smoothquant import SmoothQuant
+from fp4dit_ao.passes.transforms.split_inputs import SplitInputs
+from fp4dit_ao.util.registry import Registry
+
+TRANSFORMS: Registry[type[GraphTransform]] = Registry("transform")
+"""By the name that ``transform``, ``quantize_pipeline`` and the command line take."""
+
+TRANSFORMS.register(
+    SmoothQuant.name,
+    SmoothQuant,
+    summary="Scales channels of a linear's input down and its weight's columns up, by the factors that err least at the output.",
+    source="SmoothQuant, arXiv 2211.10438, eq. 4; grid of SVDQuant, arXiv 2411.05007",
+    cost="one pass over the samples, then 40 trial quantizations of each linear",
+)
+TRANSFORMS.register(
+    SplitInputs.name,
+    SplitInputs,
+    summary="Splits a linear whose input joins tensors into one linear for each, with scales of its own.",
+    source="Q-Diffusion, arXiv 2302.04304, sec. 4.3.2",
+    cost="one more linear a joint",
+)
+
+
+def from_records(records: Iterable[Mapping[str, Any]]) -> list[GraphTransform]:
+    """The transforms that records describe, in order.
+
+    Raises:
+        ValueError, LookupError, TypeError: a record of an unknown transform, or a damaged one.
+    """
+    return [
+        TRANSFORMS.find(record["name"]).from_record({k: v for k, v in record.items() if k != "name"})
+        for record in records
+    ]
+
+
+def applied_transforms(graph: GraphModule) -> list[GraphTransform]:
+    """The transforms that were applied to ``graph``, as they come from their records."""
+    return from_records(records_of(graph))

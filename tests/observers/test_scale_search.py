@@ -1,0 +1,72 @@
+"""Scale searches by name, and observers of codebooks that nobody registered."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torchao.quantization.granularity import PerGroup
+
+from fp4dit_ao import QuantConfig, w4a6
+from fp4dit_ao.config.quant_config import WEIGHT_SEARCHES
+from fp4dit_ao.formats import CODEBOOKS, CodebookFormat
+from fp4dit_ao.observers import TokenActivationObserver, WeightObserver
+from fp4dit_ao.observers.scale_search import SEARCHES, absmax, register_search
+
+LEVELS = (-9, -5, -3, -1, 0, 2, 4, 8)
+
+
+@pytest.fixture
+def codebook() -> Iterator[CodebookFormat]:
+    yield CodebookFormat("mine", LEVELS)
+    CODEBOOKS.pop("mine", None)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_codebook_that_nobody_registered(codebook: CodebookFormat, as_list: bool) -> None:
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    observer = WeightObserver([codebook] if as_list else codebook, PerGroup(32))
+    found = observer.dequantized(weight)
+    scale = weight.reshape(4, 2, 32).abs().amax(-1) / 9
+    y = weight.double().reshape(4, 2, 32) / scale.double()[..., None]
+    levels = torch.tensor(LEVELS, dtype=torch.float64)
+    nearest = levels[(y[..., None] - levels).abs().argmin(-1)]
+    torch.testing.assert_close(found.double(), (nearest * scale.double()[..., None]).reshape(4, 64))
+
+
+def test_a_codebook_of_inputs_that_nobody_registered(codebook: CodebookFormat) -> None:
+    observer = TokenActivationObserver(codebook)
+    observer.fake_quantize = True
+    assert torch.equal(
+        observer(torch.tensor([[-9.0, 1.9, -4.0]])), torch.tensor([[-9.0, 2.0, -3.0]])
+    )  # a tie to even code 2
+
+
+def test_another_codebook_of_that_name_is_refused(codebook: CodebookFormat) -> None:
+    WeightObserver(codebook)
+    with pytest.raises(ValueError, match="codebook 'mine' has the name of another format"):
+        WeightObserver(CodebookFormat("mine", (-1, 0)))
+
+
+def test_configs_take_the_names_that_are_registered() -> None:
+    assert list(SEARCHES) == WEIGHT_SEARCHES
+    assert [(info.point, info.name) for info in SEARCHES.infos()] == [("scale search", name) for name in SEARCHES]
+    with pytest.raises(ValueError, match="unknown scale search 'hessian'; choose one of absmax, mse"):
+        WeightObserver("e2m1", search="hessian")
+
+
+def test_a_search_of_ones_own() -> None:
+    def doubled(weight, block_size, fmt, scale_dtype):
+        return 2 * absmax(weight, block_size, fmt, scale_dtype)
+
+    with pytest.raises(ValueError, match="weight_search='doubled'"):
+        QuantConfig(weight_search="doubled")
+    register_search("doubled", doubled, summary="a test")
+    try:
+        assert replace(w4a6(), weight_search="doubled").weight_search == "doubled"
+        observer = WeightObserver("e2m1", PerGroup(2), search="doubled")
+        observer(torch.tensor([[12.0, 3.0]]))
+        assert observer.scale.item() == 2
+    finally:
+        del SEARCHES._methods["doubled"], SEARCHES._infos["doubled"]
+        WEIGHT_SEARCHES.remove("doubled")
