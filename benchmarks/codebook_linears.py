@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from fp4dit_ao.environment import one_line
-from fp4dit_ao.evaluate import markdown_table
-from fp4dit_ao.kernels import codebook_linear, native
+from fp4dit_ao.evaluation.environment import one_line
+from fp4dit_ao.evaluation.fidelity import markdown_table
+from fp4dit_ao.kernels import codebook_linear
+from fp4dit_ao.kernels.cpu import native
 
 SHAPES = ((1152, 1152), (4608, 1152), (1152, 4608))
 """Output and input features of PixArt-XL's linears."""

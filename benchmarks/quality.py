@@ -51,7 +51,7 @@ class Row:
 W4A6, INT = RECIPES["w4a6"](), RECIPES["int_w4a6"]()
 E2M1, AUTO = RECIPES["w4a6_e2m1"](), RECIPES["w4a6_auto"]()
 STATIC, W4A8 = RECIPES["w4a6_static"](), RECIPES["w4a8"]()
-NF4 = RECIPES["w4a6_nf4"]()
+NF4, CODEBOOK = RECIPES["w4a6_nf4"](), RECIPES["w4a6_codebook"]()
 
 ROWS: dict[str, Row] = {
     "full": Row("full precision"),
@@ -86,6 +86,9 @@ WHY: dict[str, Row] = {
     "only-int4": Row("weights INT4 alone", replace(INT, activation=None, attention=None)),
     "e2m1-mse": Row("W4A6 without E3M0, scales searched, nearest", replace(E2M1, weight_search="mse")),
     "nf4-absmax": Row("W4A6 with NF4, nearest", replace(NF4, weight_search="absmax")),
+    "codebook-nearest": Row("W4A6 with codebook groups, nearest", CODEBOOK),
+    "codebook8-nearest": Row("W4A8 with codebook groups, INT8 tokens, nearest", RECIPES["w4a8_codebook"]()),
+    "e2m1-groups": Row("W4A6 with codebook groups of E2M1's shape, nearest", replace(CODEBOOK, weight="e2m1_groups")),
     "e2m3": Row("INT4 weights, E2M3 activations", replace(INT, activation="e2m3", attention="e2m3")),
     "e2m1-gptq-act-order": Row("W4A6 without E3M0, GPTQ, largest inputs first", E2M1, "gptq_act_order"),
     "e2m1-layer": Row("W4A6 without E3M0, scale-aware, one linear at a time", E2M1, "scale_aware", "layer"),
@@ -103,7 +106,8 @@ PAIRS = [
     ("nf4", "auto"), ("nf4", "int-adaround"),
     ("w4a6-nearest", "static-nearest"), ("w4a6", "static"), ("w4a8-nearest", "w4a6-nearest"), ("w4a8", "w4a6"),
     ("w4a8-int8-nearest", "w4a8-nearest"),
-    ("e2m3", "int-nearest"), ("int6", "e2m1-nearest"), ("only-e2m1", "only-e3m0-gelu"), ("only-e2m1", "only-int4"),
+    ("codebook-nearest", "nf4-nearest"), ("codebook-nearest", "e2m1-nearest"), ("codebook-nearest", "w4a6-nearest"),
+    ("e2m1-groups", "e2m1-mse"), ("e2m3", "int-nearest"), ("int6", "e2m1-nearest"), ("only-e2m1", "only-e3m0-gelu"), ("only-e2m1", "only-int4"),
 ]  # fmt: skip
 """Pairs of rows whose paired difference is printed; its interval is much narrower than those of the two rows."""
 

@@ -21,6 +21,8 @@ _HOME = {
     "w4a6": "config",
     "w4a8": "config",
     "w4a6_auto": "config",
+    "w4a6_codebook": "config",
+    "w4a8_codebook": "config",
     "FP4DiTQuantizer": "quantizer",
     "reconstruct": "passes.reconstruction",
     "lower": "passes.lowering",
@@ -35,6 +37,7 @@ _HOME = {
     "quantize_pipeline": "diffusers_integration.pipeline_quantization",
     "load_pipeline": "diffusers_integration.pipeline_folder",
     "MinifloatTensor": "tensors.minifloat",
+    "CodebookTensor": "tensors.codebook",
     "QuantizedTransformer": "diffusers_integration.graph_form",
     "quantize_modules": "diffusers_integration.module_conversion",
     "FP4DiTConfig": "diffusers_integration.hf_quantizer",
@@ -52,7 +55,16 @@ __all__ = [*_HOME, *_MODULES]
 if TYPE_CHECKING:
     from fp4dit_ao.calibration import calibrate, collect_samples
     from fp4dit_ao.checkpoint.single_file import export_single_file, read_single_file
-    from fp4dit_ao.config import AdaRoundConfig, QuantConfig, ReconstructionConfig, w4a6, w4a6_auto, w4a8
+    from fp4dit_ao.config import (
+        AdaRoundConfig,
+        QuantConfig,
+        ReconstructionConfig,
+        w4a6,
+        w4a6_auto,
+        w4a6_codebook,
+        w4a8,
+        w4a8_codebook,
+    )
     from fp4dit_ao.deploy import exported_transformer as export
     from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
     from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig
@@ -69,6 +81,7 @@ if TYPE_CHECKING:
     from fp4dit_ao.passes.weight_unpacking import unpack_weights
     from fp4dit_ao.plugin_points import methods
     from fp4dit_ao.quantizer import FP4DiTQuantizer
+    from fp4dit_ao.tensors.codebook import CodebookTensor
     from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
 

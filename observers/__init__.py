@@ -6,6 +6,7 @@ Import them from ``fp4dit_ao.observers``.
 from fp4dit_ao.observers.activation import StaticActivationObserver, TokenActivationObserver
 from fp4dit_ao.observers.base import FloatObserver
 from fp4dit_ao.observers.block_scaled import BlockActivationObserver, BlockWeightObserver
+from fp4dit_ao.observers.codebook import CodebookGrid, CodebookWeightObserver
 from fp4dit_ao.observers.fake_quantization import set_fake_quantize
 from fp4dit_ao.observers.grid import Bracket, Grid
 from fp4dit_ao.observers.weight import WeightObserver
@@ -14,6 +15,8 @@ __all__ = [
     "BlockActivationObserver",
     "BlockWeightObserver",
     "Bracket",
+    "CodebookGrid",
+    "CodebookWeightObserver",
     "FloatObserver",
     "Grid",
     "StaticActivationObserver",

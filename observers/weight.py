@@ -164,23 +164,25 @@ class WeightObserver(FloatObserver):
         """The node of the stored scale, at the current insertion point."""
         return add_buffer(model, f"{self.name}_scale", scale)
 
+    def weight_node(self, model: GraphModule, weight: Tensor) -> Node:
+        """The node of the dequantized weight, made of stored codes and scales, at the current insertion point."""
+        codes, scale = self.quantized(weight)
+        arguments = (
+            add_buffer(model, f"{self.name}_codes", codes),
+            self.block_size(weight),
+            self.scale_node(model, weight, scale),
+            str(self.fmt),
+            weight.dtype,
+        )
+        return model.graph.call_function(_OPS.dequantize.default, arguments)
+
     def convert(self, model: GraphModule, observer_node: Node) -> None:
         source = observer_node.args[0]
         assert isinstance(source, Node)
         weight = weight_of(model, observer_node)
         self.resolve(weight, gram_of(model, observer_node))
-        codes, scale = self.quantized(weight)
         with model.graph.inserting_before(observer_node):
-            new = model.graph.call_function(
-                _OPS.dequantize.default,
-                (
-                    add_buffer(model, f"{self.name}_codes", codes),
-                    self.block_size(weight),
-                    self.scale_node(model, weight, scale),
-                    str(self.fmt),
-                    weight.dtype,
-                ),
-            )
+            new = self.weight_node(model, weight)
         replace_observer(model, observer_node, new)
         _release(model, source)
 

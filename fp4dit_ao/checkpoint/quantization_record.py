@@ -14,7 +14,14 @@ from torch import Tensor
 from fp4dit_ao._registration import METHOD
 from fp4dit_ao.checkpoint.tensor_files import Entry
 from fp4dit_ao.config import QuantConfig
-from fp4dit_ao.formats import CODEBOOKS, CodebookFormat, register_codebook
+from fp4dit_ao.formats import (
+    CODEBOOK_SETS,
+    CODEBOOKS,
+    CodebookFormat,
+    CodebookSet,
+    register_codebook,
+    register_codebook_set,
+)
 from fp4dit_ao.formats.registry import BUILT_IN
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.registry import from_records
@@ -159,11 +166,15 @@ def _transforms_from_json(data: Mapping[str, Any]) -> list[GraphTransform]:
     return [SplitInputs.from_record({"parts": data["parts"]})] if data["parts"] else []
 
 
-def _custom_codebooks(configs: Iterable[QuantConfig]) -> dict[str, list[int]]:
-    """Levels of the codebooks that ``configs`` name and that are not built in, by name: whoever reads the record needs them."""
+def _custom_codebooks(configs: Iterable[QuantConfig]) -> dict[str, Any]:
+    """Codebooks and sets of them that ``configs`` name and that are not built in, by name: whoever reads the record needs them.
+
+    A codebook is a list of levels, a set a list of codebooks.
+    """
     names = {name for config in configs for name in (config.weight, config.activation, config.attention)}
-    custom = sorted(name for name in names if name in CODEBOOKS and name not in BUILT_IN)
-    return {name: list(CODEBOOKS[name].levels) for name in custom}
+    custom = sorted(name for name in names if name is not None and name not in BUILT_IN)
+    levels = {name: list(CODEBOOKS[name].levels) for name in custom if name in CODEBOOKS}
+    return levels | {name: list(map(list, CODEBOOK_SETS[name].books)) for name in custom if name in CODEBOOK_SETS}
 
 
 def _register_codebooks(codebooks: Any, where: str) -> None:
@@ -176,8 +187,11 @@ def _register_codebooks(codebooks: Any, where: str) -> None:
         raise ValueError(f"{where} is damaged: its codebooks are {codebooks!r:.60}; copy it again")
     for name, levels in codebooks.items():
         try:
-            register_codebook(CodebookFormat(name, tuple(int(level) for level in levels)))
-        except (TypeError, ValueError) as error:
+            if levels and isinstance(levels[0], list):
+                register_codebook_set(CodebookSet(name, tuple(tuple(map(int, book)) for book in levels)))
+            else:
+                register_codebook(CodebookFormat(name, tuple(int(level) for level in levels)))
+        except (TypeError, ValueError, LookupError) as error:
             raise ValueError(
                 f"{where} was quantized with a codebook {name!r} that cannot be used here: {error}; load it in a process that "
                 "did not register another codebook of that name"

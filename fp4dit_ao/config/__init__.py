@@ -1,10 +1,20 @@
 """What to quantize to what (:class:`QuantConfig`, recipes), and how weights are rounded (:class:`ReconstructionConfig`)."""
 
 from fp4dit_ao.config.quant_config import HIGH_PRECISION, RECIPES, QuantConfig
-from fp4dit_ao.config.recipes import int_w4a6, int_w4a8, mxfp4, nvfp4, w4a6, w4a6_auto, w4a8
+from fp4dit_ao.config.recipes import (
+    int_w4a6,
+    int_w4a8,
+    mxfp4,
+    nvfp4,
+    w4a6,
+    w4a6_auto,
+    w4a6_codebook,
+    w4a8,
+    w4a8_codebook,
+)
 from fp4dit_ao.config.reconstruction_config import AdaRoundConfig, ReconstructionConfig
 
 __all__ = [
     "HIGH_PRECISION", "RECIPES", "AdaRoundConfig", "QuantConfig", "ReconstructionConfig", "int_w4a6", "int_w4a8", "mxfp4",
-    "nvfp4", "w4a6", "w4a6_auto", "w4a8",
+    "nvfp4", "w4a6", "w4a6_auto", "w4a6_codebook", "w4a8", "w4a8_codebook",
 ]  # fmt: skip

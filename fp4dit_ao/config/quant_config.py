@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from fp4dit_ao.config.scheme_rules import FLOAT_SCALES, rules_of
-from fp4dit_ao.formats import parse
+from fp4dit_ao.formats import CODEBOOK_SETS, parse
 from fp4dit_ao.ops.block_scale import BLOCKS
 
 HIGH_PRECISION = (
@@ -24,7 +24,8 @@ class QuantConfig:
     """
 
     weight: str | None = "e2m1"
-    """Format of linear weights; ``None`` leaves them as they are (and the layer unquantized)."""
+    """Format of linear weights, or a set of codebooks (``"nf4_groups"``); ``None`` leaves them as they are (and the layer
+    unquantized)."""
     activation: str | None = "e2m3"
     """Format of linear inputs; ``None`` quantizes weights only."""
     group_size: int = 128
@@ -112,10 +113,13 @@ class QuantConfig:
 
 def _check_format(field: str, name: str | None) -> None:
     try:
-        _ = name is None or parse(name)
+        _ = name is None or (field in _WEIGHTS and name in tuple(CODEBOOK_SETS)) or parse(name)
     except ValueError as error:
         raise ValueError(f"QuantConfig: {field}: {error}") from None
 
+
+_WEIGHTS = ("weight", "pre_gelu_weight", "weight_candidates")
+"""Fields that take sets of codebooks besides number formats."""
 
 _EXAMPLES = {"weight_candidates": ("e2m1", "e3m0"), "skip": ("proj_out*",)}
 

@@ -43,6 +43,16 @@ def mxfp4() -> QuantConfig:
     return _blocks("e2m1", "e8m0")
 
 
+def w4a6_codebook() -> QuantConfig:
+    """Codebook groups for weights (4.03 bits and a float for each row), token-wise E2M3 for inputs, q, k and v."""
+    return QuantConfig(weight="nf4_groups", pre_gelu_weight=None, weight_search="mse")
+
+
+def w4a8_codebook() -> QuantConfig:
+    """As :func:`w4a6_codebook` with INT8 inputs, q, k and v."""
+    return replace(w4a6_codebook(), activation="int8", attention="int8")
+
+
 def _blocks(fmt: str, scale: Literal["e8m0", "e4m3"]) -> QuantConfig:
     return QuantConfig(
         weight=fmt, activation=fmt, group_size=BLOCKS[scale], pre_gelu_weight=None, attention=None,
@@ -61,6 +71,8 @@ RECIPES |= {
     "w4a6_mse": lambda: replace(w4a6(), weight_search="mse"),
     "w4a8_int8": lambda: replace(w4a8(), activation="int8", attention="int8"),
     "w4a8_e4m3": lambda: replace(w4a8(), activation="e4m3fn", attention="e4m3fn"),
+    "w4a6_codebook": w4a6_codebook,
+    "w4a8_codebook": w4a8_codebook,
     "int_w4a6": int_w4a6,
     "int_w4a8": int_w4a8,
     "nvfp4": nvfp4,

@@ -6,6 +6,7 @@ long before anything is quantized, and without importing torchao.
 
 from typing import TYPE_CHECKING, Protocol
 
+from fp4dit_ao.formats import CODEBOOK_SETS
 from fp4dit_ao.ops.block_scale import BLOCKS, ELEMENTS
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 FLOAT_SCALES = ("float32", "float16", "bfloat16")
 """Types of scales that are plain floating-point numbers."""
+GROUP_MULTIPLE = 4
+"""Input features that kernels for codebook groups take at once."""
 
 
 class SchemeRules(Protocol):
@@ -65,6 +68,31 @@ class BlockScaledRules:
             raise ValueError("QuantConfig: block formats have weight_granularity='group' and weight_search='absmax'")
 
 
+class CodebookGroupsRules:
+    """Rules of codebook groups: weights are named after sets of codebooks, whose codebooks and row scales are searched for."""
+
+    name = "codebook_groups"
+
+    def claims(self, config: "QuantConfig") -> bool:
+        return any(name in CODEBOOK_SETS for name in (config.weight, *config.weight_candidates))
+
+    def check(self, config: "QuantConfig") -> None:
+        others = [name for name in config.weight_candidates if name not in CODEBOOK_SETS]
+        if others or config.weight not in (None, *CODEBOOK_SETS):
+            raise ValueError(
+                f"QuantConfig: weight={config.weight!r} and weight_candidates={config.weight_candidates}; sets of codebooks "
+                f"({', '.join(CODEBOOK_SETS)}) do not mix with number formats in one layer"
+            )
+        if config.weight_granularity != "group" or config.weight_search != "mse" or config.scale_dtype != "float32":
+            raise ValueError(
+                "QuantConfig: codebook groups have weight_granularity='group', weight_search='mse' and scale_dtype='float32'"
+            )
+        if config.group_size % GROUP_MULTIPLE:
+            raise ValueError(
+                f"QuantConfig: group_size={config.group_size}; codebook groups have a multiple of {GROUP_MULTIPLE}, such as 128"
+            )
+
+
 class GroupedRules:
     """Rules of levels times a float scale per group, channel or tensor: any config that no other scheme claims."""
 
@@ -77,9 +105,9 @@ class GroupedRules:
         """Accepts all: the fields' choices are independent of each other."""
 
 
-BLOCK_SCALED, GROUPED = BlockScaledRules(), GroupedRules()
+BLOCK_SCALED, CODEBOOK_GROUPS, GROUPED = BlockScaledRules(), CodebookGroupsRules(), GroupedRules()
 
-RULES: list[SchemeRules] = [BLOCK_SCALED, GROUPED]
+RULES: list[SchemeRules] = [BLOCK_SCALED, CODEBOOK_GROUPS, GROUPED]
 """In the order in which they are asked; the last claims what is left. ``schemes.register_scheme`` adds to it."""
 
 

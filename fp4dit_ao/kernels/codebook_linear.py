@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp4dit_ao import _compat
 from fp4dit_ao.formats import unpack
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.ops import LIBRARY
@@ -93,11 +94,11 @@ def _product(tokens: Tensor, levels: Tensor) -> Tensor:
     if not rows or not features:
         return tokens.new_zeros((rows, features), dtype=torch.int32)
     if not tokens.is_cuda:
-        return torch._int_mm(tokens.contiguous(), levels.T)
+        return _compat.int8_product(tokens.contiguous(), levels.T)
     wide = -depth % _ROW_MULTIPLE
     tokens = F.pad(tokens, (0, wide, 0, max(0, _LEAST_ROWS - rows)))
     levels = F.pad(levels, (0, wide, 0, -features % _ROW_MULTIPLE))
-    return torch._int_mm(tokens, levels.T)[:rows, :features]
+    return _compat.int8_product(tokens, levels.T)[:rows, :features]
 
 
 def run(

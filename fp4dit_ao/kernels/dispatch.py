@@ -15,6 +15,7 @@ from fp4dit_ao.kernels import int8_linear, reference
 from fp4dit_ao.kernels.attention import ATTENTION
 from fp4dit_ao.kernels.block_scaled_linear import BLOCK_SCALED_LINEAR
 from fp4dit_ao.kernels.candidate_search import CANDIDATE_SEARCH
+from fp4dit_ao.kernels.codebook_dispatch import CODEBOOK_LINEAR
 from fp4dit_ao.kernels.cpu import int8_linear as compiled_linear
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.cuda import int8_linear as triton_linear
@@ -63,7 +64,8 @@ LINEAR: UnitTable[LinearOperands] = UnitTable(
 )
 
 TABLES = {
-    table.operation: table for table in (LINEAR, LEVEL_LINEAR, BLOCK_SCALED_LINEAR, ATTENTION, TOKENS, CANDIDATE_SEARCH)
+    table.operation: table
+    for table in (LINEAR, CODEBOOK_LINEAR, LEVEL_LINEAR, BLOCK_SCALED_LINEAR, ATTENTION, TOKENS, CANDIDATE_SEARCH)
 }
 """Every operation that is computed differently from device to device, by name."""
 

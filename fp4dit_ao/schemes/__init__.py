@@ -5,6 +5,7 @@
 """
 
 from fp4dit_ao.schemes.block_scaled import BlockScaledScheme
+from fp4dit_ao.schemes.codebook_groups import CodebookGroupsScheme
 from fp4dit_ao.schemes.grouped import GroupedScheme
 from fp4dit_ao.schemes.scheme import (
     SCHEMES,
@@ -26,6 +27,11 @@ register_scheme(
     BlockScaledScheme(),
     summary="MX and NVFP4: 32 or 16 elements share a low-bit scale",
     source="OCP Microscaling Formats 1.0; NVIDIA NVFP4",
+)
+register_scheme(
+    CodebookGroupsScheme(),
+    summary="Each group of a weight has one of sixteen codebooks, each row one float: one product of 8-bit integers a linear",
+    cost="seconds to minutes a model for the search",
 )
 
 __all__ = [

@@ -22,7 +22,7 @@ from fp4dit_ao.schemes.graph_patterns import block_wise_input, stored_weight, to
 from fp4dit_ao.schemes.scheme import Arrays, LowBitLinear, ObserverSpec, PlainLinear, describe_format
 from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
-_INPUTS: dict[str, Any] = {"token": TokenActivationObserver, "tensor": StaticActivationObserver}
+INPUTS: dict[str, Any] = {"token": TokenActivationObserver, "tensor": StaticActivationObserver}
 """Observers by ``QuantConfig.activation_granularity``."""
 
 
@@ -51,7 +51,7 @@ class GroupedScheme:
         return ObserverSpec(WeightObserver, arguments)
 
     def input_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec:
-        return ObserverSpec(_INPUTS[config.activation_granularity], {"fmt": fmt})
+        return ObserverSpec(INPUTS[config.activation_granularity], {"fmt": fmt})
 
     def attention_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec:
         return self.input_observer(config, fmt)
@@ -68,7 +68,7 @@ class GroupedScheme:
         }
 
     def from_parts(self, parts: Mapping[str, Any], config: QuantConfig, dtype: torch.dtype) -> Tensor:
-        fmt, act_fmt = str(parse(str(config.weight))), _canonical(config.activation)
+        fmt, act_fmt = str(parse(str(config.weight))), canonical(config.activation)
         return MinifloatTensor(parts["qdata"], parts["scale"], self.block_size(config), fmt, act_fmt, dtype)
 
     @torch.no_grad()
@@ -76,7 +76,7 @@ class GroupedScheme:
         observer = self.weight_observer(config).constructor(name=f"{name}.weight")()
         codes, scale = observer.quantized(weight.detach())
         block_size, fmt = observer.block_size(weight), str(observer.fmt)
-        return MinifloatTensor.from_codes(codes, scale, block_size, fmt, _canonical(config.activation), weight.dtype)
+        return MinifloatTensor.from_codes(codes, scale, block_size, fmt, canonical(config.activation), weight.dtype)
 
     def owns(self, weight: Tensor) -> bool:
         return isinstance(weight, MinifloatTensor)
@@ -121,5 +121,6 @@ def repeated(scale: np.ndarray[Any, Any], shape: Sequence[int]) -> np.ndarray[An
     return scale.repeat(rows, 0).repeat(columns, 1)
 
 
-def _canonical(fmt: str | None) -> str | None:
+def canonical(fmt: str | None) -> str | None:
+    """A number format's name as ``str`` gives it; ``"e0m3"`` for ``"int4"``."""
     return None if fmt is None else str(parse(fmt))

@@ -50,6 +50,8 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
     """
 
     optional_tensor_attribute_names: ClassVar[list[str]] = ["transposed"]
+    format_names: ClassVar[tuple[str, ...]] = ("fmt", "act_fmt")
+    """Attributes that name number formats which generated code depends on."""
 
     tensor_data_names: ClassVar[list[str]]
     tensor_attribute_names: ClassVar[list[str]]
@@ -146,7 +148,7 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
             name: (x.dtype, tuple(x.shape), x.stride(), x.device) if isinstance(x, Tensor) else x
             for name, x in parts.items()
         }
-        for name in ("fmt", "act_fmt"):  # a codebook with its levels: another process may know other ones by that name
+        for name in self.format_names:  # a codebook with its levels: another process may know other ones by that name
             described[name] = described.get(name) and parse(described[name])
         library = native.VERSION if native.shared_object() is not None else None
         return repr((__version__, library, type(self).__name__, described))

@@ -7,7 +7,7 @@ import pytest
 
 from fp4dit_ao import QuantConfig, w4a6, w4a6_auto, w4a8
 from fp4dit_ao.config import RECIPES
-from fp4dit_ao.formats import parse
+from fp4dit_ao.formats import CODEBOOK_SETS, parse
 
 
 def test_the_papers_recipes() -> None:
@@ -33,7 +33,7 @@ def test_every_recipe_by_name_and_what_its_name_promises() -> None:
             continue
         weight_bits, activation_bits = (int(digit) for digit in name.removeprefix("int_")[1:4].split("a"))
         weights = [recipe.weight, recipe.pre_gelu_weight, *recipe.weight_candidates]
-        assert {parse(fmt).bits for fmt in weights if fmt} == {weight_bits}
+        assert {(CODEBOOK_SETS.get(fmt) or parse(fmt)).bits for fmt in weights if fmt} == {weight_bits}
         assert {parse(fmt).bits for fmt in (recipe.activation, recipe.attention) if fmt} == {activation_bits}
         if name.startswith("int_"):
             assert all(str(parse(fmt)).startswith("e0") for fmt in weights if fmt)

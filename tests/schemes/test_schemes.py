@@ -17,6 +17,8 @@ from fp4dit_ao.schemes import SCHEMES, owner_of, register_scheme, scheme_of
 from fp4dit_ao.schemes.grouped import GroupedScheme
 
 SCHEME_OF = {
+    "w4a6_codebook": "codebook_groups",
+    "w4a8_codebook": "codebook_groups",
     "nvfp4": "block_scaled",
     "mxfp4": "block_scaled",
     "mxfp6_e2m3": "block_scaled",

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4dit_ao.formats import pack, parse
-from fp4dit_ao.kernels import codebook_linear, native, tokens
+from fp4dit_ao.kernels import codebook_linear, token_quantization
 from fp4dit_ao.kernels.codebook_linear import MOST_FEATURES, reference_codebook_linear, run
-from fp4dit_ao.kernels.tokens import add_digits, quantize_tokens
+from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels.token_quantization import add_digits, quantize_tokens
 
 OUTPUTS = list(native.OUTPUTS)
 Problem = dict[str, Any]
@@ -251,7 +252,7 @@ def test_quantized_tokens_multiply_a_packed_weight(fmt: str) -> None:
     codes, books = torch.randint(0, 16, (7, 256)).byte(), torch.randint(0, 16, (7, 2)).byte()
     codebooks, row_scale = torch.randint(-120, 121, (16, 16)).to(torch.int8), torch.rand(7)
     levels, scale = quantize_tokens(x, fmt)
-    count = tokens.digits(parse(fmt))
+    count = token_quantization.digits(parse(fmt))
     y = torch.ops.fp4dit_ao.codebook_linear(
         levels, scale, pack(codes, 4), pack(books, 4), codebooks, row_scale, None, torch.float32, count
     )
