@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 SLOW = (
     "tests/benchmark",
+    "tests/checkpoint/test_checkpoint.py::test_every_tensor_comes_back_bit_for_bit",
     "tests/checkpoint/test_checkpoint_fuzz.py",
+    "tests/checkpoint/test_single_file.py::test_by_the_page_alone",
     "tests/cli",
     "tests/deploy",
     "tests/diffusers_integration",
@@ -24,7 +26,12 @@ SLOW = (
     "tests/kernels/test_native.py::test_the_benchmark_of_tokens_prints_its_table",
     "tests/kernels/test_triton_linear.py",
     "tests/ops/test_ops.py::test_blocks_may_be_symbols",
+    "tests/passes/test_block_outlining.py::test_hunyuans_long_skips_make_four_kinds",
     "tests/reference",
+    "tests/serving/test_app.py::test_a_port_that_is_taken_is_said_before_the_model_is_loaded",
+    "tests/serving/test_app.py::test_the_command_serves_the_models_images_and_ends_clean",
+    "tests/serving/test_engine.py::test_images_do_not_depend_on_their_neighbours",
+    "tests/serving/test_load_benchmark.py",
     "tests/serving/test_ray.py",
     "tests/tensors/test_block_scaled.py",
     "tests/tensors/test_levels.py::test_memory_or_speed_is_chosen_when_a_pipeline_is_loaded",

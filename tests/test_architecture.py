@@ -16,12 +16,11 @@ FOLDERS = {"fp4dit_ao": "fp4dit_ao", "fp4dit_ao.passes": "passes", "fp4dit_ao.ob
 
 LATE = {
     "fp4dit_ao.benchmark.peers": "torchao's prototypes are loaded for the peers that need them alone",
-    "fp4dit_ao.checkpoint.single_file": "other tools read these files with this module: NumPy suffices",
     "fp4dit_ao.cli.app": "a command loads torch and diffusers when it runs; `--help` is there at once",
     "fp4dit_ao.cli.serve": "FastAPI and uvicorn are optional",
     "fp4dit_ao.deploy.exported_transformer": "an exported file is loaded without torchao",
     "fp4dit_ao.kernels.cuda.int8_linear": "Triton is optional",
-    "fp4dit_ao.tensors.levels": "Triton is optional",
+    "fp4dit_ao.kernels.level_linear": "Triton is optional",
 }
 """Modules that import another module of this package inside of a function, and what that saves."""
 

@@ -20,10 +20,11 @@ from fp4dit_ao.formats import parse
 from tests.conftest import ROOT
 
 PACKAGE = {
-    "AdaRoundConfig", "FP4DiTConfig", "FP4DiTQuantizer", "FloatFormat", "MinifloatTensor", "QuantConfig",
-    "QuantizedTransformer", "calibrate", "capture", "collect_samples", "compile_blocks", "example_inputs", "export",
-    "export_single_file", "load_pipeline", "lower", "quantize_modules", "quantize_pipeline", "quantizer_for",
-    "read_single_file", "reconstruct", "unpack_weights", "w4a6", "w4a6_auto", "w4a8",
+    "AdaRoundConfig", "CodebookTensor", "FP4DiTConfig", "FP4DiTQuantizer", "FloatFormat", "MinifloatTensor",
+    "QuantConfig", "QuantizedTransformer", "ReconstructionConfig", "calibrate", "capture", "collect_samples",
+    "compile_blocks", "example_inputs", "export", "export_single_file", "load_pipeline", "lower", "methods",
+    "quantize_modules", "quantize_pipeline", "quantizer_for", "read_single_file", "reconstruct", "transform",
+    "unpack_weights", "w4a6", "w4a6_auto", "w4a6_codebook", "w4a8", "w4a8_codebook",
 }  # fmt: skip
 """``from fp4dit_ao import …``."""
 

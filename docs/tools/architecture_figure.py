@@ -28,12 +28,13 @@ STAGES = [
 
 DOES = {
     "cli": "the command fp4dit-ao",
+    "plugin_points": "methods(): what is registered everywhere",
     "deploy": "exported files, an HTTP server, measurements",
     "diffusers_integration": "pipelines, module form, LoRA",
     "checkpoint": "files; fidelity and plots",
     "calibration": "real denoising trajectories; the pipeline that ships",
     "graph_capture": "nn.Module to graph",
-    "passes.reconstruction": "learned rounding; model families",
+    "passes.reconstruction": "rounding, formats per layer, fine-tuning",
     "quantizer": "which edge gets which format; rewriting graphs",
     "schemes": "grouped, block-scaled, …: one object each",
     "passes.transforms": "before quantization",
@@ -46,7 +47,7 @@ DOES = {
 """What a level of rooms does, by its first room."""
 
 PLUGS = {
-    "passes.reconstruction": "rounding · objective · scope · family",
+    "passes.reconstruction": "rounding · objective · scope · allocation · fine-tuning · family",
     "passes.transforms": "graph transform",
     "observers": "scale search",
     "calibration": "sample selection",
@@ -69,7 +70,7 @@ def levels() -> list[list[str]]:
     found = []
     for layer in layers:
         rooms = [room.strip().removeprefix("fp4dit_ao.") for room in layer.split(":")]
-        packages = {"passes.reconstruction", "passes.transforms"}
+        packages = {"passes.fine_tuning", "passes.mixed_precision", "passes.reconstruction", "passes.transforms"}
         found.append(
             list(dict.fromkeys("passes" if r.startswith("passes.") and r not in packages else r for r in rooms))
         )
