@@ -29,8 +29,8 @@ from fp4dit_ao.passes.transforms.split_inputs import SplitInputs
 from fp4dit_ao.quantizer import Decision
 
 FORMAT_VERSION = 3
-"""Newest format version. 2: a checksum for every tensor and for the config; shards; of graph transforms, only split inputs, under
-``parts``. 3: any transforms, under ``transforms``. (1 was never released.)
+"""Newest format version. 2: a checksum for every tensor and for the config; shards; of graph transforms, only split inputs,
+under ``parts``. 3: any transforms, under ``transforms``. (1 was never released.)
 
 A model is written in the oldest version that can say it: what readers of version 2 load right stays readable for them, and what
 they would misread, such as a model whose inputs must be multiplied first, they refuse by its version.

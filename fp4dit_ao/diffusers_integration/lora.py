@@ -93,8 +93,8 @@ def adding_refused_on(add: Callable[..., Any], model: Any, folded: Collection[st
             if not before:
                 model.unload_lora()
             raise ValueError(
-                f"this LoRA changes {layers[0]}, whose smoothing factors were folded into other layers' weights: it would compute "
-                "something else there than in the float model; quantize with SmoothQuant(fold=False) to use it"
+                f"this LoRA changes {layers[0]}, whose smoothing factors were folded into other layers' weights: it would "
+                "compute something else there than in the float model; quantize with SmoothQuant(fold=False) to use it"
             )
         return result
 

@@ -26,8 +26,8 @@ def transform(
         exported: what :func:`fp4dit_ao.capture` returned; changed in place. The model that was captured is not.
         samples: calibration data, keyword arguments of ``forward``, one mapping a call; see :func:`fp4dit_ao.collect_samples`.
         transforms: names in ``passes.transforms.registry.TRANSFORMS`` with their defaults, or objects.
-        quantizer: the one that ``prepare_pt2e`` will be given, or a config for all linears: transforms that weigh errors measure
-            them in its formats. ``w4a6()`` if None. A transform with a quantizer of its own uses that.
+        quantizer: the one that ``prepare_pt2e`` will be given, or a config for all linears: transforms that weigh errors
+            measure them in its formats. ``w4a6()`` if None. A transform with a quantizer of its own uses that.
         progress: show progress bars with the time left.
 
     Returns:

@@ -19,8 +19,8 @@ def foldable_parameters(graph: GraphModule, source: Node, readers: Collection[No
     """The parameters whose entries along dimension 0 all multiply by a channel of ``source``; none if there are none such.
 
     These are the weight and bias of a LayerNorm, the weight of an RMSNorm, or those of the value projection whose heads an
-    attention averages (attention is linear in each channel of its values). Multiplying them by a vector multiplies ``source`` by
-    it, channel by channel, exactly but for rounding, and changes nothing else: nothing but ``readers`` reads ``source``.
+    attention averages (attention is linear in each channel of its values). Multiplying them by a vector multiplies ``source``
+    by it, channel by channel, exactly but for rounding, and changes nothing else: nothing but ``readers`` reads ``source``.
 
     Args:
         graph: of the node.

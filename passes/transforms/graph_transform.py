@@ -18,8 +18,8 @@ class GraphTransform(abc.ABC):
     """A plug-in point: smoothing, splitting, rotating, … of a captured graph, before ``prepare_pt2e``.
 
     **Order of calls.** ``fit(graph, samples)``, then ``apply(graph)`` on the same graph; or ``from_record(record)``, then
-    ``apply(graph)`` on a fresh capture of the same model, whose tensors may be fake, or ``apply_to_modules(model)`` on the model
-    itself, whose tensors may be on the meta device. Several transforms are each fitted to the graph that the previous one
+    ``apply(graph)`` on a fresh capture of the same model, whose tensors may be fake, or ``apply_to_modules(model)`` on the
+    model itself, whose tensors may be on the meta device. Several transforms are each fitted to the graph that the previous one
     left, and are replayed in the same order.
 
     **What may change.** Nodes may be inserted, replaced and removed; values of parameters may change; parameters and buffers
@@ -37,8 +37,8 @@ class GraphTransform(abc.ABC):
 
     **Idempotence.** ``apply`` on a graph that already has this transform, by its record, does nothing.
 
-    A subclass implements :meth:`fit`, :meth:`rewrite`, :meth:`apply_to_modules`, :meth:`to_record` and :meth:`from_record`, and is
-    registered in ``passes.transforms.registry.TRANSFORMS``. Its constructor can be called without arguments.
+    A subclass implements :meth:`fit`, :meth:`rewrite`, :meth:`apply_to_modules`, :meth:`to_record` and :meth:`from_record`, and
+    is registered in ``passes.transforms.registry.TRANSFORMS``. Its constructor can be called without arguments.
 
     Attributes:
         name: name in the registry.
