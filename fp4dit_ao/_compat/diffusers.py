@@ -10,8 +10,8 @@ def progress_bar_config(pipe: Any) -> dict[str, Any]:
 
 
 def replace_config(model: Any, config: Mapping[str, Any]) -> None:
-    """Make ``config`` all of ``model.config``; ``register_to_config`` would only add to it."""
-    model._internal_dict = type(model.config)(config)
+    """Make ``config``, diffusers' ``FrozenDict``, all of ``model.config``; ``register_to_config`` would only add to it."""
+    model._internal_dict = config
 
 
 def name_repeated_blocks(model: Any, classes: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         super().__init__()
         config = model.config
         own = {key: value for key, value in config.items() if key not in _NOT_CONFIG}
-        _compat.replace_config(self, own | {"_class_name": type(model).__name__})
+        _compat.replace_config(self, FrozenDict(own | {"_class_name": type(model).__name__}))
         # pipelines read plain attributes of their transformer, such as Hunyuan-DiT's num_heads
         for name, value in vars(model).items():
             plain = isinstance(value, bool | int | float | str) and not name.startswith("_")

@@ -149,8 +149,8 @@ def finish(model: Any, quantizer: Any) -> Any:
     model.unfuse_lora = functools.partial(lora.unfuse_lora, model)
     _compat.replace_apply(model, functools.partial(_apply, model))
     folded = {name for transform in quantizer.record.transforms for name in transform.folded_linears()}
-    if folded:
-        for method in ("load_lora_adapter", "add_adapter"):
+    for method in ("load_lora_adapter", "add_adapter"):
+        if folded and hasattr(model, method):
             setattr(model, method, lora.adding_refused_on(getattr(model, method), model, folded))
     return model.eval()
 
@@ -235,7 +235,8 @@ def dequantize_modules(model: Any) -> Any:
             module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
     unscale_modules(model)
     restore_attention(model.modules())
-    _compat.replace_config(model, {k: v for k, v in model.config.items() if k != "quantization_config"})
+    config = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    _compat.replace_config(model, type(model.config)(config))
     _compat.replace_apply(model, None)
     del model.save_pretrained, model.fuse_lora, model.unfuse_lora, model.quantization_method
     return model

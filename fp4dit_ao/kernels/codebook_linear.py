@@ -130,28 +130,35 @@ def run(
         )
     _check(tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size)
     rows, features = token_scale.numel(), qdata.shape[0]
-    added = None if bias is None else _contiguous(bias.float())
+    added = None if bias is None else contiguous(bias.float())
     arrays = tokens, token_scale.float(), qdata, index, codebooks, row_scale.float()
-    arrays = tuple(map(_contiguous, arrays))  # what is copied lives until the call returns
+    arrays = tuple(map(contiguous, arrays))  # what is copied lives until the call returns
     out = torch.empty((rows, features), dtype=output_dtype)
     failed = opened.fp4dit_codebook_linear(
         *(array.data_ptr() for array in arrays), None if added is None else added.data_ptr(), out.data_ptr(),
         rows, features, tokens.shape[1], group_size, digits, native.OUTPUTS[output_dtype],
-        -1 if kernel is None else _number(kernel), native.parallel(), torch.get_num_threads(),
+        kernel_number(kernel), native.parallel(), torch.get_num_threads(),
     )  # fmt: skip
-    if failed:
-        reason = ("out of memory", f"kernel {kernel} cannot take groups of {group_size}")[failed - 1]
-        raise RuntimeError(f"codebook_linear: {reason}")
+    raise_failure(failed, kernel, group_size)
     return out
 
 
-def _contiguous(x: Tensor) -> Tensor:
+def raise_failure(failed: int, kernel: str | None, group_size: int) -> None:
+    """Says what the library's result other than 0 means."""
+    if failed:
+        reason = ("out of memory", f"kernel {kernel} cannot take groups of {group_size}")[failed - 1]
+        raise RuntimeError(f"codebook_linear: {reason}")
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """``x.contiguous()``, more quickly where it is."""
     return x if x.is_contiguous() else x.contiguous()
 
 
 @functools.cache
-def _number(kernel: str) -> int:
-    return kernels()[kernel]
+def kernel_number(kernel: str | None) -> int:
+    """The library's number for a kernel; -1 leaves the choice to it."""
+    return -1 if kernel is None else kernels()[kernel]
 
 
 def _check(
@@ -171,8 +178,27 @@ def _check(
     Raises:
         ValueError: which argument, what was found, what was expected.
     """
+    if tokens.dtype != torch.int8 or tokens.ndim != 2:
+        _refuse("tokens", f"{tokens.dtype} with {tokens.ndim} dimensions", f"{torch.int8} with 2")
+    rows, depth = tokens.shape
+    check_weight(depth, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size)
+    if rows != digits * token_scale.numel():
+        _refuse("token_scale", f"{token_scale.numel()} scales", f"one for each of {rows} rows by {digits} digits")
+
+
+def check_weight(
+    depth: int,
+    qdata: Tensor,
+    index: Tensor,
+    codebooks: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    output_dtype: torch.dtype,
+    digits: int,
+    group_size: int,
+) -> None:
+    """Refuses a weight that does not fit ``depth`` input features; see :func:`_check`."""
     for name, x, dtype, dims in (
-        ("tokens", tokens, torch.int8, 2),
         ("qdata", qdata, torch.uint8, 2),
         ("index", index, torch.uint8, 2),
         ("codebooks", codebooks, torch.int8, 2),
@@ -181,15 +207,13 @@ def _check(
             _refuse(name, f"{x.dtype} with {x.ndim} dimensions", f"{dtype} with {dims}")
     if not 1 <= digits <= _MOST_DIGITS:
         _refuse("digits", digits, f"1 to {_MOST_DIGITS}")
-    (rows, depth), features = tokens.shape, qdata.shape[0]
+    features = qdata.shape[0]
     if group_size < 4 or group_size % 4:
         _refuse("group_size", group_size, "a positive multiple of 4")
     if not depth or depth % group_size:
         _refuse("tokens", f"{depth} input features", f"a positive multiple of the group size {group_size}")
     if depth > MOST_FEATURES:
         _refuse("tokens", f"{depth} input features", f"at most {MOST_FEATURES}, whose sums fit into an int32")
-    if rows != digits * token_scale.numel():
-        _refuse("token_scale", f"{token_scale.numel()} scales", f"one for each of {rows} rows by {digits} digits")
     if qdata.shape[1] * 2 != depth:
         _refuse("qdata", f"rows of {qdata.shape[1]} bytes", f"two of {depth} codes a byte")
     packed = (features, (depth // group_size + 1) // 2)

@@ -97,10 +97,15 @@ def _quantize_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     known = _TRACED.setdefault(x, {})
     version, result = known.get(fmt, (None, None))
     if result is None or version != _compat.version(x):
-        compiled = TOKENS.pick(_operands(x, fmt)).run is compiled_tokens and _is_large(x)
+        compiled = in_compiled_loop(x, fmt) and _is_large(x)
         result = torch.ops.fp4dit_ao.int8_tokens(x, fmt) if compiled else operator_tokens(x, fmt)
         known[fmt] = (_compat.version(x), result)
     return result
+
+
+def in_compiled_loop(x: Tensor, fmt: str) -> bool:
+    """Whether the compiled loop quantizes ``x``, rather than PyTorch's operators."""
+    return TOKENS.pick(_operands(x, fmt)).run is compiled_tokens
 
 
 def _operands(x: Tensor, fmt: str) -> TokenOperands:
@@ -123,7 +128,7 @@ def compiled_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     if x.ndim > 4 or x.stride(-1) != 1:
         x = _rows(x).contiguous()
     sizes, strides = [1, 1, 1, *x.shape][-4:], [0, 0, 0, *x.stride()][-4:-1]
-    mantissa_bits, count, largest = _numbers(fmt)
+    mantissa_bits, count, largest = numbers(fmt)
     rows = math.prod(sizes[:3])
     levels = torch.empty((count * rows, sizes[3]), dtype=torch.int8)
     scale = torch.empty((rows, 1), dtype=torch.float32)
@@ -135,7 +140,7 @@ def compiled_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _numbers(fmt: str) -> tuple[int, int, float]:
+def numbers(fmt: str) -> tuple[int, int, float]:
     """Mantissa bits of a format, digits of its levels, and its largest level."""
     number = parse(fmt)
     assert isinstance(number, FloatFormat)

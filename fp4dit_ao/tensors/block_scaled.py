@@ -37,7 +37,7 @@ class _OnAnyHardware:
 
     fmt: Any
     # torchao's block tensors disable the handlers of torch functions
-    __torch_function__ = classmethod(TorchAOBaseTensor.__torch_function__.__func__)
+    __torch_function__: Any = classmethod(TorchAOBaseTensor.__torch_function__.__func__)
 
     def unit(self: Any, device: torch.device | str | None = None) -> Unit[Any]:
         """The unit that computes this weight's linear for input of its type, on ``device`` or where the weight is."""

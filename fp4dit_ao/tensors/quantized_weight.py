@@ -14,6 +14,7 @@ defines :meth:`QuantizedWeight.tiles`, :meth:`~QuantizedWeight.stored_values`, :
 :meth:`~QuantizedWeight.unit`.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -59,8 +60,8 @@ class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for operator, override in _OVERRIDES.items():
-            cls.implements(operator)(override)
+        for overridden, override in _OVERRIDES.items():
+            cls.implements(overridden)(override)
         cls.implements_torch_function([F.linear, _ATEN.linear.default])(_linear)
 
     # --- what a subclass defines
@@ -187,7 +188,8 @@ def _matrix_product(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 @_overrides(_ATEN.slice.Tensor)
 def _slice(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
     """``weight[a:b]``, ``weight[:, a:b]``, ``narrow``."""
-    weight, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    defaults: list[Any] = [0, None, None, 1]
+    weight, dim, start, stop, step = list(args) + defaults[len(args) - 1 :]
     dim, size = dim % 2, weight.shape[dim]
     if step != 1:
         weight.refuse(f"a slice with step {step}; expected consecutive rows or columns")
@@ -267,9 +269,8 @@ def _reshape(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
 @_overrides(_ATEN.select.int)
 def _select(func: Any, types: Any, args: Any, kwargs: Any) -> NoReturn:
     """``weight[row]``, which would have one dimension."""
-    args[0].refuse(
-        f"dimension {args[1]} cannot be dropped; take weight[{args[2]}:{args[2] + 1}], or dequantize() first"
-    )
+    weight: QuantizedWeight = args[0]
+    weight.refuse(f"dimension {args[1]} cannot be dropped; take weight[{args[2]}:{args[2] + 1}], or dequantize() first")
 
 
 @_overrides(_ATEN.empty_like.default)
@@ -322,7 +323,7 @@ def _collective(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     for name in first.tensor_data_names:
         if work is not None:
             work.wait()
-        parts = _compat.pytree.tree_map_only(QuantizedWeight, lambda x, name=name: getattr(x, name), args)
+        parts = _compat.pytree.tree_map_only(QuantizedWeight, operator.attrgetter(name), args)
         _, work = func(*parts, **kwargs)
     return args[0], work
 

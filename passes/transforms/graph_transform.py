@@ -37,8 +37,9 @@ class GraphTransform(abc.ABC):
 
     **Idempotence.** ``apply`` on a graph that already has this transform, by its record, does nothing.
 
-    A subclass implements :meth:`fit`, :meth:`rewrite`, :meth:`apply_to_modules`, :meth:`to_record` and :meth:`from_record`, and
-    is registered in ``passes.transforms.registry.TRANSFORMS``. Its constructor can be called without arguments.
+    A subclass implements :meth:`fit`, :meth:`rewrite`, :meth:`apply_to_modules`, :meth:`to_record` and :meth:`from_record`; the
+    other methods where their defaults are wrong. It is registered in ``passes.transforms.registry.TRANSFORMS``. Its constructor
+    can be called without arguments.
 
     Attributes:
         name: name in the registry.

@@ -16,7 +16,7 @@ TRANSFORMS: Registry[type[GraphTransform]] = Registry("transform")
 TRANSFORMS.register(
     SmoothQuant.name,
     SmoothQuant,
-    summary="Scales channels of a linear's input down and its weight's columns up, by factors that err least at its output.",
+    summary="Divides channels of linears' inputs, and multiplies their weights, by the factors that err least at the output.",
     source="SmoothQuant, arXiv 2211.10438, eq. 4; grid of SVDQuant, arXiv 2411.05007",
     cost="one pass over the samples, then 40 trial quantizations of each linear",
 )

@@ -69,17 +69,16 @@ class SmoothQuant(GraphTransform):
     """Divides the channels of linears' inputs by factors ``t``, and multiplies the columns of their weights by them.
 
     ``t_j = max|X_j|^a / max|W_j|^b`` (SmoothQuant, arXiv 2211.10438, eq. 4, where b = 1 - a), over the grid of SVDQuant
-    (arXiv 2411.05007): ``(a, 0)`` and ``(a, 1 - a)``, a = 1/n, 2/n, …, 1, and no smoothing. Each linear takes the factors
-    whose output error ``||X W^T - Q(X / t) Q(W t)^T||^2``, with weights and inputs quantized by the quantizer's own
-    observers, is the smallest on rows of the calibration data: on these it is never worse than without. Linears that share an
-    input (q, k and v) are one linear with their rows joined. ``1 / t`` is rounded to bfloat16, so that it is the same number
-    in every type of model.
+    (arXiv 2411.05007): ``(a, 0)`` and ``(a, 1 - a)``, a = 1/n, 2/n, …, 1, and no smoothing. Each linear takes the factors whose
+    output error ``||X W^T - Q(X / t) Q(W t)^T||^2``, with weights and inputs quantized by the quantizer's own observers, is the
+    smallest on rows of the calibration data: on these it is never worse than without. Linears that share an input (q, k and v)
+    are one linear with their rows joined. ``1 / t`` is rounded to bfloat16: it is the same number in every type of model.
 
-    The input is multiplied by ``1 / t`` by a node before the linear, which compilers fuse into its quantization, and which
-    leaves LoRAs right. With ``fold``, the factors go into the parameters that the input comes from where that is exact (the
-    affine weights of a norm, or the rows of the value projection before an output projection): no operation remains, but the
-    input of the linear is another one than the float model's, so that a LoRA of the float model on these layers would be
-    wrong.
+    A node before the linear multiplies its input by ``1 / t``. Compilers fuse it into the input's quantization, and LoRAs of
+    the float model stay right. With ``fold``, the factors go into the parameters that the input comes from where that is exact
+    (the affine weights of a norm, or the rows of the value projection before an output projection). No operation remains then,
+    but the input of the linear is another one than the float model's, so that a LoRA of the float model on these layers
+    would be wrong.
 
     Args:
         quantizer: says which linears are quantized, and with which observers.

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from typer.testing import CliRunner
@@ -16,6 +17,9 @@ from typer.testing import CliRunner
 from fp4dit_ao import QuantizedTransformer, quantize_pipeline
 from fp4dit_ao.cli.app import app
 from fp4dit_ao.evaluation import fidelity
+from fp4dit_ao.formats import parse
+from fp4dit_ao.kernels import pick
+from fp4dit_ao.kernels.cpu import native
 from tests.tiny import CALL, tiny_pipeline
 
 
@@ -224,6 +228,31 @@ def test_inspect_says_formats_errors_and_reasons(quantized, folders, tmp_path):
     assert "recipe keeps 'proj_out*'" in result.stdout
     assert "4.25 bits per quantized weight" in result.stdout
     assert Image.open(tmp_path / "levels.png").width > 200
+
+
+def test_inspect_names_the_units_that_run_on_this_machine(quantized, monkeypatch):
+    def units() -> dict[str, str]:
+        result = run("inspect", quantized, "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines() if "|" in line]
+        column = rows[0].index("runs on")
+        return {row[0]: row[column] for row in rows if len(row) == len(rows[0])}
+
+    feed_forward = "transformer_blocks.0.ff.net.0.proj"
+    found = units()
+    assert found[feed_forward] == str(pick(parse("e3m0"), parse("e2m3"), "cpu"))
+    assert ("compiled kernel" in found[feed_forward]) == (native.shared_object() is not None)
+    monkeypatch.setattr(native, "shared_object", lambda: None)
+    monkeypatch.setattr("fp4dit_ao.kernels.attention.available", lambda: False)
+    found = units()
+    assert found[feed_forward] == "int8, PyTorch operators"
+    assert "PyTorch's attention, rounded values" in found.values()
+    assert not any("compiled" in unit for unit in found.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which inspect takes")
+def test_inspect_refuses_a_device_that_is_not_there(quantized):
+    refused(run("inspect", quantized, "--device", "cuda"), "this machine has no CUDA device; choose 'cpu'")
 
 
 def test_benchmark_times_in_turns(tmp_path, monkeypatch):

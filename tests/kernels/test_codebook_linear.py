@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4dit_ao.formats import pack, parse
-from fp4dit_ao.kernels import codebook_linear, token_quantization
+from fp4dit_ao.kernels import codebook_linear, quantized_codebook_linear, token_quantization
 from fp4dit_ao.kernels.codebook_linear import MOST_FEATURES, reference_codebook_linear, run
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.token_quantization import add_digits, quantize_tokens
@@ -262,10 +262,50 @@ def test_quantized_tokens_multiply_a_packed_weight(fmt: str) -> None:
     assert ((y - x.double() @ weight.T).norm() / y.norm()) < 0.1
 
 
+@pytest.mark.parametrize("fmt", ["e2m3", "e3m4", "e4m3", "e3m0"])
+@pytest.mark.parametrize("dtype", [*OUTPUTS, torch.float64], ids=str)
+def test_quantizing_on_the_way_gives_the_same_bits(fmt: str, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    for shape, features, groups, group in (
+        ((3, 47), 70, 5, 64),
+        ((1,), 33, 3, 4),
+        ((2, 3, 33), 32, 9, 128),
+        ((0,), 5, 1, 32),
+    ):
+        p = problem(1, features, groups, group)
+        x = torch.randn(*shape, groups * group, generator=g).to(dtype)
+        weight = [p[name] for name in ("qdata", "index", "codebooks", "row_scale", "bias")]
+        for view in (x, x.transpose(0, -2)):
+            levels, scale = quantize_tokens(view, fmt)
+            count = token_quantization.digits(parse(fmt))
+            expected = torch.ops.fp4dit_ao.codebook_linear(levels, scale, *weight, torch.bfloat16, count, group)
+            got = torch.ops.fp4dit_ao.quantized_codebook_linear(view, fmt, *weight, torch.bfloat16, group)
+            assert torch.equal(got, expected.unflatten(0, view.shape[:-1]))
+
+
+def test_quantizing_on_the_way_in_many_blocks_and_threads() -> None:
+    p = problem(1, 130, 9, 128)
+    x = torch.randn(2500, 1152, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = [p[name] for name in ("qdata", "index", "codebooks", "row_scale", "bias")]
+    expected = torch.ops.fp4dit_ao.codebook_linear(*quantize_tokens(x, "e2m3"), *weight, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for kernel in instruction_sets(128)[:2]:
+                got = quantized_codebook_linear.run(x, "e2m3", *weight, torch.float32, kernel=kernel)
+                assert torch.equal(got, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("digits", [1, 3])
 def test_the_operator_matches_its_fake(digits: int) -> None:
     p = problem(5, 70, 3, 64, digits=digits, dtype=torch.bfloat16)
     torch.library.opcheck(torch.ops.fp4dit_ao.codebook_linear.default, tuple(p.values()))
+    weight = [p[name] for name in ("qdata", "index", "codebooks", "row_scale", "bias", "output_dtype")]
+    arguments = (torch.randn(2, 5, 192), "e2m3", *weight, 64)
+    torch.library.opcheck(torch.ops.fp4dit_ao.quantized_codebook_linear.default, arguments)
 
 
 def test_compiled_with_dynamic_rows() -> None:

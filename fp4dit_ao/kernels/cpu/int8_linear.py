@@ -114,9 +114,10 @@ def _check(
     digits: int,
 ) -> None:
     name = "int8_linear"
-    for argument, x in (("tokens", tokens), ("qdata", qdata), ("scale", scale)):
-        if x.ndim != 2:
-            refuse(name, argument, f"shape {tuple(x.shape)}", "two dimensions")
+    if not tokens.ndim == qdata.ndim == scale.ndim == 2:
+        shapes = {"tokens": tokens.shape, "qdata": qdata.shape, "scale": scale.shape}
+        argument, shape = next((key, tuple(found)) for key, found in shapes.items() if len(found) != 2)
+        refuse(name, argument, f"shape {shape}", "two dimensions")
     (rows, depth), (features, packed), (scale_rows, groups) = tokens.shape, qdata.shape, scale.shape
     if tokens.dtype != torch.int8:
         refuse(name, "tokens", tokens.dtype, torch.int8)

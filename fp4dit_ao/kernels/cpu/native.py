@@ -25,6 +25,9 @@ _LINEAR: list[Any] = [_POINTER] * 7 + [_SIZE] * 5 + [_NUMBER] * 3 + [_POINTER, _
 _TOKENS: list[Any] = [_POINTER] * 3 + [_SIZE] * 7 + [_NUMBER] * 3 + [ctypes.c_float, _POINTER, _NUMBER]
 _SEARCH: list[Any] = [_POINTER] * 4 + [_SIZE] * 2 + [_NUMBER] * 2 + [_POINTER, _NUMBER]
 _CODEBOOK: list[Any] = [_POINTER] * 8 + [_SIZE] * 4 + [_NUMBER] * 3 + [_POINTER, _NUMBER]
+_QUANTIZED_CODEBOOK: list[Any] = (
+    [_POINTER] * 7 + [_SIZE] * 4 + [_NUMBER] * 3 + [ctypes.c_float, _NUMBER, _NUMBER, _POINTER, _NUMBER]
+)
 _ATTENTION: list[Any] = [_POINTER] * 8 + [_SIZE] * 9 + [ctypes.c_float, _NUMBER, _NUMBER, _POINTER, _NUMBER]
 
 
@@ -45,6 +48,7 @@ def shared_object() -> ctypes.CDLL | None:
         opened.fp4dit_tokens.argtypes, opened.fp4dit_tokens.restype = _TOKENS, None
         opened.fp4dit_search.argtypes, opened.fp4dit_search.restype = _SEARCH, None
         opened.fp4dit_codebook_linear.argtypes = _CODEBOOK
+        opened.fp4dit_quantized_codebook_linear.argtypes = _QUANTIZED_CODEBOOK
         opened.fp4dit_kernel.restype = opened.fp4dit_codebook_kernel.restype = ctypes.c_char_p
         return opened
     warnings.warn(

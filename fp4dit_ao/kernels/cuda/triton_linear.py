@@ -271,9 +271,10 @@ def _check(
     tokens: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, table: Sequence[int] | None, bias: Tensor | None
 ) -> None:
     name = "int8_linear"
-    for argument, x in (("tokens", tokens), ("weight", weight), ("scale", scale)):
-        if x.ndim != 2:
-            refuse(name, argument, f"shape {tuple(x.shape)}", "two dimensions")
+    if not tokens.ndim == weight.ndim == scale.ndim == 2:
+        shapes = {"tokens": tokens.shape, "weight": weight.shape, "scale": scale.shape}
+        argument, shape = next((key, tuple(found)) for key, found in shapes.items() if len(found) != 2)
+        refuse(name, argument, f"shape {shape}", "two dimensions")
     (rows, depth), (features, width), (scale_rows, groups) = tokens.shape, weight.shape, scale.shape
     if tokens.dtype not in (torch.int8, torch.float8_e4m3fn):
         refuse(name, "tokens", tokens.dtype, f"{torch.int8} or {torch.float8_e4m3fn}")

@@ -48,7 +48,7 @@ typedef struct {
 
 typedef struct {
     codebook_weights weights;
-    const float *token_scale, *row_scale, *bias; /* bias may be NULL */
+    const float *token_scale, *row_scale, *bias; /* token_scale: NULL if tokens are quantized on the way; bias may be NULL */
     void *out;                                   /* [rows][features] of `type` */
     int64_t rows;
     int32_t digits, type;
@@ -60,6 +60,7 @@ typedef struct {
     int64_t first, count; /* tokens */
     int8_t *strips;       /* [strip][digit] */
     int32_t *start;       /* [strip][digit][TOKENS]: what sums start at, to undo `offset` */
+    float *token_scale;   /* [count] */
     int32_t *sums;        /* [digit][TOKENS][FEATURES] */
     uint8_t *panel;       /* [FEATURES][padded_depth], and STEP bytes */
 } codebook_block;

@@ -44,10 +44,11 @@ typedef struct {
     int past; /* see codebook_problem */
 } tile_output;
 
-static tile_output output_at(const codebook_problem *p, int64_t token, int64_t end, int64_t feature, const int32_t *sums) {
+static tile_output output_at(const codebook_problem *p, const codebook_block *b, int64_t token, int64_t feature) {
+    const int64_t end = b->first + b->count;
     const int64_t features = p->weights.features, size = p->type == FLOAT32 ? 4 : 2;
     return (tile_output){
-        .sums = sums, .token_scale = p->token_scale + token, .row_scale = p->row_scale + feature,
+        .sums = b->sums, .token_scale = b->token_scale + (token - b->first), .row_scale = p->row_scale + feature,
         .bias = p->bias ? p->bias + feature : NULL, .out = (char *)p->out + (token * features + feature) * size,
         .stride = features * size, .tokens = end - token < TOKENS ? (int)(end - token) : TOKENS,
         .features = features - feature < FEATURES ? (int)(features - feature) : FEATURES, .digits = p->digits, .type = p->type,

@@ -4,12 +4,14 @@
  * Threads take a block of tokens and some panels of features at a time. They lay the block out once, in their second-level cache,
  * and decode each panel for it. Digits of a token are strips of their own, whose sums are added at the end. */
 #include <stdatomic.h>
+#include <string.h>
 
 #include "codebook.h"
 
 #include "scratch.h"
 #include "threads.h"
 #include "tile.h"
+#include "tokens.h"
 
 enum {
     CACHED_TOKENS = 1200 << 10, /* bytes of a block, beside a panel in the second-level cache */
@@ -21,6 +23,8 @@ typedef struct {
     codebook_problem problem;
     const codebook_kernel *kernel;
     const int8_t *tokens;
+    const void *x; /* what tokens are quantized from, if they are not given */
+    token_format format;
     int64_t block, blocks, parts, panels; /* block: tokens */
     uint8_t tables[16][16];
     atomic_llong next;
@@ -70,15 +74,20 @@ static const codebook_kernel *choose(int asked, int64_t rows, int64_t group) {
     return NULL;
 }
 
-static void pack_block(const work *w, const codebook_block *b) {
+/* Lay out a block's tokens; quantize them, a strip at a time, if they are not yet. */
+static void pack_block(const work *w, const codebook_block *b, int8_t *levels) {
     const codebook_problem *p = &w->problem;
-    const int64_t depth = p->weights.depth;
+    const int64_t depth = p->weights.depth, size = w->format.type == FLOAT32 ? 4 : 2;
     int8_t *strip = b->strips;
     int32_t *start = b->start;
-    for (int64_t m = 0; m < b->count; m += TOKENS)
+    for (int64_t m = 0; m < b->count; m += TOKENS) {
+        const int64_t first = b->first + m, rows = b->count - m < TOKENS ? b->count - m : TOKENS;
+        const int8_t *tokens = w->x ? levels : w->tokens + first * depth;
+        if (w->x) quantize_strip(&w->format, (const char *)w->x + first * depth * size, rows, depth, levels, b->token_scale + m);
         for (int d = 0; d < p->digits; d++, strip += TOKENS * padded_depth(depth), start += TOKENS)
-            w->kernel->pack(w->tokens + (d * p->rows + b->first + m) * depth, depth,
-                            b->count - m < TOKENS ? (int)(b->count - m) : TOKENS, strip, start);
+            w->kernel->pack(tokens + d * (w->x ? rows : p->rows) * depth, depth, (int)rows, strip, start);
+    }
+    if (!w->x) memcpy(b->token_scale, p->token_scale + b->first, b->count * sizeof(float));
 }
 
 static void worker(void *argument) {
@@ -86,14 +95,18 @@ static void worker(void *argument) {
     const codebook_problem *p = &w->problem;
     const int64_t depth = padded_depth(p->weights.depth), rows = w->block * p->digits;
     const int64_t panel = FEATURES * depth + STEP, sums = p->digits * TOKENS * FEATURES * sizeof(int32_t);
-    const int64_t starts = rows * sizeof(int32_t);
-    uint8_t *memory = thread_scratch(panel + sums + starts + rows * depth);
+    const int64_t scales = w->block * sizeof(float), starts = rows * sizeof(int32_t);
+    const int64_t levels = w->x ? p->digits * TOKENS * depth : 0;
+    uint8_t *memory = thread_scratch(panel + sums + scales + starts + levels + rows * depth);
     if (!memory) {
         atomic_store(&w->failed, 1);
         return;
     }
-    codebook_block b = {.first = -1, .panel = memory, .sums = (int32_t *)(memory + panel),
-                        .start = (int32_t *)(memory + panel + sums), .strips = (int8_t *)(memory + panel + sums + starts)};
+    codebook_block b = {.first = -1, .panel = memory, .sums = (int32_t *)(memory + panel)};
+    b.token_scale = (float *)(memory + panel + sums);
+    b.start = (int32_t *)(memory + panel + sums + scales);
+    int8_t *quantized = (int8_t *)(memory + panel + sums + scales + starts);
+    b.strips = quantized + levels;
     if (w->kernel->begin) w->kernel->begin();
     for (;;) {
         const int64_t task = atomic_fetch_add(&w->next, 1), part = task % w->parts, first = task / w->parts * w->block;
@@ -101,7 +114,7 @@ static void worker(void *argument) {
         if (b.first != first) {
             b.first = first;
             b.count = p->rows - first < w->block ? p->rows - first : w->block;
-            pack_block(w, &b);
+            pack_block(w, &b, quantized);
         }
         w->kernel->multiply(p, &b, part * w->panels / w->parts, (part + 1) * w->panels / w->parts);
     }
@@ -109,18 +122,33 @@ static void worker(void *argument) {
 }
 
 /* Blocks of tokens that fit into a cache, and parts of the panels for each. A thread lays out strips / blocks strips and decodes
- * panels * blocks / threads panels, which take about as long: their sum is least where they are equal. */
+ * panels * blocks / threads panels, which take about as long: their sum is least where they are equal. Quantizing a strip, too, takes
+ * ten times as long. */
 static void share_out(work *w, int threads) {
     const codebook_problem *p = &w->problem;
     const int64_t strips = (p->rows + TOKENS - 1) / TOKENS, bytes = p->digits * TOKENS * padded_depth(p->weights.depth);
     const int64_t most = CACHED_TOKENS / bytes > 1 ? CACHED_TOKENS / bytes : 1; /* strips of a block */
     w->panels = (p->weights.features + FEATURES - 1) / FEATURES;
     w->blocks = (strips + most - 1) / most;
-    while (w->blocks * w->blocks * w->panels < strips * threads) w->blocks++;
+    while (w->blocks < strips && w->blocks * w->blocks * w->panels < strips * threads * (w->x ? 10 : 1)) w->blocks++;
     w->block = (strips + w->blocks - 1) / w->blocks * TOKENS;
     w->blocks = (p->rows + w->block - 1) / w->block;
     w->parts = (TURNS * threads + w->blocks - 1) / w->blocks;
     w->parts = w->parts > w->panels ? w->panels : w->parts;
+}
+
+static int run(work *w, int64_t rows, const int8_t *codebooks, int kernel, parallel_function parallel, int threads) {
+    codebook_problem *p = &w->problem;
+    w->kernel = choose(kernel, rows * p->digits, p->weights.group);
+    if (!w->kernel) return 2;
+    p->rows = rows;
+    if (!rows || !p->weights.features) return 0;
+    for (int i = 0; i < 256; i++) w->tables[i / 16][i % 16] = (uint8_t)(codebooks[i] + w->kernel->offset);
+    p->weights.tables = w->tables;
+    p->past = rows * p->weights.features * (p->type == FLOAT32 ? 4 : 2) > (int64_t)CACHED_OUTPUT * threads;
+    share_out(w, threads);
+    run_on_threads(worker, w, parallel, threads, w->blocks * w->parts);
+    return atomic_load(&w->failed);
 }
 
 /* All arrays are contiguous: tokens [digits][rows][depth] of 1 to 3 digits, the highest first, token_scale [rows], codes
@@ -133,15 +161,20 @@ int fp4dit_codebook_linear(const int8_t *tokens, const float *token_scale, const
                            int64_t features, int64_t depth, int64_t group, int32_t digits, int32_t out_type, int32_t kernel,
                            parallel_function parallel, int32_t threads) {
     work w = {.problem = {.weights = {.codes = codes, .index = index, .features = features, .depth = depth, .group = group},
-                          .token_scale = token_scale, .row_scale = row_scale, .bias = bias, .out = out, .rows = rows,
-                          .digits = digits, .type = out_type},
-              .kernel = choose(kernel, rows * digits, group), .tokens = tokens};
-    if (!w.kernel) return 2;
-    if (!rows || !features) return 0;
-    for (int i = 0; i < 256; i++) w.tables[i / 16][i % 16] = (uint8_t)(codebooks[i] + w.kernel->offset);
-    w.problem.weights.tables = w.tables;
-    w.problem.past = rows * features * (out_type == FLOAT32 ? 4 : 2) > (int64_t)CACHED_OUTPUT * threads;
-    share_out(&w, threads);
-    run_on_threads(worker, &w, parallel, threads, w.blocks * w.parts);
-    return atomic_load(&w.failed);
+                          .token_scale = token_scale, .row_scale = row_scale, .bias = bias, .out = out, .digits = digits,
+                          .type = out_type},
+              .tokens = tokens};
+    return run(&w, rows, codebooks, kernel, parallel, threads);
+}
+
+/* The same of tokens that are quantized from x [rows][depth] of x_type, as fp4dit_tokens does. */
+int fp4dit_quantized_codebook_linear(const void *x, const uint8_t *codes, const uint8_t *index, const int8_t *codebooks,
+                                     const float *row_scale, const float *bias, void *out, int64_t rows, int64_t features,
+                                     int64_t depth, int64_t group, int32_t x_type, int32_t mantissa_bits, int32_t digits,
+                                     float largest, int32_t out_type, int32_t kernel, parallel_function parallel,
+                                     int32_t threads) {
+    work w = {.problem = {.weights = {.codes = codes, .index = index, .features = features, .depth = depth, .group = group},
+                          .row_scale = row_scale, .bias = bias, .out = out, .digits = digits, .type = out_type},
+              .x = x, .format = {.type = x_type, .mantissa_bits = mantissa_bits, .digits = digits, .largest = largest}};
+    return run(&w, rows, codebooks, kernel, parallel, threads);
 }

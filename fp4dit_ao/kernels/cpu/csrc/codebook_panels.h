@@ -18,7 +18,7 @@ static void multiply_panels(const codebook_problem *p, const codebook_block *b, 
         if (w->features - feature < FEATURES) memset(b->panel, 0, FEATURES * padded_depth(w->depth));
         decode(w, feature, b->panel);
         for (int64_t token = b->first; token < last; token += TOKENS) {
-            tile_output o = output_at(p, token, last, feature, b->sums);
+            tile_output o = output_at(p, b, token, feature);
             for (int d = 0; d < p->digits; d++, strip += bytes, start += TOKENS)
                 multiply(strip, b->panel, w->depth, o.tokens, start, b->sums + d * TOKENS * FEATURES);
             write_output(&o);

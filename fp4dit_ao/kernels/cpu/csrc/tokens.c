@@ -5,6 +5,7 @@
 
 #include "epilogue.h"
 #include "threads.h"
+#include "tokens.h"
 
 enum {
     NUMBERS_AT_ONCE = 4096, /* in the first-level cache, of whatever type */
@@ -167,6 +168,13 @@ EVERY_PROCESSOR static void quantize_rows(const tokens *p, int64_t row, int64_t 
         CASE(FLOAT16, 2);
         CASE(FLOAT16, 3);
     }
+}
+
+void quantize_strip(const token_format *f, const void *x, int64_t rows, int64_t features, int8_t *levels, float *scale) {
+    tokens p = {.x = x, .heads = 1, .tokens = rows, .features = features, .head_stride = rows * features,
+                .token_stride = features, .levels = levels, .scale = scale, .rows = rows, .type = f->type,
+                .mantissa_bits = f->mantissa_bits, .digits = f->digits, .largest = f->largest};
+    quantize_rows(&p, 0, rows);
 }
 
 static void worker(void *argument) {
