@@ -101,13 +101,15 @@ PAIRS = [
     ("w4a6", "w4a6-nearest"), ("w4a6", "w4a6-plain"), ("w4a6", "int-adaround"), ("e2m1-nearest", "w4a6-nearest"),
     ("e2m1-gptq", "e2m1-nearest"), ("e2m1", "e2m1-nearest"), ("e2m1", "e2m1-gptq"), ("e2m1-window", "e2m1-nearest"),
     ("e2m1-window", "e2m1"), ("e2m1-gptq-act-order", "e2m1-gptq"), ("e2m1-layer", "e2m1"),
-    ("e2m1-smooth", "e2m1-nearest"), ("e2m1", "w4a6"), ("auto-nearest", "w4a6-nearest"), ("auto", "w4a6"), ("auto", "int-adaround"),
+    ("e2m1-smooth", "e2m1-nearest"), ("e2m1", "w4a6"),
+    ("auto-nearest", "w4a6-nearest"), ("auto", "w4a6"), ("auto", "int-adaround"),
     ("auto16-nearest", "auto-nearest"), ("nf4-nearest", "e2m1-nearest"), ("nf4", "nf4-nearest"), ("nf4", "e2m1"),
     ("nf4", "auto"), ("nf4", "int-adaround"),
     ("w4a6-nearest", "static-nearest"), ("w4a6", "static"), ("w4a8-nearest", "w4a6-nearest"), ("w4a8", "w4a6"),
     ("w4a8-int8-nearest", "w4a8-nearest"),
     ("codebook-nearest", "nf4-nearest"), ("codebook-nearest", "e2m1-nearest"), ("codebook-nearest", "w4a6-nearest"),
-    ("e2m1-groups", "e2m1-mse"), ("e2m3", "int-nearest"), ("int6", "e2m1-nearest"), ("only-e2m1", "only-e3m0-gelu"), ("only-e2m1", "only-int4"),
+    ("e2m1-groups", "e2m1-mse"), ("e2m3", "int-nearest"),
+    ("int6", "e2m1-nearest"), ("only-e2m1", "only-e3m0-gelu"), ("only-e2m1", "only-int4"),
 ]  # fmt: skip
 """Pairs of rows whose paired difference is printed; its interval is much narrower than those of the two rows."""
 

@@ -3,12 +3,21 @@
 from collections.abc import Sequence
 from typing import Any
 
+from fp4dit_ao.calibration.sample_selection import SELECTIONS
+from fp4dit_ao.observers.scale_search import SEARCHES
 from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS
+from fp4dit_ao.passes.reconstruction.objectives import OBJECTIVES
+from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS
+from fp4dit_ao.passes.reconstruction.scopes import SCOPES
+from fp4dit_ao.passes.transforms.registry import TRANSFORMS
+from fp4dit_ao.schemes import SCHEMES
 from fp4dit_ao.util.markdown import markdown_table
 from fp4dit_ao.util.registry import MethodInfo, Registry
 
-POINTS: tuple[Registry[Any], ...] = (ALLOCATIONS, FINE_TUNINGS)
+POINTS: tuple[Registry[Any], ...] = (
+    SELECTIONS, TRANSFORMS, SCHEMES, SEARCHES, ALLOCATIONS, ROUNDINGS, OBJECTIVES, SCOPES, FINE_TUNINGS,
+)  # fmt: skip
 """Registries of the plug-in points, in the order in which a pipeline meets them."""
 
 
