@@ -1,9 +1,9 @@
 """Linears with codebook groups against bfloat16 on a CPU: ``python -m benchmarks.codebook_linears``.
 
 Ours quantizes tokens from bfloat16, multiplies and writes bfloat16, all within the time; by two operators, or by one that
-quantizes tokens as it lays them out. Beside it, in turns: PyTorch's linear
-in bfloat16 (eager, and with a prepacked weight), and oneDNN's int8 product of tokens that are quantized already, with one scale
-for all of them: what the processor can do, not the same computation. Ratios are medians over the rounds of neighbours in time.
+quantizes tokens as it lays them out. Beside it, in turns: PyTorch's linear in bfloat16 (eager, and with a prepacked weight), and
+oneDNN's int8 product of tokens that are quantized already, with one scale for all of them: what the processor can do, not the
+same computation. Ratios are medians over the rounds of neighbours in time.
 """
 
 import statistics
@@ -100,7 +100,7 @@ def _ways(features: int, depth: int, count: int, fmt: str) -> dict[str, Callable
     def eager() -> Tensor:
         return F.linear(x, weight, half_bias)
 
-    ways: dict[str, Callable[[], object]] = {OURS: ours, AT_ONCE: at_once, EAGER: eager, PREPACKED: eager}
+    ways: dict[str, Callable[[], object]] = {OURS: ours, EAGER: eager, AT_ONCE: at_once, PREPACKED: eager}
     if not torch.backends.mkldnn.is_available():
         return ways
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, count)
