@@ -1,8 +1,9 @@
 """Linears with codebook groups against bfloat16 on a CPU: ``python -m benchmarks.codebook_linears``.
 
-Ours quantizes tokens from bfloat16, multiplies and writes bfloat16, all within the time. Beside it, in turns: PyTorch's linear
-in bfloat16 (eager, and with a prepacked weight), and oneDNN's int8 product of tokens that are quantized already, with one scale
-for all of them: what the processor can do, not the same computation. Ratios are medians over the rounds of neighbours in time.
+Ours quantizes tokens from bfloat16, multiplies and writes bfloat16, all within the time; by two operators, or by one that
+quantizes tokens as it lays them out. Beside it, in turns: PyTorch's linear in bfloat16 (eager, and with a prepacked weight), and
+oneDNN's int8 product of tokens that are quantized already, with one scale for all of them: what the processor can do, not the
+same computation. Ratios are medians over the rounds of neighbours in time.
 """
 
 import statistics
@@ -25,7 +26,7 @@ from fp4dit_ao.kernels.cpu import native
 SHAPES = ((1152, 1152), (4608, 1152), (1152, 4608))
 """Output and input features of PixArt-XL's linears."""
 GROUP = 128
-OURS, EAGER, PREPACKED, ONEDNN = "ours", "eager", "prepacked", "oneDNN"
+OURS, AT_ONCE, EAGER, PREPACKED, ONEDNN = "ours", "at once", "eager", "prepacked", "oneDNN"
 
 
 def main(
@@ -47,10 +48,20 @@ def main(
         seconds = _turns(_ways(features, depth, count, fmt), rounds, enough=0.5)
         gain = _ratio(seconds, lambda t: min(t[EAGER], t[PREPACKED]))
         gains.append(gain)
+        at_once = _ratio(seconds, lambda t: min(t[EAGER], t[PREPACKED]), AT_ONCE)
         against = f"{_ratio(seconds, lambda t: t[ONEDNN]):.2f}" if ONEDNN in seconds[0] else "–"
         medians = [f"{statistics.median(t[way] for t in seconds) * 1e3:.3f}" for way in (OURS, EAGER, PREPACKED)]
-        rows.append([f"{features} x {depth}", str(count), *medians, f"{gain:.2f}", against])
-    head = ["out x in", "tokens", "ours, ms", "eager, ms", "prepacked, ms", "bfloat16 / ours", "oneDNN int8 / ours"]
+        rows.append([f"{features} x {depth}", str(count), *medians, f"{gain:.2f}", f"{at_once:.2f}", against])
+    head = [
+        "out x in",
+        "tokens",
+        "ours, ms",
+        "eager, ms",
+        "prepacked, ms",
+        "bfloat16 / ours",
+        "at once",
+        "oneDNN int8 / ours",
+    ]
     print(markdown_table(head, rows))
     kernel = next(iter(codebook_linear.kernels()))
     print(f"\nbfloat16 / ours: {min(gains):.2f} to {max(gains):.2f}, median {statistics.median(gains):.2f}.")
@@ -74,17 +85,23 @@ def _ways(features: int, depth: int, count: int, fmt: str) -> dict[str, Callable
             levels, scale, qdata, index, codebooks, row_scale, bias, torch.bfloat16, digits
         )
 
+    def at_once() -> Tensor:
+        return torch.ops.fp4dit_ao.quantized_codebook_linear(
+            x, fmt, qdata, index, codebooks, row_scale, bias, torch.bfloat16
+        )
+
     levels, scale = torch.ops.fp4dit_ao.quantize_tokens(x, fmt)
     digits = levels.shape[0] // count
     reference = codebook_linear.reference_codebook_linear(
         levels, scale, qdata, index, codebooks, row_scale, bias, torch.bfloat16, digits
     )
     assert torch.equal(ours(), reference)
+    assert torch.equal(at_once(), reference)
 
     def eager() -> Tensor:
         return F.linear(x, weight, half_bias)
 
-    ways: dict[str, Callable[[], object]] = {OURS: ours, EAGER: eager, PREPACKED: eager}
+    ways: dict[str, Callable[[], object]] = {OURS: ours, EAGER: eager, AT_ONCE: at_once, PREPACKED: eager}
     if not torch.backends.mkldnn.is_available():
         return ways
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, count)
@@ -111,9 +128,9 @@ def _turns(ways: dict[str, Callable[[], object]], rounds: int, enough: float) ->
     return turns[2:]
 
 
-def _ratio(turns: list[dict[str, float]], other: Callable[[dict[str, float]], float]) -> float:
+def _ratio(turns: list[dict[str, float]], other: Callable[[dict[str, float]], float], ours: str = OURS) -> float:
     """Median over the rounds of how many times as long as ours another way took."""
-    return statistics.median(other(turn) / turn[OURS] for turn in turns)
+    return statistics.median(other(turn) / turn[ours] for turn in turns)
 
 
 if __name__ == "__main__":

@@ -131,8 +131,8 @@ def run(
     _check(tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size)
     rows, features = token_scale.numel(), qdata.shape[0]
     added = None if bias is None else contiguous(bias.float())
-    operands = (tokens, token_scale.float(), qdata, index, codebooks, row_scale.float())
-    arrays = tuple(map(contiguous, operands))  # what is copied lives until the call returns
+    given = tokens, token_scale.float(), qdata, index, codebooks, row_scale.float()
+    arrays = [contiguous(x) for x in given]  # what is copied lives until the call returns
     out = torch.empty((rows, features), dtype=output_dtype)
     failed = opened.fp4dit_codebook_linear(
         *(array.data_ptr() for array in arrays), None if added is None else added.data_ptr(), out.data_ptr(),

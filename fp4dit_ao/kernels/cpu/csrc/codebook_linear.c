@@ -1,8 +1,8 @@
-/* y = (tokens . weights^T) * token_scale * row_scale + bias: int8 tokens, 4-bit weights with a codebook for every group. Sums are
- * int32 over all input features, so that every kernel gives the same bits.
+/* y = (tokens . weights^T) * token_scale * row_scale + bias: int8 tokens, 4-bit weights with a codebook for every group. Sums
+ * are int32 over all input features, so that every kernel gives the same bits.
  *
- * Threads take a block of tokens and some panels of features at a time. They lay the block out once, in their second-level cache,
- * and decode each panel for it. Digits of a token are strips of their own, whose sums are added at the end. */
+ * Threads take a block of tokens and some panels of features at a time. They lay the block out once, in their second-level
+ * cache, and decode each panel for it. Digits of a token are strips of their own, whose sums are added at the end. */
 #include <stdatomic.h>
 #include <string.h>
 
@@ -83,7 +83,8 @@ static void pack_block(const work *w, const codebook_block *b, int8_t *levels) {
     for (int64_t m = 0; m < b->count; m += TOKENS) {
         const int64_t first = b->first + m, rows = b->count - m < TOKENS ? b->count - m : TOKENS;
         const int8_t *tokens = w->x ? levels : w->tokens + first * depth;
-        if (w->x) quantize_strip(&w->format, (const char *)w->x + first * depth * size, rows, depth, levels, b->token_scale + m);
+        const char *x = (const char *)w->x + first * depth * size;
+        if (w->x) quantize_strip(&w->format, x, rows, depth, levels, b->token_scale + m);
         for (int d = 0; d < p->digits; d++, strip += TOKENS * padded_depth(depth), start += TOKENS)
             w->kernel->pack(tokens + d * (w->x ? rows : p->rows) * depth, depth, (int)rows, strip, start);
     }
@@ -121,16 +122,17 @@ static void worker(void *argument) {
     if (w->kernel->end) w->kernel->end();
 }
 
-/* Blocks of tokens that fit into a cache, and parts of the panels for each. A thread lays out strips / blocks strips and decodes
- * panels * blocks / threads panels, which take about as long: their sum is least where they are equal. Quantizing a strip, too, takes
- * ten times as long. */
+/* Blocks of tokens that fit into a cache, and parts of the panels for each. Of fewer blocks than threads, each thread lays out
+ * strips / blocks strips and decodes panels * blocks / threads panels. One strip takes about as long as one panel, and ten times
+ * as long if it is quantized, too: the sum is least where both are equal. */
 static void share_out(work *w, int threads) {
     const codebook_problem *p = &w->problem;
     const int64_t strips = (p->rows + TOKENS - 1) / TOKENS, bytes = p->digits * TOKENS * padded_depth(p->weights.depth);
     const int64_t most = CACHED_TOKENS / bytes > 1 ? CACHED_TOKENS / bytes : 1; /* strips of a block */
     w->panels = (p->weights.features + FEATURES - 1) / FEATURES;
     w->blocks = (strips + most - 1) / most;
-    while (w->blocks < strips && w->blocks * w->blocks * w->panels < strips * threads * (w->x ? 10 : 1)) w->blocks++;
+    const int64_t share = strips * threads * (w->x ? 10 : 1);
+    while (w->blocks < threads && w->blocks < strips && w->blocks * w->blocks * w->panels < share) w->blocks++;
     w->block = (strips + w->blocks - 1) / w->blocks * TOKENS;
     w->blocks = (p->rows + w->block - 1) / w->block;
     w->parts = (TURNS * threads + w->blocks - 1) / w->blocks;

@@ -28,7 +28,8 @@ static void multiply_panels(const codebook_problem *p, const codebook_block *b, 
 }
 
 /* Rows as they are, padded with zeros. Sums wrap, and end exact. */
-static __attribute__((unused)) void pack_rows(const int8_t *tokens, int64_t depth, int rows, int8_t *strip, int32_t *start, int offset) {
+static __attribute__((unused)) void pack_rows(const int8_t *tokens, int64_t depth, int rows, int8_t *strip, int32_t *start,
+                                              int offset) {
     for (int m = 0; m < rows; m++, tokens += depth, strip += padded_depth(depth)) {
         memcpy(strip, tokens, depth);
         memset(strip + depth, 0, padded_depth(depth) - depth);
