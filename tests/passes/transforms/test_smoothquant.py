@@ -403,8 +403,8 @@ def test_rounding_is_learned_on_a_smoothed_graph() -> None:
     graph = transform(capture(model, samples[0]), samples, [SmoothQuant(points=4)], config, progress=False)
     prepared = prepare_pt2e(graph, FP4DiTQuantizer().set_global(config))
     report = reconstruct(prepared, samples, AdaRoundConfig(iters=60, batch_size=4), progress=False)
-    assert [row.name for row in report.blocks] == ["blocks.0", "blocks.1"]
-    assert all(row.loss_after < row.loss_before for row in report.blocks)
+    assert [row.block for row in report.rows] == ["blocks.0", "blocks.1"]
+    assert all(row.loss_after < row.loss_before for row in report.rows)
     with torch.no_grad():
         assert relative(lower(convert_pt2e(prepared, fold_quantize=False))(**samples[0])[0], expected) < 0.2
 
