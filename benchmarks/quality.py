@@ -94,7 +94,8 @@ PAIRS = [
     ("w4a6-nearest", "static-nearest"), ("w4a6", "static"), ("w4a8-nearest", "w4a6-nearest"), ("w4a8", "w4a6"),
     ("w4a8-int8-nearest", "w4a8-nearest"),
     ("codebook-nearest", "nf4-nearest"), ("codebook-nearest", "e2m1-nearest"), ("codebook-nearest", "w4a6-nearest"),
-    ("e2m1-groups", "e2m1-mse"), ("e2m3", "int-nearest"), ("int6", "e2m1-nearest"), ("only-e2m1", "only-e3m0-gelu"), ("only-e2m1", "only-int4"),
+    ("e2m1-groups", "e2m1-mse"),
+    ("e2m3", "int-nearest"), ("int6", "e2m1-nearest"), ("only-e2m1", "only-e3m0-gelu"), ("only-e2m1", "only-int4"),
 ]  # fmt: skip
 """Paired differences worth printing: the same images, so much narrower intervals than those of two rows."""
 
