@@ -14,8 +14,7 @@ from fp4dit_ao.evaluation import plots
 from fp4dit_ao.evaluation.fidelity import markdown_table
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import pick
-from fp4dit_ao.schemes import owner_of
-from fp4dit_ao.tensors.minifloat import MinifloatTensor
+from fp4dit_ao.schemes import SCHEMES, owner_of
 
 
 def inspect(model: str, against: str | None, out: Path | None) -> None:
@@ -101,8 +100,9 @@ def size_of_rest(transformer: QuantizedTransformer) -> int:
 def _backend(row: LayerSummary, weight: Any) -> str:
     if row.weight is None:
         return "float"
-    if weight is not None and not isinstance(weight, MinifloatTensor):
-        return "block-scaled"
+    scheme = None if weight is None else owner_of(weight)
+    if scheme is not None and scheme is not SCHEMES["grouped"]:
+        return scheme.rules.name.replace("_", "-")
     return pick(parse(row.weight), parse(row.activation) if row.activation else None)
 
 
