@@ -9,6 +9,7 @@ takes some 3 s of processor time; binary searches over sorted groups take many t
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,40 +76,44 @@ def _table(codebooks: CodebookSet) -> Tensor:
 
 
 def _errors(groups: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    """Squared error of every group with every codebook, float32 ``(rows, groups, 16)``, in weight units."""
-    bins = groups * (_BINS / scale)[:, None, None]
+    """Squared error of every group with every codebook, float32 ``(rows, groups, 16)``, in steps squared."""
+    bins = groups / scale[:, None, None] * _BINS
     bins = bins.round_().clamp_(-_SPAN * _BINS, _SPAN * _BINS).add_(_SPAN * _BINS).int()
-    summed = F.embedding_bag(bins.flatten(0, 1), table, mode="sum").unflatten(0, groups.shape[:2])
-    return summed * scale.square()[:, None, None]
+    return F.embedding_bag(bins.flatten(0, 1), table, mode="sum").unflatten(0, groups.shape[:2])
 
 
 def _search_rows(groups: Tensor, codebooks: CodebookSet, table: Tensor) -> tuple[Tensor, Tensor]:
     limits = torch.finfo(torch.float32)
     base = (groups.abs().amax((1, 2)) / float(codebooks.largest)).clamp(limits.tiny / min(CANDIDATES), limits.max)
-    scale, index, least = base, torch.zeros(groups.shape[:2], dtype=torch.uint8, device=groups.device), None
+    best = _judged(groups, base, base, table)
     for fraction in CANDIDATES:
-        scale, index, least = _better(groups, base * fraction, table, scale, index, least)
+        best = best.or_better(_judged(groups, base * fraction, base, table))
     for _ in range(REFINEMENTS):
-        codes = codebooks.encode(groups.flatten(1) / scale[:, None], index)
-        levels = codebooks.decode(codes, index)
-        power = levels.square().sum(1)
-        fitted = (groups.flatten(1) * levels).sum(1) / power.clamp(min=1)
-        fitted = torch.where(fitted > limits.tiny, fitted, scale)
-        scale, index, least = _better(groups, fitted, table, scale, index, least)
-    return scale, index
+        y = groups.flatten(1) / best.scale[:, None]
+        levels = codebooks.decode(codebooks.encode(y, best.index), best.index)
+        fitted = best.scale * ((y * levels).sum(1) / levels.square().sum(1).clamp(min=1))
+        fitted = torch.where(fitted > limits.tiny, fitted, best.scale)
+        best = best.or_better(_judged(groups, fitted, base, table))
+    return best.scale, best.index
 
 
-def _better(
-    groups: Tensor, candidate: Tensor, table: Tensor, scale: Tensor, index: Tensor, least: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(scale, codebooks, error) of each row: the candidate's where its error is less than ``least``."""
-    best = _errors(groups, candidate, table).min(-1)
-    error, books = best.values.sum(1), best.indices.to(torch.uint8)
-    if least is None:
-        return candidate, books, error
-    wins = error < least
-    return (
-        torch.where(wins, candidate, scale),
-        torch.where(wins[:, None], books, index),
-        torch.where(wins, error, least),
-    )
+class _Choice(NamedTuple):
+    """Scales ``(rows,)``, codebooks ``(rows, groups)``, and the squared error of each row in units of its own."""
+
+    scale: Tensor
+    index: Tensor
+    error: Tensor
+
+    def or_better(self, other: "_Choice") -> "_Choice":
+        wins = other.error < self.error
+        return _Choice(
+            torch.where(wins, other.scale, self.scale),
+            torch.where(wins[:, None], other.index, self.index),
+            torch.where(wins, other.error, self.error),
+        )
+
+
+def _judged(groups: Tensor, scale: Tensor, unit: Tensor, table: Tensor) -> _Choice:
+    """The best codebooks at row scales, and the rows' errors in ``unit`` squared, so that nothing over- or underflows."""
+    best = _errors(groups, scale, table).min(-1)
+    return _Choice(scale, best.indices.to(torch.uint8), best.values.sum(1) * (scale / unit).square())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fp4dit_ao.formats import NumberFormat, parse
+from fp4dit_ao.formats import CODEBOOK_SETS, CodebookFormat, NumberFormat, parse
 from fp4dit_ao.util.atomic_files import whole_file
 
 if TYPE_CHECKING:
@@ -118,12 +118,12 @@ def level_usage(layers: Mapping[str, tuple[str, NDArray[np.uint8]]]) -> "Figure"
     """
     by_format: dict[str, dict[str, NDArray[np.float64]]] = {}
     for name, (fmt_name, codes) in layers.items():
-        by_format.setdefault(fmt_name, {})[name] = _level_counts(parse(fmt_name), codes)
+        by_format.setdefault(fmt_name, {})[name] = _level_counts(_shown(fmt_name), codes)
     tallest = max(len(group) for group in by_format.values())
     height = min(3.0 + 0.16 * tallest, 40.0)
     canvas, axes = figure(5.5 * len(by_format), height, 2, len(by_format), height_ratios=[2, max(height - 2.6, 1)])
     for column, (fmt_name, group) in enumerate(by_format.items()):
-        levels = parse(fmt_name).lattice.numpy()
+        levels = _shown(fmt_name).lattice.numpy()
         counts = np.stack(list(group.values()))
         top, below = axes[0, column], axes[1, column]
         places = np.arange(len(levels))
@@ -138,6 +138,13 @@ def level_usage(layers: Mapping[str, tuple[str, NDArray[np.uint8]]]) -> "Figure"
             ax.set_xlim(-0.5, len(levels) - 0.5)
         below.set_xlabel("level, in steps of the group's scale", fontsize=8)
     return canvas
+
+
+def _shown(name: str) -> NumberFormat:
+    """The format ``name``; of a set of codebooks, in which a code has no level of its own, the codes themselves."""
+    if name in CODEBOOK_SETS:
+        return CodebookFormat(name, tuple(range(2 ** CODEBOOK_SETS[name].bits)))
+    return parse(name)
 
 
 def _level_counts(fmt: NumberFormat, codes: NDArray[np.uint8]) -> NDArray[np.float64]:

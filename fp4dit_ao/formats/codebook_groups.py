@@ -99,18 +99,7 @@ class CodebookSet:
         The middle between levels, or the float32 below it where a tie goes up to an even code; of equal levels, the threshold
         after the last, so that only the first code is given.
         """
-        rows = []
-        for book in self.books:
-            row = [math.inf] * (LEVELS - 1)
-            for code in reversed(range(LEVELS - 1)):
-                if book[code] == book[code + 1]:
-                    row[code] = row[code + 1] if code + 1 < len(row) else math.inf
-                else:
-                    row[code] = (book[code] + book[code + 1]) / 2
-            rows.append(row)
-        middles = torch.tensor(rows)
-        odd = torch.arange(LEVELS - 1) % 2 == 1
-        return torch.where(odd, torch.nextafter(middles, torch.tensor(-math.inf)), middles)
+        return torch.tensor([_thresholds(book) for book in self.books])
 
     def encode(self, y: Tensor, index: Tensor) -> Tensor:
         """uint8 codes of the levels nearest to ``y``: ties to the even code, saturating, NaN to 0.
@@ -178,6 +167,19 @@ def levels_of(codes: Tensor, index: Tensor, codebooks: Tensor) -> Tensor:
     """
     groups = codes.unflatten(1, (index.shape[1], -1)).int()
     return codebooks.float().flatten()[groups + LEVELS * index.int()[..., None]].flatten(1)
+
+
+def _thresholds(book: Sequence[int]) -> list[float]:
+    """Fifteen; a value above the i-th has a code of more than i. See :attr:`CodebookSet.thresholds`."""
+    thresholds = [math.inf] * (LEVELS - 1)
+    for code in reversed(range(LEVELS - 1)):
+        above = next((other for other in range(code, LEVELS) if book[other] > book[code]), None)
+        if above is None:
+            continue
+        middle = torch.tensor((book[code] + book[above]) / 2)
+        upward = above % 2 == 0 and book.index(book[code]) % 2 == 1
+        thresholds[code] = float(torch.nextafter(middle, torch.tensor(-math.inf)) if upward else middle)
+    return thresholds
 
 
 def _nearest(values: Sequence[float]) -> tuple[int, ...]:
