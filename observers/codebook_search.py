@@ -90,7 +90,7 @@ def _search_rows(groups: Tensor, codebooks: CodebookSet, table: Tensor) -> tuple
         best = best.or_better(_judged(groups, base * fraction, base, table))
     for _ in range(REFINEMENTS):
         y = groups.flatten(1) / best.scale[:, None]
-        levels = codebooks.decode(codebooks.encode(y, best.index), best.index)
+        levels = codebooks.decode(codebooks.encode(y, best.books), best.books)
         fitted = best.scale * ((y * levels).sum(1) / levels.square().sum(1).clamp(min=1))
         fitted = torch.where(fitted > limits.tiny, fitted, best.scale)
         best = best.or_better(_judged(groups, fitted, base, table))
