@@ -1,7 +1,7 @@
 """Linears with codebook groups against bfloat16 on a CPU: ``python -m benchmarks.codebook_linears``.
 
 Ours quantizes tokens from bfloat16, multiplies and writes bfloat16, all within the time; by two operators, or by one that
-quantizes tokens as it lays them out. Beside it, in turns: PyTorch's linear in bfloat16 (eager, and with a prepacked weight), and
+quantizes tokens as it lays them out. Beside it, in turns: PyTorch's linear in bfloat16 (eager and with a prepacked weight), and
 oneDNN's int8 product of tokens that are quantized already, with one scale for all of them: what the processor can do, not the
 same computation. Ratios are medians over the rounds of neighbours in time.
 """
