@@ -90,25 +90,25 @@ def _search_rows(groups: Tensor, codebooks: CodebookSet, table: Tensor) -> tuple
         best = best.or_better(_judged(groups, base * fraction, base, table))
     for _ in range(REFINEMENTS):
         y = groups.flatten(1) / best.scale[:, None]
-        levels = codebooks.decode(codebooks.encode(y, best.index), best.index)
+        levels = codebooks.decode(codebooks.encode(y, best.books), best.books)
         fitted = best.scale * ((y * levels).sum(1) / levels.square().sum(1).clamp(min=1))
         fitted = torch.where(fitted > limits.tiny, fitted, best.scale)
         best = best.or_better(_judged(groups, fitted, base, table))
-    return best.scale, best.index
+    return best.scale, best.books
 
 
 class _Choice(NamedTuple):
     """Scales ``(rows,)``, codebooks ``(rows, groups)``, and the squared error of each row in units of its own."""
 
     scale: Tensor
-    index: Tensor
+    books: Tensor
     error: Tensor
 
     def or_better(self, other: "_Choice") -> "_Choice":
         wins = other.error < self.error
         return _Choice(
             torch.where(wins, other.scale, self.scale),
-            torch.where(wins[:, None], other.index, self.index),
+            torch.where(wins[:, None], other.books, self.books),
             torch.where(wins, other.error, self.error),
         )
 

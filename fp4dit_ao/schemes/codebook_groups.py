@@ -57,7 +57,7 @@ class CodebookGroupsScheme:
         }
 
     def from_parts(self, parts: Mapping[str, Any], config: QuantConfig, dtype: torch.dtype) -> Tensor:
-        tensors = (parts[name] for name in CodebookTensor.tensor_data_names)
+        tensors = (parts["qdata"], parts["index"], parts["row_scale"], parts["codebooks"])
         return CodebookTensor(*tensors, config.group_size, str(config.weight), canonical(config.activation), dtype)
 
     @torch.no_grad()

@@ -166,16 +166,16 @@ def linear(
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     x, weight = args[0], args[1]
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    tensors = (getattr(weight, name) for name in CodebookTensor.tensor_data_names)
-    return linear(x, *tensors, weight.group_size, weight.act_fmt, bias)
+    parts = (weight.qdata, weight.index, weight.row_scale, weight.codebooks)
+    return linear(x, *parts, weight.group_size, weight.act_fmt, bias)
 
 
 @CodebookTensor.implements(_ATEN._to_copy.default)  # type: ignore[untyped-decorator]
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> CodebookTensor:
     """``.to(device)`` moves codes and scales; ``.to(dtype)`` changes only what the tensor presents itself as."""
     self, device = args[0], kwargs.get("device") or args[0].device
-    moved = [getattr(self, name).to(device) for name in CodebookTensor.tensor_data_names]
-    return CodebookTensor(*moved, self.group_size, self.fmt, self.act_fmt, kwargs.get("dtype") or self.dtype)
+    parts = (self.qdata.to(device), self.index.to(device), self.row_scale.to(device), self.codebooks.to(device))
+    return CodebookTensor(*parts, self.group_size, self.fmt, self.act_fmt, kwargs.get("dtype") or self.dtype)
 
 
 @CodebookTensor.implements(_ATEN.is_pinned.default)  # type: ignore[untyped-decorator]
