@@ -57,14 +57,8 @@ class CodebookGroupsScheme:
         }
 
     def from_parts(self, parts: Mapping[str, Any], config: QuantConfig, dtype: torch.dtype) -> Tensor:
-        tensors = {name: parts[name] for name in CodebookTensor.tensor_data_names}
-        return CodebookTensor(
-            **tensors,
-            group_size=config.group_size,
-            fmt=str(config.weight),
-            act_fmt=canonical(config.activation),
-            dtype=dtype,
-        )
+        tensors = (parts["qdata"], parts["index"], parts["row_scale"], parts["codebooks"])
+        return CodebookTensor(*tensors, config.group_size, str(config.weight), canonical(config.activation), dtype)
 
     @torch.no_grad()
     def round_to_nearest(self, name: str, weight: Tensor, config: QuantConfig) -> Tensor:

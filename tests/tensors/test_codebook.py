@@ -179,7 +179,7 @@ def test_learned_and_closed_form_rounding(rounding: str) -> None:
     config = ReconstructionConfig(rounding=rounding, iters=40, batch_size=8, relative_lr=0.2)
     report = reconstruct(prepared, samples, config, progress=False)
     assert any(row.changed > 0 for row in report.rows)
-    assert all(row.after <= row.before for row in report.rows)
+    assert all(row.loss_after <= row.loss_before for row in report.rows)
     graph = convert_pt2e(prepared)
     lowered = lower(graph)
     with torch.no_grad():
