@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from fp4dit_ao import _compat
 from fp4dit_ao.evaluation.environment import one_line
 from fp4dit_ao.evaluation.fidelity import markdown_table
 from fp4dit_ao.kernels import codebook_linear
@@ -104,8 +105,7 @@ def _ways(features: int, depth: int, count: int, fmt: str) -> dict[str, Callable
     ways: dict[str, Callable[[], object]] = {OURS: ours, EAGER: eager, AT_ONCE: at_once, PREPACKED: eager}
     if not torch.backends.mkldnn.is_available():
         return ways
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, count)
-    ways[PREPACKED] = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, half_bias, "none", [], "")
+    ways[PREPACKED] = _compat.prepacked_linear(x, weight, half_bias)
     integers = codebook_linear.decode(qdata, index, codebooks, GROUP)
     prepacked = torch.ops.onednn.qlinear_prepack(integers, [count, depth])
     some, ones, zeros = levels[:count], torch.ones(features), torch.zeros(features, dtype=torch.int64)

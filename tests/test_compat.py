@@ -524,7 +524,7 @@ def test_a_models_config_methods_and_blocks_are_replaced() -> None:
         num_layers=1, num_attention_heads=1, attention_head_dim=8, cross_attention_dim=8, caption_channels=8,
         in_channels=4, out_channels=8, sample_size=8, use_additional_conditions=False,
     )  # fmt: skip
-    _compat.replace_config(model, {"only": 1})
+    _compat.replace_config(model, type(model.config)({"only": 1}))
     assert dict(model.config) == {"only": 1}
     assert model.config.only == 1
     own = type(model)._repeated_blocks
@@ -537,6 +537,21 @@ def test_a_models_config_methods_and_blocks_are_replaced() -> None:
     _compat.replace_apply(model, None)
     model.double()
     assert len(seen) == 1 and next(model.parameters()).dtype == torch.float64
+
+
+def test_buffers_are_told_by_whether_they_are_saved() -> None:
+    module = nn.Module()
+    module.register_buffer("kept", torch.zeros(1))
+    module.register_buffer("transient", torch.zeros(1), persistent=False)
+    assert _compat.is_persistent(module, "kept")
+    assert not _compat.is_persistent(module, "transient")
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_prepacked_linears_compute_the_linear() -> None:
+    x, weight, bias = torch.randn(5, 32).bfloat16(), torch.randn(7, 32).bfloat16(), torch.randn(7).bfloat16()
+    wanted = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(_compat.prepacked_linear(x, weight, bias)(), wanted)
 
 
 # --- torchao's prototypes --------------------------------------------------------------------------------------------

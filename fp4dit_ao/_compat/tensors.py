@@ -1,6 +1,6 @@
 """Tensors and modules: subclasses, fake tensors, versions, low-bit products, parameter slots."""
 
-from collections.abc import Container, MutableMapping, Sequence
+from collections.abc import Callable, Container, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -61,6 +61,17 @@ def is_view_of_another(x: Tensor) -> bool:
 def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
     """``target += weight * (source - target)`` for every pair, in place and in few kernels."""
     torch._foreach_lerp_(list(targets), list(sources), weight)
+
+
+def prepacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
+    """``linear(x, weight, bias)`` on oneDNN with the weight laid out for that many rows beforehand, as Inductor does it."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
+    return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def is_persistent(module: nn.Module, buffer: str) -> bool:
+    """Whether a buffer is part of its module's state dict."""
+    return buffer not in module._non_persistent_buffers_set
 
 
 def fake_mode() -> FakeTensorMode:

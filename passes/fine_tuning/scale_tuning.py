@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.observers import WeightObserver, set_fake_quantize
 from fp4dit_ao.observers.weight import gram_of, weight_of
 from fp4dit_ao.ops import expand_scale, to_scale_dtype

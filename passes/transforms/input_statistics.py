@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fp4dit_ao import _compat
+from fp4dit_ao._compat import pytree
 
 
 class InputStatistics:

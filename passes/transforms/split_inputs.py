@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
 
+from fp4dit_ao import _compat
 from fp4dit_ao.passes.transforms.annotated_linears import annotated_linears, linear_name
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record
 from fp4dit_ao.passes.transforms.scaled_linear import INPUT_SCALE, scaled_input
@@ -46,7 +47,7 @@ class SplitLinear(nn.Module):
         self.sizes = list(sizes)
         self.register_parameter("bias", linear.bias)
         if isinstance(scale := getattr(linear, INPUT_SCALE, None), Tensor):
-            stored = INPUT_SCALE not in linear._non_persistent_buffers_set
+            stored = _compat.is_persistent(linear, INPUT_SCALE)
             self.register_buffer(INPUT_SCALE, scale, persistent=stored)
         for index, (size, weight) in enumerate(zip(sizes, linear.weight.split(self.sizes, 1), strict=True)):
             part = nn.Linear(size, linear.out_features, bias=False, device="meta")
