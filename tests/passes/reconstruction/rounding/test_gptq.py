@@ -98,7 +98,7 @@ def test_uncorrelated_inputs_leave_nearest(kind, method) -> None:
 
 
 def test_it_lies_between_the_optimum_and_nearest() -> None:
-    """Of all ``15^4`` roundings of four weights, GPTQ finds one that is close to the best."""
+    """Of all ``15^4`` roundings of four weights, GPTQ gains nine tenths of what the best one gains over nearest."""
     losses = []
     for seed in range(20):
         weight, hessian = problem(rows=1, columns=4, tokens=50, seed=seed)
@@ -112,8 +112,7 @@ def test_it_lies_between_the_optimum_and_nearest() -> None:
         assert best <= solved * (1 + 1e-5)  # decoded values are float32
         losses.append((best, solved, nearest))
     best, solved, nearest = torch.tensor(losses).sum(0).tolist()
-    assert solved < 0.5 * nearest
-    assert solved < 2 * best
+    assert nearest - solved > 0.9 * (nearest - best)
 
 
 def test_each_column_is_optimal_given_the_ones_before() -> None:
