@@ -34,7 +34,7 @@ DOES = {
     "checkpoint": "files; fidelity and plots",
     "calibration": "real denoising trajectories; the pipeline that ships",
     "graph_capture": "nn.Module to graph",
-    "passes.reconstruction": "rounding, formats per layer, fine-tuning",
+    "passes.reconstruction": "three more passes; models",
     "quantizer": "which edge gets which format; rewriting graphs",
     "schemes": "grouped, block-scaled, …: one object each",
     "passes.transforms": "before quantization",
@@ -121,7 +121,8 @@ def rooms(axes: Any, top: float, width: float) -> None:
         fill = NUMBERS if row >= len(found) - 5 else MODEL if row >= len(found) - 10 else ORDER
         share = 8.2 / len(names)
         for i, name in enumerate(names):
-            box(axes, i * share, y, share - 0.12, 0.5, name, fill, fontsize=8, family="monospace")
+            label = name.removeprefix("passes.") if len(names) > 2 else name
+            box(axes, i * share, y, share - 0.12, 0.5, label, fill, fontsize=8, family="monospace")
         axes.text(8.3, y + 0.25, DOES[names[0]], va="center", fontsize=8, color=QUIET)
         axes.text(width, y + 0.25, PLUGS.get(names[0], ""), va="center", ha="right", fontsize=8, color=PLUG)
 

@@ -15,11 +15,13 @@ from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels.attention import ATTENTION, AttentionOperands
 from fp4dit_ao.kernels.block_scaled_linear import BLOCK_SCALED_LINEAR, BlockOperands
 from fp4dit_ao.kernels.candidate_search import CANDIDATE_SEARCH, SearchOperands
+from fp4dit_ao.kernels.codebook_dispatch import CODEBOOK_LINEAR
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.cuda import int8_linear as cuda_linear
 from fp4dit_ao.kernels.level_linear import LEVEL_LINEAR, LevelOperands
 from fp4dit_ao.kernels.token_quantization import TOKENS, TokenOperands
 from fp4dit_ao.kernels.units import Unit, UnitTable
+from fp4dit_ao.schemes import scheme_of
 from fp4dit_ao.tensors.levels import LevelTensor
 from tests.tensors.test_block_scaled import weight_of
 
@@ -34,6 +36,9 @@ TRACES = {
     "PyTorch's attention, rounded values": {"aten._scaled_dot_product_flash_attention_for_cpu"},
 }
 """An operator that a unit calls, and no other unit of its table does."""
+
+
+CODEBOOK_RECIPES = ("w4a6_codebook", "w4a8_codebook")
 
 
 class Called(TorchDispatchMode):
@@ -76,7 +81,7 @@ def quantized_weights(recipe: str) -> Iterator[Any]:
             yield MinifloatTensor.from_hp(torch.randn(48, 256), [1, config.group_size], fmt, act_fmt)
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize("recipe", sorted(set(RECIPES) - set(CODEBOOK_RECIPES)))
 @torch.no_grad()
 def test_the_picked_unit_runs(recipe: str, library: str) -> None:
     for weight in quantized_weights(recipe):
@@ -86,6 +91,21 @@ def test_the_picked_unit_runs(recipe: str, library: str) -> None:
             F.linear(torch.randn(5, weight.shape[1]), weight)
         assert units_that_ran(called.names, table) == {unit.name}, called.names
         assert ("compiled kernel" in unit.name) <= (library == "library")
+
+
+@pytest.mark.parametrize("recipe", CODEBOOK_RECIPES)
+@torch.no_grad()
+def test_the_picked_unit_of_codebook_groups_runs(recipe: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = QuantConfig.from_name(recipe)
+    weight: Any = scheme_of(config).round_to_nearest("fc", torch.randn(48, 256), config)
+    unit = weight.unit()
+    assert ("compiled kernel" in unit.name) == (library == "library")
+    with Called() as called:
+        F.linear(torch.randn(5, 256), weight)
+    assert "fp4dit_ao.codebook_linear" in called.names
+    ran = spied(CODEBOOK_LINEAR, monkeypatch)
+    F.linear(torch.randn(5, 256), weight)
+    assert ran == [unit.name]
 
 
 @pytest.mark.parametrize("to", ["int8", "fp8"])
@@ -210,7 +230,7 @@ def test_registered_units_come_in_front() -> None:
 
 def test_every_table_accepts_anything_in_the_end() -> None:
     assert set(kernels.TABLES) == {
-        "linear", "level_linear", "block_scaled_linear", "attention", "quantize_tokens", "candidate_search",
+        "linear", "linear with codebook groups", "level_linear", "block_scaled_linear", "attention", "quantize_tokens", "candidate_search",
     }  # fmt: skip
     for table in kernels.TABLES.values():
         assert table.units[-1].supports(None), table.operation  # type: ignore[arg-type]
