@@ -230,7 +230,8 @@ def test_registered_units_come_in_front() -> None:
 
 def test_every_table_accepts_anything_in_the_end() -> None:
     assert set(kernels.TABLES) == {
-        "linear", "linear with codebook groups", "level_linear", "block_scaled_linear", "attention", "quantize_tokens", "candidate_search",
+        "linear", "linear with codebook groups", "level_linear", "block_scaled_linear", "attention", "quantize_tokens",
+        "candidate_search",
     }  # fmt: skip
     for table in kernels.TABLES.values():
         assert table.units[-1].supports(None), table.operation  # type: ignore[arg-type]
