@@ -53,7 +53,7 @@ def program(tiny_quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def package(tiny_quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("export") / "package.pt2"
     with pytest.MonkeyPatch.context() as patch:  # as of a model whose tokens are worth the compiled loop
-        patch.setattr(token_quantization, "_MANY", 0)
+        patch.setattr(token_quantization, "_WORTHWHILE_ELEMENTS", 0)
         exported_transformer.save_package(tiny_quantized.transformer, path)
     return path
 
