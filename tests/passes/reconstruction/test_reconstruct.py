@@ -117,7 +117,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
         (SHORT, ["blocks.0", "blocks.1", "blocks.2"]),
         (ReconstructionConfig("gptq", batch_size=8), ["blocks.0", "blocks.1", "blocks.2"]),
         (
-            ReconstructionConfig(scope="window", iters=20, batch_size=8, relative_lr=0.2),
+            ReconstructionConfig("gptq", scope="window", batch_size=8),
             ["blocks.0 … blocks.1", "blocks.1 … blocks.2"],
         ),
     ],
