@@ -241,7 +241,10 @@ def test_dequantized_modules_are_plain_again(pipe: Any, folder: Path, sample: di
 def test_weights_are_inspected_against_what_they_were_rounded_from(pipe: Any, model: Any) -> None:
     weights = dict(pipe.transformer.state_dict())
     changed = inspection._transformed(weights, model)
-    text = {name: inspection.layer_table(model, w, torch.device("cpu")) for name, w in (("right", changed), ("wrong", weights))}
+    text = {
+        name: inspection.layer_table(model, w, torch.device("cpu"))
+        for name, w in (("right", changed), ("wrong", weights))
+    }
     [right, wrong] = [
         next(line for line in table.splitlines() if "attn2.to_out" in line).split("|")[-3:-1] for table in text.values()
     ]
