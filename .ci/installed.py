@@ -1,4 +1,4 @@
-"""What a user has after ``pip install fp4dit-ao``: run from outside of the checkout, with the wheel installed."""
+"""Check of an installed wheel: run it outside of the checkout, after ``pip install`` of the wheel."""
 
 import sys
 from importlib import metadata, resources

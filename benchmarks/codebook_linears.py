@@ -70,7 +70,7 @@ def main(
 
 
 def _ways(features: int, depth: int, count: int, fmt: str) -> dict[str, Callable[[], object]]:
-    """By name, what is timed. Without oneDNN, bfloat16 is eager and there is no int8 product."""
+    """Functions to time, by name. Without oneDNN, bfloat16 is eager and there is no int8 product."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(count, depth, generator=g).bfloat16()
     weight, bias = torch.randn(features, depth, generator=g).bfloat16(), torch.randn(features, generator=g)

@@ -1,4 +1,4 @@
-"""What all observers share."""
+"""Base classes of all observers."""
 
 from typing import Any
 

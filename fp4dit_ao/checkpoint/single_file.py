@@ -201,4 +201,4 @@ def _from_e8m0(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 _WIDENED: dict[str, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {
     "BF16": _from_bfloat16, "F8_E4M3": _from_e4m3, "F8_E8M0": _from_e8m0,
 }  # fmt: skip
-"""To float32, by the type in the file, for the types that NumPy lacks."""
+"""Conversions to float32 of the types that NumPy lacks, by the name of the type in the file."""

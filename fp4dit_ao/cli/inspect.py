@@ -84,7 +84,7 @@ def layer_table(transformer: QuantizedTransformer, originals: dict[str, Tensor],
 
 
 def kept_table(transformer: QuantizedTransformer) -> str:
-    """What was left in high precision, and why."""
+    """Linears that stay in high precision, with the reasons."""
     kept = [row for row in transformer.summary() if not row.quantized]
     if not kept:
         return "Nothing was left in high precision."
@@ -110,7 +110,7 @@ def size_of_rest(transformer: QuantizedTransformer) -> int:
 
 
 def _unit(row: LayerSummary, weight: Any, device: torch.device) -> str:
-    """What computes a layer on ``device``: the pick of the table that runs it."""
+    """Kernel that computes a layer on ``device``, taken from the table that the layer itself uses."""
     if weight is not None:
         return str(weight.unit(device))
     if row.kind == "attention" and row.activation is not None:

@@ -1,4 +1,4 @@
-"""What to quantize to what (:class:`QuantConfig`, recipes), and how weights are rounded (:class:`ReconstructionConfig`)."""
+"""Settings: formats of linears (:class:`QuantConfig`, recipes), and rounding of weights (:class:`ReconstructionConfig`)."""
 
 from fp4dit_ao.config.quant_config import HIGH_PRECISION, RECIPES, QuantConfig
 from fp4dit_ao.config.recipes import (

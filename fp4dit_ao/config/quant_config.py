@@ -1,4 +1,4 @@
-"""What to quantize to what: :class:`QuantConfig`."""
+"""Formats, groups and scale search of every linear: :class:`QuantConfig`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields

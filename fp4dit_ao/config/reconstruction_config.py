@@ -19,9 +19,9 @@ class ReconstructionConfig:
     """Rounding rule, a name in ``rounding.ROUNDINGS``: learned (``"scale_aware"``, ``"adaround"``) or in closed form
     (``"gptq"``, ``"gptq_act_order"``, ``"nearest"``). Fields of the optimisation concern learned rules alone."""
     objective: str = "mse"
-    """What is minimised, and by what a rounding is judged: a name in ``objectives.OBJECTIVES``."""
+    """Loss to minimise, which also decides whether a rounding is kept: a name in ``objectives.OBJECTIVES``."""
     scope: str = "block"
-    """What is rounded together: a name in ``scopes.SCOPES``, ``"block"``, ``"layer"`` or ``"window"``."""
+    """Part that is rounded together: ``"block"``, ``"layer"``, ``"window"`` or another name in ``scopes.SCOPES``."""
     iters: int = 2500
     """Optimisation steps per unit (block, layer or window); 0 keeps round-to-nearest."""
     batch_size: int = 16

@@ -1,4 +1,4 @@
-"""What each quantization scheme asks of a :class:`~fp4dit_ao.config.QuantConfig`: the half of a scheme that needs no tensors.
+"""Rules of each quantization scheme for a :class:`~fp4dit_ao.config.QuantConfig`: the half of a scheme that needs no tensors.
 
 The other half, observers and tensor classes, is :mod:`fp4dit_ao.schemes`. It is apart because configs are made and checked
 long before anything is quantized, and without importing torchao.
@@ -108,7 +108,7 @@ class GroupedRules:
 BLOCK_SCALED, CODEBOOK_GROUPS, GROUPED = BlockScaledRules(), CodebookGroupsRules(), GroupedRules()
 
 RULES: list[SchemeRules] = [BLOCK_SCALED, CODEBOOK_GROUPS, GROUPED]
-"""In the order in which they are asked; the last claims what is left. ``schemes.register_scheme`` adds to it."""
+"""Rules of all schemes. The first that claims a config has it; the last claims any. ``schemes.register_scheme`` adds one."""
 
 
 def rules_of(config: "QuantConfig") -> SchemeRules:

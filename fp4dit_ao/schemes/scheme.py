@@ -1,4 +1,4 @@
-"""What a quantization scheme is (:class:`QuantizationScheme`), and the table of those that there are."""
+"""Interface of a quantization scheme (:class:`QuantizationScheme`), and the registry of schemes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -33,7 +33,7 @@ ELEMENTS = {"e2m1": torch.float4_e2m1fn_x2, "e2m3": DTYPE_FP6_E2M3, "e3m2": DTYP
 
 
 class _OnAnyHardware:
-    """What both weights add to torchao's tensors."""
+    """Methods that both weights add to torchao's tensors."""
 
     fmt: Any
     # torchao's block tensors disable the handlers of torch functions

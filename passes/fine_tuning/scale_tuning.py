@@ -25,6 +25,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.observers import WeightObserver, set_fake_quantize
+from fp4dit_ao.observers.fake_quantization import frozen_parameters
 from fp4dit_ao.observers.weight import gram_of, weight_of
 from fp4dit_ao.ops import expand_scale, to_scale_dtype
 from fp4dit_ao.passes.fine_tuning.fine_tune import FINE_TUNINGS, FineTuneConfig, FineTuneReport
@@ -95,7 +96,7 @@ def tune_scales(
     store = None
     if checkpoint_dir is not None:
         store = _Store(Path(checkpoint_dir) / "scales.safetensors", _fingerprint(prepared, samples, config))
-    with _frozen(prepared), tqdm(total=config.steps, desc="fine-tune scales", disable=not progress) as bar:
+    with frozen_parameters(prepared), tqdm(total=config.steps, desc="fine-tune scales", disable=not progress) as bar:
         targets = _teacher(prepared, calls)
         set_fake_quantize(prepared, weight=True, activation=True)
         with _in_place(tuned):
@@ -126,20 +127,6 @@ def _tuned_scales(prepared: GraphModule) -> dict[WeightObserver, TunedScale]:
     if not tuned:
         raise ValueError("this graph has no quantized weight whose scales could be tuned")
     return tuned
-
-
-@contextlib.contextmanager
-def _frozen(model: GraphModule) -> Iterator[None]:
-    """No gradients for the float parameters; observers observe again afterwards, come what may."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in wanted:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in wanted:
-            p.requires_grad_(True)
-        set_fake_quantize(model, weight=False, activation=False)
 
 
 @contextlib.contextmanager

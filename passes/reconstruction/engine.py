@@ -6,7 +6,6 @@ that its output on *quantized* inputs comes close to the original's output on th
 weight observers.
 """
 
-import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from fp4dit_ao.config import AdaRoundConfig, ReconstructionConfig
 from fp4dit_ao.observers import set_fake_quantize
+from fp4dit_ao.observers.fake_quantization import frozen_parameters
 from fp4dit_ao.observers.weight import gram_of, weight_of
 from fp4dit_ao.passes.partition import Segment, weight_observers
 from fp4dit_ao.passes.reconstruction import block_checkpoints
@@ -74,7 +74,7 @@ def reconstruct(
     )
     report = ReconstructionReport([], 0.0, 0)
     total = sum(steps_of(unit.segment, rule, config) for unit in plan.units)
-    with _frozen(prepared), tqdm(total=total, desc="reconstruct", disable=not progress) as bar:
+    with frozen_parameters(prepared), tqdm(total=total, desc="reconstruct", disable=not progress) as bar:
         planned = _planned_bytes(plan, streams, device)
         _check_memory(planned, streams, config)
         for stream in streams:
@@ -149,20 +149,6 @@ def _offload(planned: int, device: torch.device, config: ReconstructionConfig) -
     if config.offload is not None or device.type != "cuda":
         return bool(config.offload)
     return planned > torch.cuda.mem_get_info(device)[0] // 2
-
-
-@contextlib.contextmanager
-def _frozen(model: GraphModule) -> Iterator[None]:
-    """No gradients for the model's own parameters; observers back to observing afterwards, come what may."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in wanted:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in wanted:
-            p.requires_grad_(True)
-        set_fake_quantize(model, False, False)
 
 
 def _check_memory(used: int, streams: list[Stream], config: ReconstructionConfig) -> None:

@@ -1,4 +1,4 @@
-"""What reconstruction did: a row per unit (block, layer or window)."""
+"""Report of reconstruction: a row per unit (block, layer or window)."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

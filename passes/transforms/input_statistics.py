@@ -1,4 +1,4 @@
-"""What flows through nodes of a float graph on calibration samples: largest magnitudes by channel, and a few rows."""
+"""Statistics of node outputs in a float graph on calibration samples: largest magnitudes by channel, and a few rows."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
