@@ -93,15 +93,7 @@ static void write_tile(const tile_output *o) {
         else write_as(o, o->features, digits, type); \
         return
     switch (3 * o->type + o->digits) {
-        CASE(FLOAT32, 1);
-        CASE(FLOAT32, 2);
-        CASE(FLOAT32, 3);
-        CASE(BFLOAT16, 1);
-        CASE(BFLOAT16, 2);
-        CASE(BFLOAT16, 3);
-        CASE(FLOAT16, 1);
-        CASE(FLOAT16, 2);
-        CASE(FLOAT16, 3);
+        EVERY_TYPE_AND_DIGITS;
     }
 #undef CASE
 }

@@ -45,6 +45,18 @@ typedef struct {
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
+/* The cases of a switch over 3 * type + digits: CASE(type, digits) for every pair that loops are compiled for. */
+#define EVERY_TYPE_AND_DIGITS \
+    CASE(FLOAT32, 1); \
+    CASE(FLOAT32, 2); \
+    CASE(FLOAT32, 3); \
+    CASE(BFLOAT16, 1); \
+    CASE(BFLOAT16, 2); \
+    CASE(BFLOAT16, 3); \
+    CASE(FLOAT16, 1); \
+    CASE(FLOAT16, 2); \
+    CASE(FLOAT16, 3)
+
 /* Bytes that a packed token takes. */
 static inline int padded(int depth) { return (depth + 7) / 8 * 8; }
 

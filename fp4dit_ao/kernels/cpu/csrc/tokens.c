@@ -158,15 +158,7 @@ EVERY_PROCESSOR static void quantize_rows(const tokens *p, int64_t row, int64_t 
         quantize_rows_of(p, row, end, type, digits); \
         return
     switch (3 * p->type + p->digits) {
-        CASE(FLOAT32, 1);
-        CASE(FLOAT32, 2);
-        CASE(FLOAT32, 3);
-        CASE(BFLOAT16, 1);
-        CASE(BFLOAT16, 2);
-        CASE(BFLOAT16, 3);
-        CASE(FLOAT16, 1);
-        CASE(FLOAT16, 2);
-        CASE(FLOAT16, 3);
+        EVERY_TYPE_AND_DIGITS;
     }
 }
 
