@@ -87,6 +87,8 @@ WHY: dict[str, Row] = {
     "e2m1-mse": Row("W4A6 without E3M0, scales searched, nearest", replace(E2M1, weight_search="mse")),
     "nf4-absmax": Row("W4A6 with NF4, nearest", replace(NF4, weight_search="absmax")),
     "codebook-nearest": Row("W4A6 with codebook groups, nearest", CODEBOOK),
+    "codebook-gptq": Row("W4A6 with codebook groups, GPTQ", CODEBOOK, "gptq"),
+    "codebook": Row("W4A6 with codebook groups, scale-aware", CODEBOOK, "scale_aware"),
     "codebook8-nearest": Row("W4A8 with codebook groups, INT8 tokens, nearest", RECIPES["w4a8_codebook"]()),
     "e2m1-groups": Row("W4A6 with codebook groups of E2M1's shape, nearest", replace(CODEBOOK, weight="e2m1_groups")),
     "e2m3": Row("INT4 weights, E2M3 activations", replace(INT, activation="e2m3", attention="e2m3")),
@@ -108,6 +110,7 @@ PAIRS = [
     ("w4a6-nearest", "static-nearest"), ("w4a6", "static"), ("w4a8-nearest", "w4a6-nearest"), ("w4a8", "w4a6"),
     ("w4a8-int8-nearest", "w4a8-nearest"),
     ("codebook-nearest", "nf4-nearest"), ("codebook-nearest", "e2m1-nearest"), ("codebook-nearest", "w4a6-nearest"),
+    ("codebook-gptq", "codebook-nearest"), ("codebook", "codebook-nearest"), ("codebook-gptq", "codebook"),
     ("e2m1-groups", "e2m1-mse"), ("e2m3", "int-nearest"),
     ("int6", "e2m1-nearest"), ("only-e2m1", "only-e3m0-gelu"), ("only-e2m1", "only-int4"),
 ]  # fmt: skip
