@@ -21,15 +21,16 @@ _MOST_DIGITS = 2
 """Most int8 digits of a level that it takes."""
 _LARGEST_SCORE = 2**31 - 1
 """What an int32 score holds."""
-_FAILURES = ("out of memory", "needs AVX-512 VNNI")
-"""What the library's error numbers 1 and 2 mean."""
 
 
 @functools.cache
-def available() -> bool:
-    """Whether the compiled library and this processor (AVX-512 VNNI) compute attention on int8 levels."""
+def kernels() -> dict[str, int]:
+    """Instruction sets that this processor has for attention on int8 levels, best first, with the library's number for each.
+
+    ``"amx"`` computes bfloat16 results of levels of one digit; ``"avx512vnni"`` all.
+    """
     opened = native.shared_object()
-    return opened is not None and opened.fp4dit_attention_level() > 0
+    return {} if opened is None else native.instruction_sets(opened.fp4dit_attention_kernel)
 
 
 class AttentionOperands(NamedTuple):
@@ -50,7 +51,7 @@ class AttentionOperands(NamedTuple):
 
 def _kernel_supports(o: AttentionOperands) -> bool:
     exact = digits(o.fmt) <= _MOST_DIGITS and o.fmt.lattice_max**2 * o.head_dim <= _LARGEST_SCORE
-    return o.separate and o.head_dim <= LARGEST_HEAD and o.device.type == "cpu" and exact and available()
+    return o.separate and o.head_dim <= LARGEST_HEAD and o.device.type == "cpu" and exact and bool(kernels())
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, fmt: str) -> Tensor:
@@ -96,7 +97,7 @@ def _on_pytorch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
 ATTENTION: UnitTable[AttentionOperands] = UnitTable(
     "attention",
     [
-        Unit("int8 scores, compiled kernel", _kernel_supports, _on_compiled_kernel, lambda: "avx512vnni"),
+        Unit("int8 scores, compiled kernel", _kernel_supports, _on_compiled_kernel, lambda: " or ".join(kernels())),
         Unit("PyTorch's attention, rounded values", lambda o: True, _on_pytorch),
     ],
 )
@@ -123,7 +124,7 @@ def _levels(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
 
 def run(
     q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, bias: Tensor | None, scale: float,
-    output_dtype: torch.dtype,
+    output_dtype: torch.dtype, kernel: str | None = None,
 ) -> Tensor:  # fmt: skip
     """``torch.ops.fp4dit_ao.int8_attention`` on CPUs.
 
@@ -134,13 +135,14 @@ def run(
         bias: float32, broadcastable to ``(batch, heads, queries, keys)``, or None.
         scale: factor of the scores.
         output_dtype: float32, bfloat16 or float16.
+        kernel: one of :func:`kernels`; None takes the best that computes this. The operator has no such argument.
 
     Returns:
         ``(batch, heads, queries, dim)``, laid out as ``(batch, queries, heads, dim)``.
 
     Raises:
         ValueError: an argument does not fit (it says which, what was found and what was expected).
-        RuntimeError: no library, an instruction set that the processor lacks, or no memory.
+        RuntimeError: no library, no kernel that computes this on this processor, or no memory.
     """
     opened = native.opened_library("int8_attention")
     _check(q, q_scale, k, k_scale, v, v_scale, output_dtype)
@@ -156,10 +158,11 @@ def run(
     failed = opened.fp4dit_attention(
         *(array.data_ptr() for array in arrays), None if added is None else added.data_ptr(), out.data_ptr(),
         count, batch, heads, queries, keys, dim, *strides, scale, native.OUTPUTS[output_dtype], output_dtype == torch.bfloat16,
-        native.parallel(), torch.get_num_threads(),
+        -1 if kernel is None else kernels()[kernel], native.parallel(), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
-        raise RuntimeError(f"int8_attention: {_FAILURES[failed - 1]}")
+        needed = kernel or "AVX-512 VNNI"
+        raise RuntimeError(f"int8_attention: {('out of memory', f'{needed} cannot compute this here')[failed - 1]}")
     return out.transpose(1, 2)
 
 

@@ -14,7 +14,8 @@ from fp4dit_ao.kernels import attention as kernel
 from fp4dit_ao.ops import choose_scale
 
 OP = torch.ops.fp4dit_ao
-needs_kernel = pytest.mark.skipif(not kernel.available(), reason="needs the compiled library and AVX-512 VNNI")
+needs_kernel = pytest.mark.skipif(not kernel.kernels(), reason="needs the compiled library and AVX-512 VNNI")
+KERNELS = list(kernel.kernels())
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -93,6 +94,67 @@ def test_a_query_without_keys_gets_zeros() -> None:
     assert OP.attention(*inputs(1, 2, 0, 5, 64), None, None, "e2m3").shape == (1, 2, 0, 64)
 
 
+def in_bfloat16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, fmt: str, name: str) -> Tensor:
+    levels = [part for x in (q, k, v) for part in kernel._levels(x, fmt)]
+    return kernel.run(*levels, mask, q.shape[-1] ** -0.5, torch.bfloat16, name)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 80), st.integers(1, 600), st.integers(1, 256),
+    st.sampled_from(["e2m3", "int8", "int6", "e3m0", "nf4"]), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_every_kernel_in_bfloat16(name, batch, heads, queries, keys, dim, fmt, masked, seed) -> None:
+    q, k, v = inputs(batch, heads, queries, keys, dim, seed)
+    mask = torch.zeros(heads, queries, keys)
+    if masked:
+        draw = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed))
+        mask = torch.where(draw > 0.3, draw, -math.inf)
+    y = in_bfloat16(q, k, v, mask if masked else None, fmt, name)
+    # a weight and the result are each rounded to 8 bits, that is by at most 2^-8 of themselves
+    check(y, exact(q, k, v, mask, None, fmt), 2 * 2**-8 + 2e-4)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_weights_of_many_keys_do_not_drift(name: str) -> None:
+    """Equal keys: every weight is the same, and the result the mean of the values, to bfloat16's last place."""
+    q, k, v = (
+        normal(1, 1, 40, 72),
+        normal(1, 1, 1, 72, seed=1).expand(1, 1, 5000, 72),
+        normal(1, 1, 5000, 72, seed=2) + 3,
+    )
+    y = in_bfloat16(q, k, v, None, "int8", name)
+    mean = rounded(v, "int8").mean(2, keepdim=True).expand_as(y)
+    assert (y.double() - mean).abs().max() <= 2**-8 * mean.abs().max()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_special_values_in_bfloat16(name: str) -> None:
+    """A NaN stays in its query; a query whose keys are all masked gets zeros; a token of zeros attends evenly."""
+    q, k, v = inputs(1, 2, 40, 300, 64)
+    q[0, 0, 3, 5] = torch.nan
+    q[0, 1, 4] = 0
+    mask = torch.zeros(40, 300)
+    mask[7] = -math.inf
+    mask[8, :256] = -math.inf  # the whole first block of keys
+    y = in_bfloat16(q, k, v, mask, "e2m3", name)
+    assert y[0, 0, 3].isnan().all() and (y[:, :, 7] == 0).all()
+    rest = [n for n in range(40) if n != 3]
+    check(y[:, :, rest], tuple(x[:, :, rest] for x in exact(q, k, v, mask, None, "e2m3")), 2**-7)
+    k[0, 1, 2, 0] = torch.nan
+    assert in_bfloat16(q, k, v, None, "e2m3", name)[0, 1].isnan().all()
+
+
+def test_a_kernel_that_cannot_compute_this_says_so() -> None:
+    if "amx" not in KERNELS:
+        pytest.skip("needs AMX")
+    q, k, v = inputs(1, 1, 4, 4, 8)
+    levels = [part for x in (q, k, v) for part in kernel._levels(x, "e2m3")]
+    with pytest.raises(RuntimeError, match="amx cannot compute this"):
+        kernel.run(*levels, None, 1.0, torch.float32, "amx")
+
+
 @needs_kernel
 @pytest.mark.parametrize("fmt", ["e2m3", "e3m4"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 1.2e-2)])
@@ -132,8 +194,9 @@ def test_layouts() -> None:
 
 
 @needs_kernel
-def test_threads_do_not_change_a_bit() -> None:
-    q, k, v = inputs(1, 2, 700, 300, 64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in inputs(1, 2, 700, 300, 64))
     threads = torch.get_num_threads()
     try:
         results = []
@@ -159,7 +222,7 @@ def test_levels_of_two_digits_up_to_the_largest_score() -> None:
 @pytest.mark.parametrize("fmt", ["e2m3", "e3m4"])
 @pytest.mark.parametrize("mask", [None, torch.rand(17, 70) > 0.5], ids=["all", "masked"])
 def test_where_the_kernel_does_not_fit_it_is_pytorchs(fmt: str, mask: Tensor | None, monkeypatch) -> None:
-    monkeypatch.setattr(kernel, "available", lambda: False)
+    monkeypatch.setattr(kernel, "kernels", dict)
     q, k, v = inputs(2, 3, 17, 70, 72)
     check(OP.attention(q, k, v, mask, None, fmt), exact(q, k, v, mask, None, fmt), 1e-5)
 

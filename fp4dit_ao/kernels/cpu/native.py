@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-VERSION = 6
+VERSION = 7
 """Version of the library's interface; ``fp4dit_version`` in ``csrc/linear.c`` returns the same number."""
 OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types that the library reads and writes, with its number for each."""
@@ -28,7 +28,7 @@ _CODEBOOK: list[Any] = [_POINTER] * 8 + [_SIZE] * 4 + [_NUMBER] * 3 + [_POINTER,
 _QUANTIZED_CODEBOOK: list[Any] = (
     [_POINTER] * 7 + [_SIZE] * 4 + [_NUMBER] * 3 + [ctypes.c_float, _NUMBER, _NUMBER, _POINTER, _NUMBER]
 )
-_ATTENTION: list[Any] = [_POINTER] * 8 + [_SIZE] * 9 + [ctypes.c_float, _NUMBER, _NUMBER, _POINTER, _NUMBER]
+_ATTENTION: list[Any] = [_POINTER] * 8 + [_SIZE] * 9 + [ctypes.c_float, _NUMBER, _NUMBER, _NUMBER, _POINTER, _NUMBER]
 
 
 @functools.cache
@@ -49,7 +49,8 @@ def shared_object() -> ctypes.CDLL | None:
         opened.fp4dit_search.argtypes, opened.fp4dit_search.restype = _SEARCH, None
         opened.fp4dit_codebook_linear.argtypes = _CODEBOOK
         opened.fp4dit_quantized_codebook_linear.argtypes = _QUANTIZED_CODEBOOK
-        opened.fp4dit_kernel.restype = opened.fp4dit_codebook_kernel.restype = ctypes.c_char_p
+        for kernel in (opened.fp4dit_kernel, opened.fp4dit_codebook_kernel, opened.fp4dit_attention_kernel):
+            kernel.restype = ctypes.c_char_p
         return opened
     warnings.warn(
         f"fp4dit_ao has no compiled kernel ({reason}): quantized linears on the CPU run on PyTorch operators, "

@@ -14,23 +14,10 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-/* Functions between these two are compiled for the instruction sets that `features` names. */
-#define PRAGMA(text) _Pragma(#text)
-#if defined(__clang__)
-#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define END_TARGET PRAGMA(clang attribute pop)
-#else
-#define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
-#define END_TARGET PRAGMA(GCC pop_options)
-#endif
-
 #include <stddef.h>
 #include <stdint.h>
 
-/* Compilers that know tile registers; Linux grants their use. */
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define FP4DIT_AMX 1
-#endif
+#include "targets.h"
 
 enum {
     FEATURES = 32,
@@ -92,7 +79,6 @@ extern const codebook_kernel codebook_portable;
 extern const codebook_kernel codebook_avx2, codebook_avxvnni, codebook_avx512vnni;
 #ifdef FP4DIT_AMX
 extern const codebook_kernel codebook_amx;
-int codebook_amx_allowed(void); /* by the processor and the system, for this process */
 #endif
 #endif
 

@@ -4,39 +4,13 @@
  * transposed in registers. Of every eight input features, the even ones come first, then the odd ones, as codes lie in bytes. */
 #include "codebook.h"
 #ifdef FP4DIT_AMX
-#include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-int8")
+#include "amx.h"
 #include "codebook_epilogue.h"
 
-enum {
-    SIDE = 16,               /* rows of a tile */
-    TILE = SIDE * STEP,      /* bytes */
-    REQUEST_STATE = 0x1023,  /* arch_prctl's ARCH_REQ_XCOMP_PERM */
-    TILE_STATE = 18,
-    TILE_BIT = 1 << 24, INT8_BIT = 1 << 25 /* of CPUID leaf 7, EDX */
-};
-
-int codebook_amx_allowed(void) {
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & TILE_BIT) || !(d & INT8_BIT)) return 0;
-    return !syscall(SYS_arch_prctl, REQUEST_STATE, TILE_STATE);
-}
-
-/* Static, since compilers do not see that the instruction reads more than its first bytes. */
-static const struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} whole_tiles = {.palette = 1, .row_bytes = {STEP, STEP, STEP, STEP, STEP, STEP, STEP, STEP},
-                 .rows = {SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE}};
-
-static void begin(void) { _tile_loadconfig(&whole_tiles); }
-
-static void end(void) { _tile_release(); }
+enum { TILE = SIDE * STEP /* bytes */ };
 
 /* [rows / SIDE][k / STEP][SIDE][STEP]; rows that are missing are zero. */
 static void pack(const int8_t *tokens, int64_t depth, int rows, int8_t *strip, int32_t *start) {
@@ -107,9 +81,6 @@ static void decode(const codebook_weights *w, int64_t feature, uint8_t *panel) {
     if (feature + SIDE < w->features) decode_tiles(w, feature + SIDE, panel + TILE);
 }
 
-/* Tile instructions are opaque to the compiler: what they read is written by now, what they write is read later. */
-#define MEMORY_BARRIER() __asm__ volatile("" ::: "memory")
-
 /* Tokens are loaded with a hint not to keep them, so that the panel stays in the first-level cache. */
 static void multiply(const int8_t *strip, const uint8_t *panel, int64_t depth, int rows, const int32_t *start, int32_t *sums) {
     const int8_t *lower = strip + padded_depth(depth) * SIDE;
@@ -173,7 +144,7 @@ static void write_output(const tile_output *o) {
 #include "codebook_panels.h"
 
 const codebook_kernel codebook_amx = {
-    .name = "amx", .group = 32, .least = 9, .begin = begin, .end = end, .pack = pack, .multiply = multiply_panels,
+    .name = "amx", .group = 32, .least = 9, .begin = tiles_begin, .end = tiles_end, .pack = pack, .multiply = multiply_panels,
 };
 END_TARGET
 #endif

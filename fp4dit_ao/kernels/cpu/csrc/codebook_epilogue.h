@@ -10,7 +10,6 @@
 #include <emmintrin.h>
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
 
 /* One token's sums to floats. Several digits are added exactly: a float64 holds any sum of three. */
 INLINE void to_float(const int32_t *sums, const int digits, float *y) {

@@ -8,6 +8,7 @@
 
 #include "codebook.h"
 
+#include "processor.h"
 #include "scratch.h"
 #include "threads.h"
 #include "tile.h"
@@ -44,12 +45,10 @@ enum { KERNELS = sizeof kernels / sizeof *kernels };
 
 static int supported(const codebook_kernel *kernel) {
 #if defined(__x86_64__)
-    int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #ifdef FP4DIT_AMX
-    if (kernel == &codebook_amx) return avx512 && __builtin_cpu_supports("avx512bf16") && codebook_amx_allowed();
+    if (kernel == &codebook_amx) return has_amx();
 #endif
-    if (kernel == &codebook_avx512vnni) return avx512 && __builtin_cpu_supports("avx512vnni");
+    if (kernel == &codebook_avx512vnni) return has_avx512vnni();
     if (kernel == &codebook_avxvnni) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni");
     if (kernel == &codebook_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif

@@ -57,7 +57,7 @@ static int supported(const tile_kernel *kernel) {
 }
 
 /* Of this interface; native.py asks for it. */
-int fp4dit_version(void) { return 6; }
+int fp4dit_version(void) { return 7; }
 
 /* The name of kernel `index`, best first; NULL past the last. What this processor lacks is an empty name. */
 const char *fp4dit_kernel(int index) {
