@@ -20,8 +20,8 @@ WILD = [127, -127, 3, -5, 7, 126, -126, 1, 0, 99, -98, 64, -64, 2, -2, 33]
 
 
 @functools.cache
-def instruction_sets() -> list[str]:
-    return list(native.kernels())
+def instruction_sets(group: int = 64) -> list[str]:
+    return [name for name in native.kernels() if name != "amx" or group % 64 == 0]
 
 
 def problem(
@@ -53,7 +53,7 @@ def oracle(p: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 def check(p: dict) -> None:
     exact, magnitude = oracle(p)
-    for kernel in instruction_sets():
+    for kernel in instruction_sets(p["tokens"].shape[1] // p["scale"].shape[1]):
         y = int8_linear.run(**p, kernel=kernel)
         assert ((y - exact).abs() <= 1e-6 * magnitude + 1e-30).all(), kernel
 
@@ -128,7 +128,7 @@ def test_half_outputs_round_to_nearest_even_everywhere(dtype, features, lower) -
         "scale": torch.ones(features, 1), "table": E3M0, "bias": None,
     }  # fmt: skip
     expected = value.to(dtype).expand(-1, features)
-    for kernel in instruction_sets():
+    for kernel in instruction_sets(group=4):
         got = int8_linear.run(**p, output_dtype=dtype, kernel=kernel)
         assert torch.equal(got.isnan(), expected.isnan())
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0)), kernel

@@ -18,7 +18,7 @@ _MULTIPLE = 4
 """Group sizes are multiples of this: the kernels read the levels of four input features at once."""
 _MOST_DIGITS = 3
 _LARGEST_LEVEL = 127
-_FAILURES = ("out of memory", "instruction set not available")
+_FAILURES = ("out of memory", "this kernel is missing or cannot take such groups")
 """What the library's error numbers 1 and 2 mean."""
 
 
@@ -43,11 +43,13 @@ def _table_for_library(table: tuple[int, ...]) -> Any:
 
 @functools.cache
 def _number(kernel: str | None) -> int:
-    """The library's number for an instruction set; for None, that of the best."""
+    """The library's number for an instruction set; -1 leaves the choice to it."""
     known = native.kernels()
-    if kernel is not None and kernel not in known:
+    if kernel is None:
+        return -1
+    if kernel not in known:
         refuse("int8_linear", "kernel", repr(kernel), f"one of {', '.join(known)}, which this processor has")
-    return known[kernel or native.instruction_set()]
+    return known[kernel]
 
 
 def run(
@@ -74,7 +76,8 @@ def run(
         bias: ``(out_features,)`` or None.
         output_dtype: float32, bfloat16 or float16.
         digits: int8 digits to the base 128 of each level of the tokens, 1 to 3.
-        kernel: one of ``native.kernels()``; None takes the best. The operator has no such argument.
+        kernel: one of ``native.kernels()``; None takes the best for that many rows and such groups. The operator has no such
+            argument.
 
     Returns:
         ``(rows, out_features)`` of ``output_dtype``.
@@ -82,7 +85,7 @@ def run(
     Raises:
         ValueError: an argument does not fit (it says which, what was found and what was expected); nothing is read out of
             bounds.
-        RuntimeError: no library, or no memory.
+        RuntimeError: no library, no memory, or a kernel that cannot take such groups.
     """
     opened = native.opened_library("int8_linear")
     entries = _table_for_library(tuple(table))

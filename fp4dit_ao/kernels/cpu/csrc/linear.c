@@ -7,6 +7,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
+#include "processor.h"
 #include "threads.h"
 #include "tile.h"
 
@@ -39,17 +40,21 @@ typedef struct {
 
 static const tile_kernel *const kernels[] = {
 #if defined(__x86_64__)
+#ifdef FP4DIT_AMX
+    &tile_amx,
+#endif
     &tile_avx512vnni, &tile_avxvnni, &tile_avx2,
 #endif
     &tile_portable,
 };
+enum { KERNELS = sizeof kernels / sizeof *kernels, NO_MEMORY = 1, NO_KERNEL = 2 };
 
 static int supported(const tile_kernel *kernel) {
 #if defined(__x86_64__)
-    if (kernel == &tile_avx512vnni)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512vnni");
+#ifdef FP4DIT_AMX
+    if (kernel == &tile_amx) return has_amx();
+#endif
+    if (kernel == &tile_avx512vnni) return has_avx512vnni();
     if (kernel == &tile_avxvnni) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni");
     if (kernel == &tile_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
@@ -61,8 +66,20 @@ int fp4dit_version(void) { return 7; }
 
 /* The name of kernel `index`, best first; NULL past the last. What this processor lacks is an empty name. */
 const char *fp4dit_kernel(int index) {
-    if (index < 0 || index >= (int)(sizeof kernels / sizeof *kernels)) return NULL;
-    return supported(kernels[index]) ? kernels[index]->name : "";
+    static atomic_int known[KERNELS]; /* 1 + whether it is supported: asking takes long */
+    if (index < 0 || index >= KERNELS) return NULL;
+    if (!atomic_load(&known[index])) atomic_store(&known[index], 1 + supported(kernels[index]));
+    return atomic_load(&known[index]) == 2 ? kernels[index]->name : "";
+}
+
+/* The `asked` kernel, or for -1 the best one for `rows` rows; NULL if there is none for such groups. */
+static const tile_kernel *choose(int asked, int64_t rows, int64_t group) {
+    for (int i = asked < 0 ? 0 : asked; i < (asked < 0 ? KERNELS : asked + 1); i++) {
+        const char *name = fp4dit_kernel(i);
+        if (!name || !*name || group % kernels[i]->group || (asked < 0 && rows < kernels[i]->least)) continue;
+        return kernels[i];
+    }
+    return NULL;
 }
 
 /* int32 sums that make a group's. */
@@ -156,11 +173,13 @@ static void multiply_worker(void *argument) {
         atomic_store(&p->failed, 1);
         return;
     }
+    if (p->kernel->begin) p->kernel->begin();
     for (;;) {
         int64_t tile = atomic_fetch_add(&p->next, 1);
         if (tile >= p->panels * p->blocks) break;
         multiply_tile(p, tile / p->panels, tile % p->panels, panel, (float *)(panel + PANEL * CHUNK));
     }
+    if (p->kernel->end) p->kernel->end();
     free(panel);
 }
 
@@ -171,16 +190,18 @@ static void run(problem *p, void (*worker)(void *), parallel_function parallel, 
 
 /* All arrays are contiguous: tokens [digits][rows][depth] of 1 to 3 digits, the highest first, token_scale [rows], codes
  * [features][depth / 2], scale [features or 1][groups], levels [16], bias [features] or NULL, out [rows][features] of out_type.
- * depth and group are multiples of 4. `parallel` runs a function on some threads (OpenMP's GOMP_parallel), or is NULL. Returns 0;
- * 1 for lack of memory; 2 for an unknown or missing kernel. */
+ * depth and group are multiples of 4. `kernel` is a number of fp4dit_kernel, or -1 for the best.
+ * `parallel` runs a function on some threads (OpenMP's GOMP_parallel), or is NULL. Returns 0; 1 for lack of memory; 2 for a kernel
+ * that is missing or cannot take such groups. */
 int fp4dit_linear(const int8_t *tokens, const float *token_scale, const uint8_t *codes, const float *scale,
                   const int8_t *levels, const float *bias, void *out, int64_t rows, int64_t features, int64_t depth,
                   int64_t group, int64_t scale_rows, int32_t digits, int32_t out_type, int32_t kernel,
                   parallel_function parallel, int32_t threads) {
-    if (!fp4dit_kernel(kernel) || !*fp4dit_kernel(kernel)) return 2;
+    const tile_kernel *chosen = choose(kernel, rows * digits, group);
+    if (!chosen) return NO_KERNEL;
     problem p = {.tokens = tokens, .token_scale = token_scale, .codes = codes, .scale = scale, .bias = bias, .out = out,
                  .rows = rows *= digits, .features = features, .depth = depth, .group = group, .scale_rows = scale_rows,
-                 .digits = digits, .out_type = out_type, .kernel = kernels[kernel]};
+                 .digits = digits, .out_type = out_type, .kernel = chosen};
     for (int i = 0; i < 16; i++) p.table[i] = (uint8_t)(levels[i] + p.kernel->offset);
     p.together = groups_together(group, depth / group);
     p.panels = (features + PANEL - 1) / PANEL;
@@ -190,14 +211,14 @@ int fp4dit_linear(const int8_t *tokens, const float *token_scale, const uint8_t 
     p.blocks = p.blocks < least ? least : p.blocks;
     p.block = rows ? ((rows + p.blocks - 1) / p.blocks + ROWS - 1) / ROWS * ROWS : ROWS; /* of whole tokens, too */
     if (!rows || !features) return 0;
-    int64_t packed = chunk_at(&p, depth).packed; /* a multiple of 8 */
+    int64_t packed = chunk_at(&p, depth).packed + chosen->spare * CHUNK; /* a multiple of 8 */
     p.packed = malloc(packed + rows * (depth / group) * sums_in(group) * sizeof *p.start);
-    if (!p.packed) return 1;
+    if (!p.packed) return NO_MEMORY;
     p.start = (int32_t *)(p.packed + packed);
     run(&p, pack_worker, parallel, threads, rows * depth / 65536 + 1);
     run(&p, multiply_worker, parallel, threads, p.panels * p.blocks);
     free(p.packed);
-    return atomic_load(&p.failed);
+    return atomic_load(&p.failed) ? NO_MEMORY : 0;
 }
 
 /* An extension module by name only, so that build tools place the library; it is opened as a plain shared library. */

@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "targets.h"
+
 enum {
     PANEL = 64,  /* output features */
     CHUNK = 512, /* input features: up to them int32 sums of int8 products convert to float32 without loss */
@@ -31,6 +33,11 @@ typedef struct {
 typedef struct {
     const char *name;
     int offset; /* added to every level in the table: 128 where the instruction wants weights unsigned */
+    int group;  /* a group's size is a multiple of this */
+    int least;  /* rows from which it is quicker than the next kernel */
+    int spare;  /* rows that `multiply` may read past the last: their values do not matter */
+    /* Some state of a thread, set and released; NULL if there is none. */
+    void (*begin)(void), (*end)(void);
     /* Look up `features` rows of packed codes (two to a byte, low first; `stride` bytes apart) for `depth` input features. */
     void (*unpack)(const uint8_t *codes, ptrdiff_t stride, int features, int depth, const uint8_t table[16], uint8_t *panel);
     /* Copy `depth` levels of one token to `to`, which has room for padded(depth); their sum. */
@@ -63,6 +70,9 @@ static inline int padded(int depth) { return (depth + 7) / 8 * 8; }
 extern const tile_kernel tile_portable;
 #if defined(__x86_64__)
 extern const tile_kernel tile_avx2, tile_avxvnni, tile_avx512vnni;
+#ifdef FP4DIT_AMX
+extern const tile_kernel tile_amx;
+#endif
 #endif
 
 #endif

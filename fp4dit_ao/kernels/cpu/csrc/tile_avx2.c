@@ -13,5 +13,7 @@ static inline __m256i dot_product(__m256i sum, __m256i w, __m256i a) {
 #define OFFSET 0
 #include "tile_avx2.h"
 
-const tile_kernel tile_avx2 = {"avx2", 0, unpack, pack_in_order, multiply, write_rows};
+const tile_kernel tile_avx2 = {
+    .name = "avx2", .group = 4, .unpack = unpack, .pack = pack_in_order, .multiply = multiply, .write = write_rows,
+};
 #endif

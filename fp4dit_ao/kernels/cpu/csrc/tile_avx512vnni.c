@@ -180,5 +180,7 @@ static void write(const float *sums, int rows, const float *token_scale, const f
     _mm_sfence();
 }
 
-const tile_kernel tile_avx512vnni = {"avx512vnni", 128, unpack, pack, multiply, write};
+const tile_kernel tile_avx512vnni = {
+    .name = "avx512vnni", .offset = 128, .group = 4, .unpack = unpack, .pack = pack, .multiply = multiply, .write = write,
+};
 #endif

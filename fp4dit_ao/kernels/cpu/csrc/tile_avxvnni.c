@@ -7,5 +7,7 @@
 #define OFFSET 128
 #include "tile_avx2.h"
 
-const tile_kernel tile_avxvnni = {"avxvnni", 128, unpack, pack_in_order, multiply, write_rows};
+const tile_kernel tile_avxvnni = {
+    .name = "avxvnni", .offset = 128, .group = 4, .unpack = unpack, .pack = pack_in_order, .multiply = multiply, .write = write_rows,
+};
 #endif

@@ -26,4 +26,6 @@ static void multiply(const product *p) {
         }
 }
 
-const tile_kernel tile_portable = {"portable", 0, unpack, pack_in_order, multiply, write_rows};
+const tile_kernel tile_portable = {
+    .name = "portable", .group = 4, .unpack = unpack, .pack = pack_in_order, .multiply = multiply, .write = write_rows,
+};
