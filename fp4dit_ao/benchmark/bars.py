@@ -128,7 +128,7 @@ def _facts(name: str) -> Callable[[Results], list[float]]:
 
 
 _LONG, _SHORT = range(256, 4097), range(1, 17)
-_CPU = "CPU with AVX512-VNNI"
+_CPU, _AMX = "CPU with AVX512-VNNI", "CPU with AMX"
 BARS = [
     Bar(f"{_CPU}, linear, PixArt-XL, 256 to 4096 tokens", "speed / torch._int_mm", 0.95,
         _linears(linears.INT_MM.label, PIXART, _LONG), "avx512vnni"),
@@ -144,6 +144,12 @@ BARS = [
         _steps("float32, compiled", 512), "avx512vnni"),
     Bar(f"{_CPU}, attention with quantized q, k and v, PixArt-XL", "time / bfloat16 attention", 1.1, _attention,
         "avx512vnni", at_most=True),
+    Bar(f"{_AMX}, linear, PixArt-XL, 256 to 4096 tokens", "speed / bfloat16", 1.3,
+        _linears("bfloat16", PIXART, _LONG), "amx"),
+    Bar(f"{_AMX}, PixArt-XL step, 512 px, compiled", "speed / compiled bfloat16", 1.3,
+        _steps("bfloat16, compiled", 512), "amx"),
+    Bar(f"{_AMX}, attention with quantized q, k and v, PixArt-XL", "time / bfloat16 attention", 1.1, _attention, "amx",
+        at_most=True),
     Bar("H200, linear, FLUX, 4096 tokens and more", "speed / bfloat16", 1.4,
         _linears("bfloat16", FLUX, range(4096, 1 << 20)), "H200"),
     Bar("H200, PixArt-XL step, 1024 px, compiled", "speed / compiled bfloat16", 1.2,

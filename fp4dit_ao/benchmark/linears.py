@@ -19,6 +19,8 @@ from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels.cpu.int8_linear import level_table
 from fp4dit_ao.kernels.token_quantization import quantize_tokens
 from fp4dit_ao.schemes import scheme_of
+from fp4dit_ao.tensors.codebook import CodebookTensor
+from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
 SHAPES: dict[str, list[tuple[int, int]]] = {
     "pixart-xl": [(1152, 1152), (4608, 1152), (1152, 4608)],
@@ -160,16 +162,31 @@ class Linear(Workload):
         return torch.compile(model, dynamic=True) if self.mode == "compiled" else model, facts
 
     def _product(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Facts:
-        arguments = []
+        products = []
         for weight, x in pairs:
             quantized = low_bit(weight.to(self.device), self.method.removesuffix(PRODUCT))
             assert quantized.act_fmt is not None
             tokens = quantize_tokens(x.to(self.device, torch.bfloat16), quantized.act_fmt)
-            table = level_table(parse(quantized.fmt))
-            arguments.append((*tokens, quantized.qdata, quantized.scale, table, None, torch.bfloat16))
-        self.call = lambda: [torch.ops.fp4dit_ao.int8_linear(*each) for each in arguments]
+            products.append(functools.partial(_multiply, quantized, *tokens))
+        self.call = lambda: [product() for product in products]
         self.call()
         return {}
+
+
+def _multiply(weight: MinifloatTensor | CodebookTensor, tokens: Tensor, token_scale: Tensor) -> Tensor:
+    """bfloat16 product of tokens that are quantized already, to levels of one digit."""
+    y: Tensor
+    if isinstance(weight, CodebookTensor):
+        parts = weight.qdata, weight.index, weight.codebooks, weight.row_scale
+        y = torch.ops.fp4dit_ao.codebook_linear(
+            tokens, token_scale, *parts, None, torch.bfloat16, group_size=weight.group_size
+        )
+    else:
+        table = level_table(parse(weight.fmt))
+        y = torch.ops.fp4dit_ao.int8_linear(
+            tokens, token_scale, weight.qdata, weight.scale, table, None, torch.bfloat16
+        )
+    return y
 
 
 def _to_int8(x: Tensor) -> Tensor:

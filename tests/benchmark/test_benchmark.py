@@ -236,6 +236,15 @@ def test_installed_peers_convert_or_say_why(name, in_process):
     assert not np.allclose(facts["error"], 0.0029, atol=1e-3)  # bfloat16's own: nothing would have been quantized
 
 
+@pytest.mark.parametrize("recipe", ["w4a6", "w4a6_codebook"])
+def test_the_product_alone_is_the_linear_without_quantization_of_tokens(recipe):
+    case = {"out_features": 64, "in_features": 256, "tokens": 5}
+    product = linears.Linear(recipe + linears.PRODUCT, "eager", "cpu", 1)
+    product.prepare(**case)
+    weight, x = linears.numbers(64, 256, 5)
+    assert torch.equal(product.call()[0], F.linear(x.bfloat16(), linears.low_bit(weight, recipe)))
+
+
 def test_peers_get_the_linears_that_recipes_quantize():
     model = tiny_pipeline(layers=1).transformer
     quantizer = quantizer_for(model, "w4a6")
