@@ -8,12 +8,11 @@ product over all input features; the token's and the row's scale are multiplied 
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fp4dit_ao import _compat
 from fp4dit_ao.formats import unpack
 from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels.integer_product import integer_product
 from fp4dit_ao.ops import LIBRARY
 
 BOOKS = 16
@@ -22,8 +21,6 @@ MOST_FEATURES = 2**31 // (128 * 128)
 """Input features whose products with int8 tokens an int32 holds, whatever they are."""
 _MOST_DIGITS = 3
 _BASE = 128
-_ROW_MULTIPLE, _LEAST_ROWS = 8, 17
-"""Of ``torch._int_mm`` on CUDA: features and input features in eights, more than 16 rows."""
 
 
 def kernels() -> dict[str, int]:
@@ -69,7 +66,7 @@ def reference_codebook_linear(
     """
     _check(tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size)
     levels = decode(qdata, index, codebooks, group_size)
-    sums = _product(tokens, levels).unflatten(0, (digits, token_scale.numel()))
+    sums = integer_product(tokens, levels).unflatten(0, (digits, token_scale.numel()))
     if digits == 1:
         y = sums[0].float()
     else:
@@ -86,19 +83,6 @@ def decode(qdata: Tensor, index: Tensor, codebooks: Tensor, group_size: int) -> 
     codes = unpack(qdata, 4)
     books = unpack(index, 4)[:, : codes.shape[1] // group_size]
     return codebooks[books.int().repeat_interleave(group_size, 1), codes.int()]
-
-
-def _product(tokens: Tensor, levels: Tensor) -> Tensor:
-    """int32 ``tokens @ levels^T``."""
-    (rows, depth), features = tokens.shape, levels.shape[0]
-    if not rows or not features:
-        return tokens.new_zeros((rows, features), dtype=torch.int32)
-    if not tokens.is_cuda:
-        return _compat.int8_product(tokens.contiguous(), levels.T)
-    wide = -depth % _ROW_MULTIPLE
-    tokens = F.pad(tokens, (0, wide, 0, max(0, _LEAST_ROWS - rows)))
-    levels = F.pad(levels, (0, wide, 0, -features % _ROW_MULTIPLE))
-    return _compat.int8_product(tokens, levels.T)[:rows, :features]
 
 
 def run(
