@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 FILES = (
     "tests/ops/test_ops.py::test_cuda_agrees_with_cpu",
     "tests/kernels/test_triton_linear.py",
+    "tests/kernels/test_decoded_linear.py",
     "tests/kernels/test_integer_product.py",
     "tests/tensors/test_levels.py",
     "tests/tensors/test_minifloat.py",

@@ -35,8 +35,16 @@ def int8_product(x: Tensor, y: Tensor) -> Tensor:
     return torch._int_mm(x, y)
 
 
-def fp8_product(x: Tensor, y: Tensor, x_scale: Tensor, y_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(x @ y) * x_scale * y_scale`` of float8 matrices, on GPUs of capability 8.9 and up.
+def fp8_product(
+    x: Tensor,
+    y: Tensor,
+    x_scale: Tensor,
+    y_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    fast: bool = False,
+) -> Tensor:
+    """``(x @ y) * x_scale * y_scale + bias`` of float8 matrices, on GPUs of capability 8.9 and up, and on CPUs.
 
     Args:
         x: float8_e4m3fn ``(rows, depth)``, row-major.
@@ -44,8 +52,10 @@ def fp8_product(x: Tensor, y: Tensor, x_scale: Tensor, y_scale: Tensor, dtype: t
         x_scale: float32 ``(rows, 1)``.
         y_scale: float32 ``(1, columns)``.
         dtype: of the result; row-wise scales allow bfloat16 alone.
+        bias: ``(columns,)`` of ``dtype`` or None.
+        fast: sums with fewer bits on Hopper, 5 to 15 % faster.
     """
-    return torch._scaled_mm(x, y, x_scale, y_scale, out_dtype=dtype)
+    return torch._scaled_mm(x, y, x_scale, y_scale, bias=bias, out_dtype=dtype, use_fast_accum=fast)
 
 
 def version(x: Tensor) -> int:

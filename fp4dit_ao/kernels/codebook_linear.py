@@ -64,13 +64,21 @@ def reference_codebook_linear(
     Raises:
         ValueError: an argument does not fit.
     """
-    _check(tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size)
-    levels = decode(qdata, index, codebooks, group_size)
-    sums = integer_product(tokens, levels).unflatten(0, (digits, token_scale.numel()))
+    check(tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size)
+    sums = integer_product(tokens, decode(qdata, index, codebooks, group_size))
+    return epilogue(sums, token_scale, row_scale, bias, output_dtype, digits)
+
+
+def epilogue(
+    sums: Tensor, token_scale: Tensor, row_scale: Tensor, bias: Tensor | None, output_dtype: torch.dtype, digits: int
+) -> Tensor:
+    """From int32 products with each digit, ``(digits * rows, out_features)``, to the result."""
     if digits == 1:
-        y = sums[0].float()
+        y = sums.float()
     else:
-        total, *lower = sums.double()  # which holds the sum of three digits exactly
+        total, *lower = (
+            sums.double().unflatten(0, (digits, -1)).unbind()
+        )  # float64 holds the sum of three digits exactly
         for digit in lower:
             total = total * _BASE + digit
         y = total.float()
@@ -112,7 +120,7 @@ def run(
         return reference_codebook_linear(
             tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size
         )
-    _check(tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size)
+    check(tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size)
     rows, features = token_scale.numel(), qdata.shape[0]
     added = None if bias is None else contiguous(bias.float())
     given = tokens, token_scale.float(), qdata, index, codebooks, row_scale.float()
@@ -145,7 +153,7 @@ def kernel_number(kernel: str | None) -> int:
     return -1 if kernel is None else kernels()[kernel]
 
 
-def _check(
+def check(
     tokens: Tensor,
     token_scale: Tensor,
     qdata: Tensor,
@@ -181,7 +189,7 @@ def check_weight(
     digits: int,
     group_size: int,
 ) -> None:
-    """Refuses a weight that does not fit ``depth`` input features; see :func:`_check`."""
+    """Refuses a weight that does not fit ``depth`` input features; see :func:`check`."""
     for name, x, dtype, dims in (
         ("qdata", qdata, torch.uint8, 2),
         ("index", index, torch.uint8, 2),
@@ -238,5 +246,4 @@ LIBRARY.define(
     tags=(torch.Tag.flexible_layout,),  # else Inductor copies what several linears share
 )
 LIBRARY.impl("codebook_linear", run, "CPU")
-LIBRARY.impl("codebook_linear", reference_codebook_linear, "CUDA")
 LIBRARY.impl("codebook_linear", _shapes, "Meta")

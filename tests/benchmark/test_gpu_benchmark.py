@@ -9,8 +9,7 @@ import pytest
 import torch
 import typer
 
-from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import attention, device_tests, linears, reconstruction, step
+from benchmarks.gpu import attention, command, decode, device_tests, linears, reconstruction, step
 from benchmarks.gpu.measuring import Run, ratios
 from fp4dit_ao.benchmark.transformers import PIXART_XL
 from tests.cuda_rules import GPU, on_gpu
@@ -40,6 +39,17 @@ def test_products_are_measured_and_what_fails_is_said(run: Run) -> None:
     table = linears.table([result])
     assert "| 48 x 256" in table
     assert all(f"{name} failed: " in table for name in result["failed"])
+
+
+def test_decoding_is_exact_and_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "SHAPES", {"small": [(48, 256)]})
+    decode.measure(run)
+    (result,) = written(run)["decode"]
+    assert result["exact"] == {"E4M3": True, "int8": True}
+    assert set(result["seconds"]) == {decode.BASE, "E4M3", "int8"}
+    seconds = {decode.BASE: [1e-5], "E4M3": [1e-6], "int8": [2e-6]}
+    told = {"out_features": 1000, "in_features": 1000, "exact": {"E4M3": True}, "seconds": seconds}
+    assert decode.row(told) == ["1000 x 1000", "no", "1.0", "2.0", "1.50", "10.0%"]
 
 
 def test_whole_linears_are_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +178,7 @@ def test_the_tests_for_gpus_exist(name: str) -> None:
 
 def test_parts_are_named() -> None:
     assert command.parts_of("step, linears") == ["step", "linears"]
-    with pytest.raises(typer.BadParameter, match="unknown part 'speed'; choose among tests,linears,step,"):
+    with pytest.raises(typer.BadParameter, match="unknown part 'speed'; choose among tests,decode,linears,step,"):
         command.parts_of("tests,speed")
 
 
