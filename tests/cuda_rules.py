@@ -23,6 +23,7 @@ class CudaRules(TorchDispatchMode):
     - ``_int_mm`` takes more than 16 rows, and columns and input features in eights.
     - ``_scaled_mm`` takes a row-major and a column-major matrix, both sizes of the latter in sixteens, and float32 scales for
       rows ``(rows, 1)`` and columns ``(1, columns)``, contiguous; row-wise scales give bfloat16.
+    - Triton converts no integer to FP8.
 
     Attributes:
         seen: operators that were called.
@@ -41,6 +42,8 @@ class CudaRules(TorchDispatchMode):
             _check_int8_product(*args)
         if func.overloadpacket is _ATEN._scaled_mm:
             _check_fp8_product(*args, **kwargs)
+        if func.overloadpacket is _ATEN._to_copy and kwargs.get("dtype") == torch.float8_e4m3fn:
+            assert args[0].is_floating_point(), f"{args[0].dtype} converted to FP8"
         return func(*args, **kwargs)
 
 

@@ -11,7 +11,7 @@ from fp4dit_ao.kernels import codebook_linear
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.cuda import int8_linear as triton_units
 from fp4dit_ao.kernels.decoded_linear import FP8, FP8_MULTIPLE
-from fp4dit_ao.kernels.token_quantization import digits, quantize_tokens
+from fp4dit_ao.kernels.token_quantization import as_levels, digits, quantize_tokens
 from fp4dit_ao.kernels.units import Unit, UnitTable
 from fp4dit_ao.ops import choose_scale, fake_quantize
 from fp4dit_ao.ops.codebook import codebook_dequantize
@@ -68,7 +68,7 @@ def _on_decoded_fp8(
     assert activation is not None
     tokens, token_scale = quantize_tokens(x, str(activation))
     y: Tensor = torch.ops.fp4dit_ao.fp8_codebook_linear(
-        tokens.to(FP8), token_scale, qdata, index, codebooks, row_scale, bias, group_size
+        as_levels(tokens, FP8), token_scale, qdata, index, codebooks, row_scale, bias, group_size
     )
     return y.to(x.dtype).reshape(*x.shape[:-1], qdata.shape[0])
 

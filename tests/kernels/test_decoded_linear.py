@@ -220,3 +220,22 @@ def test_choosing_it_breaks_no_graph(capability: tuple[int, int], monkeypatch: p
         ).name == (FP8_UNIT if capability == (9, 0) else INT8_UNIT)
         got = torch.compile(lambda x: F.linear(F.silu(x), weight), fullgraph=True)(x)
     assert torch.allclose(got.float(), expected.float(), rtol=2**-6, atol=float(expected.abs().max()) * 2**-7)
+
+
+@pytest.mark.parametrize("recipe", ["w4a6_codebook", "w4a8_codebook"])
+def test_whole_linears_on_a_gpu(recipe: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From input to output on tensors that say they are there, by the picked unit: shapes and types, and what CUDA refuses."""
+    monkeypatch.setattr(Tensor, "contiguous", lambda x: x.clone(memory_format=torch.contiguous_format))
+    if capability < (8, 0):
+        pytest.skip("decoding by PyTorch's operators looks levels up, which needs values")
+    config = QuantConfig.from_name(recipe)
+    held: Any = scheme_of(config).round_to_nearest("fc", torch.randn(48, 256).bfloat16(), config)
+    names = held.tensor_data_names
+    parts = dict(zip(names, on_gpu(*(getattr(held, name) for name in names)), strict=True))
+    x, bias = on_gpu(torch.empty(2, 5, 256, dtype=torch.bfloat16), torch.empty(48, dtype=torch.bfloat16))
+    with GPU, CudaRules() as rules:
+        y = F.linear(x, held.with_parts(**parts), bias)
+    assert (y.shape, y.dtype, y.device.type) == ((2, 5, 48), torch.bfloat16, "cuda")
+    on_fp8 = capability >= (8, 9) and recipe == "w4a6_codebook"
+    own = torch.ops.fp4dit_ao
+    assert (own.fp8_codebook_linear in rules.seen, own.codebook_product in rules.seen) == (on_fp8, not on_fp8)
