@@ -1,5 +1,6 @@
 """Tensors and modules: subclasses, fake tensors, versions, low-bit products, parameter slots."""
 
+import contextlib
 from collections.abc import Callable, Container, MutableMapping, Sequence
 from typing import Any, TypeVar
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._python_dispatch import _disable_current_modes, return_and_correct_aliasing
 
 Subclass = TypeVar("Subclass", bound=Tensor)
 
@@ -98,6 +99,12 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     """A size while a graph is made: a dynamic one has the example's, or None where there is no example."""
     hint = size.node.hint if isinstance(size, torch.SymInt) else size
     return hint if isinstance(hint, int) else None
+
+
+def without_modes() -> contextlib.AbstractContextManager[object]:
+    """A context in which tensors are real and operators run, even while a graph is traced."""
+    modes: contextlib.AbstractContextManager[object] = _disable_current_modes()
+    return modes
 
 
 def fake_like(x: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Tensor:
