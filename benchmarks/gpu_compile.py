@@ -1,7 +1,7 @@
-"""Registers, spills and shared memory of the Triton kernel: ``python -m benchmarks.gpu_compile``.
+"""Registers, spills and shared memory of the Triton kernels: ``python -m benchmarks.gpu_compile``.
 
-No GPU is needed, since Triton ships NVIDIA's assembler. Every configuration that may be chosen is compiled; no speed is
-measured.
+No GPU is needed, since Triton ships NVIDIA's assembler. Every configuration of the linear that may be chosen is compiled, and
+the decoding of codebook groups; no speed is measured.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ import typer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fp4dit_ao.kernels.cuda import triton_decode
 from fp4dit_ao.kernels.cuda.triton_linear import CONFIGS, Config, block_k, linear_kernel
 from fp4dit_ao.util.markdown import markdown_table
 
@@ -43,7 +44,7 @@ def variants(capabilities: Iterable[int], every: bool = True) -> Iterator[Varian
         for configs in CONFIGS.values():
             yield from (Variant(config, capability) for config in (configs if every else configs[:1]))
             yield Variant(configs[0], capability, packed=False)
-            if capability >= 90:
+            if capability >= 89:
                 yield Variant(configs[0], capability, tokens="fp8e4nv")
                 yield Variant(configs[0], capability, tokens="fp8e4nv", packed=False)
         yield Variant(CONFIGS[512][0], capability, group=112)
@@ -65,29 +66,51 @@ def compiled(variant: Variant) -> dict[str, Any]:
         "ASSEMBLY": True, "BLOCK_M": variant.config.block_m, "BLOCK_N": variant.config.block_n,
         "BLOCK_K": block_k(variant.group),
     }  # fmt: skip
-    names = linear_kernel.arg_names
-    aligned = [
-        index for index, name in enumerate(names) if types.get(name, "").startswith("*") or name in ("N", "K", "ROW")
-    ]
+    options = {"num_warps": variant.config.warps, "num_stages": variant.config.stages}
+    kernel = _compiled(linear_kernel, types, constants, ("N", "K", "ROW"), variant.capability, options)
+    instructions = sorted(set(re.findall(r"w?gmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", kernel.asm["ptx"])))
+    return {
+        "capability": variant.capability, "config": str(variant.config), "tokens": variant.tokens,
+        "packed": variant.packed, "group": variant.group, "instructions": instructions, **usage(kernel),
+    }  # fmt: skip
+
+
+def compiled_decoding(capability: int, group: int = 128) -> dict[str, Any]:
+    """Registers, spilled bytes and shared memory of the kernel that decodes codebook groups, and its byte look-ups."""
+    types = {"qdata": "*u8", "index": "*u8", "tables": "*i32", "out": "*u8", "N": "i32", "K": "i32", "INDEX_ROW": "i32"}
+    constants = {
+        "GROUP": group, "BYTES": triton.next_power_of_2(group // 2), "ROWS": triton_decode.ROWS, "ASSEMBLY": True,
+    }  # fmt: skip
+    options = {"num_warps": triton_decode.WARPS}
+    kernel = _compiled(triton_decode.decode_kernel, types, constants, ("N", "K"), capability, options)
+    ptx = kernel.asm["ptx"]
+    return {
+        "capability": capability, "group": group, "lookups": ptx.count("prmt.b32"),
+        "stores of 16 bytes": len(re.findall(r"st\.global\S*v4\.b32", ptx)), **usage(kernel),
+    }  # fmt: skip
+
+
+def _compiled(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], multiples: Sequence[str], capability: int,
+    options: dict[str, Any],
+) -> Any:  # fmt: skip
+    """``kernel`` for a GPU, whose pointers, and arguments named in ``multiples``, are multiples of 16."""
+    names = kernel.arg_names
+    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*") or name in multiples]
     source = ASTSource(
-        linear_kernel,
+        kernel,
         {name: types.get(name, "constexpr") for name in names},
         constants,
         {(index,): [["tt.divisibility", 16]] for index in aligned},
     )
-    kernel = triton.compile(
-        source,
-        target=GPUTarget("cuda", variant.capability, 32),
-        options={"num_warps": variant.config.warps, "num_stages": variant.config.stages},
-    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def usage(kernel: Any) -> dict[str, int]:
+    """Registers a thread, bytes spilled from them, and bytes of shared memory of a compiled kernel."""
     found = re.search(r"REG:(\d+) STACK:(\d+)", _usage(kernel.asm["cubin"]))
     assert found is not None
-    instructions = sorted(set(re.findall(r"w?gmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", kernel.asm["ptx"])))
-    return {
-        "capability": variant.capability, "config": str(variant.config), "tokens": variant.tokens,
-        "packed": variant.packed, "group": variant.group, "registers": int(found[1]),
-        "spilled": int(found[2]), "shared": kernel.metadata.shared, "instructions": instructions,
-    }  # fmt: skip
+    return {"registers": int(found[1]), "spilled": int(found[2]), "shared": kernel.metadata.shared}
 
 
 def _usage(binary: bytes) -> str:
@@ -100,13 +123,21 @@ def _usage(binary: bytes) -> str:
 
 
 def main(
-    capabilities: Annotated[str, typer.Option(help="Comma-separated.")] = "80,90,100",
+    capabilities: Annotated[str, typer.Option(help="Comma-separated.")] = "80,89,90,100",
     every: Annotated[bool, typer.Option(help="All configurations, or the first of each kind.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Compiles and prints."""
     rows = []
-    for variant in dict.fromkeys(variants((int(capability) for capability in capabilities.split(",")), every)):
+    asked = [int(capability) for capability in capabilities.split(",")]
+    for result in (compiled_decoding(capability, group) for capability in asked for group in (128, 112)):
+        if as_json:
+            print(json.dumps({"decoding": True, **result}))
+        rows.append(
+            [f"sm_{result['capability']}", f"decoding, groups of {result['group']}", f"{triton_decode.ROWS} rows",
+             str(triton_decode.WARPS), "", str(result["registers"]), str(result["spilled"]), f"{result['shared'] / 1024:.0f}"]
+        )  # fmt: skip
+    for variant in dict.fromkeys(variants(asked, every)):
         result = compiled(variant)
         if as_json:
             print(json.dumps(result))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fp4dit_ao.formats import CodebookSet
 from fp4dit_ao.formats.codebook_groups import BOOKS
+from fp4dit_ao.ops import divided
 
 CANDIDATES = torch.linspace(0.65, 1.1, 10).tolist()
 """Fractions of the scale that puts a row's largest magnitude on the largest level."""
@@ -84,7 +85,7 @@ def _errors(groups: Tensor, scale: Tensor, table: Tensor) -> Tensor:
 
 def _search_rows(groups: Tensor, codebooks: CodebookSet, table: Tensor) -> tuple[Tensor, Tensor]:
     limits = torch.finfo(torch.float32)
-    base = (groups.abs().amax((1, 2)) / float(codebooks.largest)).clamp(limits.tiny / min(CANDIDATES), limits.max)
+    base = divided(groups.abs().amax((1, 2)), codebooks.largest).clamp(limits.tiny / min(CANDIDATES), limits.max)
     best = _judged(groups, base, base, table)
     for fraction in CANDIDATES:
         best = best.or_better(_judged(groups, base * fraction, base, table))

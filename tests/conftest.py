@@ -24,6 +24,8 @@ SLOW = (
     "tests/diffusers_integration",
     "tests/families",
     "tests/formats/test_formats.py::test_wild_floats",
+    "tests/kernels/test_decoded_linear.py::test_choosing_it_breaks_no_graph",
+    "tests/kernels/test_decoded_linear.py::test_decoding_looks_every_code_up",
     "tests/kernels/test_native.py::test_the_benchmark_of_tokens_prints_its_table",
     "tests/kernels/test_triton_linear.py",
     "tests/ops/test_ops.py::test_blocks_may_be_symbols",

@@ -20,6 +20,7 @@ LATE = {
     "fp4dit_ao.cli.serve": "FastAPI and uvicorn are optional",
     "fp4dit_ao.deploy.exported_transformer": "an exported file is loaded without torchao",
     "fp4dit_ao.kernels.cuda.int8_linear": "Triton is optional",
+    "fp4dit_ao.kernels.decoded_linear": "Triton is optional",
     "fp4dit_ao.kernels.level_linear": "Triton is optional",
 }
 """Modules that import another module of this package inside of a function, and what that saves."""

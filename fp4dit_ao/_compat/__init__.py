@@ -51,6 +51,7 @@ from fp4dit_ao._compat.tensors import (
     size_hint,
     slots,
     version,
+    without_modes,
     wrapper_tensor,
 )  # fmt: skip
 from fp4dit_ao._compat.torchao import parts
@@ -62,5 +63,5 @@ __all__ = [
     "make_buffers_transient", "mark_static", "name_repeated_blocks", "parse_to", "parts", "prepacked_linear",
     "progress_bar_config", "pytree", "replace_apply", "replace_config", "size_at", "size_hint", "size_relations",
     "size_text", "sizes_of_repeats", "slots", "types_in_packages", "varying_numbers", "version", "without_guards",
-    "wrapper_tensor",
+    "without_modes", "wrapper_tensor",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Tensors and modules: subclasses, fake tensors, versions, low-bit products, parameter slots."""
 
+import contextlib
 from collections.abc import Callable, Container, MutableMapping, Sequence
 from typing import Any, TypeVar
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._python_dispatch import _disable_current_modes, return_and_correct_aliasing
 
 Subclass = TypeVar("Subclass", bound=Tensor)
 
@@ -35,8 +36,16 @@ def int8_product(x: Tensor, y: Tensor) -> Tensor:
     return torch._int_mm(x, y)
 
 
-def fp8_product(x: Tensor, y: Tensor, x_scale: Tensor, y_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(x @ y) * x_scale * y_scale`` of float8 matrices, on GPUs of capability 8.9 and up.
+def fp8_product(
+    x: Tensor,
+    y: Tensor,
+    x_scale: Tensor,
+    y_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    fast: bool = False,
+) -> Tensor:
+    """``(x @ y) * x_scale * y_scale + bias`` of float8 matrices, on GPUs of capability 8.9 and up, and on CPUs.
 
     Args:
         x: float8_e4m3fn ``(rows, depth)``, row-major.
@@ -44,8 +53,10 @@ def fp8_product(x: Tensor, y: Tensor, x_scale: Tensor, y_scale: Tensor, dtype: t
         x_scale: float32 ``(rows, 1)``.
         y_scale: float32 ``(1, columns)``.
         dtype: of the result; row-wise scales allow bfloat16 alone.
+        bias: ``(columns,)`` of ``dtype`` or None.
+        fast: sums with fewer bits on Hopper, 5 to 15 % faster.
     """
-    return torch._scaled_mm(x, y, x_scale, y_scale, out_dtype=dtype)
+    return torch._scaled_mm(x, y, x_scale, y_scale, bias=bias, out_dtype=dtype, use_fast_accum=fast)
 
 
 def version(x: Tensor) -> int:
@@ -88,6 +99,12 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     """A size while a graph is made: a dynamic one has the example's, or None where there is no example."""
     hint = size.node.hint if isinstance(size, torch.SymInt) else size
     return hint if isinstance(hint, int) else None
+
+
+def without_modes() -> contextlib.AbstractContextManager[object]:
+    """A context in which tensors are real and operators run, even while a graph is traced."""
+    modes: contextlib.AbstractContextManager[object] = _disable_current_modes()
+    return modes
 
 
 def fake_like(x: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Tensor:

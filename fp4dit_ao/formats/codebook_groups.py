@@ -15,21 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fp4dit_ao.formats.number_format import is_exact_in_e4m3
+
 BOOKS, LEVELS = 16, 16
 """Codebooks in a set, and levels in a codebook: an index and a code take 4 bits each."""
 MAX_LEVEL = 120
 """The largest level of the built-in sets: the largest int8 that has four significant bits."""
-_SIGNIFICANT_BITS = 4
-"""E4M3's: three of mantissa and the leading one."""
-
-
-def _is_exact(value: int) -> bool:
-    """Whether E4M3 holds an integer of at most :data:`MAX_LEVEL`, as int8 does."""
-    shift = max(0, abs(value).bit_length() - _SIGNIFICANT_BITS)
-    return value % (1 << shift) == 0
-
-
-EXACT_LEVELS = tuple(value for value in range(-MAX_LEVEL, MAX_LEVEL + 1) if _is_exact(value))
+EXACT_LEVELS = tuple(value for value in range(-MAX_LEVEL, MAX_LEVEL + 1) if is_exact_in_e4m3(value))
 """The 79 integers up to 120 that int8 and E4M3 (four significant bits) both hold."""
 
 _NF4 = (
@@ -83,10 +75,10 @@ class CodebookSet:
         """The largest magnitude of a level."""
         return max(abs(level) for book in self.books for level in (book[0], book[-1]))
 
-    @property
+    @functools.cached_property
     def is_exact_in_e4m3(self) -> bool:
         """Whether FP8 units hold every level."""
-        return all(_is_exact(level) for book in self.books for level in book)
+        return all(is_exact_in_e4m3(level) for book in self.books for level in book)
 
     def tensor(self, device: torch.device | None = None) -> Tensor:
         """int8 ``(16, 16)``: what each code stands for, by codebook."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp4dit_ao.formats.number_format import MAX_BITS, NumberFormat
+from fp4dit_ao.formats.number_format import E4M3_BITS, E4M3_MAX, MAX_BITS, NumberFormat
 
 _PATTERN = re.compile(r"e(?P<e>[0-9]+)m(?P<m>[0-9]+)(?P<fn>fn)?|int(?P<int>[0-9]+)")
 
@@ -94,6 +94,10 @@ class FloatFormat(NumberFormat):
     @property
     def lattice_max(self) -> int:
         return self.level(self.max_code)
+
+    @property
+    def is_exact_in_e4m3(self) -> bool:
+        return self.mantissa_bits + (self.exponent_bits > 0) <= E4M3_BITS and self.lattice_max <= E4M3_MAX
 
     def level(self, code: int) -> int:
         magnitude = code & (2 ** (self.bits - 1) - 1)

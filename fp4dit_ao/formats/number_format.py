@@ -6,6 +6,14 @@ from torch import Tensor
 
 MAX_BITS = 8
 """Most bits per code: codes are stored as uint8."""
+E4M3_BITS, E4M3_MAX = 4, 448
+"""Significant bits of E4M3, three of mantissa and the leading one, and its largest number."""
+
+
+def is_exact_in_e4m3(value: int) -> bool:
+    """Whether hardware FP8 (E4M3) holds an integer."""
+    shift = max(0, abs(value).bit_length() - E4M3_BITS)
+    return value % (1 << shift) == 0 and abs(value) <= E4M3_MAX
 
 
 class NumberFormat(ABC):
@@ -35,6 +43,11 @@ class NumberFormat(ABC):
     def fits_int8(self) -> bool:
         """Whether every level fits int8, so that products are exact on int8 units."""
         return self.lattice_max <= 127
+
+    @property
+    def is_exact_in_e4m3(self) -> bool:
+        """Whether hardware FP8 (E4M3) holds every level, so that operands are exact on FP8 units."""
+        return all(is_exact_in_e4m3(self.level(code)) for code in range(2**self.bits))
 
     @abstractmethod
     def encode(self, y: Tensor) -> Tensor:

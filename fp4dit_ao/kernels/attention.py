@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4dit_ao.formats import NumberFormat, parse
+from fp4dit_ao.kernels import attention_backend
 from fp4dit_ao.kernels.checks import refuse
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.token_quantization import digits, quantize_tokens
@@ -91,7 +92,8 @@ def _on_compiled_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sc
 def _on_pytorch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, fmt: str) -> Tensor:
     block = [1] * (q.ndim - 1) + [-1]
     q, k, v = (fake_quantize(x, block, choose_scale(x, block, fmt, torch.float32), fmt, x.dtype) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    with attention_backend.preferred(q, k, mask):
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
 ATTENTION: UnitTable[AttentionOperands] = UnitTable(

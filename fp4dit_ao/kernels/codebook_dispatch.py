@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp4dit_ao.formats import NumberFormat, parse, unpack
+from fp4dit_ao.formats import CODEBOOK_SETS, NumberFormat, parse, unpack
 from fp4dit_ao.kernels import codebook_linear
 from fp4dit_ao.kernels.cpu import native
-from fp4dit_ao.kernels.token_quantization import digits, quantize_tokens
+from fp4dit_ao.kernels.cuda import int8_linear as triton_units
+from fp4dit_ao.kernels.decoded_linear import FP8, FP8_MULTIPLE
+from fp4dit_ao.kernels.token_quantization import as_levels, digits, quantize_tokens
 from fp4dit_ao.kernels.units import Unit, UnitTable
 from fp4dit_ao.ops import choose_scale, fake_quantize
 from fp4dit_ao.ops.codebook import codebook_dequantize
@@ -24,14 +26,63 @@ class CodebookOperands(NamedTuple):
     Attributes:
         activation: format that the input is quantized to; None if it is not.
         device: of the weight and the input.
+        dtype: of the input.
+        shape: (out_features, in_features).
+        group_size: input features that share a codebook.
+        codebooks: name of the weight's set of codebooks.
     """
 
     activation: NumberFormat | None
     device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    group_size: int
+    codebooks: str
 
 
 def _int8(o: CodebookOperands) -> bool:
     return o.activation is not None and digits(o.activation) <= _MOST_DIGITS
+
+
+def _decoded_int8(o: CodebookOperands) -> bool:
+    return _int8(o) and triton_units.decodes(o.device, o.group_size)
+
+
+def _decoded_fp8(o: CodebookOperands) -> bool:
+    """bfloat16 only: FP8 units round sums about as much as bfloat16 does."""
+    able = (
+        triton_units.decodes(o.device, o.group_size)
+        and triton_units.capability(o.device) >= triton_units.FP8_CAPABILITY
+    )
+    aligned = all(size % FP8_MULTIPLE == 0 for size in o.shape)
+    if not able or not aligned or o.dtype != torch.bfloat16 or o.activation is None or digits(o.activation) > 1:
+        return False
+    known = CODEBOOK_SETS.get(o.codebooks)
+    return known is not None and known.is_exact_in_e4m3 and o.activation.is_exact_in_e4m3
+
+
+def _on_decoded_fp8(
+    x: Tensor, qdata: Tensor, index: Tensor, row_scale: Tensor, codebooks: Tensor, group_size: int,
+    activation: NumberFormat | None, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    assert activation is not None
+    tokens, token_scale = quantize_tokens(x, str(activation))
+    y: Tensor = torch.ops.fp4dit_ao.fp8_codebook_linear(
+        as_levels(tokens, FP8), token_scale, qdata, index, codebooks, row_scale, bias, group_size
+    )
+    return y.to(x.dtype).reshape(*x.shape[:-1], qdata.shape[0])
+
+
+def _on_decoded_int8(
+    x: Tensor, qdata: Tensor, index: Tensor, row_scale: Tensor, codebooks: Tensor, group_size: int,
+    activation: NumberFormat | None, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The product is opaque to compilers; scales and bias are not, so that they fuse with what comes next."""
+    assert activation is not None
+    tokens, token_scale = quantize_tokens(x, str(activation))
+    sums = torch.ops.fp4dit_ao.codebook_product(tokens, qdata, index, codebooks, group_size)
+    y = codebook_linear.epilogue(sums, token_scale, row_scale, bias, x.dtype, digits(activation))
+    return y.reshape(*x.shape[:-1], qdata.shape[0])
 
 
 def _on_int8(
@@ -75,11 +126,23 @@ CODEBOOK_LINEAR: UnitTable[CodebookOperands] = UnitTable(
             _on_int8,
             _instruction_set,
         ),
+        Unit("FP8, decoded by Triton, row-wise product", _decoded_fp8, _on_decoded_fp8),
+        Unit("int8, decoded by Triton, PyTorch's product", _decoded_int8, _on_decoded_int8),
         Unit("int8, PyTorch operators", _int8, _on_int8),
         Unit("float32, dequantized", lambda o: True, _on_floats),
     ],
 )
-"""Units for linears with codebook groups. With int8 tokens all of them compute one product of integers over all inputs."""
+"""Units for linears with codebook groups. With int8 tokens all of them compute one product of integers over all inputs, exact
+but for sums on FP8 units."""
+
+
+def operands(
+    qdata: Tensor, group_size: int, fmt: str, act_fmt: str | None, device: torch.device, dtype: torch.dtype
+) -> CodebookOperands:
+    """What :data:`CODEBOOK_LINEAR` asks of a weight and its input."""
+    activation = None if act_fmt is None else parse(act_fmt)
+    shape = (qdata.shape[0], qdata.shape[1] * 2)
+    return CodebookOperands(activation, device, dtype, shape, group_size, fmt)
 
 
 def linear(
@@ -89,6 +152,7 @@ def linear(
     row_scale: Tensor,
     codebooks: Tensor,
     group_size: int,
+    fmt: str,
     act_fmt: str | None,
     bias: Tensor | None,
 ) -> Tensor:
@@ -101,13 +165,14 @@ def linear(
         row_scale: float ``(out_features,)``.
         codebooks: int8 ``(16, 16)``, levels by codebook and code.
         group_size: input features that share a codebook.
+        fmt: name of the set of codebooks; of one that is not known, nothing but int8 levels is assumed.
         act_fmt: activation format; None multiplies ``x`` as it is.
         bias: ``(out_features,)`` or None.
 
     Returns:
         ``(..., out_features)`` in the type of ``x``.
     """
-    activation = None if act_fmt is None else parse(act_fmt)
-    unit = CODEBOOK_LINEAR.pick(CodebookOperands(activation, x.device))
-    y: Tensor = unit.run(x, qdata, index, row_scale, codebooks, group_size, activation, bias)
+    found = operands(qdata, group_size, fmt, act_fmt, x.device, x.dtype)
+    unit = CODEBOOK_LINEAR.pick(found)
+    y: Tensor = unit.run(x, qdata, index, row_scale, codebooks, group_size, found.activation, bias)
     return y

@@ -8,12 +8,11 @@ product over all input features; the token's and the row's scale are multiplied 
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fp4dit_ao import _compat
 from fp4dit_ao.formats import unpack
 from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.kernels.integer_product import integer_product
 from fp4dit_ao.ops import LIBRARY
 
 BOOKS = 16
@@ -22,8 +21,6 @@ MOST_FEATURES = 2**31 // (128 * 128)
 """Input features whose products with int8 tokens an int32 holds, whatever they are."""
 _MOST_DIGITS = 3
 _BASE = 128
-_ROW_MULTIPLE, _LEAST_ROWS = 8, 17
-"""Of ``torch._int_mm`` on CUDA: features and input features in eights, more than 16 rows."""
 
 
 def kernels() -> dict[str, int]:
@@ -67,13 +64,21 @@ def reference_codebook_linear(
     Raises:
         ValueError: an argument does not fit.
     """
-    _check(tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size)
-    levels = decode(qdata, index, codebooks, group_size)
-    sums = _product(tokens, levels).unflatten(0, (digits, token_scale.numel()))
+    check(tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size)
+    sums = integer_product(tokens, decode(qdata, index, codebooks, group_size))
+    return epilogue(sums, token_scale, row_scale, bias, output_dtype, digits)
+
+
+def epilogue(
+    sums: Tensor, token_scale: Tensor, row_scale: Tensor, bias: Tensor | None, output_dtype: torch.dtype, digits: int
+) -> Tensor:
+    """From int32 products with each digit, ``(digits * rows, out_features)``, to the result."""
     if digits == 1:
-        y = sums[0].float()
+        y = sums.float()
     else:
-        total, *lower = sums.double()  # which holds the sum of three digits exactly
+        total, *lower = (
+            sums.double().unflatten(0, (digits, -1)).unbind()
+        )  # float64 holds the sum of three digits exactly
         for digit in lower:
             total = total * _BASE + digit
         y = total.float()
@@ -86,19 +91,6 @@ def decode(qdata: Tensor, index: Tensor, codebooks: Tensor, group_size: int) -> 
     codes = unpack(qdata, 4)
     books = unpack(index, 4)[:, : codes.shape[1] // group_size]
     return codebooks[books.int().repeat_interleave(group_size, 1), codes.int()]
-
-
-def _product(tokens: Tensor, levels: Tensor) -> Tensor:
-    """int32 ``tokens @ levels^T``."""
-    (rows, depth), features = tokens.shape, levels.shape[0]
-    if not rows or not features:
-        return tokens.new_zeros((rows, features), dtype=torch.int32)
-    if not tokens.is_cuda:
-        return _compat.int8_product(tokens.contiguous(), levels.T)
-    wide = -depth % _ROW_MULTIPLE
-    tokens = F.pad(tokens, (0, wide, 0, max(0, _LEAST_ROWS - rows)))
-    levels = F.pad(levels, (0, wide, 0, -features % _ROW_MULTIPLE))
-    return _compat.int8_product(tokens, levels.T)[:rows, :features]
 
 
 def run(
@@ -128,7 +120,7 @@ def run(
         return reference_codebook_linear(
             tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size
         )
-    _check(tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size)
+    check(tokens, token_scale, qdata, index, codebooks, row_scale, bias, output_dtype, digits, group_size)
     rows, features = token_scale.numel(), qdata.shape[0]
     added = None if bias is None else contiguous(bias.float())
     given = tokens, token_scale.float(), qdata, index, codebooks, row_scale.float()
@@ -161,7 +153,7 @@ def kernel_number(kernel: str | None) -> int:
     return -1 if kernel is None else kernels()[kernel]
 
 
-def _check(
+def check(
     tokens: Tensor,
     token_scale: Tensor,
     qdata: Tensor,
@@ -197,7 +189,7 @@ def check_weight(
     digits: int,
     group_size: int,
 ) -> None:
-    """Refuses a weight that does not fit ``depth`` input features; see :func:`_check`."""
+    """Refuses a weight that does not fit ``depth`` input features; see :func:`check`."""
     for name, x, dtype, dims in (
         ("qdata", qdata, torch.uint8, 2),
         ("index", index, torch.uint8, 2),
@@ -254,5 +246,4 @@ LIBRARY.define(
     tags=(torch.Tag.flexible_layout,),  # else Inductor copies what several linears share
 )
 LIBRARY.impl("codebook_linear", run, "CPU")
-LIBRARY.impl("codebook_linear", reference_codebook_linear, "CUDA")
 LIBRARY.impl("codebook_linear", _shapes, "Meta")

@@ -7,17 +7,13 @@ it multiplies, and PyTorch's operators, which need the levels unpacked.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fp4dit_ao import _compat
 from fp4dit_ao.formats import NumberFormat, unpack
 from fp4dit_ao.kernels.cpu.int8_linear import level_table
 from fp4dit_ao.kernels.cpu.native import OUTPUTS
+from fp4dit_ao.kernels.integer_product import integer_product
 from fp4dit_ao.kernels.token_quantization import MOST_DIGITS, add_digits, digits, quantize_tokens
-
-_CUDA_ROWS = 32
-"""Rows that are added on CUDA, where cuBLAS's int8 product needs more than 16."""
 
 
 def exact(weight: NumberFormat, activation: NumberFormat | None) -> bool:
@@ -71,13 +67,8 @@ def group_products(tokens: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
     Returns:
         float32 ``(rows, out_features)``.
     """
-    rows, features = tokens.shape
-    group_size = features // scale.shape[1]
-    if tokens.is_cuda:
-        tokens = F.pad(tokens, (0, 0, 0, _CUDA_ROWS))
+    groups = scale.shape[1]
     y = torch.zeros((), dtype=torch.float32, device=tokens.device)
-    for index in range(scale.shape[1]):
-        columns = slice(index * group_size, (index + 1) * group_size)
-        product = _compat.int8_product(tokens[:, columns].contiguous(), levels[:, columns].contiguous().T)
-        y = y + product[:rows].float() * scale[:, index].float()
+    for x, w, s in zip(tokens.chunk(groups, 1), levels.chunk(groups, 1), scale.float().unbind(1), strict=True):
+        y = y + integer_product(x, w).float() * s
     return y

@@ -33,9 +33,13 @@ class LevelOperands(NamedTuple):
     groups: int
 
 
+def _fp8_units(o: LevelOperands) -> bool:
+    return o.levels == _FP8 and triton_linear.capability(o.device) >= triton_linear.FP8_CAPABILITY
+
+
 def _row_wise_fp8(o: LevelOperands) -> bool:
     aligned = all(size % _MULTIPLE == 0 for size in o.shape)
-    return o.levels == _FP8 and o.device.type == "cuda" and o.groups == 1 and aligned
+    return _fp8_units(o) and o.groups == 1 and aligned
 
 
 def _triton(o: LevelOperands) -> bool:
@@ -83,7 +87,7 @@ LEVEL_LINEAR: UnitTable[LevelOperands] = UnitTable(
     [
         Unit("FP8, row-wise scaled product", _row_wise_fp8, _on_scaled_mm),
         Unit("int8, Triton", lambda o: o.levels == torch.int8 and _triton(o), _on_triton),
-        Unit("FP8, Triton", lambda o: o.levels == _FP8 and _triton(o), _on_triton),
+        Unit("FP8, Triton", lambda o: _fp8_units(o) and _triton(o), _on_triton),
         Unit("int8, PyTorch operators", lambda o: o.levels == torch.int8, _on_int8_operators),
         Unit("float32, FP8 levels widened", lambda o: True, _on_float_operators),
     ],

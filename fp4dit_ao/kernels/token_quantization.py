@@ -59,6 +59,14 @@ def digits(fmt: NumberFormat) -> int:
     return count
 
 
+def as_levels(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 levels as ``dtype``, int8 or float8_e4m3fn, which must hold them.
+
+    FP8 by way of bfloat16, which holds every int8: Triton converts no integer to FP8, and not every Inductor knows.
+    """
+    return tokens if dtype == torch.int8 else tokens.bfloat16().to(dtype)
+
+
 def add_digits(y: Tensor, count: int) -> Tensor:
     """Adds products with each digit, ``(count * tokens, n)``, the highest first, up to those with levels, ``(tokens, n)``."""
     total, *lower = y.unflatten(0, (count, -1)).unbind()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fp4dit_ao.formats import FloatFormat
+from fp4dit_ao.ops.division import divided
 from fp4dit_ao.ops.library import LIBRARY
 from fp4dit_ao.ops.quantization import choose_scale
 
@@ -51,7 +52,7 @@ def two_level_scale(x: Tensor, block_size: Sequence[int], fmt: str) -> tuple[Ten
         product.
     """
     lattice = FloatFormat.parse(fmt)
-    largest = x.abs().amax().float() / (_E4M3_MAX * lattice.lattice_max * unit(lattice))
+    largest = divided(x.abs().amax().float(), _E4M3_MAX * lattice.lattice_max * unit(lattice))
     tensor = largest.clamp(min=torch.finfo(torch.float32).tiny)
     blocks = choose_scale(x, block_size, fmt, torch.float32) / unit(lattice) / tensor
     return blocks.clamp(_E4M3_MIN, _E4M3_MAX).to(torch.float8_e4m3fn).float(), tensor * unit(lattice)

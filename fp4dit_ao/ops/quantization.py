@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fp4dit_ao.formats import parse
+from fp4dit_ao.ops.division import divided
 from fp4dit_ao.ops.library import LIBRARY
 
 LIBRARY.define("choose_scale(Tensor x, SymInt[] block_size, str fmt, ScalarType scale_dtype) -> Tensor")
@@ -90,7 +91,7 @@ def choose_scale(x: Tensor, block_size: Sequence[int], fmt: str, scale_dtype: to
     """
     blocked, reduce = _blocked(x, block_size)
     absmax = blocked.abs().amax(reduce) if reduce else blocked.abs()
-    scale = absmax.float() / float(parse(fmt).lattice_max)
+    scale = divided(absmax.float(), float(parse(fmt).lattice_max))
     return to_scale_dtype(scale, scale_dtype).reshape(_scale_shape(x, block_size))
 
 

@@ -93,7 +93,7 @@ class CodebookGroupsScheme:
 
     def plain_linear(self, weight: Any) -> PlainLinear:
         tensors = {name: getattr(weight, name) for name in CodebookTensor.tensor_data_names}
-        return PlainLinear(codebook_dispatch.linear, tensors, (weight.group_size, weight.act_fmt))
+        return PlainLinear(codebook_dispatch.linear, tensors, (weight.group_size, weight.fmt, weight.act_fmt))
 
     def describe(self, config: QuantConfig) -> dict[str, Any]:
         return {"weight": str(config.weight), "block_size": self.block_size(config)}

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4dit_ao import _compat
-from fp4dit_ao.formats import pack, parse, unpack
+from fp4dit_ao.formats import pack, unpack
 from fp4dit_ao.kernels import codebook_dispatch
-from fp4dit_ao.kernels.codebook_dispatch import CODEBOOK_LINEAR, CodebookOperands
 from fp4dit_ao.kernels.units import Unit
 from fp4dit_ao.ops.codebook import codebook_dequantize
 from fp4dit_ao.tensors.quantized_weight import QuantizedWeight
@@ -110,12 +109,13 @@ class CodebookTensor(QuantizedWeight):
 
     def stored_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return codebook_dispatch.linear(
-            x, self.qdata, self.index, self.row_scale, self.codebooks, self.group_size, self.act_fmt, bias
+            x, self.qdata, self.index, self.row_scale, self.codebooks, self.group_size, self.fmt, self.act_fmt, bias
         )
 
     def unit(self, device: torch.device | str | None = None) -> Unit[Any]:
-        activation = None if self.act_fmt is None else parse(self.act_fmt)
-        return CODEBOOK_LINEAR.pick(CodebookOperands(activation, torch.device(device or self.device)))
+        place = torch.device(device or self.device)
+        found = codebook_dispatch.operands(self.qdata, self.group_size, self.fmt, self.act_fmt, place, self.dtype)
+        return codebook_dispatch.CODEBOOK_LINEAR.pick(found)
 
     def _quantization_type(self) -> str:
         return f"fmt={self.fmt}, act_fmt={self.act_fmt}, group_size={self.group_size}, shape={tuple(self.shape)}"

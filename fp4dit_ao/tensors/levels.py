@@ -13,7 +13,7 @@ from fp4dit_ao import _compat
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import level_linear
 from fp4dit_ao.kernels.cpu.native import OUTPUTS
-from fp4dit_ao.kernels.token_quantization import quantize_tokens
+from fp4dit_ao.kernels.token_quantization import as_levels, quantize_tokens
 from fp4dit_ao.kernels.units import Unit
 from fp4dit_ao.tensors.minifloat import MinifloatTensor
 from fp4dit_ao.tensors.quantized_weight import QuantizedWeight
@@ -112,7 +112,7 @@ class LevelTensor(QuantizedWeight):
         tokens, token_scale = quantize_tokens(x, self.act_fmt)
         output_dtype = x.dtype if x.dtype in OUTPUTS else torch.float32
         y: Tensor = torch.ops.fp4dit_ao.level_linear(
-            tokens.to(self.qdata.dtype), token_scale, self.qdata, self.scale, bias, output_dtype
+            as_levels(tokens, self.qdata.dtype), token_scale, self.qdata, self.scale, bias, output_dtype
         )
         return y.to(x.dtype).reshape(*x.shape[:-1], self.qdata.shape[0])
 

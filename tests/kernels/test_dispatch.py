@@ -144,7 +144,7 @@ def spied(table: UnitTable, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-@pytest.fixture(params=[(7, 5), (8, 0), (9, 0), (10, 0)], ids=str)
+@pytest.fixture(params=[(7, 5), (8, 0), (8, 9), (9, 0), (10, 0)], ids=str)
 def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
     """A machine that answers as if it had such a GPU, with Triton installed."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -177,12 +177,15 @@ def test_linears_on_gpus(fmt, act_fmt, group, turing, ampere, capability, monkey
 
 
 def test_levels_and_blocks_on_gpus(capability: tuple[int, int]) -> None:
-    ampere, blackwell = capability >= (8, 0), capability >= (10, 0)
+    ampere, ada, blackwell = (capability >= first for first in ((8, 0), (8, 9), (10, 0)))
     int8, fp8 = torch.int8, torch.float8_e4m3fn
     for operands, expected in (
         (LevelOperands(int8, GPU, (64, 256), 2), "int8, Triton" if ampere else "int8, PyTorch operators"),
-        (LevelOperands(fp8, GPU, (64, 256), 2), "FP8, Triton" if ampere else "float32, FP8 levels widened"),
-        (LevelOperands(fp8, GPU, (64, 256), 1), "FP8, row-wise scaled product"),
+        (LevelOperands(fp8, GPU, (64, 256), 2), "FP8, Triton" if ada else "float32, FP8 levels widened"),
+        (
+            LevelOperands(fp8, GPU, (64, 256), 1),
+            "FP8, row-wise scaled product" if ada else "float32, FP8 levels widened",
+        ),
         (LevelOperands(fp8, GPU, (70, 256), 1), "float32, FP8 levels widened"),
         (LevelOperands(int8, GPU, (64, 256), 1), "int8, PyTorch operators"),
     ):

@@ -3,14 +3,12 @@
 What the interpreter cannot show: speed, and that the compiled instructions compute what their assembly text says.
 """
 
-import importlib.util
 import itertools
 import json
 import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,30 +24,14 @@ from fp4dit_ao.kernels.cuda import int8_linear
 from tests.kernels.test_native import WILD, oracle, problem
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreter = pytest.importorskip("tests.kernels.interpreter")
+DEVICE = interpreter.DEVICE
 FORMATS = ["e2m1", "e3m0", "e1m2", "e1m1"]
 
 
 @pytest.fixture(scope="module")
 def kernel():
-    """The module, interpreted where there is no GPU: Triton decides when it sees a kernel's definition."""
-    if DEVICE == "cuda":
-        from fp4dit_ao.kernels.cuda import triton_linear
-
-        return triton_linear
-    spec = importlib.util.spec_from_file_location(
-        "interpreted", Path(int8_linear.__file__).with_name("triton_linear.py")
-    )
-    interpreted = importlib.util.module_from_spec(spec)
-    before = triton.knobs.runtime.interpret
-    triton.knobs.runtime.interpret = True
-    try:
-        sys.modules["interpreted"] = interpreted
-        spec.loader.exec_module(interpreted)
-    finally:
-        triton.knobs.runtime.interpret = before
-    assert interpreted.INTERPRETED
-    return interpreted
+    return interpreter.loaded("triton_linear")
 
 
 def run(kernel, p: dict, **more) -> torch.Tensor:
@@ -263,7 +245,7 @@ def execute(program: str, operands: dict[str, int]) -> dict[str, int]:
     return registers
 
 
-def test_the_lookup_instructions_look_up(kernel) -> None:
+def test_the_lookup_instructions_look_up() -> None:
     rng = random.Random(0)
     table = [rng.randrange(256) for _ in range(16)]
     words = [int.from_bytes(bytes(table[i : i + 4]), "little") for i in range(0, 16, 4)]
@@ -271,7 +253,9 @@ def test_the_lookup_instructions_look_up(kernel) -> None:
     every_byte_in_every_place = [[byte if lane == place else rng.randrange(256) for lane in range(4)]
                                  for place, byte in itertools.product(range(4), range(256))]  # fmt: skip
     for packed in every_byte_in_every_place:
-        out = execute(kernel._LOOKUP, inputs | {"$2": int.from_bytes(bytes(packed), "little")})
+        out = execute(
+            interpreter.loaded("triton_lookup").PROGRAM, inputs | {"$2": int.from_bytes(bytes(packed), "little")}
+        )
         assert list(out["$0"].to_bytes(4, "little")) == [table[byte & 15] for byte in packed]
         assert list(out["$1"].to_bytes(4, "little")) == [table[byte >> 4] for byte in packed]
 
@@ -279,14 +263,14 @@ def test_the_lookup_instructions_look_up(kernel) -> None:
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
     lines: list[str] = []
-    for arguments in (["--capabilities", "90"], ["--capabilities", "80,100", "--no-every"]):
+    for arguments in (["--capabilities", "90"], ["--capabilities", "80,89,100", "--no-every"]):
         command = [sys.executable, "-m", "benchmarks.gpu_compile", "--json", *arguments]
         lines += subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def test_it_compiles_for_every_gpu_and_hardly_spills(compiled) -> None:
-    assert {result["capability"] for result in compiled} == {80, 90, 100}
+    assert {result["capability"] for result in compiled} == {80, 89, 90, 100}
     assert len(compiled) > 35
     for result in compiled:
         assert result["spilled"] <= 16, result  # bytes: Triton 3.9 spills three registers, once
@@ -296,6 +280,9 @@ def test_it_compiles_for_every_gpu_and_hardly_spills(compiled) -> None:
 
 def test_it_multiplies_on_tensor_cores(compiled) -> None:
     for result in compiled:
+        if "decoding" in result:
+            assert result["lookups"] >= 28 and result["stores of 16 bytes"] == 2 and not result["spilled"], result
+            continue
         (instruction,) = result["instructions"]
         assert re.search(r"s8\.s8|kind::i8" if result["tokens"] == "i8" else r"e4m3\.e4m3|kind::f8f6f4", instruction)
         if result["capability"] == 90 and "block_n=32" not in result["config"]:

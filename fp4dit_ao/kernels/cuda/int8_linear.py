@@ -12,6 +12,8 @@ from fp4dit_ao.ops import LIBRARY
 
 CAPABILITY = (8, 0)
 """Ampere: the first capability for which Triton multiplies bytes on tensor cores."""
+FP8_CAPABILITY = (8, 9)
+"""Ada: the first capability with FP8 tensor cores."""
 _MOST_BITS = 4
 _MULTIPLE = 2
 """Group sizes are multiples of this: a group is whole bytes of two codes."""
@@ -21,6 +23,11 @@ def supports(device: torch.device, bits: int, group_size: int) -> bool:
     """Whether ``int8_linear`` takes weights of so many bits and groups of that size on the device."""
     fits = bits <= _MOST_BITS and group_size % _MULTIPLE == 0
     return fits and capability(device) >= CAPABILITY and _triton_installed()
+
+
+def decodes(device: torch.device, group_size: int) -> bool:
+    """Whether Triton decodes codebook groups of that size on the device."""
+    return group_size % _MULTIPLE == 0 and capability(device) >= CAPABILITY and _triton_installed()
 
 
 @functools.cache

@@ -21,59 +21,15 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fp4dit_ao.kernels.checks import refuse
+from fp4dit_ao.kernels.cuda.triton_lookup import INTERPRETED, levels
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether Triton interprets its kernels (``TRITON_INTERPRET=1``), on tensors of the CPU."""
 MAX_BLOCK_K = 128
 """Inputs that a tile spans at most: 128 products of +-127 sum to less than 2^24, which float32 holds exactly."""
 MIN_BLOCK_K = 32
 """The shortest product of bytes that tensor cores have."""
 _BAND = 8
 """Blocks of tokens that run side by side and so read each weight from memory once."""
-_LOOKUP = """
-{
-.reg .b32 code, magnitude, half, high, low, swap;
-and.b32 magnitude, $2, 0x77777777;
-shr.u32 half, $2, 1;
-and.b32 half, half, 0x44444444;
-or.b32 half, half, 0x32103210;
-prmt.b32 low, $3, $7, magnitude;
-prmt.b32 high, $11, $15, magnitude;
-prmt.b32 code, low, high, half;
-shr.u32 magnitude, magnitude, 16;
-shr.u32 half, half, 16;
-prmt.b32 low, $3, $7, magnitude;
-prmt.b32 high, $11, $15, magnitude;
-prmt.b32 swap, low, high, half;
-prmt.b32 $0, code, swap, 0x6420;
-prmt.b32 $1, code, swap, 0x7531;
-}
-"""
-"""Four packed bytes to eight levels: each ``prmt`` picks four bytes of eight by four 3-bit selectors, and a third one picks
-between the table's halves by each code's top bit. ``$0`` takes the low nibbles' levels, ``$1`` the high ones'."""
 BAND = tl.constexpr(_BAND)
-LOOKUP = tl.constexpr(_LOOKUP)
-CONSTRAINTS = tl.constexpr("=r,=r" + ",r" * 17)  # a register of codes, and four for each word of the table
-
-
-@triton.jit
-def _level(code, t0, t1, t2, t3):
-    """The table's byte for a code, by shifts: what ``LOOKUP`` does, on any backend."""
-    word = tl.where(code < 8, tl.where(code < 4, t0, t1), tl.where(code < 12, t2, t3))
-    return ((word >> ((code & 3) * 8)) & 0xFF).to(tl.uint8)
-
-
-@triton.jit
-def _levels(packed, t0, t1, t2, t3, ASSEMBLY: tl.constexpr):
-    """uint8 ``(N, K / 2)`` of two codes each to ``(N, K)`` bytes of the table."""
-    if ASSEMBLY:
-        low, high = tl.inline_asm_elementwise(
-            LOOKUP, CONSTRAINTS, [packed, t0, t1, t2, t3], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
-        )
-    else:
-        code = packed.to(tl.int32)
-        low, high = _level(code & 15, t0, t1, t2, t3), _level(code >> 4, t0, t1, t2, t3)
-    return tl.reshape(tl.join(low, high), (packed.shape[0], packed.shape[1] * 2))
 
 
 @triton.jit(do_not_specialize=["M", "t0", "t1", "t2", "t3"])
@@ -125,7 +81,7 @@ def linear_kernel(
             w = tl.load(w_at + w_begin, mask=(inside * BYTES + byte < GROUP_BYTES)[None, :], other=0)
         s = tl.load(s_at + group).to(tl.float32)
         if PACKED:
-            w = _levels(w, t0, t1, t2, t3, ASSEMBLY)
+            w = levels(w, t0, t1, t2, t3, ASSEMBLY)
             w = w.to(tl.float8e4nv, bitcast=True) if FLOAT else w.to(tl.int8, bitcast=True)
         product = tl.dot(w, x, out_dtype=SUM).to(tl.float32)
         total += product * s[:, None]
@@ -182,9 +138,9 @@ def table_words(table: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
     Raises:
         ValueError: a level that the type does not hold exactly.
     """
-    levels = torch.tensor(table, dtype=torch.float32)
-    held = levels.to(dtype)
-    if levels.shape != (16,) or not torch.equal(held.float(), levels):
+    wanted = torch.tensor(table, dtype=torch.float32)
+    held = wanted.to(dtype)
+    if wanted.shape != (16,) or not torch.equal(held.float(), wanted):
         refuse(
             "int8_linear",
             "table",

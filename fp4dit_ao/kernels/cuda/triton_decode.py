@@ -1,0 +1,70 @@
+"""The Triton kernel that decodes codebook groups to bytes, int8 or E4M3, for a product of bytes. It imports triton.
+
+A program takes a few rows of one group: their codebooks are four words a row, and a code is looked up as in the linear. What is
+written is read once by the product that follows, from the second-level cache where it fits.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp4dit_ao.kernels.cuda.triton_lookup import INTERPRETED, levels
+
+ROWS = 32
+"""Rows of a program: 32 of 64 bytes are 16 codes for each of 128 threads."""
+WARPS = 4
+
+
+@triton.jit
+def decode_kernel(
+    qdata, index, tables, out, N, K, INDEX_ROW,
+    GROUP: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """``out[n, k] = tables[index[n, k // GROUP]][code[n, k]]`` for ``ROWS`` rows of one group.
+
+    ``qdata`` and ``index`` hold two of 4 bits a byte, the first in the low nibble; ``tables`` has four words for each
+    codebook; ``BYTES`` is the power of two that holds a group's bytes.
+    """
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    row = (n % N).to(tl.int64)  # rows past the end are read from the start again, and not stored
+    byte = tl.arange(0, BYTES)
+    inside = byte < GROUP // 2
+    packed = tl.load(
+        qdata + row[:, None] * (K // 2) + group * (GROUP // 2) + byte[None, :], mask=inside[None, :], other=0
+    )
+    pair = tl.load(index + row * INDEX_ROW + group // 2).to(tl.int32)
+    book = tables + ((pair >> (group % 2 * 4)) & 15) * 4
+    t0, t1 = tl.load(book)[:, None], tl.load(book + 1)[:, None]
+    t2, t3 = tl.load(book + 2)[:, None], tl.load(book + 3)[:, None]
+    found = levels(packed, t0, t1, t2, t3, ASSEMBLY)
+    k = tl.arange(0, BYTES * 2)
+    at = out + n[:, None].to(tl.int64) * K + group * GROUP + k[None, :]
+    tl.store(at, found, mask=(n < N)[:, None] & (k < GROUP)[None, :])
+
+
+def decode(qdata: Tensor, index: Tensor, codebooks: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """Levels of a weight with codebook groups, ``(out_features, in_features)`` of ``dtype``.
+
+    Args:
+        qdata: uint8 ``(out_features, in_features / 2)``, two codes a byte, the first in the low nibble.
+        index: uint8 ``(out_features, ceil(groups / 2))``, each group's codebook, packed likewise.
+        codebooks: int8 ``(16, 16)``; ``dtype`` must hold every level.
+        group_size: input features that share a codebook, even.
+        dtype: int8 or float8_e4m3fn.
+    """
+    rows, columns = qdata.shape[0], qdata.shape[1] * 2
+    out = torch.empty((rows, columns), dtype=torch.uint8, device=qdata.device)
+    if out.numel():
+        tables = codebooks.to(dtype).contiguous().view(torch.int32)
+        index = index.contiguous()
+        with torch.cuda.device_of(qdata):
+            decode_kernel[(triton.cdiv(rows, ROWS), columns // group_size)](
+                qdata.contiguous(), index, tables, out, rows, columns, index.shape[1],
+                GROUP=group_size, BYTES=triton.next_power_of_2(group_size // 2), ROWS=ROWS, ASSEMBLY=not INTERPRETED,
+                num_warps=WARPS,
+            )  # fmt: skip
+    return out.view(dtype)

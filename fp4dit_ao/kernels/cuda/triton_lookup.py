@@ -1,0 +1,52 @@
+"""Codes to the bytes of a table of sixteen, in Triton: what the kernels of this folder share."""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+import triton
+import triton.language as tl
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether Triton interprets its kernels (``TRITON_INTERPRET=1``), on tensors of the CPU."""
+PROGRAM = """
+{
+.reg .b32 code, magnitude, half, high, low, swap;
+and.b32 magnitude, $2, 0x77777777;
+shr.u32 half, $2, 1;
+and.b32 half, half, 0x44444444;
+or.b32 half, half, 0x32103210;
+prmt.b32 low, $3, $7, magnitude;
+prmt.b32 high, $11, $15, magnitude;
+prmt.b32 code, low, high, half;
+shr.u32 magnitude, magnitude, 16;
+shr.u32 half, half, 16;
+prmt.b32 low, $3, $7, magnitude;
+prmt.b32 high, $11, $15, magnitude;
+prmt.b32 swap, low, high, half;
+prmt.b32 $0, code, swap, 0x6420;
+prmt.b32 $1, code, swap, 0x7531;
+}
+"""
+"""Four packed bytes to eight levels: each ``prmt`` picks four bytes of eight by four 3-bit selectors, and a third one picks
+between the table's halves by each code's top bit. ``$0`` takes the low nibbles' levels, ``$1`` the high ones'."""
+LOOKUP = tl.constexpr(PROGRAM)
+CONSTRAINTS = tl.constexpr("=r,=r" + ",r" * 17)  # a register of codes, and four for each word of the table
+
+
+@triton.jit
+def level(code, t0, t1, t2, t3):
+    """The table's byte for a code, by shifts: what ``LOOKUP`` does, on any backend."""
+    word = tl.where(code < 8, tl.where(code < 4, t0, t1), tl.where(code < 12, t2, t3))
+    return ((word >> ((code & 3) * 8)) & 0xFF).to(tl.uint8)
+
+
+@triton.jit
+def levels(packed, t0, t1, t2, t3, ASSEMBLY: tl.constexpr):
+    """uint8 ``(N, K / 2)`` of two codes each to ``(N, K)`` bytes of the table, whose words are numbers or ``(N, 1)``."""
+    if ASSEMBLY:
+        low, high = tl.inline_asm_elementwise(
+            LOOKUP, CONSTRAINTS, [packed, t0, t1, t2, t3], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
+        )
+    else:
+        code = packed.to(tl.int32)
+        low, high = level(code & 15, t0, t1, t2, t3), level(code >> 4, t0, t1, t2, t3)
+    return tl.reshape(tl.join(low, high), (packed.shape[0], packed.shape[1] * 2))
