@@ -11,7 +11,7 @@ from torchao.quantization.granularity import PerGroup
 from fp4dit_ao.formats import CodebookSet, codebook_set, register_codebook_set
 from fp4dit_ao.observers import codebook_search
 from fp4dit_ao.observers.base import add_buffer, refuse_non_finite
-from fp4dit_ao.observers.grid import Bracket, Grid
+from fp4dit_ao.observers.grid import Bracket, Grid, Neighbours
 from fp4dit_ao.observers.weight import WeightObserver
 from fp4dit_ao.ops.codebook import codebook_dequantize
 
@@ -118,13 +118,19 @@ class CodebookGrid(Grid):
     """
 
     def __init__(self, codebooks: CodebookSet, index: Tensor, scale: Tensor):
-        self.codebooks, self.index, self.scale = codebooks, index, scale
+        self.codebooks, self.index, self.scale, self.stored = codebooks, index, scale, None
 
     def encode(self, weight: Tensor) -> Tensor:
         return self.codebooks.encode(weight.float() / self.scale, self.index)
 
     def levels(self, codes: Tensor) -> Tensor:
         return self.codebooks.decode(codes, self.index)
+
+    def round(self, weight: Tensor) -> Tensor:
+        return self.decode(self.encode(weight))
+
+    def neighbours(self, weight: Tensor) -> Neighbours:
+        return Neighbours(*self.bracket(weight)[:3])
 
     def bracket(self, weight: Tensor) -> Bracket:
         books = self.codebooks.tensor(weight.device).float()

@@ -9,6 +9,7 @@ from fp4dit_ao.passes.reconstruction.rounding.adaround import AdaRound, ScaleAwa
 from fp4dit_ao.passes.reconstruction.rounding.gptq import GPTQ
 from fp4dit_ao.passes.reconstruction.rounding.nearest import Nearest
 from fp4dit_ao.passes.reconstruction.rounding.rule import ROUNDINGS, ClosedFormRounding, LearnedRounding, RoundingRule
+from fp4dit_ao.passes.reconstruction.rounding.sign_gradient import SignGradient
 
 ROUNDINGS.register("nearest", Nearest(), summary="Rounds every weight to the nearest value.", cost="none; no data")
 ROUNDINGS.register(
@@ -27,6 +28,10 @@ ROUNDINGS.register(
     "gptq_act_order", GPTQ(act_order=True), summary="GPTQ with the columns of the largest inputs first.",
     source="GPTQ, arXiv 2210.17323; the order: its reference code", cost="as gptq",
 )  # fmt: skip
+ROUNDINGS.register(
+    "sign_gradient", SignGradient, summary="AutoRound: learns offsets before rounding, and scales, by the signs of gradients.",
+    source="SignRound, arXiv 2309.05516, equation 3", cost="iters optimisation steps per unit; 200 do",
+)  # fmt: skip
 
 __all__ = [
     "GPTQ",
@@ -37,4 +42,5 @@ __all__ = [
     "Nearest",
     "RoundingRule",
     "ScaleAwareAdaRound",
+    "SignGradient",
 ]
