@@ -57,7 +57,7 @@ class RotatedGroup:
 class Hadamard(GraphTransform):
     """Multiplies a linear's input by an orthogonal block-diagonal matrix R, and its weight by the same: ``(X R)(W R)^T``.
 
-    Source: QuaRot (arXiv 2404.00456), section 3: R is a randomised Hadamard matrix, ``diag(+-1) H / sqrt(n)``. The paper folds
+    Source: QuaRot (arXiv 2404.00456): R is a randomised Hadamard matrix, ``diag(+-1) H / sqrt(n)``. The paper folds
     most of them into neighbouring layers across an RMSNorm; the LayerNorm and modulation of diffusion transformers let nothing
     pass, so that inputs are rotated online here, in blocks of the largest power of two that divides the width, at most
     ``block`` (128 divides all widths of the usual transformers, and is a group of weights). Weights absorb it beforehand. Its

@@ -30,7 +30,7 @@ ROUNDINGS.register(
 )  # fmt: skip
 ROUNDINGS.register(
     "sign_gradient", SignGradient, summary="AutoRound: learns offsets before rounding, and scales, by the signs of gradients.",
-    source="SignRound, arXiv 2309.05516, equation 3", cost="iters optimisation steps per unit; 200 do",
+    source="SignRound, arXiv 2309.05516", cost="iters optimisation steps per unit; 200 do",
 )  # fmt: skip
 
 __all__ = [

@@ -1,6 +1,6 @@
 """AutoRound's rounding (SignRound, arXiv 2309.05516): offsets and scales learned by the signs of gradients.
 
-The paper's equation 3, ``W~ = s clip(round(W / s + V), n, m)``, with ``V`` in [-1/2, 1/2] and the scale's factors in [0, 1], is
+The paper's quantizer, ``W~ = s clip(round(W / s + V), n, m)``, with ``V`` in [-1/2, 1/2] and the scale's factors in [0, 1], is
 of integers. In a format with steps of several sizes ``V`` counts in steps of the element: between neighbouring levels
 ``low <= w / s <= up``,
 
