@@ -132,10 +132,13 @@ class CodebookGrid(Grid):
     def neighbours(self, weight: Tensor) -> Neighbours:
         return Neighbours(*self.bracket(weight)[:3])
 
-    def bracket(self, weight: Tensor) -> Bracket:
+    def position(self, weight: Tensor) -> Tensor:
         books = self.codebooks.tensor(weight.device).float()
         chosen = self.index.int()
-        position = torch.clamp(weight.float() / self.scale, books[:, 0][chosen], books[:, -1][chosen])
+        return torch.clamp(weight.float() / self.scale, books[:, 0][chosen], books[:, -1][chosen])
+
+    def bracket(self, weight: Tensor) -> Bracket:
+        position = self.position(weight)
         low_codes, up_codes, step = self.codebooks.bracket(position, self.index)
         return Bracket(position, self.levels(low_codes), self.levels(up_codes), step, low_codes, up_codes)
 

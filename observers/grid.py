@@ -40,8 +40,8 @@ class Grid:
     """Values ``level * scale`` for every element of one weight; made by :meth:`WeightObserver.grid`.
 
     Rounding rules ask the grid and never the format, so that a scheme whose groups have formats of their own (codebook groups)
-    can give them a subclass: it overrides :meth:`encode`, :meth:`levels`, :meth:`round`, :meth:`neighbours`, :meth:`bracket`
-    and :meth:`columns`.
+    can give them a subclass: it overrides :meth:`encode`, :meth:`levels`, :meth:`round`, :meth:`position`,
+    :meth:`neighbours`, :meth:`bracket` and :meth:`columns`.
 
     Args:
         fmt: the format of every element.
@@ -69,13 +69,16 @@ class Grid:
         """The values (float32, weight units) nearest to ``weight``: ``decode(encode(weight))``."""
         return self.fmt.round(weight.float() / self.scale) * self.scale
 
+    def position(self, weight: Tensor) -> Tensor:
+        """``weight`` over its scale, clipped to the levels (float32, steps); differentiable in both."""
+        lattice = self.fmt.lattice
+        return (weight.float() / self.scale).clamp(float(lattice[0]), float(lattice[-1]))
+
     def neighbours(self, weight: Tensor) -> Neighbours:
         """:meth:`bracket` without codes, for rules that look at it in every step."""
-        lattice = self.fmt.lattice
-        lowest, largest = float(lattice[0]), float(lattice[-1])
-        position = (weight.float() / self.scale).clamp(lowest, largest)
+        position = self.position(weight)
         low, step = self.fmt.bracket(position.detach())
-        return Neighbours(position, low, (low + step).clamp(max=largest))
+        return Neighbours(position, low, (low + step).clamp(max=float(self.fmt.lattice[-1])))
 
     def rescaled(self, factor: Tensor) -> "Grid":
         """The grid whose stored scales are multiplied by ``factor``.
@@ -93,11 +96,9 @@ class Grid:
 
     def bracket(self, weight: Tensor) -> Bracket:
         """The two levels between which every element of ``weight`` (float, weight units) lies."""
-        lattice = self.fmt.lattice
-        lowest, largest = float(lattice[0]), float(lattice[-1])
-        position = (weight.float() / self.scale).clamp(lowest, largest)
+        position = self.position(weight)
         low, step = self.fmt.bracket(position)
-        up = (low + step).clamp(max=largest)
+        up = (low + step).clamp(max=float(self.fmt.lattice[-1]))
         return Bracket(position, low, up, step, self.fmt.encode(low), self.fmt.encode(up))
 
     def columns(self, index: slice | Tensor) -> "Grid":

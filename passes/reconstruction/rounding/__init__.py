@@ -6,6 +6,7 @@ below: a learned rule as the class, a closed form as an instance.
 """
 
 from fp4dit_ao.passes.reconstruction.rounding.adaround import AdaRound, ScaleAwareAdaRound
+from fp4dit_ao.passes.reconstruction.rounding.flexround import LRQ, FlexRound
 from fp4dit_ao.passes.reconstruction.rounding.gptq import GPTQ
 from fp4dit_ao.passes.reconstruction.rounding.nearest import Nearest
 from fp4dit_ao.passes.reconstruction.rounding.rule import ROUNDINGS, ClosedFormRounding, LearnedRounding, RoundingRule
@@ -32,12 +33,22 @@ ROUNDINGS.register(
     "sign_gradient", SignGradient, summary="AutoRound: learns offsets before rounding, and scales, by the signs of gradients.",
     source="SignRound, arXiv 2309.05516", cost="iters optimisation steps per unit; 200 do",
 )  # fmt: skip
+ROUNDINGS.register(
+    "flexround", FlexRound, summary="Learns what every weight is divided by before it is rounded to nearest, and scales.",
+    source="FlexRound, arXiv 2306.00317", cost="iters optimisation steps per unit",
+)  # fmt: skip
+ROUNDINGS.register(
+    "lrq", LRQ, summary="FlexRound with divisors of low rank.",
+    source="LRQ, arXiv 2407.11534", cost="as flexround, with half the parameters",
+)  # fmt: skip
 
 __all__ = [
     "GPTQ",
+    "LRQ",
     "ROUNDINGS",
     "AdaRound",
     "ClosedFormRounding",
+    "FlexRound",
     "LearnedRounding",
     "Nearest",
     "RoundingRule",
