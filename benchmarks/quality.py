@@ -95,6 +95,9 @@ WHY: dict[str, Row] = {
     "e2m1-sign": Row("W4A6 without E3M0, AutoRound's sign gradient", E2M1, "sign_gradient"),
     "e2m1-flexround": Row("W4A6 without E3M0, FlexRound", E2M1, "flexround"),
     "e2m1-lrq": Row("W4A6 without E3M0, LRQ", E2M1, "lrq"),
+    "e2m1-lowbit-fp": Row(
+        "W4A6 without E3M0, LowBit-FP's scales and rounding", replace(E2M1, weight_search="lowbit_fp"), "lowbit_fp"
+    ),
     "codebook-flexround": Row("W4A6 with codebook groups, FlexRound", CODEBOOK, "flexround"),
     "codebook-sign": Row("W4A6 with codebook groups, AutoRound's sign gradient", CODEBOOK, "sign_gradient"),
     "e2m1-hadamard": Row("W4A6 without E3M0, Hadamard rotations, nearest", E2M1, transforms=("hadamard",)),
@@ -122,7 +125,7 @@ PAIRS = [
     ("e2m1-sign", "e2m1-nearest"), ("e2m1-sign", "e2m1"), ("codebook-sign", "codebook-nearest"),
     ("e2m1-flexround", "e2m1-nearest"), ("e2m1-flexround", "e2m1"), ("e2m1-lrq", "e2m1-flexround"),
     ("codebook-flexround", "codebook-nearest"), ("e2m1-hadamard", "e2m1-nearest"), ("e2m1-low-rank", "e2m1-nearest"),
-    ("e2m1-svdquant", "e2m1-gptq"),
+    ("e2m1-svdquant", "e2m1-gptq"), ("e2m1-lowbit-fp", "e2m1-mse"), ("e2m1-lowbit-fp", "e2m1"),
     ("int6", "e2m1-nearest"), ("only-e2m1", "only-e3m0-gelu"), ("only-e2m1", "only-int4"),
 ]  # fmt: skip
 """Pairs of rows whose paired difference is printed; its interval is much narrower than those of the two rows."""

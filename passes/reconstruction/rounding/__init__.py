@@ -8,6 +8,7 @@ below: a learned rule as the class, a closed form as an instance.
 from fp4dit_ao.passes.reconstruction.rounding.adaround import AdaRound, ScaleAwareAdaRound
 from fp4dit_ao.passes.reconstruction.rounding.flexround import LRQ, FlexRound
 from fp4dit_ao.passes.reconstruction.rounding.gptq import GPTQ
+from fp4dit_ao.passes.reconstruction.rounding.lowbit_fp import LowBitFP
 from fp4dit_ao.passes.reconstruction.rounding.nearest import Nearest
 from fp4dit_ao.passes.reconstruction.rounding.rule import ROUNDINGS, ClosedFormRounding, LearnedRounding, RoundingRule
 from fp4dit_ao.passes.reconstruction.rounding.sign_gradient import SignGradient
@@ -41,6 +42,10 @@ ROUNDINGS.register(
     "lrq", LRQ, summary="FlexRound with divisors of low rank.",
     source="LRQ, arXiv 2407.11534", cost="as flexround, with half the parameters",
 )  # fmt: skip
+ROUNDINGS.register(
+    "lowbit_fp", LowBitFP, summary="AdaRound with a plain sigmoid and a constant exponent.",
+    source="LowBit-FP, arXiv 2408.06995", cost="as adaround",
+)  # fmt: skip
 
 __all__ = [
     "GPTQ",
@@ -50,6 +55,7 @@ __all__ = [
     "ClosedFormRounding",
     "FlexRound",
     "LearnedRounding",
+    "LowBitFP",
     "Nearest",
     "RoundingRule",
     "ScaleAwareAdaRound",
