@@ -94,6 +94,19 @@ WHY: dict[str, Row] = {
     "e2m3": Row("INT4 weights, E2M3 activations", replace(INT, activation="e2m3", attention="e2m3")),
     "e2m1-gptq-act-order": Row("W4A6 without E3M0, GPTQ, largest inputs first", E2M1, "gptq_act_order"),
     "e2m1-layer": Row("W4A6 without E3M0, scale-aware, one linear at a time", E2M1, "scale_aware", "layer"),
+    "e2m1-sign": Row("W4A6 without E3M0, AutoRound's sign gradient", E2M1, "sign_gradient"),
+    "e2m1-flexround": Row("W4A6 without E3M0, FlexRound", E2M1, "flexround"),
+    "e2m1-lrq": Row("W4A6 without E3M0, LRQ", E2M1, "lrq"),
+    "e2m1-lowbit-fp": Row(
+        "W4A6 without E3M0, LowBit-FP's scales and rounding", replace(E2M1, weight_search="lowbit_fp"), "lowbit_fp"
+    ),
+    "codebook-flexround": Row("W4A6 with codebook groups, FlexRound", CODEBOOK, "flexround"),
+    "codebook-sign": Row("W4A6 with codebook groups, AutoRound's sign gradient", CODEBOOK, "sign_gradient"),
+    "e2m1-hadamard": Row("W4A6 without E3M0, Hadamard rotations, nearest", E2M1, transforms=("hadamard",)),
+    "e2m1-low-rank": Row("W4A6 without E3M0, branch of rank 32, nearest", E2M1, transforms=("low_rank",)),
+    "e2m1-svdquant": Row(
+        "W4A6 without E3M0, SmoothQuant, branch of rank 32, GPTQ", E2M1, "gptq", transforms=("smoothquant", "low_rank")
+    ),
     "int6": Row("E2M1 weights, INT6 activations", replace(E2M1, activation="int6", attention="int6")),
 }
 """Rows that explain the table: quantized weights alone, exchanged formats, and other ways to round."""
@@ -112,6 +125,10 @@ PAIRS = [
     ("codebook-nearest", "nf4-nearest"), ("codebook-nearest", "e2m1-nearest"), ("codebook-nearest", "w4a6-nearest"),
     ("codebook-gptq", "codebook-nearest"), ("codebook", "codebook-nearest"), ("codebook-gptq", "codebook"),
     ("e2m1-groups", "e2m1-mse"), ("e2m3", "int-nearest"),
+    ("e2m1-sign", "e2m1-nearest"), ("e2m1-sign", "e2m1"), ("codebook-sign", "codebook-nearest"),
+    ("e2m1-flexround", "e2m1-nearest"), ("e2m1-flexround", "e2m1"), ("e2m1-lrq", "e2m1-flexround"),
+    ("codebook-flexround", "codebook-nearest"), ("e2m1-hadamard", "e2m1-nearest"), ("e2m1-low-rank", "e2m1-nearest"),
+    ("e2m1-svdquant", "e2m1-gptq"), ("e2m1-lowbit-fp", "e2m1-mse"), ("e2m1-lowbit-fp", "e2m1"),
     ("int6", "e2m1-nearest"), ("only-e2m1", "only-e3m0-gelu"), ("only-e2m1", "only-int4"),
 ]  # fmt: skip
 """Pairs of rows whose paired difference is printed; its interval is much narrower than those of the two rows."""

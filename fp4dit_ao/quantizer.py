@@ -20,6 +20,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.passes.transforms.low_rank import adds_branch
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs, part_name, whole_name
 from fp4dit_ao.schemes import scheme_of
 
@@ -196,11 +197,14 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
 
 
 def reaches_gate(node: Node) -> bool:
-    """Whether the output of ``node`` reaches a GELU or SiLU through nothing but views, chunks, casts and dropout."""
+    """Whether the output of ``node`` reaches a GELU or SiLU through nothing but views, chunks, casts, dropout and the sum with
+    a low-rank branch."""
     for user in node.users:
         if user.target in _GATES:
             return True
-        passes = user.target in _TRANSPARENT or getattr(user.target, "__name__", "") == "getitem"
+        passes = (
+            user.target in _TRANSPARENT or getattr(user.target, "__name__", "") == "getitem" or adds_branch(user, node)
+        )
         if passes and user.args[0] is node and reaches_gate(user):
             return True
     return False

@@ -30,6 +30,9 @@ class BlockWeightObserver(WeightObserver):
     def _search(self, weight: Tensor) -> Tensor:
         return choose_block_scale(weight, self.block_size(weight), str(self.fmt), self.kind)
 
+    def _free_scale(self) -> Tensor | None:
+        return None
+
     def scale_node(self, model: GraphModule, weight: Tensor, scale: Tensor) -> Node:
         if self.kind == "e8m0":
             return super().scale_node(model, weight, scale)

@@ -11,7 +11,7 @@ from torchao.quantization.granularity import PerGroup
 from fp4dit_ao.formats import CodebookSet, codebook_set, register_codebook_set
 from fp4dit_ao.observers import codebook_search
 from fp4dit_ao.observers.base import add_buffer, refuse_non_finite
-from fp4dit_ao.observers.grid import Bracket, Grid
+from fp4dit_ao.observers.grid import Bracket, Grid, Neighbours
 from fp4dit_ao.observers.weight import WeightObserver
 from fp4dit_ao.ops.codebook import codebook_dequantize
 
@@ -118,7 +118,7 @@ class CodebookGrid(Grid):
     """
 
     def __init__(self, codebooks: CodebookSet, index: Tensor, scale: Tensor):
-        self.codebooks, self.index, self.scale = codebooks, index, scale
+        self.codebooks, self.index, self.scale, self.stored = codebooks, index, scale, None
 
     def encode(self, weight: Tensor) -> Tensor:
         return self.codebooks.encode(weight.float() / self.scale, self.index)
@@ -126,10 +126,19 @@ class CodebookGrid(Grid):
     def levels(self, codes: Tensor) -> Tensor:
         return self.codebooks.decode(codes, self.index)
 
-    def bracket(self, weight: Tensor) -> Bracket:
+    def round(self, weight: Tensor) -> Tensor:
+        return self.decode(self.encode(weight))
+
+    def neighbours(self, weight: Tensor) -> Neighbours:
+        return Neighbours(*self.bracket(weight)[:3])
+
+    def position(self, weight: Tensor) -> Tensor:
         books = self.codebooks.tensor(weight.device).float()
         chosen = self.index.int()
-        position = torch.clamp(weight.float() / self.scale, books[:, 0][chosen], books[:, -1][chosen])
+        return torch.clamp(weight.float() / self.scale, books[:, 0][chosen], books[:, -1][chosen])
+
+    def bracket(self, weight: Tensor) -> Bracket:
+        position = self.position(weight)
         low_codes, up_codes, step = self.codebooks.bracket(position, self.index)
         return Bracket(position, self.levels(low_codes), self.levels(up_codes), step, low_codes, up_codes)
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fp4dit_ao.formats import NumberFormat
+from fp4dit_ao.ops import to_scale_dtype
 
 
 class Bracket(NamedTuple):
@@ -27,19 +28,30 @@ class Bracket(NamedTuple):
     up_codes: Tensor
 
 
+class Neighbours(NamedTuple):
+    """The part of a :class:`Bracket` that takes no codes; ``position`` is differentiable in the weight and the scale."""
+
+    position: Tensor
+    low: Tensor
+    up: Tensor
+
+
 class Grid:
     """Values ``level * scale`` for every element of one weight; made by :meth:`WeightObserver.grid`.
 
     Rounding rules ask the grid and never the format, so that a scheme whose groups have formats of their own (codebook groups)
-    can give them a subclass: it overrides :meth:`encode`, :meth:`levels`, :meth:`bracket` and :meth:`columns`.
+    can give them a subclass: it overrides :meth:`encode`, :meth:`levels`, :meth:`round`, :meth:`position`,
+    :meth:`neighbours`, :meth:`bracket` and :meth:`columns`.
 
     Args:
         fmt: the format of every element.
         scale: float32, shaped like the weight: weight units per step, positive.
+        stored: the scales as they are stored, ``(row blocks, column blocks)``, where any positive numbers would do; None where
+            they are part of a format (block formats) or were chosen together with something else (codebook groups).
     """
 
-    def __init__(self, fmt: NumberFormat, scale: Tensor):
-        self.fmt, self.scale = fmt, scale
+    def __init__(self, fmt: NumberFormat, scale: Tensor, stored: Tensor | None = None):
+        self.fmt, self.scale, self.stored = fmt, scale, stored
 
     def encode(self, weight: Tensor) -> Tensor:
         """uint8 codes of the values nearest to ``weight`` (float, weight units); ties to the even code, saturating."""
@@ -53,15 +65,43 @@ class Grid:
         """The values (float32, weight units) of uint8 ``codes``."""
         return self.levels(codes) * self.scale
 
+    def round(self, weight: Tensor) -> Tensor:
+        """The values (float32, weight units) nearest to ``weight``: ``decode(encode(weight))``."""
+        return self.fmt.round(weight.float() / self.scale) * self.scale
+
+    def position(self, weight: Tensor) -> Tensor:
+        """``weight`` over its scale, clipped to the levels (float32, steps); differentiable in both."""
+        lattice = self.fmt.lattice
+        return (weight.float() / self.scale).clamp(float(lattice[0]), float(lattice[-1]))
+
+    def neighbours(self, weight: Tensor) -> Neighbours:
+        """:meth:`bracket` without codes, for rules that look at it in every step."""
+        position = self.position(weight)
+        low, step = self.fmt.bracket(position.detach())
+        return Neighbours(position, low, (low + step).clamp(max=float(self.fmt.lattice[-1])))
+
+    def rescaled(self, factor: Tensor) -> "Grid":
+        """The grid whose stored scales are multiplied by ``factor``.
+
+        Args:
+            factor: float32, positive, shaped like :attr:`stored`, which is not None. Scales have its gradient, and the values
+                that they will be stored with.
+        """
+        assert self.stored is not None
+        exact = self.stored.float() * factor
+        stored = to_scale_dtype(exact.detach(), self.stored.dtype)
+        same = exact + (stored.float() - exact).detach()
+        rows, columns = (size // count for size, count in zip(self.scale.shape, stored.shape, strict=True))
+        return Grid(self.fmt, same.repeat_interleave(rows, 0).repeat_interleave(columns, 1), stored)
+
     def bracket(self, weight: Tensor) -> Bracket:
         """The two levels between which every element of ``weight`` (float, weight units) lies."""
-        lattice = self.fmt.lattice
-        lowest, largest = float(lattice[0]), float(lattice[-1])
-        position = (weight.float() / self.scale).clamp(lowest, largest)
+        position = self.position(weight)
         low, step = self.fmt.bracket(position)
-        up = (low + step).clamp(max=largest)
+        up = (low + step).clamp(max=float(self.fmt.lattice[-1]))
         return Bracket(position, low, up, step, self.fmt.encode(low), self.fmt.encode(up))
 
     def columns(self, index: slice | Tensor) -> "Grid":
-        """The grid of some columns (the last dimension), in the order of ``index`` (a slice, or int64 positions)."""
+        """The grid of some columns (the last dimension), in the order of ``index`` (a slice, or int64 positions); its scales
+        cannot be changed."""
         return Grid(self.fmt, self.scale[..., index])

@@ -38,6 +38,8 @@ class ScaleSearch(Protocol):
         """
 
 
+SWEEP = torch.linspace(0.1, 1.2, 111).tolist()
+"""Fractions of absmax that LowBit-FP tries."""
 CLIPS = torch.linspace(0.4, 1.2, 81).tolist()
 """Fractions of absmax that the search tries; more than 1 lets the second-largest levels carry more of the group."""
 
@@ -52,12 +54,39 @@ def mse(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale_dtyp
 
     Source: the clip search of arXiv 2408.06995 (LBFP), with its 0.1 to 1.2 grid narrowed to where minima occur.
     """
+    return _least_squares(weight, block_size, fmt, scale_dtype, CLIPS)
+
+
+def lowbit_fp(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale_dtype: torch.dtype) -> Tensor:
+    """Like :func:`mse`, over all of LowBit-FP's 111 fractions from 0.1 to 1.2 (arXiv 2408.06995).
+
+    A fraction c of absmax is the paper's real-valued exponent bias, ``b = 2^E - log2 c + …``. There a tensor has one, which
+    ``weight_granularity="tensor"`` gives; its choice among encodings is ``weight_candidates``, here by the output's error. The
+    sweep down to 0.1 matters where the few largest of very many values would stretch the scale. Block formats, whose scales
+    follow from absmax, and codebook groups, which search for both at once, have no use for it.
+    """
+    return _least_squares(weight, block_size, fmt, scale_dtype, SWEEP)
+
+
+def _least_squares(
+    weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale_dtype: torch.dtype, fractions: Sequence[float]
+) -> Tensor:
     base = choose_scale(weight, block_size, str(fmt), torch.float32)
-    scales = torch.stack([to_scale_dtype(base * clip, scale_dtype) for clip in (1.0, *CLIPS)])
+    scales = torch.stack([to_scale_dtype(base * fraction, scale_dtype) for fraction in (1.0, *fractions)])
     return scales.gather(0, best_candidate(weight, block_size, scales, fmt)[None]).squeeze(0)
 
 
-__all__ = ["CLIPS", "SEARCHES", "ScaleSearch", "absmax", "mse", "register_search", "squared_error"]
+__all__ = [
+    "CLIPS",
+    "SEARCHES",
+    "SWEEP",
+    "ScaleSearch",
+    "absmax",
+    "lowbit_fp",
+    "mse",
+    "register_search",
+    "squared_error",
+]
 
 SEARCHES: Registry[ScaleSearch] = Registry("scale search")
 """By the name that ``QuantConfig.weight_search`` and ``WeightObserver(search=...)`` take."""
@@ -86,5 +115,12 @@ register_search(
     mse,
     summary="Of 81 fractions of absmax the one with the least squared error",
     source="arXiv 2408.06995, section 3 (clip search)",
+    cost="seconds a model",
+)
+register_search(
+    "lowbit_fp",
+    lowbit_fp,
+    summary="Of 111 fractions of absmax, from 0.1 on, the one with the least squared error",
+    source="LowBit-FP, arXiv 2408.06995",
     cost="seconds a model",
 )

@@ -1,7 +1,7 @@
 """The weight observer: format, scale and, once learned, the rounding of one linear's weight."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,18 @@ from fp4dit_ao.observers.scale_search import SEARCHES
 from fp4dit_ao.ops import dequantize, expand_scale, full_block, quantize
 
 _OPS = torch.ops.fp4dit_ao
+
+
+class Settled(NamedTuple):
+    """A rounding that was decided on.
+
+    Attributes:
+        codes: uint8, shaped like the weight; None for nearest.
+        scale: as the observer stores it.
+    """
+
+    codes: Tensor | None
+    scale: Tensor | None
 
 
 class WeightObserver(FloatObserver):
@@ -40,6 +52,8 @@ class WeightObserver(FloatObserver):
 
     scale: Tensor | None
     codes: Tensor | None
+    _searched: Tensor | None
+    """The search's scale, where a rounding settled on another."""
 
     def __init__(
         self,
@@ -60,6 +74,7 @@ class WeightObserver(FloatObserver):
         self.rounding: nn.Module | None = None
         self.register_buffer("scale", None)
         self.register_buffer("codes", None)
+        self.register_buffer("_searched", None, persistent=False)
 
     def block_size(self, x: Tensor) -> list[int]:
         if isinstance(self.granularity, PerGroup):
@@ -107,7 +122,33 @@ class WeightObserver(FloatObserver):
         if self.scale is None:
             self.quantized(weight)
         assert self.scale is not None
-        return Grid(self.fmt, expand_scale(self.scale, weight, self.block_size(weight)))
+        return Grid(self.fmt, expand_scale(self.scale, weight, self.block_size(weight)), self._free_scale())
+
+    def _free_scale(self) -> Tensor | None:
+        """:attr:`Grid.stored`."""
+        return self.scale
+
+    @property
+    def settled(self) -> Settled:
+        """The rounding as it stands."""
+        return Settled(self.codes, self.scale)
+
+    def settle(self, rounding: Settled) -> None:
+        """Takes a rounding: one that was learned, or an earlier one again."""
+        if rounding.scale is not self.scale and self._searched is None:
+            self._searched = self.scale
+        self.codes, self.scale = rounding
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether the scale is another one than the search found."""
+        return self._searched is not None and self._searched is not self.scale
+
+    def forget(self) -> None:
+        """Back to nearest rounding, with the scale that the search found."""
+        if self._searched is not None:
+            self.scale = self._searched
+        self.codes, self._searched = None, None
 
     @torch.no_grad()
     def candidate_errors(self, weight: Tensor, gram: Tensor | None) -> dict[NumberFormat, float]:
@@ -135,7 +176,7 @@ class WeightObserver(FloatObserver):
     def choose(self, fmt: NumberFormat, weight: Tensor) -> None:
         """Fixes the format to ``fmt``, one of the candidates, and searches the scale of ``weight`` in it."""
         self.fmt, self.resolved = fmt, True
-        self.scale = self._search(weight)
+        self.scale, self._searched = self._search(weight), None
 
     @torch.no_grad()
     def resolve(self, weight: Tensor, gram: Tensor | None) -> None:

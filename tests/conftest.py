@@ -32,6 +32,8 @@ SLOW = (
     "tests/passes/fine_tuning/test_scale_tuning.py::test_the_converted_graph_errs_less_by_what_the_report_says",
     "tests/passes/reconstruction/test_reconstruct.py::test_a_killed_run_resumes_with_the_same_bits",
     "tests/passes/test_block_outlining.py::test_hunyuans_long_skips_make_four_kinds",
+    "tests/passes/transforms/test_hadamard.py::test_the_function_of_a_family_stays",
+    "tests/passes/transforms/test_low_rank.py::test_modules_and_files_compute_the_same_bits",
     "tests/passes/transforms/test_round_trips.py",
     "tests/reference",
     "tests/serving/test_app.py::test_a_port_that_is_taken_is_said_before_the_model_is_loaded",

@@ -49,6 +49,12 @@ def export_single_file(folder: str | Path, out: str | Path) -> None:
     """
     folder, out = Path(folder), Path(out)
     record = transformer_folder.read_record(folder)
+    beyond = next((transform.name for transform in record.transforms if not transform.fits_single_file), None)
+    if beyond is not None:
+        raise ValueError(
+            f"{folder} was changed by the transform {beyond!r}, which layout {LAYOUT_VERSION} of single files cannot describe; "
+            "load the folder itself, or quantize without it"
+        )
     tensors = dict(tensor_files.read(folder, record.tensors))
     formats: dict[str, Any] = {}
     layers: dict[str, Any] = {}

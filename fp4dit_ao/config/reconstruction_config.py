@@ -16,7 +16,7 @@ class ReconstructionConfig:
     """
 
     rounding: str = "scale_aware"
-    """Rounding rule, a name in ``rounding.ROUNDINGS``: learned (``"scale_aware"``, ``"adaround"``) or in closed form
+    """Rounding rule, a name in ``rounding.ROUNDINGS``: learned (such as ``"scale_aware"``, ``"adaround"``) or in closed form
     (``"gptq"``, ``"gptq_act_order"``, ``"nearest"``). Fields of the optimisation concern learned rules alone."""
     objective: str = "mse"
     """Loss to minimise, which also decides whether a rounding is kept: a name in ``objectives.OBJECTIVES``."""
@@ -27,8 +27,8 @@ class ReconstructionConfig:
     batch_size: int = 16
     """Calibration rows (a sample of guidance batch 2 is two rows) per step, and per forward pass of any other kind."""
     lr: float | None = None
-    """Adam's learning rate, absolute: in weight units for scale-aware AdaRound (the paper: 1e-4), in logits for plain AdaRound.
-    None: ``relative_lr``. Excludes ``relative_lr``."""
+    """The optimizer's learning rate, absolute: in weight units for scale-aware AdaRound (the paper: 1e-4), in logits for plain
+    AdaRound, in steps of the format for ``"sign_gradient"``. None: ``relative_lr``. Excludes ``relative_lr``."""
     relative_lr: float | None = None
     """Logits that the median weight's gate moves per step. The paper's 1e-4 lies between 3e-3 and 1e-2 where group maxima
     are near 0.1. None: 5e-3, or ``4 / iters`` if that is more, so that a short run can still cross from gate to gate."""

@@ -17,10 +17,13 @@ from torch.fx import GraphModule
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.config import ReconstructionConfig
 from fp4dit_ao.observers import FloatObserver
-from fp4dit_ao.observers.weight import weight_of
+from fp4dit_ao.observers.weight import Settled, weight_of
 from fp4dit_ao.passes.partition import Segment, weight_observers
 from fp4dit_ao.passes.reconstruction.report import BlockReport
 from fp4dit_ao.passes.reconstruction.rounding import RoundingRule
+
+_SCALE = "#scale"
+"""Follows a weight's name: its learned scale."""
 
 
 def fingerprint(
@@ -67,21 +70,22 @@ class Store:
 
     def save(self, index: int, segment: Segment, row: BlockReport) -> None:
         """Write one finished unit; a kill leaves either all of it or nothing."""
-        codes = {o.name: o.codes for o in _observers(segment) if o.codes is not None}
+        tensors = {o.name: o.codes for o in _observers(segment) if o.codes is not None}
+        tensors |= {f"{o.name}{_SCALE}": o.scale for o in _observers(segment) if o.rescaled}
         metadata = {"fingerprint": self.fingerprint, "row": json.dumps(dataclasses.asdict(row))}
         partial = self._path(index).with_suffix(".partial")
-        save_file({name: x.cpu().contiguous() for name, x in codes.items()}, partial, metadata)
+        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, partial, metadata)
         os.replace(partial, self._path(index))
 
     def load(self, index: int, segment: Segment) -> BlockReport | None:
-        """Restore one unit's codes; None if it was not finished."""
+        """Restore one unit's codes, and scales that were learned; None if it was not finished."""
         path = self._path(index)
         if not path.exists():
             return None
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                codes = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is broken ({error}); delete it to reconstruct that part again") from error
         if metadata.get("fingerprint") != self.fingerprint:
@@ -90,8 +94,14 @@ class Store:
                 "name another checkpoint_dir, or delete this one"
             )
         for observer in _observers(segment):
-            stored = codes.get(observer.name)
-            observer.codes = None if stored is None else stored.to(observer.scale.device)
+            codes, scale = tensors.get(observer.name), tensors.get(f"{observer.name}{_SCALE}")
+            device = observer.scale.device
+            observer.settle(
+                Settled(
+                    None if codes is None else codes.to(device),
+                    observer.scale if scale is None else scale.to(device),
+                )
+            )
         return BlockReport(**json.loads(metadata["row"]))
 
 

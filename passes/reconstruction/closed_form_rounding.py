@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fp4dit_ao.observers import WeightObserver
+from fp4dit_ao.observers.weight import Settled
 from fp4dit_ao.passes.partition import Segment
 from fp4dit_ao.passes.reconstruction.rounding import ClosedFormRounding
 from fp4dit_ao.passes.reconstruction.unit_error import UnitError, settled
@@ -26,8 +27,8 @@ class SharedInput:
     observers: list[WeightObserver]
 
 
-def solve(error: UnitError, rule: ClosedFormRounding, bar: Any) -> dict[WeightObserver, Tensor]:
-    """Codes of every observer of a unit; leaves them in the observers, too.
+def solve(error: UnitError, rule: ClosedFormRounding, bar: Any) -> dict[WeightObserver, Settled]:
+    """The rounding of every observer of a unit; leaves it in the observers, too.
 
     Args:
         error: of the unit; its observers' codes are what not yet solved linears are rounded by.
@@ -43,7 +44,7 @@ def solve(error: UnitError, rule: ClosedFormRounding, bar: Any) -> dict[WeightOb
             own = None if hessian is None else hessian.clone()
             observer.codes = rule.solve(error.weights[observer], error.grids[observer], own, observer.name)
             bar.update()
-    return {observer: observer.codes for observer in error.weights if observer.codes is not None}
+    return {observer: observer.settled for observer in error.weights}
 
 
 def groups_by_input(segment: Segment) -> list[SharedInput]:

@@ -64,7 +64,7 @@ def reconstruct(
     for node, observer in weight_observers(prepared):
         weight = weight_of(prepared, node)
         observer.resolve(weight, gram_of(prepared, node))
-        observer.codes = None  # of an earlier reconstruction
+        observer.forget()  # an earlier reconstruction
         observer.quantized(weight)
     plan = scope(prepared, config)
     store = (

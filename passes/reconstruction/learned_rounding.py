@@ -1,5 +1,6 @@
 """Learned rounding of one unit: gradient descent on the unit's error."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from fp4dit_ao.config import ReconstructionConfig
 from fp4dit_ao.observers import WeightObserver
+from fp4dit_ao.observers.weight import Settled
 from fp4dit_ao.passes.reconstruction.rounding import LearnedRounding
 from fp4dit_ao.passes.reconstruction.unit_error import UnitError, rounding_by
 
@@ -26,8 +28,8 @@ class Learner:
         self.error, self.rule, self.config = error, rule, config
         self.generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
 
-    def solve(self, before: float, bar: Any) -> dict[WeightObserver, Tensor]:
-        """The learned codes of every observer.
+    def solve(self, before: float, bar: Any) -> dict[WeightObserver, Settled]:
+        """The learned rounding of every observer.
 
         Args:
             before: the unit's error with the rounding that its observers hold; more than 0.
@@ -41,35 +43,47 @@ class Learner:
                 rule.start_from(observer.codes)
         with rounding_by(rules), torch.enable_grad():
             self._optimise(rules, before, bar)
-        return {observer: rule.hard_codes() for observer, rule in rules.items()}
+        return {observer: self._settled(observer, rule) for observer, rule in rules.items()}
+
+    def _settled(self, observer: WeightObserver, rule: LearnedRounding) -> Settled:
+        factor, scale = rule.scale_factor(), observer.scale
+        if factor is not None and scale is not None:
+            stored = self.error.grids[observer].rescaled(factor.detach()).stored
+            assert stored is not None
+            scale = stored.reshape(scale.shape)
+        return Settled(rule.hard_codes(), scale)
 
     def _optimise(self, rules: dict[WeightObserver, LearnedRounding], before: float, bar: Any) -> None:
         config, graph = self.config, self.error.segment.graph
-        optimizer = torch.optim.Adam(
-            [
-                {"params": list(rule.parameters()), "lr": config.lr or rule.learning_rate(config.step_in_logits)}
-                for rule in rules.values()
-            ],
-            eps=1e-20,  # one weight's share of millions in the gradient is far below the usual 1e-8
-            fused=True,
-        )
+        optimizer = self.rule.optimizer(list(rules.values()), config)
+        rates = [group["lr"] for group in optimizer.param_groups]
         sizes = {observer: weight.numel() for observer, weight in self.error.weights.items()}
         count = sum(sizes.values())
+        least, best = float("inf"), list[dict[str, Any]]()
         warm = round(config.warmup * config.iters)
         run = torch.compile(graph) if config.compile else graph
         for iteration in range(config.iters):
             optimizer.zero_grad(set_to_none=True)
             *others, last = self._minibatch()
+            found = 0.0
             for number, rows in others:
-                torch.autograd.backward(self._share(number, rows, run) / before)
+                share = self._share(number, rows, run) / before
+                torch.autograd.backward(share)
+                found += float(share.detach()) if self.rule.keeps_best else 0.0
             loss = self._share(*last, run) / before
+            if self.rule.keeps_best and (found := found + float(loss.detach())) < least:
+                least, best = found, [copy.deepcopy(rule.state_dict()) for rule in rules.values()]
             if iteration >= warm and config.regularizer:
                 beta = config.beta_at((iteration - warm) / max(1, config.iters - warm))
                 for observer, rule in rules.items():
                     loss = loss + rule.regularizer(beta) * (config.regularizer * sizes[observer] / count)
             torch.autograd.backward(loss)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * self.rule.pace(iteration / config.iters)
             optimizer.step()
             bar.update()
+        for rule, state in zip(rules.values(), best, strict=False):
+            rule.load_state_dict(state)
 
     def _minibatch(self) -> Iterator[tuple[int, Tensor]]:
         """Rows without replacement, from all streams alike: (stream, rows in it)."""

@@ -3,10 +3,9 @@
 import time
 from typing import Any
 
-from torch import Tensor
-
 from fp4dit_ao.config import ReconstructionConfig
 from fp4dit_ao.observers import WeightObserver
+from fp4dit_ao.observers.weight import Settled
 from fp4dit_ao.passes.partition import Segment
 from fp4dit_ao.passes.reconstruction import closed_form_rounding
 from fp4dit_ao.passes.reconstruction.learned_rounding import Learner
@@ -26,9 +25,9 @@ def round_unit(error: UnitError, rule: RoundingRule, config: ReconstructionConfi
         bar: updated by :func:`steps_of` in all.
     """
     began = time.monotonic()
-    earlier = {observer: observer.codes for observer in error.weights}
+    earlier = {observer: observer.settled for observer in error.weights}
     before = error.total()
-    after, kept = before, "earlier" if any(codes is not None for codes in earlier.values()) else "nearest"
+    after, kept = before, "earlier" if any(rounding.codes is not None for rounding in earlier.values()) else "nearest"
     steps = steps_of(error.segment, rule, config)
     if steps and before > 0:
         learned = not isinstance(rule, ClosedFormRounding)
@@ -51,15 +50,15 @@ def steps_of(segment: Segment, rule: RoundingRule, config: ReconstructionConfig)
 
 def _solve(
     error: UnitError, rule: RoundingRule, config: ReconstructionConfig, index: int, before: float, bar: Any
-) -> dict[WeightObserver, Tensor]:
+) -> dict[WeightObserver, Settled]:
     if isinstance(rule, ClosedFormRounding):
         return closed_form_rounding.solve(error, rule, bar)
     return Learner(error, rule, config, index).solve(before, bar)
 
 
-def _assign(codes: dict[WeightObserver, Tensor] | dict[WeightObserver, Tensor | None]) -> None:
-    for observer, own in codes.items():
-        observer.codes = own
+def _assign(roundings: dict[WeightObserver, Settled]) -> None:
+    for observer, own in roundings.items():
+        observer.settle(own)
 
 
 def _changed(error: UnitError) -> float:
@@ -67,6 +66,6 @@ def _changed(error: UnitError) -> float:
     moved = 0
     for observer, weight in error.weights.items():
         if observer.codes is not None:
-            grid = error.grids[observer]
+            grid = observer.grid(weight)  # with the scale that was kept
             moved += int((grid.levels(observer.codes) != grid.levels(grid.encode(weight))).sum())
     return moved / sum(weight.numel() for weight in error.weights.values())

@@ -44,12 +44,14 @@ class GraphTransform(abc.ABC):
     Attributes:
         name: name in the registry.
         needs_data: whether :meth:`fit` looks at samples; if not, they may be empty.
+        fits_single_file: whether ``export_single_file`` can say what was done to linears; False refuses such models there.
         quantizer: annotates what will be quantized, and with which observers; ``fp4dit_ao.transform`` sets it where it is None.
         progress: show a progress bar while fitting.
     """
 
     name: ClassVar[str]
     needs_data: ClassVar[bool]
+    fits_single_file: ClassVar[bool] = True
     quantizer: Quantizer | None = None
     progress: bool = False
 

@@ -6,6 +6,8 @@ from typing import Any
 from torch.fx import GraphModule
 
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, records_of
+from fp4dit_ao.passes.transforms.hadamard import Hadamard
+from fp4dit_ao.passes.transforms.low_rank import LowRank
 from fp4dit_ao.passes.transforms.smoothquant import SmoothQuant
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs
 from fp4dit_ao.util.registry import Registry
@@ -26,6 +28,20 @@ TRANSFORMS.register(
     summary="Splits a linear whose input joins tensors into one linear for each, with scales of its own.",
     source="Q-Diffusion, arXiv 2302.04304, sec. 4.3.2",
     cost="one more linear a joint",
+)
+TRANSFORMS.register(
+    Hadamard.name,
+    Hadamard,
+    summary="Mixes blocks of linears' input channels by Hadamard matrices, where that errs less at the output.",
+    source="QuaRot, arXiv 2404.00456",
+    cost="one pass over the samples; a product with a matrix of 128 columns before each linear",
+)
+TRANSFORMS.register(
+    LowRank.name,
+    LowRank,
+    summary="Takes a part of rank 32 out of weights, which stays in high precision, and quantizes the rest.",
+    source="SVDQuant, arXiv 2411.05007; the iteration: its code",
+    cost="one pass over the samples, then a few trial quantizations of each linear; two small products beside each linear",
 )
 
 

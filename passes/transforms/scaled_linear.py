@@ -4,12 +4,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fp4dit_ao.passes.transforms.transformed_linear import TransformedLinear, restore_linears
+
 INPUT_SCALE = "smooth_scale"
 """Name of the factors of the input, ``(in_features,)``, beside ``weight`` and ``bias``."""
 
+unscale_modules = restore_linears
 
-class ScaledLinear(nn.Linear):
-    """``linear(x * smooth_scale)``. An ``nn.Linear`` for whoever looks for one, such as a LoRA, which sees ``x`` itself.
+
+class _Scale:
+    def before(self, module: Any, x: Tensor) -> Tensor:
+        return scaled_input(module, x)
+
+    def beside(self, module: Any, x: Tensor) -> None:
+        return None
+
+    def undone(self, module: Any, weight: Tensor) -> Tensor:
+        scale: Tensor = getattr(module, INPUT_SCALE)
+        return weight * scale.to(weight)
+
+
+class ScaledLinear(TransformedLinear):
+    """``linear(x * smooth_scale)``.
 
     Args:
         linear: that it replaces; its parameters are shared.
@@ -18,30 +34,10 @@ class ScaledLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, scale: Tensor, stored: bool = True):
-        nn.Module.__init__(self)  # nn.Linear's own would make a weight
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = linear.weight
-        self.register_parameter("bias", linear.bias)
-        self.register_buffer(INPUT_SCALE, scale, persistent=stored)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(…, in_features)`` to ``(…, out_features)``."""
-        return super().forward(scaled_input(self, x))
+        super().__init__(linear, _Scale(), {INPUT_SCALE: scale}, {INPUT_SCALE: stored})
 
 
 def scaled_input(module: Any, x: Tensor) -> Tensor:
     """The input of ``module``, times its scale if it has one."""
     scale: Tensor | None = getattr(module, INPUT_SCALE, None)
     return x if scale is None else x * scale
-
-
-def unscale_modules(model: nn.Module) -> None:
-    """Put an ``nn.Linear`` of the unscaled function in the place of every :class:`ScaledLinear` with a float weight."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, ScaledLinear):
-            parent, _, leaf = name.rpartition(".")
-            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            weight = module.weight.detach()
-            plain.weight = nn.Parameter(weight * getattr(module, INPUT_SCALE).to(weight), requires_grad=False)
-            plain.bias = module.bias
-            setattr(model.get_submodule(parent), leaf, plain)

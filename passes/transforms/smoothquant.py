@@ -1,49 +1,37 @@
 """SmoothQuant: difficulty moved from the channels of a linear's input into its weight, where it is easier to quantize."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from fp4dit_ao import _compat
-from fp4dit_ao.passes.transforms.annotated_linears import AnnotatedLinear, annotated_linears, linear_name, weight_path
+from fp4dit_ao.passes.transforms.annotated_linears import annotated_linears, weight_path
 from fp4dit_ao.passes.transforms.folding import foldable_parameters
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record
 from fp4dit_ao.passes.transforms.input_statistics import InputStatistics, input_statistics
+from fp4dit_ao.passes.transforms.linear_groups import (
+    LinearGroup,
+    call,
+    calls_of,
+    groups_by_input,
+    module_of,
+    nodes_by_linear,
+    readers_by_source,
+    replace_parameter,
+    stored_tensor,
+    tensor_at,
+)
 from fp4dit_ao.passes.transforms.scaled_linear import INPUT_SCALE, ScaledLinear
+from fp4dit_ao.passes.transforms.trial_quantization import output_error
 
 _ATEN = torch.ops.aten
-_BLOCK = re.compile(r"(?:.*?\.)??\d+(?=\.)")
-"""The outermost numbered module in a name: the transformer block."""
 _RANGE = 2.0**-13
 """Smallest absmax of a channel, as a part of the largest, that a factor follows: dead channels would give any factor."""
-
-
-@dataclass
-class _Group:
-    """Linears that read the same tensor in one transformer block, or share a weight: they have one vector of factors."""
-
-    linears: list[AnnotatedLinear]
-
-    @property
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(linear.name for linear in self.linears))
-
-    @property
-    def sources(self) -> list[Node]:
-        return list(dict.fromkeys(linear.source for linear in self.linears))
-
-    @property
-    def pattern(self) -> str:
-        """The name of the group in whatever block."""
-        return re.sub(r"\d+", "*", self.names[0])
 
 
 @dataclass
@@ -116,7 +104,7 @@ class SmoothQuant(GraphTransform):
         """
         if self.quantizer is None:
             raise ValueError("SmoothQuant needs to know the formats; give SmoothQuant(quantizer) an FP4DiTQuantizer")
-        groups = _groups(graph, annotated_linears(graph, self.quantizer))
+        groups = groups_by_input(graph, annotated_linears(graph, self.quantizer))
         smoothed = next((name for name, _ in graph.named_buffers() if name.rpartition(".")[2] == INPUT_SCALE), None)
         if smoothed is not None:
             raise ValueError(f"this graph is smoothed already: it has {smoothed}; apply smoothquant once")
@@ -129,7 +117,7 @@ class SmoothQuant(GraphTransform):
             self.groups.append(SmoothedGroup(group.names, folded, scale))
         self._leave_alone([group.pattern for group in groups])
 
-    def _may_fold(self, group: _Group) -> bool:
+    def _may_fold(self, group: LinearGroup) -> bool:
         return self.fold and len(group.sources) == 1
 
     def _leave_alone(self, patterns: list[str]) -> None:
@@ -143,12 +131,12 @@ class SmoothQuant(GraphTransform):
             if pattern in changed and not (group.folded and _is_identity(group.scale))
         ]
 
-    def _search(self, graph: GraphModule, group: _Group, seen: list[InputStatistics]) -> Tensor:
+    def _search(self, graph: GraphModule, group: LinearGroup, seen: list[InputStatistics]) -> Tensor:
         """The factors that the input is multiplied by, ``(in_features,)``."""
         rows = torch.cat([x for statistics in seen for x in statistics.kept])
         inputs = torch.stack([statistics.absmax for statistics in seen if statistics.absmax is not None]).amax(0)
-        members = {linear.name: linear for linear in group.linears}
-        weights = [_tensor(graph, linear.weight) for linear in members.values()]
+        members = group.members
+        weights = [tensor_at(graph, linear.weight) for linear in members]
         columns = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
         outputs = [rows.float() @ weight.float().T for weight in weights]
         size = max(sum(float(y.square().sum()) for y in outputs), torch.finfo(torch.float32).tiny)
@@ -156,7 +144,8 @@ class SmoothQuant(GraphTransform):
         first = float("nan")
         for scale in candidate_scales(inputs, columns, self.points):
             scale = scale.to(rows.dtype)
-            error = _output_error(list(members.values()), weights, rows, outputs, scale) / size
+            scaled = [(weight.float() / scale.float()).to(weight.dtype) for weight in weights]
+            error = output_error(members, scaled, rows * scale, outputs) / size
             if best is None:
                 first = error
             if best is None or error < best[0]:
@@ -168,21 +157,15 @@ class SmoothQuant(GraphTransform):
     # --- applying ----------------------------------------------------------------------------------------------------
 
     def rewrite(self, graph: GraphModule) -> None:
-        linears: dict[str, list[Node]] = {}
-        for node in graph.graph.nodes:
-            if node.target is _ATEN.linear.default:
-                linears.setdefault(linear_name(node), []).append(node)
+        linears = nodes_by_linear(graph)
         for group in self.groups:
-            nodes = [node for name in group.linears for node in linears.get(name, [])]
-            missing = next((name for name in group.linears if name not in linears), None)
-            if missing is not None:
-                raise ValueError(f"the graph has no linear {missing}, which was smoothed; it is of another model")
+            nodes = calls_of(linears, group.linears, "smoothed")
             if group.scale is not None:
                 for path in dict.fromkeys(weight_path(node) for node in nodes):
-                    _replace(graph, path, _tensor(graph, path).float() / group.scale.float())
+                    replace_parameter(graph, path, tensor_at(graph, path).float() / group.scale.float())
                 for path in group.folded:
-                    old = _tensor(graph, path)
-                    _replace(graph, path, old.float() * group.scale.float().reshape(-1, *[1] * (old.ndim - 1)))
+                    old = tensor_at(graph, path)
+                    replace_parameter(graph, path, old.float() * group.scale.float().reshape(-1, *[1] * (old.ndim - 1)))
             if not group.folded:
                 _multiply(graph, nodes, group)
 
@@ -191,9 +174,7 @@ class SmoothQuant(GraphTransform):
             scale: Tensor | None = None
             for name in [] if group.folded else group.linears:
                 parent, _, leaf = name.rpartition(".")
-                linear = _submodule(model, name)
-                if not isinstance(linear, nn.Linear):
-                    raise ValueError(f"{type(model).__name__} has no linear {name}, which was smoothed")
+                linear = module_of(model, name, "smoothed")
                 first = scale is None
                 if scale is None:
                     weight = linear.weight
@@ -226,7 +207,7 @@ class SmoothQuant(GraphTransform):
             if name in group.folded or (group.folded and owner in group.linears):
                 return None
             if owner in group.linears and name.endswith(".weight"):
-                weight = weight / _tensor(graph, group.scale_name).to(weight.device, weight.dtype)
+                weight = weight / tensor_at(graph, group.scale_name).to(weight.device, weight.dtype)
         return weight
 
     # --- records -----------------------------------------------------------------------------------------------------
@@ -263,60 +244,7 @@ def candidate_scales(inputs: Tensor, columns: Tensor, points: int) -> Iterator[T
             yield torch.exp2(log - log.mean()).to(torch.bfloat16).float()
 
 
-def _output_error(
-    linears: list[AnnotatedLinear], weights: list[Tensor], rows: Tensor, outputs: list[Tensor], scale: Tensor
-) -> float:
-    """Squared error of the quantized linears' outputs on ``rows``, if the input is multiplied by ``scale``."""
-    scaled = rows * scale
-    quantized: dict[Any, Tensor] = {None: scaled.float()}
-    total = 0.0
-    for linear, weight, output in zip(linears, weights, outputs, strict=True):
-        observer = linear.input_observer
-        if observer not in quantized:
-            quantized[observer] = _fake_quantized(observer, scaled).float()
-        scaled_weight = (weight.float() / scale.float()).to(weight.dtype)
-        rounded = _fake_quantized(linear.weight_observer, scaled_weight, scaled).float()
-        total += float((F.linear(quantized[observer], rounded) - output).square().sum())
-    return total
-
-
-def _fake_quantized(make: Any, x: Tensor, inputs: Tensor | None = None) -> Tensor:
-    """``x`` as the observer that ``make`` makes quantizes it; ``inputs`` decide between formats, where it has a choice."""
-    observer = make()
-    if inputs is not None and not getattr(observer, "resolved", True):
-        observer.resolve(x, inputs.float().T @ inputs.float())
-    observer(x)  # a static range is observed first
-    observer.fake_quantize = True
-    rounded: Tensor = observer(x)
-    return rounded
-
-
-def _groups(graph: GraphModule, linears: list[AnnotatedLinear]) -> list[_Group]:
-    """Linears by what their factors must agree with, in the order of the graph; without those whose factors cannot be said."""
-    tensors = [x for _, x in graph.named_parameters(remove_duplicate=False)]
-    groups: list[_Group] = []
-    by_key: dict[Any, _Group] = {}
-    for linear in linears:
-        weight = _tensor(graph, linear.weight)
-        fits = linear.source.meta["val"].dtype == weight.dtype and weight.is_floating_point()
-        if not linear.name or not fits or sum(x is weight for x in tensors) > 1:
-            continue
-        block = _BLOCK.match(linear.name)
-        keys = [(linear.source, block and block.group()), linear.weight]
-        found = list({id(by_key[key]): by_key[key] for key in keys if key in by_key}.values())
-        group = found[0] if found else _Group([])
-        if not found:
-            groups.append(group)
-        for other in found[1:]:
-            group.linears += other.linears
-            groups = [kept for kept in groups if kept is not other]
-            by_key = {key: group if value is other else value for key, value in by_key.items()}
-        group.linears.append(linear)
-        by_key.update(dict.fromkeys(keys, group))
-    return groups
-
-
-def _nodes(group: _Group) -> list[Node]:
+def _nodes(group: LinearGroup) -> list[Node]:
     return [linear.node for linear in group.linears]
 
 
@@ -326,47 +254,16 @@ def _is_identity(scale: Tensor | None) -> bool:
 
 def _multiply(graph: GraphModule, nodes: list[Node], group: SmoothedGroup) -> None:
     """Put ``mul(source, smooth_scale)`` before the linears of a group."""
-    order = {node: position for position, node in enumerate(graph.graph.nodes)}
-    path: str | None = None
-    for source in dict.fromkeys(node.args[0] for node in sorted(nodes, key=order.__getitem__)):
-        assert isinstance(source, Node)
-        readers = sorted((node for node in nodes if node.args[0] is source), key=order.__getitem__)
-        value = source.meta["val"]
+    if any(name == group.scale_name for name, _ in graph.named_buffers()):
+        raise ValueError(f"{group.linears[0]} has a tensor {INPUT_SCALE} already; apply smoothquant once")
+    for source, readers in readers_by_source(graph, nodes):
+        value: Tensor = source.meta["val"]
+        scale = group.scale
+        if scale is None:
+            weight = tensor_at(graph, weight_path(readers[0]))
+            scale = torch.ones(value.shape[-1], dtype=value.dtype, device=weight.device)
         with graph.graph.inserting_before(readers[0]):
-            if path is None:
-                scale = group.scale
-                if scale is None:
-                    weight = _tensor(graph, weight_path(readers[0]))
-                    scale = torch.ones(value.shape[-1], dtype=value.dtype, device=weight.device)
-                factor = _compat.create_buffer_node(graph, group.scale_name, scale)
-                path = str(factor.target)
-                if path != group.scale_name:
-                    raise ValueError(f"{group.linears[0]} has a tensor {INPUT_SCALE} already; apply smoothquant once")
-            else:
-                factor = graph.graph.get_attr(path)
-            scaled = graph.graph.call_function(_ATEN.mul.Tensor, (source, factor))
-        factor.meta = {k: v for k, v in readers[0].meta.items() if k in ("nn_module_stack", "stack_trace")}
-        factor.meta["val"] = value.new_empty(value.shape[-1:])
-        scaled.meta = dict(readers[0].meta) | {"val": value}
+            factor = stored_tensor(graph, readers[0], group.scale_name, scale)
+            scaled = call(graph, readers[0], _ATEN.mul.Tensor, (source, factor), value)
         for node in readers:
             node.update_arg(0, scaled)
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
-def _tensor(graph: GraphModule, path: str) -> Tensor:
-    owner, _, leaf = path.rpartition(".")
-    tensor: Tensor = getattr(graph.get_submodule(owner), leaf)
-    return tensor
-
-
-def _replace(graph: GraphModule, path: str, value: Tensor) -> None:
-    """Give the graph another parameter of that name: the old one may be that of the model that was captured."""
-    owner, _, leaf = path.rpartition(".")
-    old = _tensor(graph, path)
-    setattr(graph.get_submodule(owner), leaf, nn.Parameter(value.to(old.dtype), old.requires_grad))

@@ -12,6 +12,7 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from fp4dit_ao import _compat
 from fp4dit_ao.passes.transforms.annotated_linears import annotated_linears, linear_name
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record
+from fp4dit_ao.passes.transforms.linear_groups import call
 from fp4dit_ao.passes.transforms.scaled_linear import INPUT_SCALE, scaled_input
 
 _ATEN = torch.ops.aten
@@ -63,6 +64,12 @@ class SplitLinear(nn.Module):
         for part, piece in others:
             total = total + part(piece)
         return total
+
+
+def joins_or_is_part(node: Node) -> bool:
+    """Whether a linear's node is, or may become, one of those that the parts of an input have; others cannot change it."""
+    name = linear_name(node)
+    return whole_name(name) != name or joined_features(node) is not None
 
 
 def joined_features(node: Node) -> list[int] | None:
@@ -189,13 +196,13 @@ def _split(model: GraphModule, node: Node, sizes: list[int]) -> None:
             model.get_submodule(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], part)
             own = model.graph.get_attr(f"{name}.{leaf}")
             own.meta = dict(weight.meta) | {"val": weight.meta["val"][:, start:stop]}
-            taken = _call(
+            taken = call(
                 model, node, _ATEN.slice.Tensor, (source, -1, start, stop), source.meta["val"][..., start:stop]
             )
             arguments = (taken, own) if bias is None or total is not None else (taken, own, bias)
-            product = _call(model, node, _ATEN.linear.default, arguments, node.meta["val"])
+            product = call(model, node, _ATEN.linear.default, arguments, node.meta["val"])
             total = (
-                product if total is None else _call(model, node, _ATEN.add.Tensor, (total, product), node.meta["val"])
+                product if total is None else call(model, node, _ATEN.add.Tensor, (total, product), node.meta["val"])
             )
             start = stop
     assert total is not None
@@ -205,9 +212,3 @@ def _split(model: GraphModule, node: Node, sizes: list[int]) -> None:
         model.graph.erase_node(weight)
         if not any(n.op == "get_attr" and n.target == weight.target for n in model.graph.nodes):
             delattr(owner, leaf)
-
-
-def _call(model: GraphModule, like: Node, target: Any, arguments: tuple[Any, ...], value: Any) -> Node:
-    node = model.graph.call_function(target, arguments)
-    node.meta = dict(like.meta) | {"val": value}
-    return node

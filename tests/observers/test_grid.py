@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchao.quantization.granularity import PerAxis, PerGroup, PerTensor
 
-from fp4dit_ao.observers import BlockWeightObserver, WeightObserver
+from fp4dit_ao.observers import BlockWeightObserver, CodebookWeightObserver, WeightObserver
 
 OBSERVERS = [
     WeightObserver("e2m1", PerGroup(16)), WeightObserver("nf4", PerGroup(32), search="mse"), WeightObserver("e3m0", PerAxis(0)),
@@ -55,3 +55,32 @@ def test_brackets_enclose_the_weight(observer) -> None:
     assert torch.equal(grid.levels(low), grid.bracket(w).low)
     assert torch.equal(grid.levels(up), grid.bracket(w).up)
     assert (grid.bracket(w).step > 0).all()
+
+
+@pytest.mark.parametrize(
+    "observer", [*OBSERVERS, CodebookWeightObserver("e2m1_groups", 16)], ids=lambda o: str(o.fmt)[:12]
+)
+def test_rounding_and_neighbours_without_codes_are_those_with_codes(observer) -> None:
+    observer.scale = None
+    w = weight()
+    grid = observer.grid(w)
+    assert torch.equal(grid.round(w), grid.decode(grid.encode(w)))
+    assert all(torch.equal(a, b) for a, b in zip(grid.neighbours(w), grid.bracket(w)[:3], strict=True))
+
+
+@pytest.mark.parametrize("observer", OBSERVERS, ids=lambda o: f"{o.fmt} {o.granularity}")
+def test_rescaled_grids_are_those_of_the_stored_scales_they_will_have(observer) -> None:
+    observer.scale = None
+    w = weight()
+    grid = observer.grid(w)
+    if isinstance(observer, BlockWeightObserver):
+        assert grid.stored is None
+        return
+    factor = torch.rand(grid.stored.shape, generator=torch.Generator().manual_seed(1)).add(0.5).requires_grad_()
+    changed = grid.rescaled(factor)
+    observer.scale = changed.stored
+    assert changed.stored.dtype == grid.stored.dtype
+    assert torch.equal(changed.scale, observer.grid(w).scale)
+    assert torch.equal(changed.encode(w), observer.quantized(w)[0])
+    (gradient,) = torch.autograd.grad(changed.scale.sum(), factor)
+    torch.testing.assert_close(gradient, grid.stored.float() * (w.numel() // factor.numel()))

@@ -3,15 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torchao.quantization.granularity import PerGroup
 
 from fp4dit_ao import QuantConfig, w4a6
 from fp4dit_ao.config.quant_config import WEIGHT_SEARCHES
-from fp4dit_ao.formats import CODEBOOKS, CodebookFormat
+from fp4dit_ao.formats import CODEBOOKS, CodebookFormat, parse
 from fp4dit_ao.observers import TokenActivationObserver, WeightObserver
-from fp4dit_ao.observers.scale_search import SEARCHES, absmax, register_search
+from fp4dit_ao.observers.scale_search import SEARCHES, absmax, lowbit_fp, register_search
 
 LEVELS = (-9, -5, -3, -1, 0, 2, 4, 8)
 
@@ -70,3 +71,37 @@ def test_a_search_of_ones_own() -> None:
     finally:
         del SEARCHES._methods["doubled"], SEARCHES._infos["doubled"]
         WEIGHT_SEARCHES.remove("doubled")
+
+
+@pytest.mark.parametrize("fmt", ["e2m1", "e1m2", "e3m0", "int4"])
+@pytest.mark.parametrize("block", [[-1, -1], [1, 64]])
+def test_lowbit_fp_takes_the_best_of_111_clips(fmt: str, block: list[int]) -> None:
+    """Against the paper's quantizer, by its bias: ``s(x) = 2^(p - b - M)``, ``p = max(1, floor(log2|x| + b))``, in NumPy."""
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    weight[2, 5] = 40.0  # what a scale from absmax would be stretched by
+    scale = lowbit_fp(weight, block, parse(fmt), torch.float32)
+    groups = weight.double().reshape((1, -1) if block[0] < 0 else (16, 64)).numpy()
+    best = []
+    for group in groups:
+        errors = []
+        for c in np.linspace(0.1, 1.2, 111) * np.abs(group).max():
+            rounded = integers(group, c) if fmt == "int4" else minifloat(group, c, int(fmt[1]), int(fmt[3]))
+            errors.append((np.square(rounded - group).sum(), c))
+        best.append(min(errors))
+    largest = float(parse(fmt).lattice_max)
+    for (error, _), group, found in zip(best, groups, scale.flatten().tolist(), strict=True):
+        clip = found * largest
+        ours = integers(group, clip) if fmt == "int4" else minifloat(group, clip, int(fmt[1]), int(fmt[3]))
+        assert np.square(ours - group).sum() == pytest.approx(error, rel=1e-3)
+
+
+def integers(x: np.ndarray, c: float) -> np.ndarray:
+    return np.clip(np.round(x / c * 7), -7, 7) * c / 7
+
+
+def minifloat(x: np.ndarray, c: float, exponent: int, mantissa: int) -> np.ndarray:
+    b = 2**exponent - np.log2(c) + np.log2(2 - 2.0**-mantissa) - 1
+    clipped = np.clip(x, -c, c)
+    p = np.maximum(1, np.floor(np.log2(np.abs(clipped) + 1e-30) + b + 1e-9))
+    step = 2.0 ** (p - b - mantissa)
+    return step * np.round(clipped / step)

@@ -1,36 +1,69 @@
 """The contract of a rounding rule. There are two kinds: learned by gradient descent, and in closed form."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from fp4dit_ao.config import ReconstructionConfig
 from fp4dit_ao.observers import Grid
 from fp4dit_ao.util.registry import Registry
 
 
 class LearnedRounding(nn.Module, ABC):
-    """The rounding of one weight as parameters that Adam learns; the class itself is what is registered.
+    """The rounding of one weight as parameters that gradient descent learns; the class itself is what is registered.
 
     ``reconstruct`` does the following with the weights of a unit, in this order:
 
     1. makes an instance for each weight, ``Rule(weight, grid)``, and calls :meth:`start_from` where an earlier unit settled
        codes;
-    2. gives Adam all ``parameters()`` of each, at the learning rate ``config.lr``, or :meth:`learning_rate` if that is None;
+    2. calls :meth:`optimizer` on all of them: Adam over all ``parameters()``, at the learning rate ``config.lr``, or
+       :meth:`learning_rate` if that is None;
     3. in each step calls :meth:`forward` once per minibatch group and weight, under autograd, for the unit's output; then,
-       after the warm-up, :meth:`regularizer` once; then takes the step;
-    4. calls :meth:`hard_codes` once, and keeps them only if the unit's error on all calibration rows is less than before.
+       after the warm-up, :meth:`regularizer` once; then takes the step, at :meth:`pace` times the learning rate;
+    4. calls :meth:`scale_factor` and :meth:`hard_codes` once, and keeps them only if the unit's error on all calibration rows
+       is less than before.
 
     Values are in weight units unless said otherwise. Parameters and buffers live on the weight's device, in float32.
 
     Args:
         weight: float ``(out_features, in_features)``, the original; not to be changed.
-        grid: the values that it can be rounded to. Scales are fixed.
+        grid: the values that it can be rounded to. Where ``grid.stored`` is not None, scales may be learned as well.
     """
 
     needs_samples = True
+    keeps_best: ClassVar[bool] = False
+    """Whether the state counts whose minibatch had the least error, rather than the last: for steps that do not settle."""
 
     def __init__(self, weight: Tensor, grid: Grid):
         super().__init__()
+
+    @classmethod
+    def optimizer(cls, rules: Sequence["LearnedRounding"], config: ReconstructionConfig) -> Optimizer:
+        """What takes the steps, over the parameters of all weights of a unit."""
+        return torch.optim.Adam(
+            [
+                {"params": list(rule.parameters()), "lr": config.lr or rule.learning_rate(config.step_in_logits)}
+                for rule in rules
+            ],
+            eps=1e-20,  # one weight's share of millions in the gradient is far below the usual 1e-8
+            fused=True,
+        )
+
+    @classmethod
+    def pace(cls, progress: float) -> float:
+        """The factor on learning rates after a fraction ``progress`` of the steps (at least 0, less than 1): a schedule."""
+        return 1.0
+
+    def scale_factor(self) -> Tensor | None:
+        """What the stored scales are multiplied by, shaped like ``grid.stored``; None if the scales stay.
+
+        :meth:`hard_codes` are codes on ``grid.rescaled`` of it.
+        """
+        return None
 
     @abstractmethod
     def start_from(self, codes: Tensor) -> None:

@@ -120,8 +120,12 @@ def test_the_same_seed_gives_the_same_bits() -> None:
             ReconstructionConfig("gptq", scope="window", batch_size=8),
             ["blocks.0 … blocks.1", "blocks.1 … blocks.2"],
         ),
+        (
+            ReconstructionConfig("sign_gradient", scope="window", iters=10, batch_size=8),
+            ["blocks.0 … blocks.1", "blocks.1 … blocks.2"],
+        ),
     ],
-    ids=["learned", "closed form", "window"],
+    ids=["learned", "closed form", "window", "scales, too"],
 )
 def test_a_killed_run_resumes_with_the_same_bits(config, units, tmp_path, monkeypatch) -> None:
     whole, data, _ = prepare(layers=3)
@@ -151,6 +155,8 @@ def test_a_killed_run_resumes_with_the_same_bits(config, units, tmp_path, monkey
     assert ran == units[1:]
     assert [row.block for row in report.rows] == units
     assert all(torch.equal(a, b) for a, b in zip(codes(whole), codes(resumed), strict=True))
+    scales = [[observer.scale for _, observer in weight_observers(graph)] for graph in (whole, resumed)]
+    assert all(torch.equal(a, b) for a, b in zip(*scales, strict=True))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path) -> None:

@@ -1,0 +1,280 @@
+"""Hadamard rotations: every block of a linear's input channels mixed evenly, so that no channel stands out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantizer import Quantizer
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from fp4dit_ao.passes.transforms.annotated_linears import annotated_linears, weight_path
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record
+from fp4dit_ao.passes.transforms.input_statistics import InputStatistics, input_statistics
+from fp4dit_ao.passes.transforms.linear_groups import (
+    LinearGroup,
+    call,
+    calls_of,
+    groups_by_input,
+    module_of,
+    nodes_by_linear,
+    readers_by_source,
+    replace_parameter,
+    stored_tensor,
+    tensor_at,
+)
+from fp4dit_ao.passes.transforms.split_inputs import joins_or_is_part
+from fp4dit_ao.passes.transforms.transformed_linear import TransformedLinear
+from fp4dit_ao.passes.transforms.trial_quantization import output_error
+
+ROTATION = "rotation"
+"""Name of the matrix ``(block, block)`` that every block of the input is multiplied by, beside ``weight`` and ``bias``."""
+SMALLEST = 16
+"""Channels of the smallest block that is rotated: fewer spread an outlier over too little."""
+_ATEN = torch.ops.aten
+
+
+@dataclass
+class RotatedGroup:
+    """Linears that share a rotated input.
+
+    Attributes:
+        linears: their names; the matrix is the first one's ``rotation``.
+        block: channels that are mixed with one another.
+    """
+
+    linears: list[str]
+    block: int
+
+    @property
+    def tensor(self) -> str:
+        return f"{self.linears[0]}.{ROTATION}"
+
+
+class Hadamard(GraphTransform):
+    """Multiplies a linear's input by an orthogonal block-diagonal matrix R, and its weight by the same: ``(X R)(W R)^T``.
+
+    Source: QuaRot (arXiv 2404.00456): R is a randomised Hadamard matrix, ``diag(+-1) H / sqrt(n)``. The paper folds
+    most of them into neighbouring layers across an RMSNorm; the LayerNorm and modulation of diffusion transformers let nothing
+    pass, so that inputs are rotated online here, in blocks of the largest power of two that divides the width, at most
+    ``block`` (128 divides all widths of the usual transformers, and is a group of weights). Weights absorb it beforehand. Its
+    entries are ``+-2^-k`` with k = ``ceil(log2(n) / 2)``, exact in every float type: ``R R^T = c I`` with c = 1 or 1/2, and the
+    weight is divided by c.
+
+    It helps where channels or weights have outliers and many values share a scale. Where they are bell-shaped it gains nothing;
+    in blocks of 16 (NVFP4), which isolate outliers, and with codebooks, which fit other shapes, little or less than that. Hence
+    each linear's output error is measured in the quantizer's own formats on rows of the calibration data, with and without, and
+    those at one place of all blocks are rotated if their errors sum to less (so that all blocks keep one structure).
+
+    It costs ``block`` multiplications a channel and token, beside ``out_features`` of the linear. Linears whose input joins
+    tensors are left to ``split_inputs``.
+
+    Args:
+        quantizer: says which linears are quantized, and with which observers.
+        block: channels of a block, at most; a power of two.
+        rows: of each input, kept to measure output errors on.
+        seed: of the signs.
+        everywhere: rotate every linear, whatever its error.
+
+    Attributes:
+        groups: the linears that are rotated.
+        errors: by the name of the first linear of a group, the squared output error without and with rotation, as parts of
+            ``||X W^T||^2``.
+
+    Raises:
+        ValueError: a block that is no power of two from 16 on, or fewer than one row.
+    """
+
+    name: ClassVar[str] = "hadamard"
+    needs_data: ClassVar[bool] = True
+    fits_single_file: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        quantizer: Quantizer | None = None,
+        block: int = 128,
+        rows: int = 512,
+        seed: int = 0,
+        everywhere: bool = False,
+    ):
+        if block < SMALLEST or block & (block - 1) or rows < 1:
+            raise ValueError(
+                f"Hadamard: block={block} and rows={rows}; the block must be a power of two from {SMALLEST} on, and rows at "
+                "least 1"
+            )
+        self.quantizer, self.block, self.rows, self.seed, self.everywhere = quantizer, block, rows, seed, everywhere
+        self.groups: list[RotatedGroup] = []
+        self.errors: dict[str, tuple[float, float]] = {}
+        self._learned = False
+
+    @torch.no_grad()
+    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Choose the linears to rotate among those that the quantizer quantizes.
+
+        Raises:
+            ValueError: no quantizer, no samples, samples that do not fit, or a graph that is rotated already.
+        """
+        if self.quantizer is None:
+            raise ValueError("Hadamard needs to know the formats; give Hadamard(quantizer) an FP4DiTQuantizer")
+        rotated = next((name for name, _ in graph.named_buffers() if name.rpartition(".")[2] == ROTATION), None)
+        if rotated is not None:
+            raise ValueError(f"this graph is rotated already: it has {rotated}; apply hadamard once")
+        linears = [x for x in annotated_linears(graph, self.quantizer) if not joins_or_is_part(x.node)]
+        groups = [group for group in groups_by_input(graph, linears) if self._block_of(graph, group) >= SMALLEST]
+        seen = input_statistics(
+            graph, samples, [x for group in groups for x in group.sources], self.rows, self.progress
+        )
+        gain: dict[str, float] = {}
+        for group in tqdm(groups, desc="hadamard", unit="input", disable=not self.progress):
+            before, after = self._errors(graph, group, [seen[source] for source in group.sources])
+            self.errors[group.names[0]] = (before, after)
+            gain[group.pattern] = gain.get(group.pattern, 0.0) + before - after
+        self.groups = [
+            RotatedGroup(group.names, self._block_of(graph, group))
+            for group in groups
+            if self.everywhere or gain[group.pattern] > 0
+        ]
+        self._learned = True
+
+    def _block_of(self, graph: GraphModule, group: LinearGroup) -> int:
+        width = tensor_at(graph, group.linears[0].weight).shape[1]
+        return min(width & -width, self.block)
+
+    def _errors(self, graph: GraphModule, group: LinearGroup, seen: list[InputStatistics]) -> tuple[float, float]:
+        rows = torch.cat([x for statistics in seen for x in statistics.kept])
+        members = group.members
+        weights = [tensor_at(graph, linear.weight) for linear in members]
+        outputs = [rows.float() @ weight.float().T for weight in weights]
+        size = max(sum(float(y.square().sum()) for y in outputs), torch.finfo(torch.float32).tiny)
+        matrix = rotation(self._block_of(graph, group), self.seed).to(rows)
+        rotated = [rotated_weight(weight, matrix) for weight in weights]
+        return (
+            output_error(members, weights, rows, outputs) / size,
+            output_error(members, rotated, rotate(rows, matrix), outputs) / size,
+        )
+
+    # --- applying ----------------------------------------------------------------------------------------------------
+
+    def _matrix(self, group: RotatedGroup, like: Tensor) -> Tensor:
+        """The rotation of a fitted transform; the identity in one from a record, until stored tensors take their places."""
+        matrix = rotation(group.block, self.seed) if self._learned else torch.eye(group.block)
+        return matrix.to(like.device, like.dtype)
+
+    def rewrite(self, graph: GraphModule) -> None:
+        linears = nodes_by_linear(graph)
+        for group in self.groups:
+            nodes = calls_of(linears, group.linears, "rotated")
+            matrix = self._matrix(group, tensor_at(graph, weight_path(nodes[0])))
+            if self._learned:
+                for path in dict.fromkeys(weight_path(node) for node in nodes):
+                    replace_parameter(graph, path, rotated_weight(tensor_at(graph, path), matrix))
+            for source, readers in readers_by_source(graph, nodes):
+                value: Tensor = source.meta["val"]
+                sizes = [value.shape[-1] // group.block, group.block]
+                with graph.graph.inserting_before(readers[0]):
+                    factor = stored_tensor(graph, readers[0], group.tensor, matrix)
+                    blocks = call(
+                        graph, readers[0], _ATEN.unflatten.int, (source, -1, sizes), value.unflatten(-1, sizes)
+                    )
+                    mixed = call(graph, readers[0], _ATEN.matmul.default, (blocks, factor), blocks.meta["val"])
+                    joined = call(graph, readers[0], _ATEN.flatten.using_ints, (mixed, -2, -1), value)
+                for node in readers:
+                    node.update_arg(0, joined)
+
+    def apply_to_modules(self, model: nn.Module) -> None:
+        for group in self.groups:
+            shared: Tensor | None = None
+            for name in group.linears:
+                parent, _, leaf = name.rpartition(".")
+                linear = module_of(model, name, "rotated")
+                first = shared is None
+                if shared is None:
+                    shared = self._matrix(group, linear.weight)
+                setattr(model.get_submodule(parent), leaf, RotatedLinear(linear, shared, stored=first))
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.groups)
+
+    def shared_tensors(self) -> dict[str, str]:
+        return {f"{name}.{ROTATION}": group.tensor for group in self.groups for name in group.linears[1:]}
+
+    def folded_linears(self) -> list[str]:
+        """Every rotated linear: its weight is of rotated inputs, which fusing a LoRA does not know of."""
+        return [name for group in self.groups for name in group.linears]
+
+    def float_weight(self, name: str, weight: Tensor, graph: GraphModule) -> Tensor | None:
+        owner = name.rpartition(".")[0]
+        for group in self.groups:
+            if owner in group.linears and name.endswith(".weight"):
+                matrix = tensor_at(graph, group.tensor)
+                return rotated_weight(weight, matrix.to(weight.device, weight.dtype))
+        return weight
+
+    # --- records -----------------------------------------------------------------------------------------------------
+
+    def to_record(self) -> Record:
+        return {"groups": [{"linears": list(group.linears), "block": group.block} for group in self.groups]}
+
+    @classmethod
+    def from_record(cls, record: Record) -> "Hadamard":
+        transform = cls()
+        transform.groups = [
+            RotatedGroup([str(name) for name in group["linears"]], int(group["block"])) for group in record["groups"]
+        ]
+        if not all(group.linears and group.block > 0 for group in transform.groups):
+            raise ValueError("a group of rotated linears is empty")
+        return transform
+
+
+class _Rotation:
+    def before(self, module: Any, x: Tensor) -> Tensor:
+        return rotate(x, getattr(module, ROTATION))
+
+    def beside(self, module: Any, x: Tensor) -> None:
+        return None
+
+    def undone(self, module: Any, weight: Tensor) -> Tensor:
+        matrix: Tensor = getattr(module, ROTATION)
+        return rotate(weight, matrix.T.to(weight))
+
+
+class RotatedLinear(TransformedLinear):
+    """``linear(x R)``, block by block.
+
+    Args:
+        linear: that it replaces; its parameters are shared.
+        matrix: ``(block, block)``, of the input's type.
+        stored: whether the matrix is one of the model's own tensors, rather than that of another linear with the same input.
+    """
+
+    def __init__(self, linear: nn.Linear, matrix: Tensor, stored: bool = True):
+        super().__init__(linear, _Rotation(), {ROTATION: matrix}, {ROTATION: stored})
+
+
+def rotation(block: int, seed: int = 0) -> Tensor:
+    """A randomised Hadamard matrix with entries ``+-2^-k``, k = ``ceil(log2(block) / 2)``; float32 ``(block, block)``.
+
+    Args:
+        block: a power of two.
+        seed: of the signs.
+    """
+    matrix = torch.ones(1, 1)
+    while len(matrix) < block:  # Sylvester's construction
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    signs = torch.randint(0, 2, (block, 1), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return signs * matrix * 2.0 ** -math.ceil(math.log2(block) / 2)
+
+
+def rotate(x: Tensor, matrix: Tensor) -> Tensor:
+    """Every block of the last dimension times ``matrix`` ``(block, block)``."""
+    return torch.matmul(x.unflatten(-1, (x.shape[-1] // len(matrix), len(matrix))), matrix).flatten(-2, -1)
+
+
+def rotated_weight(weight: Tensor, matrix: Tensor) -> Tensor:
+    """The weight ``(out_features, in_features)`` of inputs that are multiplied by ``matrix``, ``c`` times an orthogonal one."""
+    wide = matrix.float()
+    return (rotate(weight.float(), wide) / wide[0].square().sum()).to(weight.dtype)

@@ -1,0 +1,42 @@
+"""The error that linears would make if they were quantized: by which transforms choose."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp4dit_ao.passes.transforms.annotated_linears import AnnotatedLinear
+
+
+def output_error(
+    linears: Sequence[AnnotatedLinear], weights: Sequence[Tensor], rows: Tensor, wanted: Sequence[Tensor]
+) -> float:
+    """Squared error of the quantized linears' products ``Q(rows) Q(weight)^T``.
+
+    Args:
+        linears: with their observers, by which weights and inputs are quantized.
+        weights: as they would be, ``(out_features, in_features)``.
+        rows: of their common input, as it would be, ``(rows, in_features)``.
+        wanted: what the products should be, float32.
+    """
+    quantized: dict[Any, Tensor] = {None: rows.float()}
+    total = 0.0
+    for linear, weight, output in zip(linears, weights, wanted, strict=True):
+        observer = linear.input_observer
+        if observer not in quantized:
+            quantized[observer] = fake_quantized(observer, rows).float()
+        rounded = fake_quantized(linear.weight_observer, weight, rows).float()
+        total += float((F.linear(quantized[observer], rounded) - output).square().sum())
+    return total
+
+
+def fake_quantized(make: Any, x: Tensor, inputs: Tensor | None = None) -> Tensor:
+    """``x`` as the observer that ``make`` makes quantizes it; ``inputs`` decide between formats, where it has a choice."""
+    observer = make()
+    if inputs is not None and not getattr(observer, "resolved", True):
+        observer.resolve(x, inputs.float().T @ inputs.float())
+    observer(x)  # a static range is observed first
+    observer.fake_quantize = True
+    rounded: Tensor = observer(x)
+    return rounded
