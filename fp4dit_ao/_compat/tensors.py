@@ -12,6 +12,10 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 Subclass = TypeVar("Subclass", bound=Tensor)
 
 
+TensorMeta: Any = type(Tensor)
+"""Metaclass of tensors and of their subclasses."""
+
+
 def wrapper_tensor(
     cls: type[Subclass], shape: Sequence[int], dtype: torch.dtype, device: torch.device, requires_grad: bool = False
 ) -> Subclass:
