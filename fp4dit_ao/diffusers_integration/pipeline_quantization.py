@@ -11,6 +11,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from fp4dit_ao.calibration import MEMORY_LIMIT, calibrate, collect_samples, pipeline_arguments
 from fp4dit_ao.checkpoint import graph_rebuilding
 from fp4dit_ao.config import AdaRoundConfig, QuantConfig, ReconstructionConfig
+from fp4dit_ao.diffusers_integration.float_source import check_source
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.pipeline_folder import with_transformer
 from fp4dit_ao.families import quantizer_for, recipe_for
@@ -91,6 +92,7 @@ def quantize_pipeline(
             unknown, or the calibration data is bad.
     """
     model = _float_transformer(pipe)
+    check_source(model)
     config = recipe_for(model, recipe)
     rounded = chosen_config(rounding, objective, scope, adaround, reconstruction)
     transforms = resolve_transforms(transforms)

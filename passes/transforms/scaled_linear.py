@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 INPUT_SCALE = "smooth_scale"
@@ -24,9 +25,9 @@ class ScaledLinear(nn.Linear):
         self.register_parameter("bias", linear.bias)
         self.register_buffer(INPUT_SCALE, scale, persistent=stored)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(…, in_features)`` to ``(…, out_features)``."""
-        return super().forward(scaled_input(self, x))
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``(…, in_features)`` to ``(…, out_features)``; ``bias`` is added in place of its own."""
+        return F.linear(scaled_input(self, x), self.weight, self.bias if bias is None else bias)
 
 
 def scaled_input(module: Any, x: Tensor) -> Tensor:
