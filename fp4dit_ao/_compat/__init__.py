@@ -15,6 +15,7 @@ from fp4dit_ao._compat.compilation import (
     types_in_packages,
 )  # fmt: skip
 from fp4dit_ao._compat.diffusers import (
+    kept_in_float32,
     name_repeated_blocks,
     progress_bar_config,
     replace_apply,
@@ -35,6 +36,7 @@ from fp4dit_ao._compat.graphs import (
     without_guards,
 )  # fmt: skip
 from fp4dit_ao._compat.tensors import (
+    TensorMeta,
     aliased,
     fake_like,
     fake_mode,
@@ -57,11 +59,11 @@ from fp4dit_ao._compat.tensors import (
 from fp4dit_ao._compat.torchao import parts
 
 __all__ = [
-    "aliased", "captured_sizes", "compile_package", "copy_calling_convention", "create_buffer_node", "distinct_sizes",
-    "exported_graph", "fake_like", "fake_mode", "flat_inputs", "fp8_product", "input_names", "int8_product",
-    "is_persistent", "is_traced", "is_view", "is_view_of_another", "lerp_", "load_package", "make_buffers_persistent",
-    "make_buffers_transient", "mark_static", "name_repeated_blocks", "parse_to", "parts", "prepacked_linear",
-    "progress_bar_config", "pytree", "replace_apply", "replace_config", "size_at", "size_hint", "size_relations",
-    "size_text", "sizes_of_repeats", "slots", "types_in_packages", "varying_numbers", "version", "without_guards",
-    "without_modes", "wrapper_tensor",
+    "TensorMeta", "aliased", "captured_sizes", "compile_package", "copy_calling_convention", "create_buffer_node",
+    "distinct_sizes", "exported_graph", "fake_like", "fake_mode", "flat_inputs", "fp8_product", "input_names",
+    "int8_product", "is_persistent", "is_traced", "is_view", "is_view_of_another", "kept_in_float32", "lerp_",
+    "load_package", "make_buffers_persistent", "make_buffers_transient", "mark_static", "name_repeated_blocks", "parse_to",
+    "parts", "prepacked_linear", "progress_bar_config", "pytree", "replace_apply", "replace_config", "size_at", "size_hint",
+    "size_relations", "size_text", "sizes_of_repeats", "slots", "types_in_packages", "varying_numbers", "version",
+    "without_guards", "without_modes", "wrapper_tensor",
 ]  # fmt: skip

@@ -20,6 +20,11 @@ def name_repeated_blocks(model: Any, classes: Iterable[str]) -> None:
         model._repeated_blocks = sorted(set(classes))
 
 
+def kept_in_float32(model: Any) -> tuple[str, ...]:
+    """Parts of names of tensors that diffusers loads in float32 whatever type it is asked for; ``model`` may be a class."""
+    return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
 def replace_apply(model: Any, convert: Callable[..., Any] | None) -> None:
     """Let ``convert`` do what ``to()``, ``half()`` and ``cuda()`` do to ``model``; None restores the class's own method."""
     if convert is None:

@@ -13,6 +13,10 @@ from torch.utils._python_dispatch import _disable_current_modes, return_and_corr
 Subclass = TypeVar("Subclass", bound=Tensor)
 
 
+TensorMeta: Any = type(Tensor)
+"""Metaclass of tensors and of their subclasses."""
+
+
 def wrapper_tensor(
     cls: type[Subclass], shape: Sequence[int], dtype: torch.dtype, device: torch.device, requires_grad: bool = False
 ) -> Subclass:

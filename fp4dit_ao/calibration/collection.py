@@ -5,7 +5,6 @@ of guidance in one batch if the pipeline batches them, the scheduler's timesteps
 """
 
 import contextlib
-import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from fp4dit_ao._compat import pytree
 from fp4dit_ao.calibration import sample_cache
 from fp4dit_ao.calibration.observation import device_of
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
+from fp4dit_ao.calibration.recording import Enough, Recorder
 from fp4dit_ao.calibration.sample_cache import Sample
 from fp4dit_ao.calibration.sample_selection import SELECTIONS, check_chosen
 from fp4dit_ao.graph_capture.sample_description import tensors
@@ -42,6 +42,7 @@ def collect_samples(
     samples: int | None = 128,
     batch_size: int = 1,
     selection: str = "uniform",
+    component: str = "transformer",
     cache_dir: str | Path | None = None,
     memory_limit_bytes: int = MEMORY_LIMIT,
     progress: bool = True,
@@ -62,6 +63,7 @@ def collect_samples(
         samples: number of transformer calls to keep; None keeps all, 1 keeps the first.
         batch_size: prompts in one call of the pipeline, and so in one sample.
         selection: which calls are kept; a name in :data:`fp4dit_ao.calibration.sample_selection.SELECTIONS`.
+        component: name of the transformer among the pipeline's components, such as ``"transformer_2"``.
         cache_dir: folder for the samples, which are reused while weights, prompts and settings stay the same.
         memory_limit_bytes: limit of all samples together. If they would exceed it, fewer are selected, with a warning;
             if not even one fits, it is an error. Tensors that several samples share count once.
@@ -72,14 +74,15 @@ def collect_samples(
         Keyword arguments of ``pipe.transformer.forward``, on the pipeline's device.
 
     Raises:
-        ValueError: no transformer, no prompts, an unknown argument or selection, a selection that needs the features of
-            blocks in a transformer without any, or a limit too small for one sample.
+        ValueError: no transformer or no call of it, calls of more than one kind, no prompts, an unknown argument or
+            selection, a selection that needs the features of blocks in a transformer without any, or a limit too small for
+            one sample.
     """
     SELECTIONS.find(selection)
-    transformer = getattr(pipe, "transformer", None)
+    transformer = getattr(pipe, component, None)
     if not isinstance(transformer, nn.Module):
         raise ValueError(
-            f"{type(pipe).__name__} has no transformer; calibration needs a diffusion transformer's pipeline"
+            f"{type(pipe).__name__} has no {component}; calibration needs a diffusion transformer's pipeline"
         )
     if samples is not None and samples < 1:
         raise ValueError(f"samples={samples}; at least one is needed")
@@ -99,6 +102,8 @@ def collect_samples(
             "limit": memory_limit_bytes,
             "selection": selection,
         }
+        if component != "transformer":
+            settings["component"] = component
         key = sample_cache.fingerprint(pipe, settings, arguments)
         found = sample_cache.load(cache_dir, key, device_of(transformer))
         if found is not None:
@@ -141,37 +146,6 @@ def _batches(
     return batches
 
 
-class _Enough(Exception):
-    """Raised to end a trajectory whose remaining calls are not wanted."""
-
-
-class _Recorder:
-    """Forward pre-hook that keeps the inputs of the calls in ``wanted``, of all calls if None."""
-
-    def __init__(self, transformer: nn.Module, bar: "tqdm[Any]", wanted: set[int] | None = None):
-        self.names = list(inspect.signature(transformer.forward).parameters)
-        self.bar, self.wanted = bar, wanted
-        self.calls = 0
-        self.kept: dict[int, Sample] = {}
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.wanted is not None and self.calls > max(self.wanted, default=-1):
-            raise _Enough
-        if self.wanted is None or self.calls in self.wanted:
-            sample = dict(zip(self.names, args, strict=False)) | kwargs
-            sample.pop("return_dict", None)
-            # copied, since the pipeline may overwrite the latent in place; embeddings stay shared between samples
-            self.kept[self.calls] = {
-                name: _own(value) if name == self.names[0] else value for name, value in sample.items()
-            }
-        self.calls += 1
-        self.bar.update()
-
-
-def _own(value: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), value)
-
-
 def _collect(
     pipe: "DiffusionPipeline",
     transformer: nn.Module,
@@ -187,13 +161,13 @@ def _collect(
     bar_settings = _compat.progress_bar_config(pipe)
     pipe.set_progress_bar_config(disable=True)
 
-    def run(index: int, wanted: set[int] | None) -> _Recorder:
-        recorder = _Recorder(transformer, bar, wanted)
+    def run(index: int, wanted: set[int] | None) -> Recorder:
+        recorder = Recorder(transformer, bar, wanted)
         hook = transformer.register_forward_pre_hook(recorder, with_kwargs=True)
         try:
             # a CPU generator, so that the noise does not depend on the device
             pipe(**batches[index], generator=torch.Generator().manual_seed(seed + index))
-        except _Enough:
+        except Enough:
             pass
         finally:
             hook.remove()
@@ -204,7 +178,10 @@ def _collect(
             with _features_kept(transformer, choose.needs_features) as features:
                 first = run(0, {0} if samples == 1 else None)
             if not first.calls:
-                raise ValueError(f"{type(pipe).__name__} made no transformer call; is num_inference_steps above zero?")
+                name = next(key for key, value in pipe.components.items() if value is transformer)
+                raise ValueError(
+                    f"{type(pipe).__name__} made no call of its {name}; give more num_inference_steps, so that it takes part"
+                )
             wanted = len(batches) * first.calls if samples is None else min(samples, len(batches) * first.calls)
             wanted = _fit(list(first.kept.values()), wanted, len(batches), limit)
             chosen = choose(first.calls, len(batches), wanted, torch.stack(features) if features else None)

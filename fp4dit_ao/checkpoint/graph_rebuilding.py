@@ -102,7 +102,9 @@ def _prepare(
     transforms: Sequence[GraphTransform] = (),
 ) -> GraphModule:
     _fake(model, mode, dtypes, dtype)
-    captured = capture(model, sample_description.empty_like(description, dtype))
+    specs = sample_description.specs(description).values()
+    same = any(spec["dtype"] == str(dtype).removeprefix("torch.") for spec in specs)  # then others are meant to differ
+    captured = capture(model, sample_description.empty_like(description, None if same else dtype))
     for transform in transforms:
         transform.apply(captured)
     prepared: GraphModule = prepare_pt2e(captured, quantizer)

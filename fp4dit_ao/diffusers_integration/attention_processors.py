@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fp4dit_ao.kernels.attention import arguments_of
@@ -46,7 +46,7 @@ def _fake_quantize(x: Tensor, fmt: str) -> Tensor:
     return rounded
 
 
-def quantize_attention(module: nn.Module, fmt: str, name: str) -> None:
+def quantize_attention(module: Any, fmt: str, name: str) -> None:
     """Replaces the processor of ``module`` by one that does the same on quantized q, k and v.
 
     Args:
@@ -62,11 +62,9 @@ def quantize_attention(module: nn.Module, fmt: str, name: str) -> None:
         raise ValueError(
             f"{name} is no attention module with a processor, so its q, k and v cannot be quantized; use attention=None"
         )
-    quantized = copy.copy(processor)
-    kind: Any = type(processor)
-    quantized.__class__ = _quantizing(kind)
-    quantized.quantized_fmt = fmt
-    module.processor = quantized
+    _set(module, fmt, processor)
+    if hasattr(module, "set_processor"):  # an IP-Adapter, for one, brings its own processors
+        module.set_processor = functools.partial(_set, module, fmt)
 
 
 def restore_attention(modules: Iterable[Any]) -> None:
@@ -74,20 +72,53 @@ def restore_attention(modules: Iterable[Any]) -> None:
     for module in modules:
         processor = getattr(module, "processor", None)
         if hasattr(processor, "quantized_fmt"):
-            module.processor = copy.copy(processor)
-            module.processor.__class__ = type(processor).__mro__[1]
-            del module.processor.quantized_fmt
+            module.__dict__.pop("set_processor", None)
+            module.processor = _of_class(processor, _float_class(type(processor)))
+
+
+def _set(module: Any, fmt: str, processor: Any) -> None:
+    """``module.set_processor`` of quantized attention: any processor goes on quantized q, k and v."""
+    quantized = _of_class(processor, quantizing(_float_class(type(processor)), fmt))
+    given: Callable[..., None] | None = getattr(type(module), "set_processor", None)
+    if given is None:
+        module.processor = quantized
+    else:
+        given(module, quantized)
+
+
+def _float_class(cls: Any) -> Any:
+    """The class that :func:`quantizing` was called with, or ``cls`` itself."""
+    return cls.__mro__[1] if hasattr(cls, "quantized_fmt") else cls
+
+
+def _of_class(processor: Any, cls: Any) -> Any:
+    """Copy of ``processor`` with another class and the same content."""
+    copied = copy.copy(processor)
+    copied.__class__ = cls
+    return copied
 
 
 @functools.cache
-def _quantizing(cls: type) -> type:
-    """Subclass of a processor's class that quantizes; it keeps the signature of ``__call__``, which attention modules
-    inspect."""
-    original: Callable[..., Any] = cls.__call__  # type: ignore[operator]
+def quantizing(cls: Any, fmt: str) -> Any:
+    """Subclass of a processor's class that quantizes to ``fmt``, with the same constructor.
+
+    It keeps the signature of ``__call__``, which attention modules inspect. Its instances are pickled by ``cls`` and ``fmt``.
+    """
+    original: Callable[..., Any] = cls.__call__
 
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with QuantizedAttention(self.quantized_fmt):
+        with QuantizedAttention(fmt):
             return original(self, *args, **kwargs)
 
-    return type(f"Quantized{cls.__name__}", (cls,), {"__call__": call})
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _unpickled, (cls, fmt, dict(self.__dict__))
+
+    return type(f"Quantized{cls.__name__}", (cls,), {"__call__": call, "__reduce_ex__": reduce, "quantized_fmt": fmt})
+
+
+def _unpickled(cls: Any, fmt: str, state: dict[str, Any]) -> Any:
+    kind = quantizing(cls, fmt)
+    made = kind.__new__(kind)
+    made.__dict__.update(state)
+    return made

@@ -26,7 +26,9 @@ from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration.layer_summary import LayerSummary, layer_summaries
 from fp4dit_ao.diffusers_integration.module_conversion import from_graph
+from fp4dit_ao.diffusers_integration.module_form import memory_footprint
 from fp4dit_ao.diffusers_integration.saving import refuse_unsaveable, save_pretrained
+from fp4dit_ao.families.dtypes import is_kept, main_dtype
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.passes import compilation
 from fp4dit_ao.passes.device_placement import convert_tensors, move_to
@@ -88,7 +90,8 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.report: ReconstructionReport | None = None
         self._mode: Callable[[GraphModule], Callable[..., Any]] | None = None
         self._ready: tuple[GraphModule, torch.device] | None = None
-        self._read: tuple[GraphModule, set[str], dict[str, Any]] | None = None
+        self._read: tuple[GraphModule, tuple[list[str], set[str], dict[str, Any]]] | None = None
+        self._set_up()
         self.eval()
 
     # --- calls -------------------------------------------------------------------------------------------------------
@@ -102,29 +105,40 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             ValueError: an argument is unknown, has another rank, or differs from the captured constant.
         """
-        names = _compat.input_names(self.graph)
+        names, varying, defaults = self._signature()
         arguments = dict(zip(names, args, strict=False)) | kwargs
         return_dict = arguments.pop("return_dict", True)
-        if not torch.compiler.is_compiling():
-            if len(args) > len(names):
-                raise ValueError(f"{self._class} takes {len(names)} arguments, found {len(args)}")
-            varying, defaults = self._signature()
-            sample_description.check(self.description, defaults | arguments, f"quantized {self._class}", varying)
+        if len(args) > len(names):
+            raise ValueError(f"{self._class} takes {len(names)} arguments, found {len(args)}")
+        sample_description.check(self.description, defaults | arguments, f"quantized {self._class}", varying)
+        if (
+            torch.compiler.is_compiling()
+        ):  # by torch.compile of this module, to which set-up would be part of every call
+            output = self.graph(**arguments)
+        else:
             self._prepare(next(x.device for _, x in sample_description.tensors(arguments)))
-        output = self._run(**arguments)
+            output = self._run(**arguments)
         return Transformer2DModelOutput(sample=output[0]) if return_dict else output
 
-    def _signature(self) -> tuple[set[str], dict[str, Any]]:
-        """Names of whole-number arguments that may vary, and default values; read once per graph."""
+    def _signature(self) -> tuple[list[str], set[str], dict[str, Any]]:
+        """Names of arguments, of those whole numbers among them that may vary, and default values; read once per
+        graph."""
         if self._read is None or self._read[0] is not self.graph:
             parameters = inspect.signature(self.graph.forward).parameters.values()
             defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-            self._read = (self.graph, _compat.varying_numbers(self.graph), defaults)
-        return self._read[1:]
+            self._read = (self.graph, (_compat.input_names(self.graph), _compat.varying_numbers(self.graph), defaults))
+        return self._read[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedTransformer":
         convert_tensors(self, fn)
+        self._set_up()
         return self
+
+    def _set_up(self) -> None:
+        """Does before the first call what no call that ``torch.compile`` traces can do."""
+        self._signature()
+        if not any(x.is_meta for x in (*self.graph.parameters(), *self.graph.buffers())):
+            move_to(self.graph, self.device)
 
     @property
     def _class(self) -> str:
@@ -163,9 +177,15 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     # --- placement ---------------------------------------------------------------------------------------------------
 
     @property
+    def _kept(self) -> tuple[str, ...]:
+        import diffusers
+
+        return _compat.kept_in_float32(getattr(diffusers, self._class, None))
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the unquantized tensors."""
-        return next((p.dtype for p in self.graph.parameters() if p.is_floating_point()), torch.float32)
+        return main_dtype(self.graph.named_parameters(), self._kept)
 
     @property
     def device(self) -> torch.device:
@@ -199,22 +219,29 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for name, x in graph_tensors.state_of(self.graph).items():
             quantized = isinstance(x, TorchAOBaseTensor)
             parts = graph_tensors.flatten(name, x.detach())
-            stored |= {k: v.to(dtype) if v.is_floating_point() and not quantized else v for k, v in parts.items()}
+            cast = not quantized and not is_kept(name, self._kept)
+            stored |= {k: v.to(dtype) if v.is_floating_point() and cast else v for k, v in parts.items()}
         graph = graph_rebuilding.build(
             empty_model(dict(self.config)),
             self.description,
             self.decisions,
             dtype,
+            {name: x.dtype for name, x in stored.items()},
             transforms=applied_transforms(self.graph),
         )
         graph_tensors.fill(graph, stored)
         self.graph = graph
+        self._set_up()
 
     # --- what it is made of ------------------------------------------------------------------------------------------
 
     def summary(self) -> list[LayerSummary]:
         """One row per linear, attention and convolution of the graph."""
         return layer_summaries(self.decisions, dict(self.graph.named_parameters()))
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of all tensors as they are stored, without buffers if asked; see :meth:`nbytes`."""
+        return memory_footprint(self, return_buffers)
 
     def nbytes(self) -> int:
         """Bytes of all tensors that the graph reads."""

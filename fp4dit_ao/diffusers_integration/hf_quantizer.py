@@ -15,11 +15,14 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from fp4dit_ao import _compat
 from fp4dit_ao._registration import METHOD
 from fp4dit_ao.checkpoint.quantization_record import Record, check_model
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration import module_form
+from fp4dit_ao.diffusers_integration.float_source import widened
 from fp4dit_ao.diffusers_integration.module_slots import Slots, quantized_linears
+from fp4dit_ao.families.dtypes import main_dtype
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.split_inputs import split_modules, whole_name
 
@@ -88,6 +91,8 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     """
 
     required_packages = ("accelerate",)
+    use_keep_in_fp32_modules = True
+    """Whether what a model keeps in float32 stays so; read by diffusers."""
 
     def __init__(self, quantization_config: FP4DiTConfig, record: Record | None = None, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -150,6 +155,8 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             self._slots.put(param_name, x.to(target_device), param_value.dtype)
         else:
             name = param_name.rpartition(".")[0]
+            wanted = dtype or model.get_submodule(name).weight.dtype  # type: ignore[union-attr]
+            param_value = widened(param_name, param_value, wanted, unexpected_keys or ())  # type: ignore[arg-type]
             model.get_submodule(name).weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
             split_modules(model, {whole: sizes for whole, sizes in self.record.parts.items() if whole == name})
             for linear, config in self._linears.items():
@@ -158,7 +165,7 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._slots is not None:
-            self._slots.close(next((p.dtype for p in model.parameters() if p.is_floating_point()), None))
+            self._slots.close(main_dtype(model.named_parameters(), _compat.kept_in_float32(model)))
             self._slots = None
         return module_form.finish(model, self)
 

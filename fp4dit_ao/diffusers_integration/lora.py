@@ -4,14 +4,15 @@ PEFT's own merging supports only torchao's configs and unmerges by subtracting; 
 """
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.passes.transforms.scaled_linear import INPUT_SCALE
+from fp4dit_ao.passes.transforms.split_inputs import SplitLinear, part_name, whole_name
 from fp4dit_ao.schemes import scheme_of
 from fp4dit_ao.tensors.levels import refuse_unpacked
 
@@ -48,16 +49,17 @@ def fuse_lora(
     layers: list[tuple[str, Any]] = [
         (n, layer) for n, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)
     ]
+    wholes = {whole_name(name) for name in configs}
     for name, layer in layers:
-        if name in configs:
+        if name in wholes:
             variants = getattr(layer, "lora_variant", {})
             if not isinstance(layer, LoraLayer) or variants:
                 kind = next((type(variant).__name__ for variant in variants.values()), type(layer).__name__)
                 raise ValueError(f"{name} carries {kind}, which cannot be fused into low-bit weights; leave it unfused")
     for name, layer in layers:
-        if name in configs:
-            layer.merge = functools.partial(_merge, layer, name, configs[name])
-            layer.unmerge = functools.partial(_unmerge, layer)
+        if name in wholes:
+            layer.merge = functools.partial(_merge, layer, name, configs)
+            layer.unmerge = functools.partial(_unmerge, layer, name)
         if lora_scale != 1.0:
             layer.scale_layer(lora_scale)
         layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names)
@@ -105,7 +107,7 @@ def adding_refused_on(add: Callable[..., Any], model: Any, folded: Collection[st
 def _merge(
     layer: Any,
     name: str,
-    config: QuantConfig,
+    configs: dict[str, QuantConfig],
     safe_merge: bool = False,
     adapter_names: list[str] | None = None,
 ) -> None:
@@ -115,24 +117,43 @@ def _merge(
     if not wanted:
         return
     base = layer.get_base_layer()
-    weight = base.weight.detach()
-    total = weight.dequantize(torch.float32)
-    for adapter in wanted:
-        delta = layer.get_delta_weight(adapter).to(total)
-        if (scale := getattr(base, INPUT_SCALE, None)) is not None:
-            delta = delta / scale.to(total)  # the weight's input is multiplied by it, that of the LoRA is not
-        total += delta
-    fused = scheme_of(config).round_to_nearest(name, total, config).to(weight.dtype)
+    former = {part: linear.weight.detach() for part, linear, _ in _columns(name, base)}
+    deltas = [_of_scaled_input(layer.get_delta_weight(adapter).float(), base) for adapter in wanted]
+    for part, linear, columns in _columns(name, base):
+        weight, quantized = former[part], part in configs
+        total = weight.dequantize(torch.float32) if quantized else weight.float()
+        for delta in deltas:
+            total = total + _of_scaled_input(delta[:, columns].to(total), linear)
+        if quantized:
+            total = scheme_of(configs[part]).round_to_nearest(part, total, configs[part])
+        linear.weight = nn.Parameter(total.to(weight.dtype), requires_grad=False)
     if not layer.merged:
-        layer.unfused_weight = weight
-    base.weight = nn.Parameter(fused, requires_grad=False)
+        layer.unfused_weights = former
     layer.merged_adapters.extend(wanted)
 
 
-def _unmerge(layer: Any) -> None:
+def _columns(name: str, base: Any) -> Iterator[tuple[str, Any, slice]]:
+    """Linears that hold the weight of ``base``, by name, and which of its input features each has."""
+    if not isinstance(base, SplitLinear):
+        yield name, base, slice(None)
+        return
+    start = 0
+    for index, (linear, size) in enumerate(zip(base.parts, base.sizes, strict=True)):
+        yield part_name(name, index), linear, slice(start, start + size)
+        start += size
+
+
+def _of_scaled_input(delta: Tensor, linear: Any) -> Tensor:
+    """The change of a weight whose input is multiplied before; that of a LoRA is not."""
+    scale: Tensor | None = getattr(linear, INPUT_SCALE, None)
+    return delta if scale is None else delta / scale.to(delta)
+
+
+def _unmerge(layer: Any, name: str) -> None:
     base = layer.get_base_layer()
     if layer.merged:
-        former = layer.unfused_weight.to(device=base.weight.device, dtype=base.weight.dtype)
-        base.weight = nn.Parameter(former, requires_grad=False)
+        for part, linear, _ in _columns(name, base):
+            former = layer.unfused_weights[part].to(device=linear.weight.device, dtype=linear.weight.dtype)
+            linear.weight = nn.Parameter(former, requires_grad=False)
         layer.merged_adapters.clear()
-        del layer.unfused_weight
+        del layer.unfused_weights

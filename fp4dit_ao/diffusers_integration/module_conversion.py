@@ -11,6 +11,7 @@ from fp4dit_ao.checkpoint.empty_model import empty_model
 from fp4dit_ao.checkpoint.quantization_record import Record
 from fp4dit_ao.checkpoint.tensor_files import Entry, first_line
 from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.diffusers_integration.float_source import check_source
 from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig, FP4DiTDiffusersQuantizer
 from fp4dit_ao.diffusers_integration.module_form import decide, finish, quantize_linear
 from fp4dit_ao.diffusers_integration.module_slots import Slots, check_online, quantized_linears
@@ -49,6 +50,7 @@ def quantize_modules(
     Raises:
         ValueError: the recipe or a transform is unknown, needs calibration data, or does not fit the model.
     """
+    check_source(model)
     record = decide(model, recipe, skip=skip, sample=sample, source=source, transforms=transforms)
     for transform in record.transforms:
         transform.apply_to_modules(model)

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
@@ -18,20 +17,22 @@ from fp4dit_ao import _compat
 from fp4dit_ao.checkpoint import graph_rebuilding, graph_tensors
 from fp4dit_ao.checkpoint.empty_model import empty_model
 from fp4dit_ao.checkpoint.quantization_record import Record, model_config
+from fp4dit_ao.checkpoint.tensor_files import Entry
 from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration import lora
 from fp4dit_ao.diffusers_integration.attention_processors import quantize_attention, restore_attention
-from fp4dit_ao.diffusers_integration.module_slots import quantized_linears
+from fp4dit_ao.diffusers_integration.module_slots import Slots, quantized_linears
 from fp4dit_ao.diffusers_integration.saving import refuse_unsaveable, save_pretrained
 from fp4dit_ao.families import example_inputs, family_of, quantizer_for, recipe_for
+from fp4dit_ao.families.dtypes import main_dtype
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.passes.device_placement import convert_tensors
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.registry import TRANSFORMS, applied_transforms
 from fp4dit_ao.passes.transforms.scaled_linear import unscale_modules
-from fp4dit_ao.passes.transforms.split_inputs import SplitInputs
+from fp4dit_ao.passes.transforms.split_inputs import SplitInputs, SplitLinear, join_modules, whole_name
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer, fit_group
 from fp4dit_ao.schemes import scheme_of
 
@@ -61,7 +62,7 @@ def decide(
             f"recipe {asked} needs calibration data; use quantize_pipeline, then load_pipeline(…, form='module')"
         )
     quantizer = quantizer_for(model, recipe, skip)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = main_dtype(model.named_parameters(), _compat.kept_in_float32(model))
     if sample is None and family_of(model).sample is not None:
         sample = example_inputs(model, dtype=dtype)
     description: Any = None
@@ -147,8 +148,14 @@ def finish(model: Any, quantizer: Any) -> Any:
     model.save_pretrained = functools.partial(save_module_form, model)
     model.fuse_lora = functools.partial(lora.fuse_lora, model, dict(quantized_linears(quantizer.record)))
     model.unfuse_lora = functools.partial(lora.unfuse_lora, model)
+    model.get_memory_footprint = functools.partial(memory_footprint, model)
+    if hasattr(model, "fuse_qkv_projections"):
+        model.fuse_qkv_projections = _fusing_refused
     _compat.replace_apply(model, functools.partial(_apply, model))
-    folded = {name for transform in quantizer.record.transforms for name in transform.folded_linears()}
+    for module in model.modules():
+        if isinstance(module, SplitLinear):
+            module.list_whole_weight()
+    folded = {whole_name(name) for transform in quantizer.record.transforms for name in transform.folded_linears()}
     for method in ("load_lora_adapter", "add_adapter"):
         if folded and hasattr(model, method):
             setattr(model, method, lora.adding_refused_on(getattr(model, method), model, folded))
@@ -174,7 +181,7 @@ def record_of(model: Any) -> Record:
     """
     if not is_module_form(model):
         raise ValueError(f"this {type(model).__name__} was not quantized by fp4dit_ao")
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = main_dtype(model.named_parameters(), _compat.kept_in_float32(model))
     own = model_config(dict(model.config) | {"_class_name": type(model).__name__})
     record: Record = model.hf_quantizer.record
     float_model = None if model.hf_quantizer.pre_quantized else model.config.get("_name_or_path")
@@ -208,10 +215,12 @@ def save_module_form(
         OSError: the folder cannot be written.
     """
     refuse_unsaveable(model)
+    record, tensors = record_of(model), tensors_to_save(model)
+    _check_rebuilt(record, tensors)
     save_pretrained(
         model,
-        record_of(model),
-        tensors_to_save(model),
+        record,
+        tensors,
         save_directory,
         is_main_process,
         safe_serialization,
@@ -219,6 +228,40 @@ def save_module_form(
         max_shard_size,
         **options,
     )
+
+
+def _check_rebuilt(record: Record, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ``ValueError`` if ``tensors`` are not those of the model that will be made from the record."""
+    entries = {name: Entry.unchecked(x) for name, x in tensors.items()}
+    try:
+        slots = Slots(empty_model(record.model), dataclasses.replace(record, tensors=entries))
+        added = sorted(set(slots.constants) - set(record.constants))
+        problem = f"it has tensor {added[0]} besides" if added else None
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(
+            f"this {record.model['_class_name']} was changed since it was quantized: {problem}; change it before quantizing"
+        )
+
+
+def _fusing_refused(*args: Any, **kwargs: Any) -> None:
+    """Stands for ``fuse_qkv_projections`` of a quantized model."""
+    raise ValueError(
+        "q, k and v of a quantized model stay apart: they share their quantized input already, and a fused model could not be "
+        "saved; leave out fuse_qkv_projections()"
+    )
+
+
+def memory_footprint(model: Any, return_buffers: bool = True) -> int:
+    """``get_memory_footprint`` of a quantized model: bytes of its tensors as they are stored.
+
+    Args:
+        model: a model with low-bit weights.
+        return_buffers: whether buffers count.
+    """
+    tensors = [*model.named_parameters(), *(model.named_buffers() if return_buffers else ())]
+    return sum(part.nbytes for name, x in tensors for part in graph_tensors.flatten(name, x.detach()).values())
 
 
 def dequantize_modules(model: Any) -> Any:
@@ -234,9 +277,12 @@ def dequantize_modules(model: Any) -> Any:
         if isinstance(weight, TorchAOBaseTensor):
             module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
     unscale_modules(model)
+    join_modules(model)
     restore_attention(model.modules())
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}
     _compat.replace_config(model, type(model.config)(config))
     _compat.replace_apply(model, None)
-    del model.save_pretrained, model.fuse_lora, model.unfuse_lora, model.quantization_method
+    for name in ("save_pretrained", "fuse_lora", "unfuse_lora", "get_memory_footprint", "fuse_qkv_projections"):
+        vars(model).pop(name, None)
+    del model.quantization_method
     return model

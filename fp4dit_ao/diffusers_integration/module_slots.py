@@ -53,11 +53,15 @@ class Slots:
         self._linears = dict(quantized_linears(record))
         for name, config in self._linears.items():
             self._open(name, config)
-        self._constants = sorted(set(record.tensors) - set(dict(graph_tensors.tensors_of(model))))
-        for name in self._constants:  # tensors that a graph has, and its model makes anew in every call
+        self.constants = sorted(set(record.tensors) - set(dict(graph_tensors.tensors_of(model))))
+        for name in self.constants:  # tensors that a graph has, and its model makes anew in every call
             entry = record.tensors[name]
             x = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
-            model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], x)
+            try:
+                owner = model.get_submodule(name.rpartition(".")[0])
+            except AttributeError:
+                raise ValueError(f"{type(model).__name__} has no place for tensor {name}") from None
+            owner.register_buffer(name.rpartition(".")[2], x)
         self._transient = _compat.make_buffers_persistent(model, set(record.tensors))
         self._waiting = dict.fromkeys(model.state_dict())
         missing = [name for name in self._waiting if name not in record.tensors]
@@ -114,7 +118,7 @@ class Slots:
             for name, original in transform.shared_tensors().items():
                 graph_tensors.put_tensor(self.model, name, graph_tensors.tensor_at(self.model, original))
         _compat.make_buffers_transient(self._transient)
-        for name in self._constants:
+        for name in self.constants:
             self.record.constants[name] = graph_tensors.tensor_at(self.model, name)
             delattr(self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
         return self.model

@@ -4,7 +4,7 @@ import copy
 import functools
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -90,27 +90,30 @@ def load_pipeline(
         raise ValueError(f"form={form!r}; choose one of {', '.join(_LOADERS)}")
     if weights not in get_args(Weights):
         raise ValueError(f"weights={weights!r}; choose one of {', '.join(get_args(Weights))}")
-    transformer = _LOADERS[form](folder / "transformer")
-    if dtype is not None:
-        transformer.to(dtype)
-    if weights != "packed":
-        unpack_weights(transformer, weights)
+    found = {path.name for path in folder.glob("transformer*") if transformer_folder.is_quantized(path)}
+    transformers = {name: _LOADERS[form](folder / name) for name in sorted(found)}
+    for transformer in transformers.values():
+        if dtype is not None:
+            transformer.to(dtype)
+        if weights != "packed":
+            unpack_weights(transformer, weights)
     dtypes = _dtypes(folder) if dtype is None else dtype
     try:
         with warnings.catch_warnings():
             # newer diffusers call the argument dtype, older ones know only torch_dtype
             warnings.simplefilter("ignore", FutureWarning)
             pipe = DiffusionPipeline.from_pretrained(
-                str(folder), transformer=None, torch_dtype=dtypes, local_files_only=True
+                str(folder), **dict.fromkeys(transformers), torch_dtype=dtypes, local_files_only=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder}: a component besides the transformer cannot be loaded: {first}") from error
-    if isinstance(transformer, QuantizedTransformer):
-        transformer.compile_graph(compile)
-    elif compile:
-        transformer.compile(dynamic=True)
-    pipe = with_transformer(pipe, transformer, generation_defaults(folder))
+    for transformer in transformers.values():
+        if isinstance(transformer, QuantizedTransformer):
+            transformer.compile_graph(compile)
+        elif compile:
+            transformer.compile(dynamic=True)
+    pipe = with_transformers(pipe, transformers, generation_defaults(folder))
     return pipe.to(device) if device is not None else pipe
 
 
@@ -136,17 +139,19 @@ def resolve_folder(name: str | Path) -> Path:
     raise FileNotFoundError(f"there is no folder {name}")
 
 
-def with_transformer(pipe: DiffusionPipeline, transformer: nn.Module, defaults: dict[str, Any]) -> DiffusionPipeline:
-    """Shallow copy of ``pipe`` with another transformer, whose ``save_pretrained`` is :func:`save_pipeline`.
+def with_transformers(
+    pipe: DiffusionPipeline, transformers: Mapping[str, nn.Module], defaults: dict[str, Any]
+) -> DiffusionPipeline:
+    """Shallow copy of ``pipe`` with other transformers, whose ``save_pretrained`` is :func:`save_pipeline`.
 
     Args:
         pipe: the pipeline to copy.
-        transformer: the new transformer.
+        transformers: the new transformers, by the names of components.
         defaults: call arguments for ``generation.json``.
     """
     new = copy.copy(pipe)
     new.set_progress_bar_config(**_compat.progress_bar_config(pipe))
-    new.register_modules(transformer=transformer)
+    new.register_modules(**transformers)
     new.generation_defaults = defaults
     new.save_pretrained = functools.partial(save_pipeline, new)
     return new
@@ -155,7 +160,9 @@ def with_transformer(pipe: DiffusionPipeline, transformer: nn.Module, defaults: 
 def _dtypes(folder: Path) -> dict[str, torch.dtype]:
     """Floating-point type of each component: the one that most bytes of its safetensors files have."""
     dtypes: dict[str, torch.dtype] = {"default": torch.float32}
-    for component in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "transformer"):
+    for component in sorted(
+        path for path in folder.iterdir() if path.is_dir() and not transformer_folder.is_quantized(path)
+    ):
         sizes: dict[torch.dtype, int] = {}
         for file in component.glob("*.safetensors"):
             try:

@@ -1,5 +1,6 @@
 """``quantize_pipeline``: quantizes a diffusers pipeline in one call."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,9 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from fp4dit_ao.calibration import MEMORY_LIMIT, calibrate, collect_samples, pipeline_arguments
 from fp4dit_ao.checkpoint import graph_rebuilding
 from fp4dit_ao.config import AdaRoundConfig, QuantConfig, ReconstructionConfig
+from fp4dit_ao.diffusers_integration.float_source import check_source
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
-from fp4dit_ao.diffusers_integration.pipeline_folder import with_transformer
+from fp4dit_ao.diffusers_integration.pipeline_folder import with_transformers
 from fp4dit_ao.families import quantizer_for, recipe_for
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind, capture
@@ -27,6 +29,9 @@ from fp4dit_ao.schemes import scheme_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+_NAME = re.compile(r"transformer(_\d+)?")
+"""Names of transformers in diffusers' pipelines."""
 
 
 def quantize_pipeline(
@@ -47,6 +52,7 @@ def quantize_pipeline(
     reconstruction: ReconstructionConfig | None = None,
     fine_tuning: str | None = None,
     skip: Sequence[str] = (),
+    components: Sequence[str] | None = None,
     seed: int = 0,
     batch_size: int = 1,
     compile: bool = False,
@@ -56,12 +62,12 @@ def quantize_pipeline(
     progress: bool = True,
     **call: Any,
 ) -> "DiffusionPipeline":
-    """Quantizes the transformer of a diffusers pipeline: calibrate, learn the rounding, convert and lower in one call.
+    """Quantizes the transformers of a diffusers pipeline: calibrate, learn the rounding, convert and lower in one call.
 
     Names of methods are those that ``fp4dit_ao.methods()`` lists.
 
     Args:
-        pipe: the float pipeline; it stays usable, and shares every component but the transformer with the result.
+        pipe: the float pipeline; it stays usable, and shares every component but the transformers with the result.
         recipe: a name in ``config.RECIPES``, adapted to the model's family; or a config, used unchanged.
         prompts: calibration prompts; see :func:`fp4dit_ao.collect_samples`, also for ``steps``, ``samples``,
             ``selection``, ``batch_size``, ``seed``, ``cache_dir``, ``memory_limit_bytes`` and for text embeddings in place
@@ -77,6 +83,7 @@ def quantize_pipeline(
         reconstruction: rounding, objective, scope and their settings in one config, in place of those four.
         fine_tuning: method of fine-tuning after rounding, such as ``"scales"``; None for none.
         skip: globs over module names that stay in high precision, besides the recipe's own.
+        components: names of the transformers to quantize; every one if None, such as both of Wan 2.2.
         compile: run the quantized graph under ``torch.compile``.
         checkpoint_dir: folder for the state of reconstruction and fine-tuning, from which a killed run resumes.
         progress: show progress bars with the time left.
@@ -90,7 +97,58 @@ def quantize_pipeline(
         ValueError: the pipeline has no transformer or one that is already quantized, the name of a recipe or method is
             unknown, or the calibration data is bad.
     """
-    model = _float_transformer(pipe)
+    names = components_of(pipe) if components is None else list(components)
+    for name in names:
+        check_source(_float_transformer(pipe, name))
+    quantized = {}
+    for name in names:
+        folder = checkpoint_dir if checkpoint_dir is None or name == "transformer" else Path(checkpoint_dir) / name
+        quantized[name] = _quantized(
+            pipe, name, recipe, prompts=prompts, steps=steps, samples=samples, selection=selection, transforms=transforms,
+            allocation=allocation, budget_bits=budget_bits, rounding=rounding, objective=objective, scope=scope,
+            adaround=adaround, reconstruction=reconstruction, fine_tuning=fine_tuning, skip=skip, seed=seed,
+            batch_size=batch_size, compile=compile, cache_dir=cache_dir, checkpoint_dir=folder,
+            memory_limit_bytes=memory_limit_bytes, progress=progress, call=call,
+        )  # fmt: skip
+    return with_transformers(pipe, quantized, pipeline_arguments.defaults_of(pipe))
+
+
+def components_of(pipe: "DiffusionPipeline") -> list[str]:
+    """Names of a pipeline's transformers: ``transformer``, and ``transformer_2`` where another one takes some of the steps."""
+    found = [name for name, x in pipe.components.items() if _NAME.fullmatch(name) and isinstance(x, nn.Module)]
+    return sorted(found) or ["transformer"]
+
+
+def _quantized(
+    pipe: "DiffusionPipeline",
+    name: str,
+    recipe: str | QuantConfig,
+    *,
+    prompts: Sequence[str] | None,
+    steps: int | None,
+    samples: int | None,
+    selection: str,
+    transforms: Sequence[str | GraphTransform],
+    allocation: str,
+    budget_bits: float | None,
+    rounding: str | None,
+    objective: str | None,
+    scope: str | None,
+    adaround: AdaRoundConfig | None,
+    reconstruction: ReconstructionConfig | None,
+    fine_tuning: str | None,
+    skip: Sequence[str],
+    seed: int,
+    batch_size: int,
+    compile: bool,
+    cache_dir: str | Path | None,
+    checkpoint_dir: str | Path | None,
+    memory_limit_bytes: int,
+    progress: bool,
+    call: dict[str, Any],
+) -> QuantizedTransformer:
+    """One transformer of a pipeline, quantized; arguments are those of :func:`quantize_pipeline`."""
+    model = _float_transformer(pipe, name)
     config = recipe_for(model, recipe)
     rounded = chosen_config(rounding, objective, scope, adaround, reconstruction)
     transforms = resolve_transforms(transforms)
@@ -101,7 +159,8 @@ def quantize_pipeline(
     needs_data = needs_data or any(found.needs_data for found in transforms)
     data = collect_samples(
         pipe, prompts, steps=steps, seed=seed, samples=samples if needs_data else 1, batch_size=batch_size,
-        selection=selection, cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
+        selection=selection, component=name, cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes,
+        progress=progress, **call,
     )  # fmt: skip
     quantizer = quantizer_for(model, recipe, skip)
     with torch.no_grad():
@@ -123,7 +182,7 @@ def quantize_pipeline(
     quantized = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
     quantized.report = report
     quantized.compile_graph(compile)
-    return with_transformer(pipe, quantized, pipeline_arguments.defaults_of(pipe))
+    return quantized
 
 
 def _check_methods(config: QuantConfig, allocation: str, budget_bits: float | None, fine_tuning: str | None) -> None:
@@ -138,17 +197,17 @@ def _check_methods(config: QuantConfig, allocation: str, budget_bits: float | No
         )
 
 
-def _float_transformer(pipe: Any) -> nn.Module:
-    model = getattr(pipe, "transformer", None)
+def _float_transformer(pipe: Any, name: str) -> nn.Module:
+    model = getattr(pipe, name, None)
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"{type(pipe).__name__} has no transformer to quantize; a pipeline such as PixArtSigmaPipeline is needed"
+            f"{type(pipe).__name__} has no {name} to quantize; a pipeline such as PixArtSigmaPipeline is needed"
         )
     config = getattr(model, "config", {})
     already = getattr(model, "is_quantized", False) or "quantization_config" in config
     if already or type(model).__name__ == "QuantizedTransformer":
         raise ValueError(
-            f"the transformer of this {type(pipe).__name__} is already quantized; start from the float pipeline"
+            f"the {name} of this {type(pipe).__name__} is already quantized; start from the float pipeline"
         )
     return model
 

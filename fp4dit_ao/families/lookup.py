@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fp4dit_ao import _compat
 from fp4dit_ao.config import HIGH_PRECISION, QuantConfig
 from fp4dit_ao.families import sample_inputs
+from fp4dit_ao.families.dtypes import main_dtype
 from fp4dit_ao.families.family import Family
 from fp4dit_ao.families.table import E2M1_THROUGHOUT, FAMILIES
 from fp4dit_ao.quantizer import FP4DiTQuantizer
@@ -116,5 +118,5 @@ def example_inputs(
             f"{family.name} is no family that fp4dit_ao knows, so it cannot make up a sample; "
             "take one from a pipeline: collect_samples(pipe, prompts)"
         )
-    dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = dtype or main_dtype(model.named_parameters(), _compat.kept_in_float32(model))
     return family.sample(model.config, size or sample_inputs.Size(), sample_inputs.Random(seed, dtype))

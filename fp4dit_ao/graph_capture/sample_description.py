@@ -125,6 +125,24 @@ def difference(description: Description, value: object, where: str) -> str | Non
     return next((found for pair in pairs if (found := difference(*pair)) is not None), None)
 
 
+def difference_of_kind(first: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Reason why a graph that is captured with ``first`` could not take ``other``; None if it could.
+
+    Whole numbers may differ, as sizes do; what a sample cannot hold is left to :func:`encode`.
+    """
+    for name in {**first, **other}:
+        was, value = first.get(name), other.get(name)
+        if name == "return_dict" or type(was) is type(value) is int:
+            continue
+        try:
+            spec = encode(was, lambda x: {"shape": list(x.shape)}, name)
+        except ValueError:
+            continue
+        if wrong := difference(spec, value, name):
+            return wrong.replace(" is fixed to ", " is ").replace(", found ", " in one call, and in another ")
+    return None
+
+
 def check(description: Description, arguments: Mapping[str, Any], who: str, varying: Collection[str] = ()) -> None:
     """Refuses arguments that a captured graph would ignore or misread.
 
@@ -146,7 +164,9 @@ def check(description: Description, arguments: Mapping[str, Any], who: str, vary
         if name in varying and type(value) is int:
             continue
         if wrong := difference(spec, value, name):
-            raise ValueError(f"{who}: {wrong}; quantize again with a call like this one to change it")
+            raise ValueError(
+                f"{who}: {wrong}; quantize again with a call like this one to change it, or use the module form"
+            )
 
 
 def specs(description: Description) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4dit_ao.formats import NumberFormat, parse
-from fp4dit_ao.kernels import attention_backend
+from fp4dit_ao.kernels import attention_backend, straight_through
 from fp4dit_ao.kernels.checks import refuse
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.token_quantization import digits, quantize_tokens
@@ -74,8 +74,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     separate = q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
     separate = separate and q.shape[-1] == k.shape[-1] == v.shape[-1]
     unit = ATTENTION.pick(AttentionOperands(parse(fmt), q.device, q.shape[-1], separate))
-    y: Tensor = unit.run(q, k, v, mask, scale, fmt)
-    return y
+    return straight_through.attention(unit.run, q, k, v, mask, scale, _rounded, fmt)
+
+
+def _rounded(x: Tensor, fmt: str) -> Tensor:
+    block = [1] * (x.ndim - 1) + [-1]
+    return fake_quantize(x, block, choose_scale(x, block, fmt, torch.float32), fmt, x.dtype)
 
 
 def _on_compiled_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, fmt: str) -> Tensor:
@@ -90,8 +94,7 @@ def _on_compiled_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sc
 
 
 def _on_pytorch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, fmt: str) -> Tensor:
-    block = [1] * (q.ndim - 1) + [-1]
-    q, k, v = (fake_quantize(x, block, choose_scale(x, block, fmt, torch.float32), fmt, x.dtype) for x in (q, k, v))
+    q, k, v = (_rounded(x, fmt) for x in (q, k, v))
     with attention_backend.preferred(q, k, mask):
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 

@@ -23,9 +23,10 @@ from fp4dit_ao._compat.torchao_prototype import (
     ScaleCalculationMode,
 )  # fmt: skip
 from fp4dit_ao.formats import FloatFormat, pack, unpack
-from fp4dit_ao.kernels import block_scaled_linear
+from fp4dit_ao.kernels import block_scaled_linear, straight_through
 from fp4dit_ao.kernels.units import Unit
 from fp4dit_ao.ops.block_scale import BLOCKS, unit
+from fp4dit_ao.tensors.copied_by_call import CopiedByCall
 
 _ATEN = torch.ops.aten
 ELEMENTS = {"e2m1": torch.float4_e2m1fn_x2, "e2m3": DTYPE_FP6_E2M3, "e3m2": DTYPE_FP6_E3M2}
@@ -44,6 +45,15 @@ class _OnAnyHardware:
         operands = block_scaled_linear.BlockOperands(self.fmt, torch.device(device or self.device), self.dtype)
         return block_scaled_linear.BLOCK_SCALED_LINEAR.pick(operands)
 
+    def stored_linear(self: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ W^T + bias`` with ``x`` quantized to the weight's format."""
+        return block_scaled_linear.linear(x, self, bias, self.fmt)
+
+    def stored_values(self: Any, output_dtype: torch.dtype) -> Tensor:
+        """The weight's values, ``(out_features, in_features)``."""
+        values: Tensor = self.dequantize(output_dtype)
+        return values
+
     def _stable_hash_for_caching(self) -> str:
         """Key of this tensor in torch's on-disk compile caches: everything that shapes the generated code."""
         parts = {name: getattr(self, name) for name in _compat.parts(type(self))}
@@ -53,7 +63,7 @@ class _OnAnyHardware:
         return repr((__version__, type(self).__name__, plain))
 
 
-class MXWeight(_OnAnyHardware, MXTensor):  # type: ignore[misc]
+class MXWeight(_OnAnyHardware, MXTensor, metaclass=CopiedByCall):  # type: ignore[misc]
     """A linear weight in MXFP4 or MXFP6, whose input is quantized to the same format, online.
 
     Tensor Attributes:
@@ -98,7 +108,7 @@ class MXWeight(_OnAnyHardware, MXTensor):  # type: ignore[misc]
         return block_scaled_linear.mx_linear(x, self.qdata, self.scale, self.fmt, bias)
 
 
-class NVFP4Weight(_OnAnyHardware, NVFP4Tensor):  # type: ignore[misc]
+class NVFP4Weight(_OnAnyHardware, NVFP4Tensor, metaclass=CopiedByCall):  # type: ignore[misc]
     """A linear weight in NVFP4, whose input is quantized to the same format, online.
 
     Tensor Attributes:
@@ -152,7 +162,7 @@ class NVFP4Weight(_OnAnyHardware, NVFP4Tensor):  # type: ignore[misc]
 
 def _linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
-    return block_scaled_linear.linear(x, weight, bias, weight.fmt)
+    return straight_through.linear(x, weight, bias)
 
 
 def _to_copy(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:

@@ -25,8 +25,10 @@ from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import __version__, _compat
 from fp4dit_ao.formats import parse
+from fp4dit_ao.kernels import straight_through
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.units import Unit
+from fp4dit_ao.tensors.copied_by_call import CopiedByCall
 
 _ATEN = torch.ops.aten
 _OVERRIDES: dict[Any, Callable[..., Any]] = {}
@@ -41,7 +43,7 @@ def _overrides(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., 
     return register
 
 
-class QuantizedWeight(TorchAOBaseTensor):  # type: ignore[misc]
+class QuantizedWeight(TorchAOBaseTensor, metaclass=CopiedByCall):  # type: ignore[misc]
     """A linear weight in low bits, stored as several plain tensors.
 
     Non-Tensor Attributes:
@@ -167,7 +169,7 @@ def _linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         raise ValueError(f"linear: the input is a {type(x).__name__}; a quantized tensor must be the weight")
     if weight.transposed:
         weight.refuse("a transposed weight cannot be that of a linear; call t() again, or use matmul")
-    return weight.stored_linear(x, bias)
+    return straight_through.linear(x, weight, bias)
 
 
 @_overrides(_ATEN.mm.default, _ATEN.addmm.default)
@@ -284,6 +286,10 @@ def _empty_like(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeigh
 def _copy(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
     """``weight.copy_(other)``: the stored tensors of a weight of the same kind, shape and formats."""
     weight, source = args[0], args[1]
+    if not isinstance(weight, QuantizedWeight):
+        source.refuse(
+            f"copy_ into a float tensor {tuple(weight.shape)}; copy its dequantize(), or assign it as a parameter"
+        )
     if type(source) is not type(weight) or source.shape != weight.shape:
         weight.refuse(f"copy_ of a {type(source).__name__} {tuple(source.shape)}; expected the same kind and shape")
     for name in _compat.parts(type(weight)):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
+from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat
 from fp4dit_ao.passes.transforms.annotated_linears import annotated_linears, linear_name
@@ -35,8 +36,18 @@ def whole_name(name: str) -> str:
     return whole if part and number.isdigit() else name
 
 
-class SplitLinear(nn.Module):
+class PartLinear(nn.Linear):
+    """A part of a :class:`SplitLinear`, which may add the bias of the whole."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``(…, in_features)`` to ``(…, out_features)``."""
+        return F.linear(x, self.weight, bias)
+
+
+class SplitLinear(nn.Linear):
     """A linear whose input features are split: ``part0(x[..., :a]) + part1(x[..., a:]) + …``.
+
+    An ``nn.Linear`` for whoever looks for one, such as a LoRA, which sees all of ``x``.
 
     Args:
         linear: that it replaces; its parameters are shared. The scale of a ``ScaledLinear`` is applied before splitting.
@@ -44,23 +55,40 @@ class SplitLinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear, sizes: Sequence[int]):
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would make a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.sizes = list(sizes)
         self.register_parameter("bias", linear.bias)
         if isinstance(scale := getattr(linear, INPUT_SCALE, None), Tensor):
             stored = _compat.is_persistent(linear, INPUT_SCALE)
             self.register_buffer(INPUT_SCALE, scale, persistent=stored)
         for index, (size, weight) in enumerate(zip(sizes, linear.weight.split(self.sizes, 1), strict=True)):
-            part = nn.Linear(size, linear.out_features, bias=False, device="meta")
+            part = PartLinear(size, linear.out_features, bias=False, device="meta")
             part.weight = nn.Parameter(weight.detach(), requires_grad=False)
             self.add_module(part_name("", index).removeprefix("."), part)
+
+    @property
+    def parts(self) -> list[nn.Linear]:
+        """The linears of the parts, in order."""
+        return [child for child in self.children() if isinstance(child, nn.Linear)]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The parts' weights as one float tensor ``(out_features, in_features)``, made anew at every call."""
+        return torch.cat([_float(part.weight) for part in self.parts], 1)
+
+    def list_whole_weight(self) -> None:
+        """Let the state dict hold ``weight`` beside the parts: a placeholder of NaN that takes no memory.
+
+        Diffusers' LoRA loader looks there for the shape of what a LoRA is to change. ``load_state_dict`` passes over it.
+        """
+        self.register_state_dict_post_hook(_add_placeholder)
+        self.register_load_state_dict_pre_hook(_drop_placeholder)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(…, in_features)`` to ``(…, out_features)``."""
         first, *others = zip(self.children(), scaled_input(self, x).split(self.sizes, -1), strict=True)
-        weight: Any = first[0].weight
-        bias: Any = self.bias
-        total = F.linear(scaled_input(*first), weight, bias)
+        total: Tensor = first[0](first[1], self.bias)
         for part, piece in others:
             total = total + part(piece)
         return total
@@ -70,6 +98,33 @@ def joins_or_is_part(node: Node) -> bool:
     """Whether a linear's node is, or may become, one of those that the parts of an input have; others cannot change it."""
     name = linear_name(node)
     return whole_name(name) != name or joined_features(node) is not None
+
+
+def _add_placeholder(module: Any, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    weight = module.parts[0].weight
+    nothing = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device)
+    state[f"{prefix}weight"] = nothing.expand(module.out_features, module.in_features)
+
+
+def _drop_placeholder(module: Any, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    state.pop(f"{prefix}weight", None)
+
+
+def _float(weight: Tensor) -> Tensor:
+    values: Tensor = weight.dequantize() if isinstance(weight, TorchAOBaseTensor) else weight  # type: ignore[no-untyped-call]
+    return values.detach()
+
+
+def join_modules(model: nn.Module) -> None:
+    """Put an ``nn.Linear`` in the place of every :class:`SplitLinear`, whose parts have float weights."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SplitLinear):
+            parent, _, leaf = name.rpartition(".")
+            whole = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            weight, scale = module.weight, getattr(module, INPUT_SCALE, None)
+            whole.weight = nn.Parameter(weight if scale is None else weight * scale.to(weight), requires_grad=False)
+            whole.bias = module.bias
+            setattr(model.get_submodule(parent), leaf, whole)
 
 
 def joined_features(node: Node) -> list[int] | None:

@@ -43,15 +43,15 @@ class TransformedLinear(nn.Linear):
             self.register_buffer(name, tensor, persistent=stored[name])
         self.steps: list[Step] = [*getattr(linear, "steps", []), step]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(…, in_features)`` to ``(…, out_features)``."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``(…, in_features)`` to ``(…, out_features)``; ``bias`` is added in place of its own."""
         added: list[Tensor] = []
         for step in self.steps:
             branch = step.beside(self, x)
             if branch is not None:
                 added.append(branch)
             x = step.before(self, x)
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight, self.bias if bias is None else bias)
         for branch in reversed(added):  # a graph adds the last transform's first: it stands next to the linear
             y = y + branch
         return y

@@ -168,7 +168,7 @@ def test_two_loras_are_rounded_together() -> None:
     expected = run(model)
     model.fuse_lora(adapter_names=["one", "two"])
     layer = model.get_submodule(FUSED[0])
-    total = layer.unfused_weight.dequantize() + layer.get_delta_weight("one") + layer.get_delta_weight("two")
+    total = layer.unfused_weights[FUSED[0]].dequantize() + layer.get_delta_weight("one") + layer.get_delta_weight("two")
     assert torch.equal(layer.base_layer.weight.dequantize(), quantized_alone(total, "w4a6"))
     assert (run(model) - expected).norm() < 0.2 * expected.norm()
     model.disable_lora()  # which PEFT says of a fused one by unfusing it
