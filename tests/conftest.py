@@ -41,6 +41,7 @@ SLOW = (
     "tests/tensors/test_levels.py::test_memory_or_speed_is_chosen_when_a_pipeline_is_loaded",
     "tests/tensors/test_sharding.py",
     "tests/test_compat.py",
+    "tests/test_registration.py",
 )
 """Folders, files and tests that take longer than the fast set can wait for; so does every test with ``compile`` in its name."""
 DOCS = ("tests/test_docs.py::test_page", "tests/test_docs.py::test_docstring", "tests/test_tutorials.py")

@@ -15,6 +15,7 @@ from fp4dit_ao._compat.compilation import (
     types_in_packages,
 )  # fmt: skip
 from fp4dit_ao._compat.diffusers import (
+    after_from_pretrained,
     name_repeated_blocks,
     progress_bar_config,
     replace_apply,
@@ -56,7 +57,8 @@ from fp4dit_ao._compat.tensors import (
 from fp4dit_ao._compat.torchao import parts
 
 __all__ = [
-    "aliased", "captured_sizes", "compile_package", "copy_calling_convention", "create_buffer_node", "distinct_sizes",
+    "after_from_pretrained", "aliased", "captured_sizes", "compile_package", "copy_calling_convention",
+    "create_buffer_node", "distinct_sizes",
     "exported_graph", "fake_like", "fake_mode", "flat_inputs", "fp8_product", "input_names", "int8_product",
     "is_persistent", "is_traced", "is_view", "is_view_of_another", "lerp_", "load_package", "make_buffers_persistent",
     "make_buffers_transient", "mark_static", "name_repeated_blocks", "parse_to", "parts", "prepacked_linear",

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +45,15 @@ def call_arguments(pipe: "DiffusionPipeline", **call: Any) -> dict[str, Any]:
     Raises:
         ValueError: the pipeline's ``__call__`` does not take one of ``call``.
     """
-    parameters = inspect.signature(type(pipe).__call__).parameters.values()
-    accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    unknown = sorted(set(call) - accepted)
+    unknown = sorted(set(call) - set(accepted(pipe, call)))
     if unknown:
         name = type(pipe).__name__
         raise ValueError(f"{name} takes no argument {', '.join(unknown)}; see help({name}.__call__)")
-    return {name: value for name, value in defaults_of(pipe).items() if name in accepted} | call
+    return accepted(pipe, defaults_of(pipe)) | call
+
+
+def accepted(pipe: "DiffusionPipeline", call: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``call`` that the pipeline's ``__call__`` takes by name."""
+    parameters = inspect.signature(type(pipe).__call__).parameters.values()
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {name: value for name, value in call.items() if name in names}

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fp4dit_ao.cli.call_options import call_options
 from fp4dit_ao.cli.one_sentence import OneSentence
 from fp4dit_ao.cli.output_paths import check_writable_file, check_writable_folder
 
@@ -18,6 +19,12 @@ app = typer.Typer(
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; the GPU if there is one.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the pipeline's own number if not given.")]
 Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt a line; may be left out for 'reference'.")]
+Call = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=VALUE of the pipeline's call, such as height=512, guidance_scale=3 or negative_prompt=blurry; repeatable."
+    ),
+]
 Compile = Annotated[bool, typer.Option(help="Run the quantized model under torch.compile.")]
 Weights = Annotated[
     str,
@@ -84,6 +91,7 @@ def quantize(
         float | None, typer.Option(help="Mean of stored bits per weight that the allocation may spend.")
     ] = None,
     fine_tuning: Annotated[str | None, typer.Option(help="Fine-tuning after rounding, such as 'scales'.")] = None,
+    call: Call = None,
 ) -> None:
     """Quantize MODEL and save it. `fp4dit-ao methods` lists the names that options for methods take."""
     from fp4dit_ao.cli import quantize as run
@@ -92,8 +100,8 @@ def quantize(
         rounding, objective, scope, iters, selection, tuple(transform or ()), allocation, budget_bits, fine_tuning
     )
     run.quantize(
-        model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], steps=steps, samples=samples,
-        seed=seed, resume=resume, device=device,
+        model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),
+        samples=samples, seed=seed, resume=resume, device=device,
     )  # fmt: skip
 
 
@@ -109,12 +117,14 @@ def generate(
     compile: Compile = False,
     device: Device = None,
     weights: Weights = "packed",
+    call: Call = None,
 ) -> None:
     """Draw prompts into one picture, with --compare beside another model's images of the same seeds."""
     check_writable_file(out)
+    arguments = call_options(call, steps)
     from fp4dit_ao.cli import generate as run
 
-    run.generate(model, prompt, out, compare, seed, steps, batch_size, compile, device, weights)
+    run.generate(model, prompt, out, compare, seed, arguments, batch_size, compile, device, weights)
 
 
 @app.command()
@@ -131,12 +141,14 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("evaluation.json"),
     compile: Compile = False,
     device: Device = None,
+    call: Call = None,
 ) -> None:
     """Print a Markdown table of how close MODEL's images are to those of the model that it was made from."""
     check_writable_file(out)
+    arguments = call_options(call, steps)
     from fp4dit_ao.cli import evaluate as run
 
-    run.evaluate(model, against, prompts, count, seeds, steps, batch_size, out, compile, device)
+    run.evaluate(model, against, prompts, count, seeds, arguments, batch_size, out, compile, device)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,8 @@ class Methods:
 
 
 def quantize(
-    model: str, out: Path, *, recipe: str, prompts: Path | None, methods: Methods, skip: Sequence[str], steps: int | None,
-    samples: int, seed: int, resume: bool, device: str | None,
+    model: str, out: Path, *, recipe: str, prompts: Path | None, methods: Methods, skip: Sequence[str],
+    call: Mapping[str, Any], samples: int, seed: int, resume: bool, device: str | None,
 ) -> None:  # fmt: skip
     """Quantizes ``model`` and saves it to ``out``; a killed run leaves ``<out>.unfinished``, from which ``resume``
     continues.
@@ -90,7 +90,7 @@ def quantize(
     start = time.perf_counter()
     try:
         quantized = quantize_pipeline(
-            pipe, recipe, prompts=texts, steps=steps, samples=samples, skip=skip, seed=seed, **arguments
+            pipe, recipe, prompts=texts, samples=samples, skip=skip, seed=seed, **arguments, **call
         )
         quantized.save_pretrained(out)
     except Exception:

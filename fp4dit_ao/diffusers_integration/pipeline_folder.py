@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fp4dit_ao import _compat
-from fp4dit_ao.calibration import pipeline_arguments
 from fp4dit_ao.calibration.pipeline_arguments import generation_defaults
 from fp4dit_ao.checkpoint import transformer_folder
+from fp4dit_ao.diffusers_integration.call_defaults import with_call_defaults
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer, load_graph
 from fp4dit_ao.diffusers_integration.module_conversion import load_modules
 from fp4dit_ao.passes.weight_unpacking import unpack_weights
@@ -45,10 +44,8 @@ def save_pipeline(pipe: DiffusionPipeline, folder: str | Path, **kwargs: Any) ->
     folder = Path(folder)
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     with whole_folder(folder, replaceable=transformer_folder.is_quantized(folder / "transformer")) as partial:
+        with_call_defaults(pipe)
         type(pipe).save_pretrained(pipe, str(partial), **kwargs)
-        defaults = pipeline_arguments.defaults_of(pipe)
-        if defaults:
-            (partial / pipeline_arguments.FILE).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
     if hub.pop("push_to_hub", False):
         pipe.push_to_hub(hub.pop("repo_id", folder.name), **hub)
 
@@ -149,7 +146,7 @@ def with_transformer(pipe: DiffusionPipeline, transformer: nn.Module, defaults: 
     new.register_modules(transformer=transformer)
     new.generation_defaults = defaults
     new.save_pretrained = functools.partial(save_pipeline, new)
-    return new
+    return with_call_defaults(new)
 
 
 def _dtypes(folder: Path) -> dict[str, torch.dtype]:

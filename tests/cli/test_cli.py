@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from fp4dit_ao import QuantizedTransformer, quantize_pipeline
 from fp4dit_ao.cli.app import app
+from fp4dit_ao.cli.call_options import call_options
 from fp4dit_ao.evaluation import fidelity
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import pick
@@ -138,6 +139,42 @@ def test_generate_compares(quantized, folders, tmp_path):
     assert Image.open(tmp_path / "x.png").width > 2 * 128
     alone = run("generate", quantized, "--prompt", "cat", "--out", tmp_path / "y.png", "--steps", 1)
     assert alone.exit_code == 0, alone.output
+
+
+def test_call_options_reach_the_pipeline(folders, tmp_path):
+    call = ["--call", "height=64", "--call", "width=32", "--call", "guidance_scale=1", "--call", "negative_prompt=red"]
+    drawn = run("generate", folders / "float", "--prompt", "cat", "--out", tmp_path / "x.png", "--steps", 1, *call)
+    assert drawn.exit_code == 0, drawn.output
+    picture = Image.open(tmp_path / "x.png")
+    assert picture.height > 256 > picture.width - 130  # a tall image, four times as large
+    out = tmp_path / "e.json"
+    run(
+        "evaluate", folders / "float", "--against", folders / "float", "--prompts", folders / "prompts.txt", "--count", 2,
+        "--seeds", 1, "--steps", 1, "--call", "height=64", "--out", out,
+    )  # fmt: skip
+    assert json.loads(out.read_text())["settings"]["height"] == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--call", "height"], ["NAME=VALUE"]),
+        (["--call", "prompt=x"], ["--prompt"]),
+        (["--call", "num_inference_steps=3"], ["--steps"]),
+        (["--call", "width=32", "--call", "width=64"], ["width", "twice"]),
+        (["--call", "heigth=64"], ["PixArtSigmaPipeline takes no argument heigth"]),
+    ],
+)
+def test_calls_that_are_refused(folders, tmp_path, options, words):
+    refused(run("generate", folders / "float", "--prompt", "cat", "--out", tmp_path / "x.png", *options), *words)
+
+
+def test_call_options_are_json_or_text():
+    options = ["a=512", "b=1.5", "c=true", "d=[1, 2]", "e=blurry, low quality", "f=", "g=null", "h=x=y"]
+    assert call_options(options, 3) == {
+        "a": 512, "b": 1.5, "c": True, "d": [1, 2], "e": "blurry, low quality", "f": "", "g": None, "h": "x=y",
+        "num_inference_steps": 3,
+    }  # fmt: skip
 
 
 def test_generate_compares_packed_weights_with_bytes(quantized, tmp_path, monkeypatch):
