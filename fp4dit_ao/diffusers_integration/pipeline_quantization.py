@@ -117,7 +117,10 @@ def quantize_pipeline(
         folder = None if checkpoint_dir is None else Path(checkpoint_dir) / "fine_tuning"
         run_fine_tuning(prepared, data, fine_tuning, checkpoint_dir=folder, progress=progress)
     with torch.no_grad():
-        graph = lower(convert_pt2e(prepared, fold_quantize=False))
+        converted = convert_pt2e(prepared, fold_quantize=False)
+        del captured, prepared  # with what was observed, more than the model itself
+        graph = lower(converted)
+        del converted
     source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path if the pipeline was loaded from one
     decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
     quantized = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
