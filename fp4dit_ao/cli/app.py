@@ -1,12 +1,15 @@
 """Options of the command ``fp4dit-ao``. Each command imports its module when called, so that ``--help`` is quick."""
 
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fp4dit_ao import __version__
 from fp4dit_ao.cli.call_options import call_options
+from fp4dit_ao.cli.config_options import config_fields, layer_rules
 from fp4dit_ao.cli.one_sentence import OneSentence
 from fp4dit_ao.cli.output_paths import check_writable_file, check_writable_folder
 
@@ -16,9 +19,24 @@ app = typer.Typer(
     "small pipeline that ships. --debug, anywhere, shows the traceback of an error.",
 )  # fmt: skip
 
+
+def print_version(asked: bool) -> None:
+    """Prints the versions of this package and of what it runs on, and exits, if ``asked``."""
+    if asked:
+        found = {name: metadata.version(name) for name in ("torch", "torchao", "diffusers")}
+        typer.echo(f"fp4dit-ao {__version__} ({', '.join(f'{name} {text}' for name, text in found.items())})")
+        raise typer.Exit
+
+
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; the GPU if there is one.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the pipeline's own number if not given.")]
 Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt a line; may be left out for 'reference'.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Type of what is not quantized: 'float32', 'bfloat16', 'float16', or 'stored', as in MODEL's files."
+    ),
+]
 Call = Annotated[
     list[str] | None,
     typer.Option(
@@ -35,6 +53,15 @@ Weights = Annotated[
 Iterations = Annotated[
     int | None, typer.Option(min=1, help="Iterations of learned rounding per block, layer or window.")
 ]
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command()
@@ -92,6 +119,20 @@ def quantize(
     ] = None,
     fine_tuning: Annotated[str | None, typer.Option(help="Fine-tuning after rounding, such as 'scales'.")] = None,
     call: Call = None,
+    dtype: Dtype = "stored",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON object of fields of QuantConfig that replace the recipe\'s, such as {"group_size": 64}.'
+        ),
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(min=2, help="Inputs that share a weight scale.")] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="GLOB=RECIPE for some modules, or GLOB=none to leave them, such as 'blocks.0.*=none'; repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Quantize MODEL and save it. `fp4dit-ao methods` lists the names that options for methods take."""
     from fp4dit_ao.cli import quantize as run
@@ -101,7 +142,8 @@ def quantize(
     )
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),
-        samples=samples, seed=seed, resume=resume, device=device,
+        samples=samples, seed=seed, resume=resume, device=device, dtype=dtype, fields=config_fields(config, group_size),
+        layers=layer_rules(layer),
     )  # fmt: skip
 
 
@@ -118,13 +160,14 @@ def generate(
     device: Device = None,
     weights: Weights = "packed",
     call: Call = None,
+    dtype: Dtype = "stored",
 ) -> None:
     """Draw prompts into one picture, with --compare beside another model's images of the same seeds."""
     check_writable_file(out)
     arguments = call_options(call, steps)
     from fp4dit_ao.cli import generate as run
 
-    run.generate(model, prompt, out, compare, seed, arguments, batch_size, compile, device, weights)
+    run.generate(model, prompt, out, compare, seed, arguments, batch_size, compile, device, weights, dtype)
 
 
 @app.command()
@@ -142,13 +185,14 @@ def evaluate(
     compile: Compile = False,
     device: Device = None,
     call: Call = None,
+    dtype: Dtype = "stored",
 ) -> None:
     """Print a Markdown table of how close MODEL's images are to those of the model that it was made from."""
     check_writable_file(out)
     arguments = call_options(call, steps)
     from fp4dit_ao.cli import evaluate as run
 
-    run.evaluate(model, against, prompts, count, seeds, arguments, batch_size, out, compile, device)
+    run.evaluate(model, against, prompts, count, seeds, arguments, batch_size, out, compile, device, dtype)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from fp4dit_ao.util.markdown import markdown_table
 
 def generate(
     model: str, prompts: list[str], out: Path, compare: str | None, seed: int, call: dict[str, Any], batch_size: int,
-    compile: bool, device: str | None, weights: str,
+    compile: bool, device: str | None, weights: str, dtype: str,
 ) -> None:  # fmt: skip
     """Draws ``prompts`` with one seed and arguments ``call``, ``model`` with ``weights``; prints how close its images are
     to those of ``compare``."""
@@ -22,7 +22,7 @@ def generate(
         named_models.weights_of(name, form)  # checks both before either is loaded
     columns = {}
     for name, form in asked:
-        pipe = named_models.open_pipeline(name, device, compile=compile, weights=form)
+        pipe = named_models.open_pipeline(name, device, compile=compile, weights=form, dtype=dtype)
         kind = ("quantized" if form == "packed" else form) if named_models.is_quantized(name) else "float"
         images = fidelity.generate(pipe, prompts, [seed], batch_size=batch_size, progress=name, **call)
         columns[f"{name} ({kind})"] = images[0]

@@ -68,6 +68,7 @@ class Methods:
 def quantize(
     model: str, out: Path, *, recipe: str, prompts: Path | None, methods: Methods, skip: Sequence[str],
     call: Mapping[str, Any], samples: int, seed: int, resume: bool, device: str | None,
+    dtype: str, fields: Mapping[str, Any], layers: Mapping[str, str | None],
 ) -> None:  # fmt: skip
     """Quantizes ``model`` and saves it to ``out``; a killed run leaves ``<out>.unfinished``, from which ``resume``
     continues.
@@ -77,6 +78,9 @@ def quantize(
     """
     QuantConfig.from_name(recipe)  # refuses an unknown name; the table of families decides what it means for the model
     arguments = methods.arguments()
+    for rule in layers.values():
+        if rule is not None:
+            QuantConfig.from_name(rule)
     named_models.folder_of(model)
     texts = read_prompts(prompts) if prompts else named_models.default_prompts(model, CALIBRATION_PROMPTS)
     if out.exists() and any(out.iterdir()):
@@ -86,11 +90,20 @@ def quantize(
         raise FileExistsError(f"{unfinished} holds an unfinished run; continue it with --resume, or delete it")
     if ROUNDINGS.find(arguments["reconstruction"].rounding).needs_samples or methods.fine_tuning is not None:
         arguments |= {"checkpoint_dir": unfinished / "blocks", "cache_dir": unfinished / "samples"}
-    pipe = named_models.open_pipeline(model, device)
+    pipe = named_models.open_pipeline(model, device, dtype=dtype)
     start = time.perf_counter()
     try:
         quantized = quantize_pipeline(
-            pipe, recipe, prompts=texts, samples=samples, skip=skip, seed=seed, **arguments, **call
+            pipe,
+            recipe,
+            prompts=texts,
+            samples=samples,
+            skip=skip,
+            seed=seed,
+            fields=fields,
+            layers=layers,
+            **arguments,
+            **call,
         )
         quantized.save_pretrained(out)
     except Exception:

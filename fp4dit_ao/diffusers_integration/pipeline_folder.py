@@ -3,7 +3,7 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -92,7 +92,7 @@ def load_pipeline(
         transformer.to(dtype)
     if weights != "packed":
         unpack_weights(transformer, weights)
-    dtypes = _dtypes(folder) if dtype is None else dtype
+    dtypes = stored_dtypes(folder, leave=("transformer",)) if dtype is None else dtype
     try:
         with warnings.catch_warnings():
             # newer diffusers call the argument dtype, older ones know only torch_dtype
@@ -149,10 +149,18 @@ def with_transformer(pipe: DiffusionPipeline, transformer: nn.Module, defaults: 
     return with_call_defaults(new)
 
 
-def _dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """Floating-point type of each component: the one that most bytes of its safetensors files have."""
+def stored_dtypes(folder: Path, leave: Sequence[str] = ()) -> dict[str, torch.dtype]:
+    """Floating-point type of each component: the one that most bytes of its safetensors files have.
+
+    Args:
+        folder: folder of a pipeline.
+        leave: names of components that are not looked at.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
     dtypes: dict[str, torch.dtype] = {"default": torch.float32}
-    for component in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "transformer"):
+    for component in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in leave):
         sizes: dict[torch.dtype, int] = {}
         for file in component.glob("*.safetensors"):
             try:

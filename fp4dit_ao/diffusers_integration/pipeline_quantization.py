@@ -1,6 +1,6 @@
 """``quantize_pipeline``: quantizes a diffusers pipeline in one call."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,8 @@ def quantize_pipeline(
     reconstruction: ReconstructionConfig | None = None,
     fine_tuning: str | None = None,
     skip: Sequence[str] = (),
+    fields: Mapping[str, Any] | None = None,
+    layers: Mapping[str, str | QuantConfig | None] | None = None,
     seed: int = 0,
     batch_size: int = 1,
     compile: bool = False,
@@ -77,6 +79,9 @@ def quantize_pipeline(
         reconstruction: rounding, objective, scope and their settings in one config, in place of those four.
         fine_tuning: method of fine-tuning after rounding, such as ``"scales"``; None for none.
         skip: globs over module names that stay in high precision, besides the recipe's own.
+        fields: fields of the recipe's ``QuantConfig`` that take other values, such as ``{"group_size": 64}``.
+        layers: recipes or configs of some modules, by globs over their names, such as ``{"*.attn2.*": "w4a8", "*.0.*": None}``;
+            None leaves them in high precision.
         compile: run the quantized graph under ``torch.compile``.
         checkpoint_dir: folder for the state of reconstruction and fine-tuning, from which a killed run resumes.
         progress: show progress bars with the time left.
@@ -91,7 +96,7 @@ def quantize_pipeline(
             unknown, or the calibration data is bad.
     """
     model = _float_transformer(pipe)
-    config = recipe_for(model, recipe)
+    config = recipe_for(model, recipe, fields)
     rounded = chosen_config(rounding, objective, scope, adaround, reconstruction)
     transforms = resolve_transforms(transforms)
     _check_methods(config, allocation, budget_bits, fine_tuning)
@@ -103,7 +108,7 @@ def quantize_pipeline(
         pipe, prompts, steps=steps, seed=seed, samples=samples if needs_data else 1, batch_size=batch_size,
         selection=selection, cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
     )  # fmt: skip
-    quantizer = quantizer_for(model, recipe, skip)
+    quantizer = quantizer_for(model, recipe, skip, fields, layers)
     with torch.no_grad():
         captured = transform(capture(model, data[0]), data, transforms, quantizer, progress)
         prepared = prepare_pt2e(captured, quantizer)

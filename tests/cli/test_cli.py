@@ -14,9 +14,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from typer.testing import CliRunner
 
+import fp4dit_ao
 from fp4dit_ao import QuantizedTransformer, quantize_pipeline
 from fp4dit_ao.cli.app import app
 from fp4dit_ao.cli.call_options import call_options
+from fp4dit_ao.diffusers_integration import named_models
+from fp4dit_ao.diffusers_integration.graph_form import load_graph
 from fp4dit_ao.evaluation import fidelity
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import pick
@@ -175,6 +178,61 @@ def test_call_options_are_json_or_text():
         "a": 512, "b": 1.5, "c": True, "d": [1, 2], "e": "blurry, low quality", "f": "", "g": None, "h": "x=y",
         "num_inference_steps": 3,
     }  # fmt: skip
+
+
+def test_a_recipe_is_changed_as_a_whole_and_layer_by_layer(folders, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"weight": "nf4", "pre_gelu_weight": None, "group_size": 32}))
+    result = run(
+        "quantize", folders / "float", "--rounding", "nearest", "--prompts", folders / "prompts.txt", "--out", tmp_path / "q",
+        "--config", tmp_path / "recipe.json", "--group-size", 64, "--dtype", "bfloat16",
+        "--layer", "*.attn1.*=none", "--layer", "*.0.attn1.to_q=int_w4a8",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    weights = dict(load_graph(tmp_path / "q" / "transformer").graph.named_parameters())
+    block = {name.removeprefix("transformer_blocks.0."): weight for name, weight in weights.items() if ".0." in name}
+    assert (block["ff.net.0.proj.weight"].fmt, block["ff.net.0.proj.weight"].block_size) == ("nf4", [1, 64])
+    assert block["attn1.to_q.weight"].fmt == "nf4"  # the file's weight holds for every recipe
+    assert block["attn1.to_k.weight"].dtype == torch.bfloat16
+    assert type(block["attn1.to_k.weight"].detach()) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--layer", "blocks.0"], ["GLOB=RECIPE"]),
+        (["--layer", "*=w4a7"], ["unknown recipe 'w4a7'"]),
+        (["--config", "prompts.txt"], ["prompts.txt", "not valid JSON"]),
+        (["--config", "list.json"], ["JSON object"]),
+        (["--config", "typo.json"], ["does not know grup_size"]),
+        (["--dtype", "float8"], ["unknown dtype 'float8'", "bfloat16"]),
+    ],
+)
+def test_changes_of_a_recipe_that_are_refused(folders, tmp_path, options, words):
+    (folders / "list.json").write_text("[1]")
+    (folders / "typo.json").write_text('{"grup_size": 32}')
+    options = [str(folders / option) if (folders / option).is_file() else option for option in options]
+    call = ["--prompts", folders / "prompts.txt", "--out", tmp_path / "q", "--rounding", "nearest"]
+    refused(run("quantize", folders / "float", *call, *options), *words)
+    assert not entries(tmp_path)
+
+
+def test_versions_are_told():
+    found = run("--version")
+    assert found.exit_code == 0 and found.stdout.startswith(f"fp4dit-ao {fp4dit_ao.__version__} (torch ")
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "loaded"),
+    [
+        (torch.bfloat16, "stored", torch.bfloat16),
+        (torch.float16, "stored", torch.float32),  # CPUs are slow at it
+        (torch.bfloat16, "float32", torch.float32),
+    ],
+)
+def test_pipelines_are_loaded_as_they_are_stored(tmp_path, stored, asked, loaded):
+    tiny_pipeline(layers=1).to(stored).save_pretrained(tmp_path / "p")
+    pipe = named_models.open_pipeline(str(tmp_path / "p"), "cpu", dtype=asked)
+    assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {loaded}
 
 
 def test_generate_compares_packed_weights_with_bytes(quantized, tmp_path, monkeypatch):
