@@ -306,9 +306,14 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait; more are answered with 429.")] = 64,
     max_n: Annotated[int, typer.Option(min=1, help="Images of one request.")] = 4,
     max_prompt: Annotated[int, typer.Option(min=1, help="Characters of a prompt.")] = 2000,
-    max_side: Annotated[int, typer.Option(min=8, help="Pixels of an image's width and height.")] = 2048,
+    max_side: Annotated[
+        int | None, typer.Option(min=8, help="Pixels of an image's width and height; twice the model's own if not given.")
+    ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a request.")] = 100,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request is answered with 504.")] = 120,
+    shutdown_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that accepted requests have to end in after Ctrl-C or SIGTERM.")
+    ] = 30,
     same_bits: Annotated[
         bool, typer.Option("--same-bits", help="Fill batches up, so that equal requests give equal bits; slower.")
     ] = False,
@@ -321,7 +326,8 @@ def serve(
 
     run.serve(
         model, host, port, name, {"max_batch": max_batch, "window": window / 1000, "max_queue": max_queue},
-        {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout},
+        {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout,
+         "shutdown": shutdown_timeout},
         same_bits, compile, device, weights,
     )  # fmt: skip
 

@@ -13,7 +13,9 @@ def serve(
     model: str, host: str, port: int, name: str | None, batching: dict[str, Any], limits: dict[str, Any], same_bits: bool,
     compile: bool, device: str | None, weights: str,
 ) -> None:  # fmt: skip
-    """Loads ``model``, listens, warms up, and answers until interrupted; accepted requests are finished then.
+    """Loads ``model``, listens, warms up, and answers until interrupted.
+
+    Accepted requests then have ``limits["shutdown"]`` seconds.
 
     Raises:
         OSError: there is no such model, or the port is taken.
@@ -39,7 +41,7 @@ def serve(
     address = f"http://{host}:{listening.getsockname()[1]}"
     listening.listen()  # from here on connections are answered
     print(f"listening on {address}; warming up, see {address}/health/ready", flush=True)
-    config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=int(options.limits.timeout) + 1)
+    config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=max(1, round(options.limits.shutdown)))
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn finishes accepted requests, then raises the interrupt again
         uvicorn.Server(config).run(sockets=[listening])
     if engine.failure is not None:

@@ -5,7 +5,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -29,6 +29,8 @@ from fp4dit_ao.serving.schema import (
 )
 
 GENERATIONS = "/v1/images/generations"
+_LAST_STEP = 5.0
+"""Seconds that a batch which nobody waits for may go on at shutdown."""
 _BODY_BYTES, _BODY_REST = 12, 4096
 """Allowed bytes of a request's body: per character of the longest prompt (JSON may escape one as 12 bytes), and for all
 other fields."""
@@ -41,16 +43,19 @@ class Limits:
     Attributes:
         prompt: most characters of the prompt.
         n: most images.
-        side: most pixels of width and of height.
+        side: most pixels of width and of height; None for twice the larger side of the model's own size. What an image costs
+            grows faster than its area.
         steps: most denoising steps.
         timeout: seconds after which the request is answered with 504.
+        shutdown: seconds that accepted requests may take once the server is asked to end.
     """
 
     prompt: int = 2000
     n: int = 4
-    side: int = 2048
+    side: int | None = None
     steps: int = 100
     timeout: float = 120.0
+    shutdown: float = 30.0
 
 
 def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, limits: Limits = Limits()) -> FastAPI:
@@ -68,9 +73,12 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
     """
     if limits.n > engine.batching.max_queue:
         raise ValueError(f"a queue of {engine.batching.max_queue} images cannot hold a request for {limits.n}")
-    if max(default.width, default.height) > limits.side or default.steps > limits.steps:
+    own = max(default.width, default.height)
+    side = limits.side if limits.side is not None else 2 * own
+    limits = replace(limits, side=side)
+    if own > side or default.steps > limits.steps:
         raise ValueError(
-            f"the model's own {default} is beyond the limits of {limits.side} pixels and {limits.steps} steps"
+            f"the model's own {default} is beyond the limits of {side} pixels and {limits.steps} steps"
         )
     created = int(time.time())
 
@@ -78,7 +86,7 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
-        await asyncio.to_thread(engine.close)
+        await asyncio.to_thread(engine.close, _LAST_STEP)
 
     app = FastAPI(
         title="fp4dit_ao", summary="A 4-bit diffusion transformer behind the OpenAI images API.", lifespan=lifespan,
@@ -156,7 +164,7 @@ def _style(asked: ImageRequest, name: str, default: Style, multiple: int, limits
     """Size and steps of a request; raises ``ApiError`` if it names another model or exceeds the limits."""
     _known(asked.model, name)
     width, height = asked.dimensions() or (default.width, default.height)
-    if max(width, height) > limits.side or width % multiple or height % multiple:
+    if max(width, height) > (limits.side or 0) or width % multiple or height % multiple:
         raise ApiError(
             400, f"size is {width}x{height}; each side must be a multiple of {multiple}, and at most {limits.side}",
             "invalid_size", "size",
@@ -175,6 +183,7 @@ async def _drawn(
     except NotReady as error:
         raise ApiError(503, str(error), "not_ready", retry_after=1) from error
     together = asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
+    together.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # looked at, so asyncio does not log it
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         waited: set[asyncio.Future[Any]] = {together, gone}
@@ -191,7 +200,7 @@ async def _drawn(
     finally:
         gone.cancel()
         for future in futures:
-            future.cancel()  # images that still wait leave the queue
+            future.cancel()  # images that still wait leave the queue, and a running batch of no others ends at its next step
         together.cancel()
 
 

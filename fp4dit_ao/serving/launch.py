@@ -50,5 +50,6 @@ def application(model: str, options: Options | None = None) -> tuple[FastAPI, En
     pipe.set_progress_bar_config(disable=True)
     painter = Painter(pipe, options.batching.max_batch, options.same_bits)
     engine = Engine(painter.draw, painter.warm_up, options.batching)
+    painter.between_steps = engine.check
     name = options.name or Path(model).resolve().name
     return create_app(engine, name, painter.default, painter.multiple, options.limits), engine

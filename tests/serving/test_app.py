@@ -294,6 +294,13 @@ def test_limits_that_contradict_each_other(gate: Gate) -> None:
         serve(gate, Limits(side=16, steps=10))
 
 
+def test_sides_are_limited_to_twice_the_models_own(gate: Gate) -> None:
+    with serve(gate, Limits()) as client:
+        client.app_state["engine"].wait_until_ready(30)
+        assert ask(client, size="64x64").status_code == 200
+        refused(ask(client, size="72x64"), 400, "at most 64", param="size")
+
+
 def test_what_nobody_listens_for_leaves_the_queue(gate: Gate) -> None:
     gate.open.clear()
     engine = Engine(gate, batching=Batching(1, 0))
