@@ -4,7 +4,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -53,7 +53,26 @@ def call_arguments(pipe: "DiffusionPipeline", **call: Any) -> dict[str, Any]:
 
 
 def accepted(pipe: "DiffusionPipeline", call: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``call`` that the pipeline's ``__call__`` takes by name."""
+    """Those of ``call`` that the pipeline's ``__call__`` takes by name.
+
+    Raises:
+        ValueError: text where the pipeline takes a number, or the other way round.
+    """
     parameters = inspect.signature(type(pipe).__call__).parameters.values()
-    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return {name: value for name, value in call.items() if name in names}
+    known = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    taken = {name: value for name, value in call.items() if name in known}
+    for name, value in taken.items():
+        expected = _plain_types(known[name].annotation)
+        if expected and isinstance(value, bool | int | float | str) and not isinstance(value, expected):
+            wanted = " or ".join(sorted(one.__name__ for one in expected))
+            raise ValueError(f"{name}={value!r}: {type(pipe).__name__} takes {wanted}; change it, also in {FILE}")
+    return taken
+
+
+_PLAIN = (bool, int, float, str)
+
+
+def _plain_types(annotation: Any) -> tuple[type[Any], ...]:
+    """Plain types in an annotation such as ``int | None``; a float may be a whole number. Empty if there are none."""
+    found = tuple(one for one in (annotation, *get_args(annotation)) if one in _PLAIN)
+    return (*found, int) if float in found else found

@@ -120,6 +120,7 @@ def read(folder: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tens
                     x = opened.get_tensor(name).clone()
                     try:
                         entries[name].check(name, x)
+                        _check_scale(name, x, entries)
                     except ValueError as error:
                         raise ValueError(f"{path}: {error}") from None
                     yield name, x
@@ -127,6 +128,24 @@ def read(folder: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tens
             raise
         except Exception as error:  # errors of safetensors, and of torch about unknown types and shapes
             raise ValueError(f"{path} is damaged ({first_line(error)}); copy it again") from error
+
+
+_SCALES = ("scale", "row_scale", "per_tensor_scale")
+"""Parts of a quantized weight that multiply its codes."""
+
+
+def _check_scale(name: str, x: Tensor, entries: Mapping[str, Entry]) -> None:
+    """Raises ``ValueError`` for scales that no quantization gives, though their checksum is right."""
+    weight, _, part = name.rpartition(".")
+    if part not in _SCALES or f"{weight}.qdata" not in entries or not x.is_floating_point():
+        return
+    values = x.float()
+    wrong = ~torch.isfinite(values) | ((values < 0) if x.dtype.itemsize == 1 else (values <= 0))
+    if wrong.any():
+        raise ValueError(
+            f"tensor {name} holds a scale of {float(values[wrong][0]):g}; scales are positive and finite: "
+            "quantize the model again"
+        )
 
 
 def _files(folder: Path, entries: Mapping[str, Entry]) -> dict[str, list[str]]:

@@ -307,7 +307,8 @@ def serve(
     max_n: Annotated[int, typer.Option(min=1, help="Images of one request.")] = 4,
     max_prompt: Annotated[int, typer.Option(min=1, help="Characters of a prompt.")] = 2000,
     max_side: Annotated[
-        int | None, typer.Option(min=8, help="Pixels of an image's width and height; twice the model's own if not given.")
+        int | None,
+        typer.Option(min=8, help="Pixels of an image's width and height; twice the model's own if not given."),
     ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a request.")] = 100,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request is answered with 504.")] = 120,

@@ -14,7 +14,8 @@ from torch import nn
 
 from fp4dit_ao import _compat
 from fp4dit_ao.calibration.pipeline_arguments import generation_defaults
-from fp4dit_ao.checkpoint import transformer_folder
+from fp4dit_ao.checkpoint import component_checksums, transformer_folder
+from fp4dit_ao.checkpoint.tensor_files import first_line
 from fp4dit_ao.diffusers_integration.call_defaults import with_call_defaults
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer, load_graph
 from fp4dit_ao.diffusers_integration.module_conversion import load_modules
@@ -46,6 +47,7 @@ def save_pipeline(pipe: DiffusionPipeline, folder: str | Path, **kwargs: Any) ->
     with whole_folder(folder, replaceable=transformer_folder.is_quantized(folder / "transformer")) as partial:
         with_call_defaults(pipe)
         type(pipe).save_pretrained(pipe, str(partial), **kwargs)
+        component_checksums.write(partial)
     if hub.pop("push_to_hub", False):
         pipe.push_to_hub(hub.pop("repo_id", folder.name), **hub)
 
@@ -93,6 +95,7 @@ def load_pipeline(
     if weights != "packed":
         unpack_weights(transformer, weights)
     dtypes = stored_dtypes(folder, leave=("transformer",)) if dtype is None else dtype
+    component_checksums.check(folder)
     try:
         with warnings.catch_warnings():
             # newer diffusers call the argument dtype, older ones know only torch_dtype
@@ -100,8 +103,8 @@ def load_pipeline(
             pipe = DiffusionPipeline.from_pretrained(
                 str(folder), transformer=None, torch_dtype=dtypes, local_files_only=True
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged config can make diffusers and transformers raise anything
+        first = first_line(error)
         raise ValueError(f"{folder}: a component besides the transformer cannot be loaded: {first}") from error
     if isinstance(transformer, QuantizedTransformer):
         transformer.compile_graph(compile)

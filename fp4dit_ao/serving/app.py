@@ -77,9 +77,7 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
     side = limits.side if limits.side is not None else 2 * own
     limits = replace(limits, side=side)
     if own > side or default.steps > limits.steps:
-        raise ValueError(
-            f"the model's own {default} is beyond the limits of {side} pixels and {limits.steps} steps"
-        )
+        raise ValueError(f"the model's own {default} is beyond the limits of {side} pixels and {limits.steps} steps")
     created = int(time.time())
 
     @contextlib.asynccontextmanager
@@ -183,7 +181,9 @@ async def _drawn(
     except NotReady as error:
         raise ApiError(503, str(error), "not_ready", retry_after=1) from error
     together = asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
-    together.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # looked at, so asyncio does not log it
+    together.add_done_callback(
+        lambda ended: ended.cancelled() or ended.exception()
+    )  # looked at, so asyncio does not log it
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         waited: set[asyncio.Future[Any]] = {together, gone}

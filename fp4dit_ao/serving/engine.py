@@ -38,8 +38,8 @@ class Engine:
     """Draws images in batches, in order of arrival, on its own thread.
 
     Args:
-        draw: draws a batch; if that takes long, it calls :meth:`check` now and then. A batch that fails is drawn again image by image, so that one bad image does not fail the
-            others.
+        draw: draws a batch; if that takes long, it calls :meth:`check` now and then. A batch that fails is drawn again image
+            by image, so that one bad image does not fail the others.
         warm_up: called on the engine's thread before the engine is ready.
         batching: sizes and waiting times of batches.
         metrics: counters to update; new ones if None.

@@ -3,14 +3,11 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -21,6 +18,7 @@ from fp4dit_ao.observers.weight import weight_of
 from fp4dit_ao.passes.partition import Segment, weight_observers
 from fp4dit_ao.passes.reconstruction.report import BlockReport
 from fp4dit_ao.passes.reconstruction.rounding import RoundingRule
+from fp4dit_ao.util.tensor_state import load_state, save_state
 
 
 def fingerprint(
@@ -68,31 +66,29 @@ class Store:
     def save(self, index: int, segment: Segment, row: BlockReport) -> None:
         """Write one finished unit; a kill leaves either all of it or nothing."""
         codes = {o.name: o.codes for o in _observers(segment) if o.codes is not None}
-        metadata = {"fingerprint": self.fingerprint, "row": json.dumps(dataclasses.asdict(row))}
-        partial = self._path(index).with_suffix(".partial")
-        save_file({name: x.cpu().contiguous() for name, x in codes.items()}, partial, metadata)
-        os.replace(partial, self._path(index))
+        texts = {"fingerprint": self.fingerprint, "row": json.dumps(dataclasses.asdict(row))}
+        save_state(self._path(index), codes, texts)
 
     def load(self, index: int, segment: Segment) -> BlockReport | None:
         """Restore one unit's codes; None if it was not finished."""
         path = self._path(index)
         if not path.exists():
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                codes = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is broken ({error}); delete it to reconstruct that part again") from error
-        if metadata.get("fingerprint") != self.fingerprint:
+        remedy = "delete it to reconstruct that part again"
+        codes, texts = load_state(path, remedy)
+        if texts.get("fingerprint") != self.fingerprint:
             raise ValueError(
                 f"{path} belongs to another run (other settings, weights or calibration data); "
-                "name another checkpoint_dir, or delete this one"
+                "repeat the settings of that run, or delete this folder to start anew"
             )
+        try:
+            row = BlockReport(**json.loads(texts["row"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is broken (its row of the report cannot be read: {error!r}); {remedy}") from error
         for observer in _observers(segment):
             stored = codes.get(observer.name)
             observer.codes = None if stored is None else stored.to(observer.scale.device)
-        return BlockReport(**json.loads(metadata["row"]))
+        return row
 
 
 def _observers(segment: Segment) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """The command line: what works on a small pipeline, and wrong input, each case one sentence, non-zero, nothing left behind."""
 
+import errno
 import json
 import re
 import shutil
@@ -24,6 +25,8 @@ from fp4dit_ao.evaluation import fidelity
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import pick
 from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.util import tensor_state
+from fp4dit_ao.util.locks import only_process
 from tests.tiny import CALL, tiny_pipeline
 
 
@@ -472,6 +475,57 @@ def test_a_float_pipeline_cannot_be_inspected(folders):
 def test_quantizing_twice_is_refused(quantized, folders, tmp_path):
     result = run("quantize", quantized, "--prompts", folders / "prompts.txt", "--out", tmp_path / "out")
     refused(result, "already quantized")
+
+
+def test_a_file_is_no_folder_to_write_to(folders, tmp_path):
+    (tmp_path / "q").write_text("mine")
+    result = run("quantize", folders / "float", "--prompts", folders / "prompts.txt", "--out", tmp_path / "q")
+    refused(result, "q is a file")
+    assert (tmp_path / "q").read_text() == "mine"
+
+
+def test_two_runs_into_one_folder_are_refused(folders, tmp_path):
+    with only_process(tmp_path / "q"):
+        result = run("quantize", folders / "float", "--prompts", folders / "prompts.txt", "--out", tmp_path / "q")
+    refused(result, "another process is writing", str(tmp_path / "q"))
+    assert not entries(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, ["interrupted"]),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, ["block-001", "No space left on device", "make room"]),
+    ],
+    ids=["interrupted", "disk full"],
+)
+def test_what_is_finished_is_kept_and_the_way_on_is_said(folders, tmp_path, monkeypatch, failure, status, words):
+    command = [
+        "quantize", folders / "float", "--prompts", folders / "prompts.txt", "--out", tmp_path / "q", "--iters", 2,
+        "--samples", 2,
+    ]  # fmt: skip
+    save, saved = tensor_state.save_file, []
+
+    def fails(*arguments):
+        saved.append(arguments)
+        if len(saved) == 2:
+            raise failure
+        save(*arguments)
+
+    monkeypatch.setattr(tensor_state, "save_file", fails)
+    result = run(*command)
+    assert result.exit_code == status
+    said = [line for line in result.stderr.splitlines() if line.startswith("fp4dit-ao: ")]
+    assert len(said) == 1
+    for word in (*words, str(tmp_path / "q.unfinished"), "--resume"):
+        assert word in said[0]
+    assert entries(tmp_path / "q.unfinished" / "blocks") == {Path("block-000.safetensors")}
+    if status == 130:
+        return
+    other = run(*command, "--resume", "--seed", 1)
+    refused(other, "another run", "--resume", str(tmp_path / "q.unfinished"))
+    assert run(*command, "--resume").exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"q"}
 
 
 def test_an_unfinished_run_is_not_overwritten(folders, tmp_path):
