@@ -321,6 +321,15 @@ def serve(
     compile: Compile = True,
     device: Device = None,
     weights: Weights = "packed",
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FP4DIT_API_KEY", help="Key that requests must bring; the variable keeps it out of process lists."
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin whose pages may ask from a browser, or '*'; repeatable.")
+    ] = None,
 ) -> None:
     """Serve MODEL over HTTP, as the OpenAI images API does: POST /v1/images/generations."""
     from fp4dit_ao.cli import serve as run
@@ -329,7 +338,7 @@ def serve(
         model, host, port, name, {"max_batch": max_batch, "window": window / 1000, "max_queue": max_queue},
         {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout,
          "shutdown": shutdown_timeout},
-        same_bits, compile, device, weights,
+        same_bits, compile, device, weights, api_key, cors_origin or [],
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import signal
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 from fp4dit_ao.diffusers_integration import named_models
@@ -11,7 +12,7 @@ from fp4dit_ao.diffusers_integration import named_models
 
 def serve(
     model: str, host: str, port: int, name: str | None, batching: dict[str, Any], limits: dict[str, Any], same_bits: bool,
-    compile: bool, device: str | None, weights: str,
+    compile: bool, device: str | None, weights: str, api_key: str | None, origins: Sequence[str],
 ) -> None:  # fmt: skip
     """Loads ``model``, listens, warms up, and answers until interrupted.
 
@@ -25,15 +26,26 @@ def serve(
     try:
         import uvicorn
 
-        from fp4dit_ao.serving.app import Limits
+        from fp4dit_ao.serving.app import Access, Limits
         from fp4dit_ao.serving.engine_types import Batching
         from fp4dit_ao.serving.launch import Options, application
     except ImportError as error:
         raise RuntimeError(f"serving needs {error.name}; install it with: pip install 'fp4dit-ao[serve]'") from error
 
+    if api_key is not None and not api_key.strip():
+        raise ValueError("the API key is empty; give a long random text, or leave it out")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     named_models.weights_of(model, weights)
-    options = Options(name, Batching(**batching), Limits(**limits), same_bits, compile, device, weights)
+    options = Options(
+        name,
+        Batching(**batching),
+        Limits(**limits),
+        same_bits,
+        compile,
+        device,
+        weights,
+        Access(api_key, tuple(origins)),
+    )
     listening = _reserve(host, port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     print(f"loading {model}", flush=True)

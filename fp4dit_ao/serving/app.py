@@ -1,20 +1,23 @@
 """HTTP application of an engine: the OpenAI images API, health checks, metrics and limits."""
 
 import asyncio
+import base64
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from pydantic import ConfigDict, Field
+from starlette.middleware.cors import CORSMiddleware
 
 from fp4dit_ao.serving.engine import Engine
 from fp4dit_ao.serving.engine_types import Image, NotReady, QueueFull, Style
 from fp4dit_ao.serving.error_responses import answer_errors
-from fp4dit_ao.serving.middleware import BodyLimit, RequestCounter
+from fp4dit_ao.serving.middleware import ApiKey, BodyLimit, RequestCounter
+from fp4dit_ao.serving.pictures import Pictures
 from fp4dit_ao.serving.schema import (
     MAX_SEED,
     ApiError,
@@ -29,6 +32,7 @@ from fp4dit_ao.serving.schema import (
 )
 
 GENERATIONS = "/v1/images/generations"
+FILES = "/v1/images/files"
 _LAST_STEP = 5.0
 """Seconds that a batch which nobody waits for may go on at shutdown."""
 _BODY_BYTES, _BODY_REST = 12, 4096
@@ -58,7 +62,27 @@ class Limits:
     shutdown: float = 30.0
 
 
-def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, limits: Limits = Limits()) -> FastAPI:
+@dataclass(frozen=True)
+class Access:
+    """Who may ask.
+
+    Attributes:
+        api_key: key that requests must bring; None asks for none.
+        origins: origins whose pages may ask from a browser (CORS), such as ``"https://example.org"``, or ``"*"``.
+    """
+
+    api_key: str | None = field(default=None, repr=False)
+    origins: Sequence[str] = ()
+
+
+def create_app(
+    engine: Engine,
+    name: str,
+    default: Style,
+    multiple: int = 8,
+    limits: Limits = Limits(),
+    access: Access = Access(),
+) -> FastAPI:
     """Makes the application, which starts ``engine`` at startup and closes it at shutdown.
 
     Args:
@@ -67,6 +91,7 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
         default: size and steps of requests that do not give them.
         multiple: width and height must be multiples of this.
         limits: limits of one request.
+        access: who may ask.
 
     Raises:
         ValueError: the queue cannot hold the largest request, or the default exceeds the limits.
@@ -90,9 +115,14 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
         title="fp4dit_ao", summary="A 4-bit diffusion transformer behind the OpenAI images API.", lifespan=lifespan,
         docs_url=None, redoc_url=None,
     )  # fmt: skip
-    app.add_middleware(BodyLimit, limit=_BODY_REST + _BODY_BYTES * limits.prompt)
+    app.add_middleware(BodyLimit, limit=_BODY_REST + _BODY_BYTES * limits.prompt, path=GENERATIONS)
+    if access.api_key is not None:
+        app.add_middleware(ApiKey, key=access.api_key, open_paths=("/health", f"{FILES}/"))
     app.add_middleware(RequestCounter, metrics=engine.metrics, path=GENERATIONS)
+    if access.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"])
     answer_errors(app)
+    stored = Pictures()
     refusals: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ("4XX", "5XX")}
 
     @app.get("/health/live", responses=refusals)
@@ -102,6 +132,7 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
             raise ApiError(500, f"the model failed to warm up: {engine.failure}", "failed")
         return Health(status="live")
 
+    @app.get("/health", responses=refusals)
     @app.get("/health/ready", responses=refusals)
     def ready() -> Health:
         """Answers 200 once the model is warmed up, 503 before."""
@@ -125,13 +156,21 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
         _known(model, name)
         return ModelCard(id=name, created=created)
 
+    @app.get(f"{FILES}/{{name}}", responses=refusals, response_class=Response)
+    def file(name: str) -> Response:
+        """A picture that an answer named by its URL, as long as it is kept."""
+        found = stored.get(name)
+        if found is None:
+            raise ApiError(404, f"there is no picture {name}, or not any more", "not_found")
+        return Response(found[0], media_type=found[1])
+
     class Asked(ImageRequest):
         model_config = ConfigDict(title="ImageRequest")
         prompt: str = Field(min_length=1, max_length=limits.prompt, pattern=r"\S", description="What to draw.")
         n: int = Field(1, ge=1, le=limits.n, description="How many images, of seeds seed, seed + 1, …")
         steps: int | None = Field(None, ge=1, le=limits.steps, description="Denoising steps.")
 
-    @app.post(GENERATIONS, responses=refusals)
+    @app.post(GENERATIONS, responses=refusals, response_model_exclude_none=True)
     async def generations(asked: Asked, request: Request) -> ImageResponse:
         """Draws ``n`` images of a prompt."""
         style = _style(asked, name, default, multiple, limits)
@@ -141,10 +180,17 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
         pictures = await asyncio.to_thread(
             lambda: [encode(image, asked.output_format, asked.output_compression) for image in images]
         )
+
+        def shown(picture: bytes, seed: int) -> ImageData:
+            if asked.response_format == "url":
+                kept = stored.add(picture, asked.output_format)
+                return ImageData(url=str(request.url_for("file", name=kept)), seed=seed)
+            return ImageData(b64_json=base64.b64encode(picture).decode("ascii"), seed=seed)
+
         return ImageResponse(
             created=int(time.time()), size=f"{style.width}x{style.height}", steps=style.steps,
             output_format=asked.output_format,
-            data=[ImageData(b64_json=text, seed=seed) for text, seed in zip(pictures, seeds, strict=True)],
+            data=[shown(picture, seed) for picture, seed in zip(pictures, seeds, strict=True)],
         )  # fmt: skip
 
     return app
