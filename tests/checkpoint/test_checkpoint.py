@@ -118,6 +118,13 @@ def test_scales_that_no_quantization_gives_are_refused_behind_right_checksums(
         load(saved)
 
 
+def test_files_are_the_same_bytes_whenever_they_are_saved(transformer: Any, original: Path, tmp_path: Path) -> None:
+    for again in ("first", "second", "third"):
+        transformer.save_pretrained(tmp_path / again)
+        for name in (WEIGHTS, CONFIG):
+            assert (tmp_path / again / name).read_bytes() == (original / name).read_bytes()
+
+
 def test_saving_again_replaces(transformer: Any, saved: Path) -> None:
     (saved / "README.md").write_text("mine")
     transformer.save_pretrained(saved)
