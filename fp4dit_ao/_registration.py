@@ -1,4 +1,4 @@
-"""Tell diffusers of this package's quantizer once diffusers is imported, and without importing it."""
+"""What ``import fp4dit_ao`` adds to torch and diffusers, once they are imported, and without importing them."""
 
 import importlib
 import importlib.abc
@@ -11,37 +11,45 @@ from typing import Any
 
 METHOD = "fp4dit_ao"
 """The name of this way of quantizing, in a config and in diffusers' tables."""
-_TABLES = "diffusers.quantizers.auto"
-_ADDS = "fp4dit_ao.diffusers_integration.hf_quantizer"
-"""The module that adds itself to the tables when it is imported."""
+_ADDS = {
+    "torch": "fp4dit_ao.ops",
+    "diffusers.quantizers.auto": "fp4dit_ao.diffusers_integration.hf_quantizer",
+    "diffusers.pipelines.pipeline_utils": "fp4dit_ao.diffusers_integration.call_defaults",
+}
+"""The module that adds itself when it is imported, by the module that it adds to: operators to ``torch.ops``, the quantizer
+to diffusers' tables, default call arguments to pipelines that are loaded."""
 
 
 def register() -> None:
-    """Add the quantizer to diffusers' tables: now if they are there, otherwise as soon as they are imported."""
-    if _TABLES in sys.modules:
-        importlib.import_module(_ADDS)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Add what can be added now; the rest as soon as the module that it adds to is imported."""
+    for module in _ADDS:
+        if module in sys.modules:
+            importlib.import_module(_ADDS[module])
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module, once: where everybody else would, with a loader that imports another one after it."""
+    """Finds each module of the table once: where everybody else would, with a loader that imports another one after it."""
+
+    def __init__(self) -> None:
+        self._awaited = set(_ADDS) - set(sys.modules)
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _TABLES:
+        if name not in self._awaited:
             return None
-        sys.meta_path.remove(self)
+        self._awaited.remove(name)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, _ADDS[name])
         return spec
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: Any):
-        self._loader = loader
+    def __init__(self, loader: Any, adds: str):
+        self._loader, self._adds = loader, adds
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -52,4 +60,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        importlib.import_module(_ADDS)
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        importlib.import_module(self._adds)

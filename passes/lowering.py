@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fp4dit_ao import _compat
 from fp4dit_ao.kernels.attention import arguments_of
 from fp4dit_ao.schemes import SCHEMES
 from fp4dit_ao.schemes.graph_patterns import is_call, token_wise_input
 
 _OPS = torch.ops.fp4dit_ao
+_ANNOTATION = "quantization_annotation"
 
 
 def lower(model: GraphModule) -> GraphModule:
@@ -24,10 +26,15 @@ def lower(model: GraphModule) -> GraphModule:
     what else is quantized (a static range) becomes ``fake_quantize``, which Inductor fuses. Each linear and each attention
     computes what the converted graph does, up to float32 rounding (bfloat16, in an attention of a bfloat16 model).
 
+    Graphs that were prepared or converted before, and that nobody holds, are freed: torchao's caches would keep them.
+
     Args:
         model: the result of ``convert_pt2e``; not changed.
     """
-    model = copy.deepcopy(model)
+    _compat.forget_graphs()
+    model = copy.deepcopy(model, {id(x): x for x in model.buffers()})  # codes and scales are read, not changed
+    for node in model.graph.nodes:
+        node.meta.pop(_ANNOTATION, None)  # holds nodes of the graph that was prepared, and so all of that graph
     for node in list(model.graph.nodes):
         if node.target is torch.ops.aten.linear.default:
             _lower_linear(model, node)

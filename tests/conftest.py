@@ -31,6 +31,7 @@ SLOW = (
     "tests/ops/test_ops.py::test_blocks_may_be_symbols",
     "tests/passes/fine_tuning/test_scale_tuning.py::test_the_converted_graph_errs_less_by_what_the_report_says",
     "tests/passes/reconstruction/test_reconstruct.py::test_a_killed_run_resumes_with_the_same_bits",
+    "tests/passes/test_lowering.py::test_the_lowered_graph_keeps_nothing_else_alive",
     "tests/passes/test_block_outlining.py::test_hunyuans_long_skips_make_four_kinds",
     "tests/passes/transforms/test_hadamard.py::test_the_function_of_a_family_stays",
     "tests/passes/transforms/test_low_rank.py::test_modules_and_files_compute_the_same_bits",
@@ -45,6 +46,7 @@ SLOW = (
     "tests/tensors/test_levels.py::test_memory_or_speed_is_chosen_when_a_pipeline_is_loaded",
     "tests/tensors/test_sharding.py",
     "tests/test_compat.py",
+    "tests/test_registration.py",
 )
 """Folders, files and tests that take longer than the fast set can wait for; so does every test with ``compile`` in its name."""
 DOCS = ("tests/test_docs.py::test_page", "tests/test_docs.py::test_docstring", "tests/test_tutorials.py")

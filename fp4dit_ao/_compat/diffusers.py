@@ -1,5 +1,6 @@
 """Attributes of diffusers' pipelines and models that have no public accessor. Nothing is imported from diffusers."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -31,3 +32,17 @@ def replace_apply(model: Any, convert: Callable[..., Any] | None) -> None:
         del model._apply
     else:
         model._apply = convert
+
+
+def after_from_pretrained(cls: type[Any], change: Callable[[Any], Any]) -> None:
+    """Let ``change`` have what ``cls.from_pretrained`` and that of its subclasses return; once, however often it is asked."""
+    original = cls.__dict__["from_pretrained"].__func__
+    if getattr(original, "_changed_by", None) is change:
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
+        return change(original(cls, *args, **kwargs))
+
+    from_pretrained._changed_by = change  # type: ignore[attr-defined]
+    cls.from_pretrained = classmethod(from_pretrained)  # type: ignore[attr-defined]

@@ -2,8 +2,9 @@
 
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -44,10 +45,34 @@ def call_arguments(pipe: "DiffusionPipeline", **call: Any) -> dict[str, Any]:
     Raises:
         ValueError: the pipeline's ``__call__`` does not take one of ``call``.
     """
-    parameters = inspect.signature(type(pipe).__call__).parameters.values()
-    accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    unknown = sorted(set(call) - accepted)
+    unknown = sorted(set(call) - set(accepted(pipe, call)))
     if unknown:
         name = type(pipe).__name__
         raise ValueError(f"{name} takes no argument {', '.join(unknown)}; see help({name}.__call__)")
-    return {name: value for name, value in defaults_of(pipe).items() if name in accepted} | call
+    return accepted(pipe, defaults_of(pipe)) | call
+
+
+def accepted(pipe: "DiffusionPipeline", call: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``call`` that the pipeline's ``__call__`` takes by name.
+
+    Raises:
+        ValueError: text where the pipeline takes a number, or the other way round.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters.values()
+    known = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    taken = {name: value for name, value in call.items() if name in known}
+    for name, value in taken.items():
+        expected = _plain_types(known[name].annotation)
+        if expected and isinstance(value, bool | int | float | str) and not isinstance(value, expected):
+            wanted = " or ".join(sorted(one.__name__ for one in expected))
+            raise ValueError(f"{name}={value!r}: {type(pipe).__name__} takes {wanted}; change it, also in {FILE}")
+    return taken
+
+
+_PLAIN = (bool, int, float, str)
+
+
+def _plain_types(annotation: Any) -> tuple[type[Any], ...]:
+    """Plain types in an annotation such as ``int | None``; a float may be a whole number. Empty if there are none."""
+    found = tuple(one for one in (annotation, *get_args(annotation)) if one in _PLAIN)
+    return (*found, int) if float in found else found

@@ -89,7 +89,9 @@ def prepare(model: nn.Module, description: Any, dtype: torch.dtype, quantizer: F
     """The prepared graph of ``model``, all of fake tensors; ``quantizer`` then has its decisions. See :func:`build`."""
     with _compat.fake_mode() as mode, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _prepare(model, mode, description, dtype, quantizer, {})
+        prepared = _prepare(model, mode, description, dtype, quantizer, {})
+    _compat.forget_graphs()
+    return prepared
 
 
 def _prepare(

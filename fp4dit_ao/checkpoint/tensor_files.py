@@ -96,9 +96,22 @@ def write(tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, st
     split = split_torch_state_dict_into_shards(whole, filename_pattern=pattern, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         save_file({name: whole[name] for name in names}, folder / file, metadata={"format": "pt", **metadata})
+        _sort_metadata(folder / file)
     if split.is_sharded:
         index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sort_metadata(path: Path) -> None:
+    """Brings the texts in a safetensors file's header into order, in place: the library writes them in a random one."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        if len(text) <= length:  # as long as what was there, which had spaces at its end
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def read(folder: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
@@ -120,6 +133,7 @@ def read(folder: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tens
                     x = opened.get_tensor(name).clone()
                     try:
                         entries[name].check(name, x)
+                        _check_scale(name, x, entries)
                     except ValueError as error:
                         raise ValueError(f"{path}: {error}") from None
                     yield name, x
@@ -127,6 +141,24 @@ def read(folder: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tens
             raise
         except Exception as error:  # errors of safetensors, and of torch about unknown types and shapes
             raise ValueError(f"{path} is damaged ({first_line(error)}); copy it again") from error
+
+
+_SCALES = ("scale", "row_scale", "per_tensor_scale")
+"""Parts of a quantized weight that multiply its codes."""
+
+
+def _check_scale(name: str, x: Tensor, entries: Mapping[str, Entry]) -> None:
+    """Raises ``ValueError`` for scales that no quantization gives, though their checksum is right."""
+    weight, _, part = name.rpartition(".")
+    if part not in _SCALES or f"{weight}.qdata" not in entries or not x.is_floating_point():
+        return
+    values = x.float()
+    wrong = ~torch.isfinite(values) | ((values < 0) if x.dtype.itemsize == 1 else (values <= 0))
+    if wrong.any():
+        raise ValueError(
+            f"tensor {name} holds a scale of {float(values[wrong][0]):g}; scales are positive and finite: "
+            "quantize the model again"
+        )
 
 
 def _files(folder: Path, entries: Mapping[str, Entry]) -> dict[str, list[str]]:

@@ -1,11 +1,15 @@
 """Options of the command ``fp4dit-ao``. Each command imports its module when called, so that ``--help`` is quick."""
 
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fp4dit_ao import __version__
+from fp4dit_ao.cli.call_options import call_options
+from fp4dit_ao.cli.config_options import config_fields, layer_rules
 from fp4dit_ao.cli.one_sentence import OneSentence
 from fp4dit_ao.cli.output_paths import check_writable_file, check_writable_folder
 
@@ -15,9 +19,30 @@ app = typer.Typer(
     "small pipeline that ships. --debug, anywhere, shows the traceback of an error.",
 )  # fmt: skip
 
+
+def print_version(asked: bool) -> None:
+    """Prints the versions of this package and of what it runs on, and exits, if ``asked``."""
+    if asked:
+        found = {name: metadata.version(name) for name in ("torch", "torchao", "diffusers")}
+        typer.echo(f"fp4dit-ao {__version__} ({', '.join(f'{name} {text}' for name, text in found.items())})")
+        raise typer.Exit
+
+
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; the GPU if there is one.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the pipeline's own number if not given.")]
 Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt a line; may be left out for 'reference'.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Type of what is not quantized: 'float32', 'bfloat16', 'float16', or 'stored', as in MODEL's files."
+    ),
+]
+Call = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=VALUE of the pipeline's call, such as height=512, guidance_scale=3 or negative_prompt=blurry; repeatable."
+    ),
+]
 Compile = Annotated[bool, typer.Option(help="Run the quantized model under torch.compile.")]
 Weights = Annotated[
     str,
@@ -28,6 +53,15 @@ Weights = Annotated[
 Iterations = Annotated[
     int | None, typer.Option(min=1, help="Iterations of learned rounding per block, layer or window.")
 ]
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command()
@@ -84,6 +118,21 @@ def quantize(
         float | None, typer.Option(help="Mean of stored bits per weight that the allocation may spend.")
     ] = None,
     fine_tuning: Annotated[str | None, typer.Option(help="Fine-tuning after rounding, such as 'scales'.")] = None,
+    call: Call = None,
+    dtype: Dtype = "stored",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON object of fields of QuantConfig that replace the recipe\'s, such as {"group_size": 64}.'
+        ),
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(min=2, help="Inputs that share a weight scale.")] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="GLOB=RECIPE for some modules, or GLOB=none to leave them, such as 'blocks.0.*=none'; repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Quantize MODEL and save it. `fp4dit-ao methods` lists the names that options for methods take."""
     from fp4dit_ao.cli import quantize as run
@@ -92,8 +141,9 @@ def quantize(
         rounding, objective, scope, iters, selection, tuple(transform or ()), allocation, budget_bits, fine_tuning
     )
     run.quantize(
-        model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], steps=steps, samples=samples,
-        seed=seed, resume=resume, device=device,
+        model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),
+        samples=samples, seed=seed, resume=resume, device=device, dtype=dtype, fields=config_fields(config, group_size),
+        layers=layer_rules(layer),
     )  # fmt: skip
 
 
@@ -109,12 +159,15 @@ def generate(
     compile: Compile = False,
     device: Device = None,
     weights: Weights = "packed",
+    call: Call = None,
+    dtype: Dtype = "stored",
 ) -> None:
     """Draw prompts into one picture, with --compare beside another model's images of the same seeds."""
     check_writable_file(out)
+    arguments = call_options(call, steps)
     from fp4dit_ao.cli import generate as run
 
-    run.generate(model, prompt, out, compare, seed, steps, batch_size, compile, device, weights)
+    run.generate(model, prompt, out, compare, seed, arguments, batch_size, compile, device, weights, dtype)
 
 
 @app.command()
@@ -131,12 +184,15 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("evaluation.json"),
     compile: Compile = False,
     device: Device = None,
+    call: Call = None,
+    dtype: Dtype = "stored",
 ) -> None:
     """Print a Markdown table of how close MODEL's images are to those of the model that it was made from."""
     check_writable_file(out)
+    arguments = call_options(call, steps)
     from fp4dit_ao.cli import evaluate as run
 
-    run.evaluate(model, against, prompts, count, seeds, steps, batch_size, out, compile, device)
+    run.evaluate(model, against, prompts, count, seeds, arguments, batch_size, out, compile, device, dtype)
 
 
 @app.command()
@@ -250,23 +306,39 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, help="Images that may wait; more are answered with 429.")] = 64,
     max_n: Annotated[int, typer.Option(min=1, help="Images of one request.")] = 4,
     max_prompt: Annotated[int, typer.Option(min=1, help="Characters of a prompt.")] = 2000,
-    max_side: Annotated[int, typer.Option(min=8, help="Pixels of an image's width and height.")] = 2048,
+    max_side: Annotated[
+        int | None,
+        typer.Option(min=8, help="Pixels of an image's width and height; twice the model's own if not given."),
+    ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a request.")] = 100,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request is answered with 504.")] = 120,
+    shutdown_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that accepted requests have to end in after Ctrl-C or SIGTERM.")
+    ] = 30,
     same_bits: Annotated[
         bool, typer.Option("--same-bits", help="Fill batches up, so that equal requests give equal bits; slower.")
     ] = False,
     compile: Compile = True,
     device: Device = None,
     weights: Weights = "packed",
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FP4DIT_API_KEY", help="Key that requests must bring; the variable keeps it out of process lists."
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin whose pages may ask from a browser, or '*'; repeatable.")
+    ] = None,
 ) -> None:
     """Serve MODEL over HTTP, as the OpenAI images API does: POST /v1/images/generations."""
     from fp4dit_ao.cli import serve as run
 
     run.serve(
         model, host, port, name, {"max_batch": max_batch, "window": window / 1000, "max_queue": max_queue},
-        {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout},
-        same_bits, compile, device, weights,
+        {"n": max_n, "prompt": max_prompt, "side": max_side, "steps": max_steps, "timeout": timeout,
+         "shutdown": shutdown_timeout},
+        same_bits, compile, device, weights, api_key, cors_origin or [],
     )  # fmt: skip
 
 

@@ -54,7 +54,13 @@ def demo(out: Path, iters: int, seed: int, compile: bool) -> None:
     rows = []
     for name, variant in variants.items():
         warm_up = time.perf_counter()
-        generate(variant, prompts[:2], [seed], progress=f"{name}: warm up", num_inference_steps=2)
+        generate(
+            variant,
+            prompts[:2],
+            [seed],
+            progress=f"{name}: {'compiling, a minute or two' if compile and variant is w4a6 else 'warm up'}",
+            num_inference_steps=2,
+        )
         drawing = time.perf_counter()
         images[name] = generate(variant, prompts, [seed], batch_size=BATCH, progress=name)
         each = (time.perf_counter() - drawing) / JUDGED

@@ -11,18 +11,18 @@ from fp4dit_ao.evaluation.fidelity import Evaluation, Fidelity
 
 
 def evaluate(
-    model: str, against: str, prompts: Path | None, count: int, seeds: int, steps: int | None, batch_size: int, out: Path,
-    compile: bool, device: str | None,
+    model: str, against: str, prompts: Path | None, count: int, seeds: int, call: dict[str, Any], batch_size: int,
+    out: Path, compile: bool, device: str | None, dtype: str,
 ) -> None:  # fmt: skip
-    """Generates with both models, prints the Markdown table and writes everything as JSON."""
+    """Generates with both models and arguments ``call``, prints the Markdown table and writes everything as JSON."""
     named_models.folder_of(model)
     texts = read_prompts(prompts)[:count] if prompts else named_models.default_prompts(against, count)
     indices = named_models.known_prompts(texts) if named_models.is_reference(against) else None
-    call: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
     images, seconds, footprints = {}, {}, {}
     settings: dict[str, Any] = {"prompts": len(texts), "seeds": seeds, "batch size": batch_size}
+    settings |= {name: value for name, value in call.items() if name != "num_inference_steps"}
     for name in (against, model):
-        pipe = named_models.open_pipeline(name, device, compile=compile)
+        pipe = named_models.open_pipeline(name, device, compile=compile, dtype=dtype)
         settings["steps"] = call_arguments(pipe, **call).get("num_inference_steps", "default")
         options = {"batch_size": batch_size, "progress": name, **call}
         images[name], seconds[name] = judge.timed_generate(pipe, texts, range(seeds), **options)

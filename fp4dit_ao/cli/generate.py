@@ -9,23 +9,23 @@ from fp4dit_ao.util.markdown import markdown_table
 
 
 def generate(
-    model: str, prompts: list[str], out: Path, compare: str | None, seed: int, steps: int | None, batch_size: int,
-    compile: bool, device: str | None, weights: str,
+    model: str, prompts: list[str], out: Path, compare: str | None, seed: int, call: dict[str, Any], batch_size: int,
+    compile: bool, device: str | None, weights: str, dtype: str,
 ) -> None:  # fmt: skip
-    """Draws ``prompts`` with one seed, ``model`` with ``weights``; prints how close its images are to those of
-    ``compare``."""
+    """Draws ``prompts`` with one seed and arguments ``call``, ``model`` with ``weights``; prints how close its images are
+    to those of ``compare``."""
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("--prompt is empty; say what to draw")
-    call: dict[str, Any] = {"batch_size": batch_size} | ({} if steps is None else {"num_inference_steps": steps})
     asked = [(compare, "packed")] if compare else []
     asked.append((model, weights))
     for name, form in asked:
         named_models.weights_of(name, form)  # checks both before either is loaded
     columns = {}
     for name, form in asked:
-        pipe = named_models.open_pipeline(name, device, compile=compile, weights=form)
+        pipe = named_models.open_pipeline(name, device, compile=compile, weights=form, dtype=dtype)
         kind = ("quantized" if form == "packed" else form) if named_models.is_quantized(name) else "float"
-        columns[f"{name} ({kind})"] = fidelity.generate(pipe, prompts, [seed], progress=name, **call)[0]
+        images = fidelity.generate(pipe, prompts, [seed], batch_size=batch_size, progress=name, **call)
+        columns[f"{name} ({kind})"] = images[0]
     plots.save(plots.comparison(columns, prompts), out)
     if compare:
         drawn = list(columns.values())

@@ -33,10 +33,10 @@ class OneSentence(TyperGroup):
         except EXPECTED as error:
             if debug:
                 raise
-            typer.echo(f"fp4dit-ao: {first_line(error)}", err=True)
+            typer.echo(f"fp4dit-ao: {with_notes(first_line(error), error)}", err=True)
             raise typer.Exit(1) from error
-        except KeyboardInterrupt:
-            typer.echo("fp4dit-ao: interrupted", err=True)
+        except KeyboardInterrupt as error:
+            typer.echo(f"fp4dit-ao: {with_notes('interrupted', error)}", err=True)
             raise typer.Exit(130) from None
 
 
@@ -44,6 +44,11 @@ def first_line(error: BaseException) -> str:
     """First line of an error's message that is not blank; the name of its type if there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def with_notes(sentence: str, error: BaseException) -> str:
+    """``sentence`` and the notes that were added to ``error``."""
+    return "; ".join([sentence, *getattr(error, "__notes__", ())])
 
 
 def quiet_libraries() -> None:

@@ -1,13 +1,15 @@
 """``fp4dit-ao quantize``: quantizes a float pipeline and saves it."""
 
+import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fp4dit_ao.calibration import SELECTIONS, read_prompts
+from fp4dit_ao.cli.output_paths import check_writable_folder
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
@@ -18,6 +20,7 @@ from fp4dit_ao.passes.reconstruction import ROUNDINGS
 from fp4dit_ao.passes.reconstruction.choice import chosen_config
 from fp4dit_ao.passes.reconstruction.rounding import ClosedFormRounding
 from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.locks import only_process
 
 CALIBRATION_PROMPTS = 64
 """Number of the reference pipeline's own prompts that are used if the user gives none."""
@@ -66,8 +69,9 @@ class Methods:
 
 
 def quantize(
-    model: str, out: Path, *, recipe: str, prompts: Path | None, methods: Methods, skip: Sequence[str], steps: int | None,
-    samples: int, seed: int, resume: bool, device: str | None,
+    model: str, out: Path, *, recipe: str, prompts: Path | None, methods: Methods, skip: Sequence[str],
+    call: Mapping[str, Any], samples: int, seed: int, resume: bool, device: str | None,
+    dtype: str, fields: Mapping[str, Any], layers: Mapping[str, str | None],
 ) -> None:  # fmt: skip
     """Quantizes ``model`` and saves it to ``out``; a killed run leaves ``<out>.unfinished``, from which ``resume``
     continues.
@@ -77,32 +81,51 @@ def quantize(
     """
     QuantConfig.from_name(recipe)  # refuses an unknown name; the table of families decides what it means for the model
     arguments = methods.arguments()
+    for rule in layers.values():
+        if rule is not None:
+            QuantConfig.from_name(rule)
     named_models.folder_of(model)
     texts = read_prompts(prompts) if prompts else named_models.default_prompts(model, CALIBRATION_PROMPTS)
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"cannot save to {out}: the folder is not empty; name a new one, or empty it")
+    check_writable_folder(out)
     unfinished = out.with_name(out.name + ".unfinished")
-    if unfinished.exists() and not resume:
-        raise FileExistsError(f"{unfinished} holds an unfinished run; continue it with --resume, or delete it")
     if ROUNDINGS.find(arguments["reconstruction"].rounding).needs_samples or methods.fine_tuning is not None:
         arguments |= {"checkpoint_dir": unfinished / "blocks", "cache_dir": unfinished / "samples"}
-    pipe = named_models.open_pipeline(model, device)
-    start = time.perf_counter()
-    try:
-        quantized = quantize_pipeline(
-            pipe, recipe, prompts=texts, steps=steps, samples=samples, skip=skip, seed=seed, **arguments
+    arguments |= {"prompts": texts, "samples": samples, "skip": skip, "seed": seed, "fields": fields, "layers": layers}
+    with only_process(out):
+        if out.exists() and any(out.iterdir()):
+            raise FileExistsError(f"cannot save to {out}: the folder is not empty; name a new one, or empty it")
+        if unfinished.exists() and not resume:
+            raise FileExistsError(f"{unfinished} holds an unfinished run; continue it with --resume, or delete it")
+        pipe = named_models.open_pipeline(model, device, dtype=dtype)
+        start = time.perf_counter()
+        with _kept(unfinished):
+            quantized = quantize_pipeline(pipe, recipe, **arguments, **call)
+            quantized.save_pretrained(out)
+        if quantized.transformer.report is not None:
+            print(quantized.transformer.report.to_markdown(), end="\n\n")
+            write_text(out / "reconstruction.md", quantized.transformer.report.to_markdown() + "\n")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        size, bits = named_models.size_at_16_bits(quantized.transformer)
+        before, _ = named_models.size_at_16_bits(pipe.transformer)
+        print(
+            f"{before / 1e6:.2f} MB → {size / 1e6:.2f} MB ({bits:.2f} bits per quantized weight, the rest at 16 bits)"
         )
-        quantized.save_pretrained(out)
-    except Exception:
-        if not any(unfinished.glob("blocks/*")):
+        print(f"saved after {time.perf_counter() - start:.0f} s: {out}")
+        print(f"next: fp4dit-ao generate {out} --compare {model} --prompt {texts[0]!r}")
+
+
+@contextlib.contextmanager
+def _kept(unfinished: Path) -> Iterator[None]:
+    """Context whose failures say what is kept in ``unfinished``, and how to go on; without finished parts it is deleted."""
+    try:
+        yield
+    except BaseException as error:
+        if any(unfinished.glob("blocks/**/*.safetensors")) or (
+            isinstance(error, KeyboardInterrupt) and any(unfinished.glob("samples/*"))
+        ):
+            error.add_note(
+                f"finished work is kept in {unfinished}: go on with the same command and --resume, or delete it"
+            )
+        else:
             shutil.rmtree(unfinished, ignore_errors=True)  # holds nothing that a resumed run would reuse
         raise
-    if quantized.transformer.report is not None:
-        print(quantized.transformer.report.to_markdown(), end="\n\n")
-        write_text(out / "reconstruction.md", quantized.transformer.report.to_markdown() + "\n")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    size, bits = named_models.size_at_16_bits(quantized.transformer)
-    before, _ = named_models.size_at_16_bits(pipe.transformer)
-    print(f"{before / 1e6:.2f} MB → {size / 1e6:.2f} MB ({bits:.2f} bits per quantized weight, the rest at 16 bits)")
-    print(f"saved after {time.perf_counter() - start:.0f} s: {out}")
-    print(f"next: fp4dit-ao generate {out} --compare {model} --prompt {texts[0]!r}")

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import signal
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 from fp4dit_ao.diffusers_integration import named_models
@@ -11,9 +12,11 @@ from fp4dit_ao.diffusers_integration import named_models
 
 def serve(
     model: str, host: str, port: int, name: str | None, batching: dict[str, Any], limits: dict[str, Any], same_bits: bool,
-    compile: bool, device: str | None, weights: str,
+    compile: bool, device: str | None, weights: str, api_key: str | None, origins: Sequence[str],
 ) -> None:  # fmt: skip
-    """Loads ``model``, listens, warms up, and answers until interrupted; accepted requests are finished then.
+    """Loads ``model``, listens, warms up, and answers until interrupted.
+
+    Accepted requests then have ``limits["shutdown"]`` seconds.
 
     Raises:
         OSError: there is no such model, or the port is taken.
@@ -23,15 +26,26 @@ def serve(
     try:
         import uvicorn
 
-        from fp4dit_ao.serving.app import Limits
+        from fp4dit_ao.serving.app import Access, Limits
         from fp4dit_ao.serving.engine_types import Batching
         from fp4dit_ao.serving.launch import Options, application
     except ImportError as error:
         raise RuntimeError(f"serving needs {error.name}; install it with: pip install 'fp4dit-ao[serve]'") from error
 
+    if api_key is not None and not api_key.strip():
+        raise ValueError("the API key is empty; give a long random text, or leave it out")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     named_models.weights_of(model, weights)
-    options = Options(name, Batching(**batching), Limits(**limits), same_bits, compile, device, weights)
+    options = Options(
+        name,
+        Batching(**batching),
+        Limits(**limits),
+        same_bits,
+        compile,
+        device,
+        weights,
+        Access(api_key, tuple(origins)),
+    )
     listening = _reserve(host, port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     print(f"loading {model}", flush=True)
@@ -39,7 +53,7 @@ def serve(
     address = f"http://{host}:{listening.getsockname()[1]}"
     listening.listen()  # from here on connections are answered
     print(f"listening on {address}; warming up, see {address}/health/ready", flush=True)
-    config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=int(options.limits.timeout) + 1)
+    config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=max(1, round(options.limits.shutdown)))
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn finishes accepted requests, then raises the interrupt again
         uvicorn.Server(config).run(sockets=[listening])
     if engine.failure is not None:

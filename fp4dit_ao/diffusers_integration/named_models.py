@@ -14,9 +14,12 @@ from torchao.utils import TorchAOBaseTensor
 from fp4dit_ao import reference
 from fp4dit_ao.checkpoint import transformer_folder
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
-from fp4dit_ao.diffusers_integration.pipeline_folder import Weights, load_pipeline, resolve_folder
+from fp4dit_ao.diffusers_integration.pipeline_folder import Weights, load_pipeline, resolve_folder, stored_dtypes
 from fp4dit_ao.reference.accuracy import spread_out
 
+STORED = "stored"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types that a pipeline can be loaded in, by the names that a user types; :data:`STORED` is as its files have it."""
 REFERENCE = "reference"
 """Name of the pipeline that ships with the package."""
 
@@ -88,31 +91,42 @@ def default_device() -> str:
 
 
 def open_pipeline(
-    name: str, device: str | None = None, *, compile: bool = False, weights: str = "packed"
+    name: str, device: str | None = None, *, compile: bool = False, weights: str = "packed", dtype: str = STORED
 ) -> DiffusionPipeline:
-    """Loads the pipeline ``name``; float pipelines in float32 on the CPU and in bfloat16 elsewhere.
+    """Loads the pipeline ``name``.
 
     Args:
         name: see :func:`folder_of`.
         device: :func:`default_device` if None.
         compile: run a quantized transformer under ``torch.compile``.
         weights: form of a quantized transformer's weights; see :func:`fp4dit_ao.load_pipeline`.
+        dtype: floating-point type of what is not quantized, a key of :data:`DTYPES`; or ``"stored"``, as each component's
+            files have it, but float32 for float16 on a CPU, which is slow at half precision.
 
     Raises:
         OSError: the pipeline cannot be found or read.
-        ValueError: ``name`` is no pipeline, or its weights do not exist in this form.
+        ValueError: ``name`` is no pipeline, its weights do not exist in this form, or the type is unknown.
     """
+    if dtype != STORED and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {STORED}, {', '.join(DTYPES)}")
     folder = folder_of(name)
     form, device = weights_of(name, weights), device or default_device()
     logging.disable_progress_bar()  # the bar of opening files ends before it could be read
     if is_quantized(name):
-        return load_pipeline(folder, device=device, compile=compile, weights=form)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        return load_pipeline(folder, device=device, compile=compile, weights=form, dtype=DTYPES.get(dtype))
     try:
-        return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+        if dtype == STORED and not Path(folder).is_dir():
+            folder = DiffusionPipeline.download(folder)
+        dtypes = _loaded_dtypes(folder, device) if dtype == STORED else DTYPES[dtype]
+        return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtypes).to(device)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(f"{name} cannot be loaded as a diffusers pipeline: {first}") from error
+
+
+def _loaded_dtypes(folder: str, device: str) -> dict[str, torch.dtype]:
+    slow = torch.float16 if device == "cpu" else None
+    return {part: torch.float32 if x is slow else x for part, x in stored_dtypes(Path(folder)).items()}
 
 
 def default_prompts(name: str, count: int) -> list[str]:

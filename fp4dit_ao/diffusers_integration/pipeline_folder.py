@@ -2,9 +2,8 @@
 
 import copy
 import functools
-import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fp4dit_ao import _compat
-from fp4dit_ao.calibration import pipeline_arguments
 from fp4dit_ao.calibration.pipeline_arguments import generation_defaults
-from fp4dit_ao.checkpoint import transformer_folder
+from fp4dit_ao.checkpoint import component_checksums, transformer_folder
+from fp4dit_ao.checkpoint.tensor_files import first_line
+from fp4dit_ao.diffusers_integration.call_defaults import with_call_defaults
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer, load_graph
 from fp4dit_ao.diffusers_integration.module_conversion import load_modules
 from fp4dit_ao.passes.weight_unpacking import unpack_weights
@@ -45,10 +45,9 @@ def save_pipeline(pipe: DiffusionPipeline, folder: str | Path, **kwargs: Any) ->
     folder = Path(folder)
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     with whole_folder(folder, replaceable=transformer_folder.is_quantized(folder / "transformer")) as partial:
+        with_call_defaults(pipe)
         type(pipe).save_pretrained(pipe, str(partial), **kwargs)
-        defaults = pipeline_arguments.defaults_of(pipe)
-        if defaults:
-            (partial / pipeline_arguments.FILE).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
+        component_checksums.write(partial)
     if hub.pop("push_to_hub", False):
         pipe.push_to_hub(hub.pop("repo_id", folder.name), **hub)
 
@@ -97,7 +96,8 @@ def load_pipeline(
             transformer.to(dtype)
         if weights != "packed":
             unpack_weights(transformer, weights)
-    dtypes = _dtypes(folder) if dtype is None else dtype
+    dtypes = stored_dtypes(folder, leave=sorted(found)) if dtype is None else dtype
+    component_checksums.check(folder)
     try:
         with warnings.catch_warnings():
             # newer diffusers call the argument dtype, older ones know only torch_dtype
@@ -105,8 +105,8 @@ def load_pipeline(
             pipe = DiffusionPipeline.from_pretrained(
                 str(folder), **dict.fromkeys(transformers), torch_dtype=dtypes, local_files_only=True
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged config can make diffusers and transformers raise anything
+        first = first_line(error)
         raise ValueError(f"{folder}: a component besides the transformer cannot be loaded: {first}") from error
     for transformer in transformers.values():
         if isinstance(transformer, QuantizedTransformer):
@@ -154,15 +154,21 @@ def with_transformers(
     new.register_modules(**transformers)
     new.generation_defaults = defaults
     new.save_pretrained = functools.partial(save_pipeline, new)
-    return new
+    return with_call_defaults(new)
 
 
-def _dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """Floating-point type of each component: the one that most bytes of its safetensors files have."""
+def stored_dtypes(folder: Path, leave: Sequence[str] = ()) -> dict[str, torch.dtype]:
+    """Floating-point type of each component: the one that most bytes of its safetensors files have.
+
+    Args:
+        folder: folder of a pipeline.
+        leave: names of components that are not looked at.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
     dtypes: dict[str, torch.dtype] = {"default": torch.float32}
-    for component in sorted(
-        path for path in folder.iterdir() if path.is_dir() and not transformer_folder.is_quantized(path)
-    ):
+    for component in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in leave):
         sizes: dict[torch.dtype, int] = {}
         for file in component.glob("*.safetensors"):
             try:

@@ -1,7 +1,7 @@
 """``quantize_pipeline``: quantizes a diffusers pipeline in one call."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,8 @@ def quantize_pipeline(
     reconstruction: ReconstructionConfig | None = None,
     fine_tuning: str | None = None,
     skip: Sequence[str] = (),
+    fields: Mapping[str, Any] | None = None,
+    layers: Mapping[str, str | QuantConfig | None] | None = None,
     components: Sequence[str] | None = None,
     seed: int = 0,
     batch_size: int = 1,
@@ -83,6 +85,9 @@ def quantize_pipeline(
         reconstruction: rounding, objective, scope and their settings in one config, in place of those four.
         fine_tuning: method of fine-tuning after rounding, such as ``"scales"``; None for none.
         skip: globs over module names that stay in high precision, besides the recipe's own.
+        fields: fields of the recipe's ``QuantConfig`` that take other values, such as ``{"group_size": 64}``.
+        layers: recipes or configs of some modules, by globs over their names, such as ``{"*.attn2.*": "w4a8", "*.0.*": None}``;
+            None leaves them in high precision.
         components: names of the transformers to quantize; every one if None, such as both of Wan 2.2.
         compile: run the quantized graph under ``torch.compile``.
         checkpoint_dir: folder for the state of reconstruction and fine-tuning, from which a killed run resumes.
@@ -106,8 +111,8 @@ def quantize_pipeline(
         quantized[name] = _quantized(
             pipe, name, recipe, prompts=prompts, steps=steps, samples=samples, selection=selection, transforms=transforms,
             allocation=allocation, budget_bits=budget_bits, rounding=rounding, objective=objective, scope=scope,
-            adaround=adaround, reconstruction=reconstruction, fine_tuning=fine_tuning, skip=skip, seed=seed,
-            batch_size=batch_size, compile=compile, cache_dir=cache_dir, checkpoint_dir=folder,
+            adaround=adaround, reconstruction=reconstruction, fine_tuning=fine_tuning, skip=skip, fields=fields, layers=layers,
+            seed=seed, batch_size=batch_size, compile=compile, cache_dir=cache_dir, checkpoint_dir=folder,
             memory_limit_bytes=memory_limit_bytes, progress=progress, call=call,
         )  # fmt: skip
     return with_transformers(pipe, quantized, pipeline_arguments.defaults_of(pipe))
@@ -138,6 +143,8 @@ def _quantized(
     reconstruction: ReconstructionConfig | None,
     fine_tuning: str | None,
     skip: Sequence[str],
+    fields: Mapping[str, Any] | None,
+    layers: Mapping[str, str | QuantConfig | None] | None,
     seed: int,
     batch_size: int,
     compile: bool,
@@ -149,7 +156,7 @@ def _quantized(
 ) -> QuantizedTransformer:
     """One transformer of a pipeline, quantized; arguments are those of :func:`quantize_pipeline`."""
     model = _float_transformer(pipe, name)
-    config = recipe_for(model, recipe)
+    config = recipe_for(model, recipe, fields)
     rounded = chosen_config(rounding, objective, scope, adaround, reconstruction)
     transforms = resolve_transforms(transforms)
     _check_methods(config, allocation, budget_bits, fine_tuning)
@@ -162,7 +169,7 @@ def _quantized(
         selection=selection, component=name, cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes,
         progress=progress, **call,
     )  # fmt: skip
-    quantizer = quantizer_for(model, recipe, skip)
+    quantizer = quantizer_for(model, recipe, skip, fields, layers)
     with torch.no_grad():
         captured = transform(capture(model, data[0]), data, transforms, quantizer, progress)
         prepared = prepare_pt2e(captured, quantizer)
@@ -176,7 +183,10 @@ def _quantized(
         folder = None if checkpoint_dir is None else Path(checkpoint_dir) / "fine_tuning"
         run_fine_tuning(prepared, data, fine_tuning, checkpoint_dir=folder, progress=progress)
     with torch.no_grad():
-        graph = lower(convert_pt2e(prepared, fold_quantize=False))
+        converted = convert_pt2e(prepared, fold_quantize=False)
+        del captured, prepared  # with what was observed, more than the model itself
+        graph = lower(converted)
+        del converted
     source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path if the pipeline was loaded from one
     decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
     quantized = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)

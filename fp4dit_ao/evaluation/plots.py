@@ -31,6 +31,7 @@ def comparison(columns: Mapping[str, NDArray[np.uint8]], rows: Sequence[str]) ->
     Raises:
         ValueError: there are no columns, or their shapes differ.
     """
+    from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
     shapes = {name: images.shape for name, images in columns.items()}
@@ -40,7 +41,8 @@ def comparison(columns: Mapping[str, NDArray[np.uint8]], rows: Sequence[str]) ->
     factor = min(max(_SMALLEST / min(height, width), 1.0), _LARGEST / max(height, width))
     factor = float(round(factor)) if factor > 1 else factor
     cell_w, cell_h = round(width * factor), round(height * factor)
-    font = ImageFont.load_default(_FONT)
+    # Pillow's own font ends at Latin-1; matplotlib brings one with Greek, Cyrillic, Arabic and more
+    font = ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _FONT)
     label_w, line_h = 130, _FONT + 4
     heads = {name: textwrap.wrap(name, max(8, cell_w // 8)) for name in columns}
     head_h = line_h * max(len(lines) for lines in heads.values()) + _GAP
@@ -130,7 +132,10 @@ def level_usage(layers: Mapping[str, tuple[str, NDArray[np.uint8]]]) -> "Figure"
         top.bar(places, counts.sum(0) / counts.sum(), width=0.9)
         top.set_title(f"{fmt_name}: {len(group)} layers, {int(counts.sum()):,} weights", fontsize=9)
         top.set_ylabel("fraction", fontsize=8)
-        below.imshow(counts / counts.sum(1, keepdims=True), aspect="auto", cmap="viridis", interpolation="nearest")
+        shown = below.imshow(
+            counts / counts.sum(1, keepdims=True), aspect="auto", cmap="viridis", interpolation="nearest"
+        )
+        canvas.colorbar(shown, ax=below, location="bottom", shrink=0.8, label="fraction of the layer's weights")
         below.set_yticks(range(len(group)), list(group), fontsize=5 if len(group) > 12 else 7)
         step = max(1, len(levels) // 16)
         for ax in (top, below):

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -41,14 +41,24 @@ def _in_block(name: str) -> bool:
     return re.search(r"(^|\.)\d+\.", name) is not None
 
 
-def recipe_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> QuantConfig:
-    """Config of a named recipe, adapted to ``model``'s family; a config is returned unchanged.
+def recipe_for(
+    model: nn.Module, recipe: str | QuantConfig = "w4a6", fields: Mapping[str, Any] | None = None
+) -> QuantConfig:
+    """Config of a named recipe, adapted to ``model``'s family; a config is not adapted.
+
+    Args:
+        model: the float model.
+        recipe: a name in ``config.RECIPES``, or a config.
+        fields: fields of the config that take other values, by name.
 
     Raises:
-        ValueError: no such recipe.
+        ValueError: no such recipe or field, or a value that the field cannot have.
     """
-    if isinstance(recipe, QuantConfig):
-        return recipe
+    config = recipe if isinstance(recipe, QuantConfig) else _adapted(model, recipe)
+    return QuantConfig.from_dict(dataclasses.asdict(config) | dict(fields)) if fields else config
+
+
+def _adapted(model: nn.Module, recipe: str) -> QuantConfig:
     family = family_of(model)
     config = QuantConfig.from_name(recipe)
     fields: dict[str, Any] = {"skip": family.skip, "indivisible": "divisor"}
@@ -57,7 +67,13 @@ def recipe_for(model: nn.Module, recipe: str | QuantConfig = "w4a6") -> QuantCon
     return dataclasses.replace(config, **fields)
 
 
-def quantizer_for(model: nn.Module, recipe: str | QuantConfig = "w4a6", skip: Sequence[str] = ()) -> FP4DiTQuantizer:
+def quantizer_for(
+    model: nn.Module,
+    recipe: str | QuantConfig = "w4a6",
+    skip: Sequence[str] = (),
+    fields: Mapping[str, Any] | None = None,
+    layers: Mapping[str, str | QuantConfig | None] | None = None,
+) -> FP4DiTQuantizer:
     """Quantizer for ``model``, set up with a recipe adapted to its family; callers may add rules.
 
     A model of an unknown family is quantized with safe defaults, and a warning says which.
@@ -66,16 +82,21 @@ def quantizer_for(model: nn.Module, recipe: str | QuantConfig = "w4a6", skip: Se
         model: the float model.
         recipe: a name in ``config.RECIPES``; or a config, which is used unchanged.
         skip: globs over module names that stay in high precision, besides the recipe's own.
+        fields: fields of the recipe's config that take other values, by name.
+        layers: recipes or configs of some modules, by globs over their names; None leaves them in high precision. Of several
+            that match, the last one holds.
 
     Raises:
-        ValueError: no such recipe.
+        ValueError: no such recipe or field.
     """
-    config = recipe_for(model, recipe)
+    config = recipe_for(model, recipe, fields)
     quantizer = FP4DiTQuantizer().set_global(config)
     if not isinstance(recipe, QuantConfig):
         _set_family_rules(quantizer, model, config)
     for glob in skip:
         quantizer.set_module_name(glob, None)
+    for glob, rule in (layers or {}).items():
+        quantizer.set_module_name(glob, None if rule is None else recipe_for(model, rule, fields))
     return quantizer
 
 

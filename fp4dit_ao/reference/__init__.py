@@ -1,13 +1,14 @@
 """The reference pipeline: a small, trained PixArt-Sigma that draws emoji, and the pictures it was trained on.
 
 Test machines cannot be expected to have the weights of a real diffusion transformer, so this one ships with the
-package. Importing this module loads neither torch nor diffusers::
+package. Importing this module loads neither torch nor diffusers; a
+pipeline that is loaded after it takes its default arguments from ``generation.json``::
 
     from diffusers import PixArtSigmaPipeline
     from fp4dit_ao import reference
 
     pipe = PixArtSigmaPipeline.from_pretrained(reference.path())
-    image = pipe("tiger face", **reference.generation()).images[0]
+    image = pipe("tiger face").images[0]
 """
 
 import json

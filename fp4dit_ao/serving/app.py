@@ -1,20 +1,23 @@
 """HTTP application of an engine: the OpenAI images API, health checks, metrics and limits."""
 
 import asyncio
+import base64
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from pydantic import ConfigDict, Field
+from starlette.middleware.cors import CORSMiddleware
 
 from fp4dit_ao.serving.engine import Engine
 from fp4dit_ao.serving.engine_types import Image, NotReady, QueueFull, Style
 from fp4dit_ao.serving.error_responses import answer_errors
-from fp4dit_ao.serving.middleware import BodyLimit, RequestCounter
+from fp4dit_ao.serving.middleware import ApiKey, BodyLimit, RequestCounter
+from fp4dit_ao.serving.pictures import Pictures
 from fp4dit_ao.serving.schema import (
     MAX_SEED,
     ApiError,
@@ -29,6 +32,9 @@ from fp4dit_ao.serving.schema import (
 )
 
 GENERATIONS = "/v1/images/generations"
+FILES = "/v1/images/files"
+_LAST_STEP = 5.0
+"""Seconds that a batch which nobody waits for may go on at shutdown."""
 _BODY_BYTES, _BODY_REST = 12, 4096
 """Allowed bytes of a request's body: per character of the longest prompt (JSON may escape one as 12 bytes), and for all
 other fields."""
@@ -41,19 +47,42 @@ class Limits:
     Attributes:
         prompt: most characters of the prompt.
         n: most images.
-        side: most pixels of width and of height.
+        side: most pixels of width and of height; None for twice the larger side of the model's own size. What an image costs
+            grows faster than its area.
         steps: most denoising steps.
         timeout: seconds after which the request is answered with 504.
+        shutdown: seconds that accepted requests may take once the server is asked to end.
     """
 
     prompt: int = 2000
     n: int = 4
-    side: int = 2048
+    side: int | None = None
     steps: int = 100
     timeout: float = 120.0
+    shutdown: float = 30.0
 
 
-def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, limits: Limits = Limits()) -> FastAPI:
+@dataclass(frozen=True)
+class Access:
+    """Who may ask.
+
+    Attributes:
+        api_key: key that requests must bring; None asks for none.
+        origins: origins whose pages may ask from a browser (CORS), such as ``"https://example.org"``, or ``"*"``.
+    """
+
+    api_key: str | None = field(default=None, repr=False)
+    origins: Sequence[str] = ()
+
+
+def create_app(
+    engine: Engine,
+    name: str,
+    default: Style,
+    multiple: int = 8,
+    limits: Limits = Limits(),
+    access: Access = Access(),
+) -> FastAPI:
     """Makes the application, which starts ``engine`` at startup and closes it at shutdown.
 
     Args:
@@ -62,31 +91,38 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
         default: size and steps of requests that do not give them.
         multiple: width and height must be multiples of this.
         limits: limits of one request.
+        access: who may ask.
 
     Raises:
         ValueError: the queue cannot hold the largest request, or the default exceeds the limits.
     """
     if limits.n > engine.batching.max_queue:
         raise ValueError(f"a queue of {engine.batching.max_queue} images cannot hold a request for {limits.n}")
-    if max(default.width, default.height) > limits.side or default.steps > limits.steps:
-        raise ValueError(
-            f"the model's own {default} is beyond the limits of {limits.side} pixels and {limits.steps} steps"
-        )
+    own = max(default.width, default.height)
+    side = limits.side if limits.side is not None else 2 * own
+    limits = replace(limits, side=side)
+    if own > side or default.steps > limits.steps:
+        raise ValueError(f"the model's own {default} is beyond the limits of {side} pixels and {limits.steps} steps")
     created = int(time.time())
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
-        await asyncio.to_thread(engine.close)
+        await asyncio.to_thread(engine.close, _LAST_STEP)
 
     app = FastAPI(
         title="fp4dit_ao", summary="A 4-bit diffusion transformer behind the OpenAI images API.", lifespan=lifespan,
         docs_url=None, redoc_url=None,
     )  # fmt: skip
-    app.add_middleware(BodyLimit, limit=_BODY_REST + _BODY_BYTES * limits.prompt)
+    app.add_middleware(BodyLimit, limit=_BODY_REST + _BODY_BYTES * limits.prompt, path=GENERATIONS)
+    if access.api_key is not None:
+        app.add_middleware(ApiKey, key=access.api_key, open_paths=("/health", f"{FILES}/"))
     app.add_middleware(RequestCounter, metrics=engine.metrics, path=GENERATIONS)
+    if access.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"])
     answer_errors(app)
+    stored = Pictures()
     refusals: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ("4XX", "5XX")}
 
     @app.get("/health/live", responses=refusals)
@@ -96,6 +132,7 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
             raise ApiError(500, f"the model failed to warm up: {engine.failure}", "failed")
         return Health(status="live")
 
+    @app.get("/health", responses=refusals)
     @app.get("/health/ready", responses=refusals)
     def ready() -> Health:
         """Answers 200 once the model is warmed up, 503 before."""
@@ -119,13 +156,21 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
         _known(model, name)
         return ModelCard(id=name, created=created)
 
+    @app.get(f"{FILES}/{{name}}", responses=refusals, response_class=Response)
+    def file(name: str) -> Response:
+        """A picture that an answer named by its URL, as long as it is kept."""
+        found = stored.get(name)
+        if found is None:
+            raise ApiError(404, f"there is no picture {name}, or not any more", "not_found")
+        return Response(found[0], media_type=found[1])
+
     class Asked(ImageRequest):
         model_config = ConfigDict(title="ImageRequest")
         prompt: str = Field(min_length=1, max_length=limits.prompt, pattern=r"\S", description="What to draw.")
         n: int = Field(1, ge=1, le=limits.n, description="How many images, of seeds seed, seed + 1, …")
         steps: int | None = Field(None, ge=1, le=limits.steps, description="Denoising steps.")
 
-    @app.post(GENERATIONS, responses=refusals)
+    @app.post(GENERATIONS, responses=refusals, response_model_exclude_none=True)
     async def generations(asked: Asked, request: Request) -> ImageResponse:
         """Draws ``n`` images of a prompt."""
         style = _style(asked, name, default, multiple, limits)
@@ -135,10 +180,17 @@ def create_app(engine: Engine, name: str, default: Style, multiple: int = 8, lim
         pictures = await asyncio.to_thread(
             lambda: [encode(image, asked.output_format, asked.output_compression) for image in images]
         )
+
+        def shown(picture: bytes, seed: int) -> ImageData:
+            if asked.response_format == "url":
+                kept = stored.add(picture, asked.output_format)
+                return ImageData(url=str(request.url_for("file", name=kept)), seed=seed)
+            return ImageData(b64_json=base64.b64encode(picture).decode("ascii"), seed=seed)
+
         return ImageResponse(
             created=int(time.time()), size=f"{style.width}x{style.height}", steps=style.steps,
             output_format=asked.output_format,
-            data=[ImageData(b64_json=text, seed=seed) for text, seed in zip(pictures, seeds, strict=True)],
+            data=[shown(picture, seed) for picture, seed in zip(pictures, seeds, strict=True)],
         )  # fmt: skip
 
     return app
@@ -156,7 +208,7 @@ def _style(asked: ImageRequest, name: str, default: Style, multiple: int, limits
     """Size and steps of a request; raises ``ApiError`` if it names another model or exceeds the limits."""
     _known(asked.model, name)
     width, height = asked.dimensions() or (default.width, default.height)
-    if max(width, height) > limits.side or width % multiple or height % multiple:
+    if max(width, height) > (limits.side or 0) or width % multiple or height % multiple:
         raise ApiError(
             400, f"size is {width}x{height}; each side must be a multiple of {multiple}, and at most {limits.side}",
             "invalid_size", "size",
@@ -175,6 +227,9 @@ async def _drawn(
     except NotReady as error:
         raise ApiError(503, str(error), "not_ready", retry_after=1) from error
     together = asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
+    together.add_done_callback(
+        lambda ended: ended.cancelled() or ended.exception()
+    )  # looked at, so asyncio does not log it
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         waited: set[asyncio.Future[Any]] = {together, gone}
@@ -191,7 +246,7 @@ async def _drawn(
     finally:
         gone.cancel()
         for future in futures:
-            future.cancel()  # images that still wait leave the queue
+            future.cancel()  # images that still wait leave the queue, and a running batch of no others ends at its next step
         together.cancel()
 
 

@@ -2,8 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ class Painter:
     Attributes:
         default: style of requests that do not give one.
         multiple: width and height must be multiples of this.
+        between_steps: called after every denoising step of a pipeline that takes a callback; what it raises ends the batch.
 
     Raises:
         ValueError: ``pipe`` is not a text-to-image pipeline.
@@ -48,6 +49,20 @@ class Painter:
         self.default = Style(int(width), int(height), int(steps))
         patch = config.get("patch_size")
         self.multiple = math.lcm(8, scale * (patch if isinstance(patch, int) else 2))
+
+        self.between_steps: Callable[[], None] = lambda: None
+        self._arguments |= self._callback(parameters)
+
+    def _callback(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by which the pipeline calls ``between_steps``: newer pipelines take another one than older ones."""
+
+        def at_end(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            self.between_steps()
+            return values
+
+        if "callback_on_step_end" in parameters:
+            return {"callback_on_step_end": at_end}
+        return {"callback": lambda *_: self.between_steps(), "callback_steps": 1} if "callback" in parameters else {}
 
     def warm_up(self) -> None:
         """Draws batches of one, two and ``max_batch`` images at the default size with two steps, which compiles all

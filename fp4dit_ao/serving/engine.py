@@ -8,10 +8,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 
-from fp4dit_ao.serving.engine_types import Batching, Draw, Image, NotReady, QueueFull, Style
+from fp4dit_ao.serving.engine_types import Abandoned, Batching, Draw, Image, NotReady, QueueFull, Style
 from fp4dit_ao.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
+
+
+class _Wanted(Future[Image]):
+    """Future that remembers that it was cancelled, also while its image is drawn."""
+
+    abandoned = False
+
+    def cancel(self) -> bool:
+        self.abandoned = True
+        return super().cancel()
 
 
 @dataclass(eq=False)
@@ -21,15 +31,15 @@ class _Task:
     style: Style
     arrived: float
     deadline: float
-    future: "Future[Image]"
+    future: _Wanted
 
 
 class Engine:
     """Draws images in batches, in order of arrival, on its own thread.
 
     Args:
-        draw: draws a batch. A batch that fails is drawn again image by image, so that one bad image does not fail the
-            others.
+        draw: draws a batch; if that takes long, it calls :meth:`check` now and then. A batch that fails is drawn again image
+            by image, so that one bad image does not fail the others.
         warm_up: called on the engine's thread before the engine is ready.
         batching: sizes and waiting times of batches.
         metrics: counters to update; new ones if None.
@@ -49,6 +59,8 @@ class Engine:
         self.batching = batching or Batching()
         self.metrics = metrics or Metrics()
         self._draw, self._warm_up = draw, warm_up
+        self._running: list[_Task] = []
+        self._stopping = False
         self._waiting: collections.deque[_Task] = collections.deque()
         self._changed = threading.Condition()
         self._state = "new"
@@ -93,8 +105,13 @@ class Engine:
         if not self.ready:
             raise NotReady(self._reason())
 
-    def close(self) -> None:
-        """Refuses new and waiting images; returns when the running batch is finished."""
+    def close(self, timeout: float | None = None) -> None:
+        """Refuses new and waiting images; returns when the running batch is finished.
+
+        Args:
+            timeout: seconds after which the running batch (or the warm-up) ends at its next :meth:`check`, or is left to its
+                thread if it does not check within as many seconds again; None waits for as long as it takes.
+        """
         with self._changed:
             started, self._state = self._state != "new", "closed"
             abandoned = list(self._waiting)
@@ -102,8 +119,14 @@ class Engine:
             self._changed.notify_all()
         for task in abandoned:
             _settle(task.future, NotReady("the server is shutting down"))
-        if started:
-            self._thread.join()
+        if not started:
+            return
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._stopping = True
+            self._thread.join(timeout)
+        if self._thread.is_alive():
+            log.warning("the batch that is running did not end within %g s and is left behind", 2 * (timeout or 0))
 
     def __enter__(self) -> "Engine":
         return self.start()
@@ -117,20 +140,20 @@ class Engine:
         self, prompt: str, seeds: Sequence[int], style: Style, timeout: float = float("inf")
     ) -> "list[Future[Image]]":
         """Queues one image per seed; either all are accepted or none. Images whose future is cancelled in time are not
-        drawn.
+        drawn, and a batch ends early once all of its futures were cancelled or are out of time.
 
         Args:
             prompt: prompt of all images.
             seeds: seed of each image's noise.
             style: size and steps.
-            timeout: seconds after which an image that still waits fails with ``TimeoutError``.
+            timeout: seconds after which an image fails with ``TimeoutError``.
 
         Raises:
             NotReady: the engine is not ready.
             QueueFull: the queue cannot hold all of them.
         """
         now = time.monotonic()
-        tasks = [_Task(prompt, seed, style, now, now + timeout, Future()) for seed in seeds]
+        tasks = [_Task(prompt, seed, style, now, now + timeout, _Wanted()) for seed in seeds]
         with self._changed:
             if not self.ready:
                 raise NotReady(self._reason())
@@ -143,6 +166,16 @@ class Engine:
             self._changed.notify_all()
         return [task.future for task in tasks]
 
+    def check(self) -> None:
+        """Called by ``draw`` and ``warm_up`` between steps.
+
+        Raises:
+            Abandoned: nobody waits for the running batch any more, or the engine was closed and cannot wait for it.
+        """
+        now = time.monotonic()
+        if self._stopping or (self._running and all(t.future.abandoned or now > t.deadline for t in self._running)):
+            raise Abandoned("nobody waits for these images any more")
+
     def _reason(self) -> str:
         if self._state == "failed":
             return f"the model failed to warm up: {self._failure}"
@@ -152,6 +185,8 @@ class Engine:
         began = time.monotonic()
         try:
             self._warm_up()
+        except Abandoned:
+            return
         except BaseException as error:
             log.exception("warming up failed")
             self._become("failed", error)
@@ -204,6 +239,8 @@ class Engine:
             self.metrics.waited.observe(began - task.arrived)
         try:
             self._draw_together(batch)
+        except Abandoned:
+            self._give_up(batch)
         except Exception as error:
             if len(batch) == 1:
                 self._fail(batch[0], error)
@@ -212,6 +249,8 @@ class Engine:
             for task in batch:
                 try:
                     self._draw_together([task])
+                except Abandoned:
+                    self._give_up([task])
                 except Exception as own_error:
                     self._fail(task, own_error)
 
@@ -219,7 +258,11 @@ class Engine:
         """Draws the images of ``batch`` in one call and hands them out; raises what the drawing raises."""
         began = time.monotonic()
         self.metrics.batch_size.observe(len(batch))
-        images = self._draw(batch[0].style, [task.prompt for task in batch], [task.seed for task in batch])
+        self._running = batch
+        try:
+            images = self._draw(batch[0].style, [task.prompt for task in batch], [task.seed for task in batch])
+        finally:
+            self._running = []
         if len(images) != len(batch):
             raise RuntimeError(f"{len(images)} images were drawn for {len(batch)} prompts")
         took = time.monotonic() - began
@@ -228,6 +271,12 @@ class Engine:
         self.metrics.images.inc(len(batch))
         for task, image in zip(batch, images, strict=True):
             _settle(task.future, image)
+
+    @staticmethod
+    def _give_up(batch: list[_Task]) -> None:
+        log.info("a batch of %d ended early: nobody waited for it", len(batch))
+        for task in batch:
+            _settle(task.future, TimeoutError("nobody waited for it"))
 
     @staticmethod
     def _fail(task: _Task, error: Exception) -> None:

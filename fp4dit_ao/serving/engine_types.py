@@ -67,5 +67,9 @@ class QueueFull(EngineError):
         self.retry_after = retry_after
 
 
+class Abandoned(EngineError):
+    """Nobody waits for the images of the running batch any more; see ``Engine.check``."""
+
+
 class NotReady(EngineError):
     """The engine is warming up, has failed, or is closed."""

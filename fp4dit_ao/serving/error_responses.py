@@ -52,12 +52,13 @@ def explained(error: RequestValidationError) -> ApiError:
         )
     if found["type"] == "extra_forbidden":
         return ApiError(400, f"unknown parameter: {where}", "unknown_parameter", where)
-    if where == "response_format":
+    if found["type"] == "string_pattern_mismatch":
+        wanted = {
+            "prompt": "the prompt is blank; say what to draw",
+            "size": "give 'auto', or WIDTHxHEIGHT such as 512x512",
+        }
         return ApiError(
-            400,
-            "response_format must be 'b64_json': this server stores no images, so it has no URLs",
-            "unsupported",
-            where,
+            400, f"{where}: {wanted.get(str(where), 'not of the form that is asked for')}", found["type"], where
         )
     if where is None:
         return ApiError(400, "the body must be a JSON object, with Content-Type: application/json", found["type"])

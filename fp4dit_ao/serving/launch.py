@@ -6,7 +6,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from fp4dit_ao.diffusers_integration import named_models
-from fp4dit_ao.serving.app import Limits, create_app
+from fp4dit_ao.serving.app import Access, Limits, create_app
 from fp4dit_ao.serving.drawing import Painter
 from fp4dit_ao.serving.engine import Engine
 from fp4dit_ao.serving.engine_types import Batching
@@ -24,6 +24,7 @@ class Options:
         compile: run the transformer under ``torch.compile``.
         device: device of the pipeline; if None the GPU, or the CPU without one.
         weights: form of quantized weights; see :func:`fp4dit_ao.load_pipeline`.
+        access: see :class:`Access`.
     """
 
     name: str | None = None
@@ -33,6 +34,7 @@ class Options:
     compile: bool = True
     device: str | None = None
     weights: str = "packed"
+    access: Access = field(default_factory=Access)
 
 
 def application(model: str, options: Options | None = None) -> tuple[FastAPI, Engine]:
@@ -50,5 +52,6 @@ def application(model: str, options: Options | None = None) -> tuple[FastAPI, En
     pipe.set_progress_bar_config(disable=True)
     painter = Painter(pipe, options.batching.max_batch, options.same_bits)
     engine = Engine(painter.draw, painter.warm_up, options.batching)
+    painter.between_steps = engine.check
     name = options.name or Path(model).resolve().name
-    return create_app(engine, name, painter.default, painter.multiple, options.limits), engine
+    return create_app(engine, name, painter.default, painter.multiple, options.limits, options.access), engine

@@ -1,5 +1,6 @@
-"""ASGI middleware: counting and timing requests, and limiting their bodies."""
+"""ASGI middleware: counting and timing requests, limiting their bodies, and asking for a key."""
 
+import secrets
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -40,13 +41,16 @@ class RequestCounter:
 
 
 class BodyLimit:
-    """ASGI middleware that answers 413 to a body of more than ``limit`` bytes, before the body is read completely."""
+    """ASGI middleware that answers 413 to a body of more than ``limit`` bytes, before the body is read completely.
 
-    def __init__(self, app: ASGIApp, limit: int):
-        self.app, self.limit = app, limit
+    Other paths than ``path`` do not read bodies, and answer 404 or 405 to whatever is sent.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, path: str):
+        self.app, self.limit, self.path = app, limit, path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["path"] != self.path:
             await self.app(scope, receive, send)
             return
         messages, size = [], 0
@@ -65,3 +69,31 @@ class BodyLimit:
             return messages.pop(0) if messages else await receive()
 
         await self.app(scope, replay, send)
+
+
+class ApiKey:
+    """ASGI middleware that answers 401 unless a request brings ``Authorization: Bearer KEY``.
+
+    Health checks are open; so are pictures, whose addresses cannot be guessed, and a browser's questions before a request from
+    another origin, which carry no key.
+
+    Args:
+        app: the application behind it.
+        key: the key.
+        open_paths: beginnings of paths that need no key.
+    """
+
+    def __init__(self, app: ASGIApp, key: str, open_paths: tuple[str, ...]):
+        self.app, self.expected, self.open_paths = app, f"Bearer {key}".encode(), open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] != "OPTIONS" and not scope["path"].startswith(self.open_paths):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not secrets.compare_digest(given, self.expected):  # takes as long wherever they differ
+                refusal = answer(
+                    ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "invalid_api_key")
+                )
+                refusal.headers["WWW-Authenticate"] = "Bearer"
+                await refusal(scope, receive, send)
+                return
+        await self.app(scope, receive, send)

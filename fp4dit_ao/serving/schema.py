@@ -1,22 +1,29 @@
 """Requests and responses of the supported part of the OpenAI images API."""
 
-import base64
 import io
 import re
 from typing import Any, Literal
 
 from PIL import Image as Pillow
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fp4dit_ao.serving.engine_types import Image
 
 MAX_SEED = 2**63 - 1
 
 
-class ImageRequest(BaseModel):
-    """Body of ``POST /v1/images/generations``. ``seed`` and ``steps`` are extensions."""
+def _nullable(schema: dict[str, Any]) -> None:
+    """Lets every optional property of a JSON schema be null, too."""
+    for name, own in schema["properties"].items():
+        if name not in schema.get("required", ()) and {"type": "null"} not in own.get("anyOf", ()):
+            shown = {key: own.pop(key) for key in ("title", "description", "default") if key in own}
+            schema["properties"][name] = {"anyOf": [own, {"type": "null"}], **shown}
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+
+class ImageRequest(BaseModel):
+    """Body of ``POST /v1/images/generations``. ``seed`` and ``steps`` are extensions. Null is as good as left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_nullable)
 
     prompt: str = Field(min_length=1, description="What to draw.")
     model: str | None = Field(None, description="The name in /v1/models, if any.")
@@ -26,13 +33,27 @@ class ImageRequest(BaseModel):
         None, ge=0, le=MAX_SEED, description="Seed of the first image's noise; random if left out."
     )
     steps: int | None = Field(None, ge=1, description="Denoising steps.")
-    response_format: Literal["b64_json"] = Field("b64_json", description="No image is stored, so there are no URLs.")
+    response_format: Literal["b64_json", "url"] = Field(
+        "b64_json", description="URLs are on this server, which keeps its latest images for a while."
+    )
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int = Field(100, ge=0, le=100, description="Quality in percent, for jpeg and webp.")
     background: Literal["auto", "opaque"] = "auto"
-    quality: Literal["auto", "standard"] = Field("auto", description="There is one; say steps instead.")
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] = Field(
+        "auto", description="Ignored: there is one; say steps instead."
+    )
+    style: Literal["vivid", "natural"] = Field("vivid", description="Ignored.")
+    moderation: Literal["auto", "low"] = Field("auto", description="Ignored: nothing is moderated.")
     stream: Literal[False] = False
     user: str | None = Field(None, description="Ignored.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        optional = set(cls.model_fields) - {"prompt"}
+        return {name: value for name, value in data.items() if value is not None or name not in optional}
 
     def dimensions(self) -> tuple[int, int] | None:
         """Width and height in pixels; None for ``"auto"``."""
@@ -43,7 +64,8 @@ class ImageRequest(BaseModel):
 class ImageData(BaseModel):
     """One drawn image."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
     seed: int = Field(description="With it, the same request draws the same image.")
 
 
@@ -113,7 +135,7 @@ class ApiError(Exception):
         retry_after: float | None = None,
     ):
         super().__init__(message)
-        kind = {429: "rate_limit_error", 504: "timeout_error"}.get(status)
+        kind = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}.get(status)
         kind = kind or ("invalid_request_error" if status < 500 else "server_error")
         self.status, self.retry_after = status, retry_after
         self.body: dict[str, Any] = ErrorResponse(
@@ -121,9 +143,9 @@ class ApiError(Exception):
         ).model_dump()
 
 
-def encode(image: Image, output_format: str, compression: int) -> str:
-    """Encodes ``image`` as a picture file in base64; ``compression`` is the quality in percent, for jpeg and webp."""
+def encode(image: Image, output_format: str, compression: int) -> bytes:
+    """Encodes ``image`` as a picture file; ``compression`` is the quality in percent, for jpeg and webp."""
     file = io.BytesIO()
     options: dict[str, Any] = {} if output_format == "png" else {"quality": compression}
     Pillow.fromarray(image).save(file, output_format, **options)
-    return base64.b64encode(file.getvalue()).decode("ascii")
+    return file.getvalue()

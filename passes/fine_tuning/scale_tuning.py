@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -30,7 +28,7 @@ from fp4dit_ao.observers.weight import gram_of, weight_of
 from fp4dit_ao.ops import expand_scale, to_scale_dtype
 from fp4dit_ao.passes.fine_tuning.fine_tune import FINE_TUNINGS, FineTuneConfig, FineTuneReport
 from fp4dit_ao.passes.partition import weight_observers
-from fp4dit_ao.util.atomic_files import whole_file
+from fp4dit_ao.util.tensor_state import load_state, save_state
 
 
 class TunedScale(nn.Module):
@@ -228,11 +226,8 @@ class _Store:
         for index, parameter in enumerate(parameters):
             state = optimizer.state[parameter]
             parts = {"delta": parameter.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            tensors |= {f"{index}.{name}": x.cpu().contiguous() for name, x in parts.items()}
-        metadata = {"fingerprint": self.fingerprint, "step": json.dumps(step)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.path) as partial:
-            save_file(tensors, partial, metadata)
+            tensors |= {f"{index}.{name}": x for name, x in parts.items()}
+        save_state(self.path, tensors, {"fingerprint": self.fingerprint, "step": json.dumps(step)})
 
     def load(self, optimizer: torch.optim.Adam, parameters: Sequence[nn.Parameter]) -> int:
         """Restores the state, and returns the number of steps that it holds; 0 if nothing was saved.
@@ -242,15 +237,11 @@ class _Store:
         """
         if not self.path.exists():
             return 0
-        try:
-            with safe_open(self.path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path} is damaged ({error}); delete it to start anew") from error
+        tensors, metadata = load_state(self.path, "delete it to start anew")
         if metadata.get("fingerprint") != self.fingerprint:
             raise ValueError(
-                f"{self.path} belongs to another run (other settings, weights or samples); name another folder, or delete it"
+                f"{self.path} belongs to another run (other settings, weights or samples); repeat the settings of "
+                "that run, or delete it to start anew"
             )
         step = int(json.loads(metadata["step"]))
         for index, parameter in enumerate(parameters):

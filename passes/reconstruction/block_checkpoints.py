@@ -3,14 +3,11 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -21,6 +18,7 @@ from fp4dit_ao.observers.weight import Settled, weight_of
 from fp4dit_ao.passes.partition import Segment, weight_observers
 from fp4dit_ao.passes.reconstruction.report import BlockReport
 from fp4dit_ao.passes.reconstruction.rounding import RoundingRule
+from fp4dit_ao.util.tensor_state import load_state, save_state
 
 _SCALE = "#scale"
 """Follows a weight's name: its learned scale."""
@@ -72,27 +70,25 @@ class Store:
         """Write one finished unit; a kill leaves either all of it or nothing."""
         tensors = {o.name: o.codes for o in _observers(segment) if o.codes is not None}
         tensors |= {f"{o.name}{_SCALE}": o.scale for o in _observers(segment) if o.rescaled}
-        metadata = {"fingerprint": self.fingerprint, "row": json.dumps(dataclasses.asdict(row))}
-        partial = self._path(index).with_suffix(".partial")
-        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, partial, metadata)
-        os.replace(partial, self._path(index))
+        texts = {"fingerprint": self.fingerprint, "row": json.dumps(dataclasses.asdict(row))}
+        save_state(self._path(index), tensors, texts)
 
     def load(self, index: int, segment: Segment) -> BlockReport | None:
         """Restore one unit's codes, and scales that were learned; None if it was not finished."""
         path = self._path(index)
         if not path.exists():
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is broken ({error}); delete it to reconstruct that part again") from error
-        if metadata.get("fingerprint") != self.fingerprint:
+        remedy = "delete it to reconstruct that part again"
+        tensors, texts = load_state(path, remedy)
+        if texts.get("fingerprint") != self.fingerprint:
             raise ValueError(
                 f"{path} belongs to another run (other settings, weights or calibration data); "
-                "name another checkpoint_dir, or delete this one"
+                "repeat the settings of that run, or delete this folder to start anew"
             )
+        try:
+            row = BlockReport(**json.loads(texts["row"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is broken (its row of the report cannot be read: {error!r}); {remedy}") from error
         for observer in _observers(segment):
             codes, scale = tensors.get(observer.name), tensors.get(f"{observer.name}{_SCALE}")
             device = observer.scale.device
@@ -102,7 +98,7 @@ class Store:
                     observer.scale if scale is None else scale.to(device),
                 )
             )
-        return BlockReport(**json.loads(metadata["row"]))
+        return row
 
 
 def _observers(segment: Segment) -> Iterator[Any]:

@@ -104,6 +104,27 @@ def test_the_config_says_what_was_done_with_what(original: Path) -> None:
     assert kept["proj_out"] == "recipe keeps 'proj_out*'"
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize("load", [load_graph, load_modules])
+def test_scales_that_no_quantization_gives_are_refused_behind_right_checksums(
+    saved: Path, scale: float, load: Any
+) -> None:
+    tensors = load_file(saved / WEIGHTS)
+    name = next(name for name in tensors if name.endswith("to_k.weight.scale"))
+    tensors[name][1, 0] = scale
+    save_file(tensors, saved / WEIGHTS, {"format": "pt", "quant_method": "fp4dit_ao", "format_version": "2"})
+    change_record(saved, lambda record: record["tensors"][name].update(sha256=checksum(tensors[name])))
+    with pytest.raises(ValueError, match=rf"tensor {name} holds a scale of .*; scales are positive and finite"):
+        load(saved)
+
+
+def test_files_are_the_same_bytes_whenever_they_are_saved(transformer: Any, original: Path, tmp_path: Path) -> None:
+    for again in ("first", "second", "third"):
+        transformer.save_pretrained(tmp_path / again)
+        for name in (WEIGHTS, CONFIG):
+            assert (tmp_path / again / name).read_bytes() == (original / name).read_bytes()
+
+
 def test_saving_again_replaces(transformer: Any, saved: Path) -> None:
     (saved / "README.md").write_text("mine")
     transformer.save_pretrained(saved)

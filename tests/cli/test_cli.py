@@ -1,5 +1,6 @@
 """The command line: what works on a small pipeline, and wrong input, each case one sentence, non-zero, nothing left behind."""
 
+import errno
 import json
 import re
 import shutil
@@ -14,12 +15,18 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from typer.testing import CliRunner
 
+import fp4dit_ao
 from fp4dit_ao import QuantizedTransformer, quantize_pipeline
 from fp4dit_ao.cli.app import app
+from fp4dit_ao.cli.call_options import call_options
+from fp4dit_ao.diffusers_integration import named_models
+from fp4dit_ao.diffusers_integration.graph_form import load_graph
 from fp4dit_ao.evaluation import fidelity
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import pick
 from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.util import tensor_state
+from fp4dit_ao.util.locks import only_process
 from tests.tiny import CALL, tiny_pipeline
 
 
@@ -138,6 +145,97 @@ def test_generate_compares(quantized, folders, tmp_path):
     assert Image.open(tmp_path / "x.png").width > 2 * 128
     alone = run("generate", quantized, "--prompt", "cat", "--out", tmp_path / "y.png", "--steps", 1)
     assert alone.exit_code == 0, alone.output
+
+
+def test_call_options_reach_the_pipeline(folders, tmp_path):
+    call = ["--call", "height=64", "--call", "width=32", "--call", "guidance_scale=1", "--call", "negative_prompt=red"]
+    drawn = run("generate", folders / "float", "--prompt", "cat", "--out", tmp_path / "x.png", "--steps", 1, *call)
+    assert drawn.exit_code == 0, drawn.output
+    picture = Image.open(tmp_path / "x.png")
+    assert picture.height > 256 > picture.width - 130  # a tall image, four times as large
+    out = tmp_path / "e.json"
+    run(
+        "evaluate", folders / "float", "--against", folders / "float", "--prompts", folders / "prompts.txt", "--count", 2,
+        "--seeds", 1, "--steps", 1, "--call", "height=64", "--out", out,
+    )  # fmt: skip
+    assert json.loads(out.read_text())["settings"]["height"] == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--call", "height"], ["NAME=VALUE"]),
+        (["--call", "prompt=x"], ["--prompt"]),
+        (["--call", "num_inference_steps=3"], ["--steps"]),
+        (["--call", "width=32", "--call", "width=64"], ["width", "twice"]),
+        (["--call", "heigth=64"], ["PixArtSigmaPipeline takes no argument heigth"]),
+    ],
+)
+def test_calls_that_are_refused(folders, tmp_path, options, words):
+    refused(run("generate", folders / "float", "--prompt", "cat", "--out", tmp_path / "x.png", *options), *words)
+
+
+def test_call_options_are_json_or_text():
+    options = ["a=512", "b=1.5", "c=true", "d=[1, 2]", "e=blurry, low quality", "f=", "g=null", "h=x=y"]
+    assert call_options(options, 3) == {
+        "a": 512, "b": 1.5, "c": True, "d": [1, 2], "e": "blurry, low quality", "f": "", "g": None, "h": "x=y",
+        "num_inference_steps": 3,
+    }  # fmt: skip
+
+
+def test_a_recipe_is_changed_as_a_whole_and_layer_by_layer(folders, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"weight": "nf4", "pre_gelu_weight": None, "group_size": 32}))
+    result = run(
+        "quantize", folders / "float", "--rounding", "nearest", "--prompts", folders / "prompts.txt", "--out", tmp_path / "q",
+        "--config", tmp_path / "recipe.json", "--group-size", 64, "--dtype", "bfloat16",
+        "--layer", "*.attn1.*=none", "--layer", "*.0.attn1.to_q=int_w4a8",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    weights = dict(load_graph(tmp_path / "q" / "transformer").graph.named_parameters())
+    block = {name.removeprefix("transformer_blocks.0."): weight for name, weight in weights.items() if ".0." in name}
+    assert (block["ff.net.0.proj.weight"].fmt, block["ff.net.0.proj.weight"].block_size) == ("nf4", [1, 64])
+    assert block["attn1.to_q.weight"].fmt == "nf4"  # the file's weight holds for every recipe
+    assert block["attn1.to_k.weight"].dtype == torch.bfloat16
+    assert type(block["attn1.to_k.weight"].detach()) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--layer", "blocks.0"], ["GLOB=RECIPE"]),
+        (["--layer", "*=w4a7"], ["unknown recipe 'w4a7'"]),
+        (["--config", "prompts.txt"], ["prompts.txt", "not valid JSON"]),
+        (["--config", "list.json"], ["JSON object"]),
+        (["--config", "typo.json"], ["does not know grup_size"]),
+        (["--dtype", "float8"], ["unknown dtype 'float8'", "bfloat16"]),
+    ],
+)
+def test_changes_of_a_recipe_that_are_refused(folders, tmp_path, options, words):
+    (folders / "list.json").write_text("[1]")
+    (folders / "typo.json").write_text('{"grup_size": 32}')
+    options = [str(folders / option) if (folders / option).is_file() else option for option in options]
+    call = ["--prompts", folders / "prompts.txt", "--out", tmp_path / "q", "--rounding", "nearest"]
+    refused(run("quantize", folders / "float", *call, *options), *words)
+    assert not entries(tmp_path)
+
+
+def test_versions_are_told():
+    found = run("--version")
+    assert found.exit_code == 0 and found.stdout.startswith(f"fp4dit-ao {fp4dit_ao.__version__} (torch ")
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "loaded"),
+    [
+        (torch.bfloat16, "stored", torch.bfloat16),
+        (torch.float16, "stored", torch.float32),  # CPUs are slow at it
+        (torch.bfloat16, "float32", torch.float32),
+    ],
+)
+def test_pipelines_are_loaded_as_they_are_stored(tmp_path, stored, asked, loaded):
+    tiny_pipeline(layers=1).to(stored).save_pretrained(tmp_path / "p")
+    pipe = named_models.open_pipeline(str(tmp_path / "p"), "cpu", dtype=asked)
+    assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {loaded}
 
 
 def test_generate_compares_packed_weights_with_bytes(quantized, tmp_path, monkeypatch):
@@ -377,6 +475,57 @@ def test_a_float_pipeline_cannot_be_inspected(folders):
 def test_quantizing_twice_is_refused(quantized, folders, tmp_path):
     result = run("quantize", quantized, "--prompts", folders / "prompts.txt", "--out", tmp_path / "out")
     refused(result, "already quantized")
+
+
+def test_a_file_is_no_folder_to_write_to(folders, tmp_path):
+    (tmp_path / "q").write_text("mine")
+    result = run("quantize", folders / "float", "--prompts", folders / "prompts.txt", "--out", tmp_path / "q")
+    refused(result, "q is a file")
+    assert (tmp_path / "q").read_text() == "mine"
+
+
+def test_two_runs_into_one_folder_are_refused(folders, tmp_path):
+    with only_process(tmp_path / "q"):
+        result = run("quantize", folders / "float", "--prompts", folders / "prompts.txt", "--out", tmp_path / "q")
+    refused(result, "another process is writing", str(tmp_path / "q"))
+    assert not entries(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, ["interrupted"]),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, ["block-001", "No space left on device", "make room"]),
+    ],
+    ids=["interrupted", "disk full"],
+)
+def test_what_is_finished_is_kept_and_the_way_on_is_said(folders, tmp_path, monkeypatch, failure, status, words):
+    command = [
+        "quantize", folders / "float", "--prompts", folders / "prompts.txt", "--out", tmp_path / "q", "--iters", 2,
+        "--samples", 2,
+    ]  # fmt: skip
+    save, saved = tensor_state.save_file, []
+
+    def fails(*arguments):
+        saved.append(arguments)
+        if len(saved) == 2:
+            raise failure
+        save(*arguments)
+
+    monkeypatch.setattr(tensor_state, "save_file", fails)
+    result = run(*command)
+    assert result.exit_code == status
+    said = [line for line in result.stderr.splitlines() if line.startswith("fp4dit-ao: ")]
+    assert len(said) == 1
+    for word in (*words, str(tmp_path / "q.unfinished"), "--resume"):
+        assert word in said[0]
+    assert entries(tmp_path / "q.unfinished" / "blocks") == {Path("block-000.safetensors")}
+    if status == 130:
+        return
+    other = run(*command, "--resume", "--seed", 1)
+    refused(other, "another run", "--resume", str(tmp_path / "q.unfinished"))
+    assert run(*command, "--resume").exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"q"}
 
 
 def test_an_unfinished_run_is_not_overwritten(folders, tmp_path):

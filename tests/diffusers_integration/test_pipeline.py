@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -309,6 +310,42 @@ def test_a_damaged_component_is_named(quantized: Any, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"vae/diffusion_pytorch_model.safetensors is damaged: .*; copy it again"):
         load_pipeline(tmp_path / "pipe")
+
+
+def test_an_altered_bit_of_another_component_is_found(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "pipe")
+    file = tmp_path / "pipe" / "vae" / "diffusion_pytorch_model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1000] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"vae/diffusion_pytorch_model.safetensors was altered since it was saved"):
+        load_pipeline(tmp_path / "pipe")
+    (tmp_path / "pipe" / "checksums.json").unlink()  # as folders of older versions have none
+    load_pipeline(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("text_encoder/config.json", "d_model", "wide", "a component besides the transformer cannot be loaded"),
+        ("vae/config.json", "block_out_channels", 5, "a component besides the transformer cannot be loaded"),
+        ("model_index.json", "transformer", 5, ""),
+        ("model_index.json", "vae", ["diffusers", 5], "a component besides the transformer cannot be loaded"),
+        ("generation.json", "height", "tall", "height='tall': PixArtSigmaPipeline takes int"),
+    ],
+)
+def test_damaged_configs_are_refused_in_a_sentence(
+    folder: Path, tmp_path: Path, file: str, key: str, value: Any, message: str
+) -> None:
+    path = Path(shutil.copytree(folder, tmp_path / "pipe")) / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    try:
+        pipe = load_pipeline(tmp_path / "pipe")
+        draw_defaults = pipe.generation_defaults | {"num_inference_steps": 1}
+        pipe("a cat", **{name: CALL[name] for name in CALL if name not in draw_defaults})
+        assert not message
+    except ValueError as error:
+        assert message in str(error)
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

@@ -28,6 +28,14 @@ def test_labels_are_drawn():
     assert (with_text < 255).sum() > (without < 255).sum() == 0
 
 
+@pytest.mark.parametrize("text", ["кошка", "γάτα", "kočka", "−", "→"])
+def test_letters_beyond_latin_1_are_drawn(text):
+    """A letter that the font lacks is a box, the same for every one."""
+    images = np.zeros((1, 128, 128, 3), np.uint8)
+    letter = np.asarray(plots.comparison({"x": images}, [text[0]]))
+    assert (letter != np.asarray(plots.comparison({"x": images}, ["\ufdd0"]))).any()
+
+
 def test_large_images_are_made_smaller():
     assert plots.comparison({"x": plain(0, 1024)}, ["a"]).width < 700
 

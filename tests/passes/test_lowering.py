@@ -1,6 +1,7 @@
 """The lowered model computes what the converted graph does, linear by linear, and compiles in one piece."""
 
 import copy
+import gc
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao import FP4DiTQuantizer, MinifloatTensor, QuantConfig, capture, lower, w4a6, w4a8
+from fp4dit_ao.checkpoint.graph_tensors import flatten
 from fp4dit_ao.config import int_w4a6
 from tests.graphs import TinyDiT, tiny_sample
 
@@ -142,3 +144,28 @@ def test_attention_that_ours_cannot_do_stays_pytorchs() -> None:
     assert targets.count("aten.scaled_dot_product_attention.default") == 1
     assert targets.count("fp4dit_ao.attention.default") == 1
     assert targets.count("fp4dit_ao.fake_quantize.default") == 3
+
+
+def live_bytes(known: set[int] = frozenset()) -> dict[int, int]:
+    """Bytes of every plain tensor that is alive, by address; those in ``known`` left out."""
+    gc.collect()
+    plain = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in plain}
+    return {address: size for address, size in storages.items() if address and address not in known}
+
+
+def test_the_lowered_graph_keeps_nothing_else_alive() -> None:
+    """Neither float weights nor a byte per code: torchao's caches and annotations would hold every earlier graph."""
+    model, sample = TinyDiT(width=256, layers=2), tiny_sample(batch=3, tokens=17, width=256)
+    before = set(live_bytes()) - {x.data_ptr() for x in model.parameters()}
+    prepared = prepare_pt2e(capture(model, sample), FP4DiTQuantizer().set_global(w4a6()))
+    with torch.no_grad():
+        prepared(**sample)
+    converted = convert_pt2e(prepared, fold_quantize=False)
+    lowered = lower(converted)
+    del model, prepared, converted
+    kept = [part for x in lowered.state_dict().values() for part in flatten("", x).values()]
+    assert any(isinstance(x, MinifloatTensor) for x in lowered.state_dict().values())
+    assert sum(live_bytes(before).values()) == sum(x.untyped_storage().nbytes() for x in kept)
+    del lowered, kept
+    assert not live_bytes(before)

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import gc
 import io
 import json
 import re
@@ -33,10 +34,11 @@ from typer.testing import CliRunner
 
 from fp4dit_ao.cli.app import app as command
 from fp4dit_ao.serving import launch
-from fp4dit_ao.serving.app import GENERATIONS, Limits, create_app
+from fp4dit_ao.serving.app import GENERATIONS, Access, Limits, create_app
 from fp4dit_ao.serving.drawing import Painter
 from fp4dit_ao.serving.engine import Engine
 from fp4dit_ao.serving.engine_types import Batching, Style
+from fp4dit_ao.serving.pictures import Pictures
 from tests.serving.test_engine import Gate, picture
 
 DEFAULT = Style(32, 32, 4)
@@ -157,6 +159,83 @@ def test_metrics(client: TestClient) -> None:
         assert line in text
 
 
+def test_nulls_and_openais_own_values_are_taken(client: TestClient) -> None:
+    nulls = dict.fromkeys(
+        ["model", "n", "size", "seed", "steps", "response_format", "output_format", "output_compression"]
+    )
+    more = dict.fromkeys(["background", "quality", "style", "moderation", "stream", "user"])
+    for body in (nulls | more, {"quality": "hd", "style": "natural", "moderation": "low"}, {"quality": "high"}):
+        answer = ask(client, **body)
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["data"]) == 1
+
+
+def test_pictures_by_their_url(client: TestClient) -> None:
+    answer = ask(client, response_format="url", output_format="webp", n=2, seed=5).json()
+    pictures = [client.get(data["url"]) for data in answer["data"]]
+    assert [picture.headers["content-type"] for picture in pictures] == ["image/webp"] * 2
+    assert all(picture.content[8:12] == b"WEBP" for picture in pictures)
+    assert "b64_json" not in answer["data"][0]
+    refused(client.get("/v1/images/files/none.png"), 404, "no picture none.png", code="not_found")
+
+
+def test_the_store_of_pictures_is_bounded() -> None:
+    pictures = Pictures(limit=100)
+    names = [pictures.add(bytes(40), "png") for _ in range(5)]
+    assert [pictures.get(name) is not None for name in names] == [False, False, False, True, True]
+    assert pictures.get(pictures.add(bytes(1000), "jpeg")) == (
+        bytes(1000),
+        "image/jpeg",
+    )  # the latest is kept, whatever its size
+    assert pictures.get(names[-1]) is None
+
+
+@pytest.fixture
+def guarded(gate: Gate) -> Iterator[TestClient]:
+    engine = Engine(gate, batching=Batching(window=0.0))
+    access = Access("secret", ["https://example.org"])
+    with TestClient(create_app(engine, "tiny", DEFAULT, 8, LIMITS, access)) as client:
+        engine.wait_until_ready(30)
+        yield client
+
+
+@pytest.mark.parametrize(
+    "header", [None, "secret", "Bearer", "Bearer secre", "Bearer secret2", "Basic secret", "bearer \xff"]
+)
+def test_a_key_is_asked_for(guarded: TestClient, gate: Gate, header: str | None) -> None:
+    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    for answer in (
+        guarded.post(GENERATIONS, json={"prompt": "a cat"}, headers=headers),
+        guarded.get("/v1/models", headers=headers),
+        guarded.get("/metrics", headers=headers),
+    ):
+        refused(answer, 401, "API key is missing or wrong", type="authentication_error", code="invalid_api_key")
+        assert answer.headers["www-authenticate"] == "Bearer"
+    assert not gate.batches
+
+
+def test_a_key_opens_and_health_needs_none(guarded: TestClient) -> None:
+    for path in ("/health", "/health/live", "/health/ready"):
+        assert guarded.get(path).status_code == 200
+    headers = {"Authorization": "Bearer secret"}
+    answer = guarded.post(GENERATIONS, json={"prompt": "a cat", "response_format": "url"}, headers=headers)
+    assert guarded.get(answer.json()["data"][0]["url"]).status_code == 200  # as an <img> asks: without a key
+
+
+def test_pages_of_named_origins_may_ask(guarded: TestClient, client: TestClient) -> None:
+    asks = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    answer = guarded.options(GENERATIONS, headers=asks | {"Access-Control-Request-Headers": "authorization"})
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == "https://example.org"
+    assert (
+        "access-control-allow-origin"
+        not in guarded.options(GENERATIONS, headers=asks | {"Origin": "https://evil.org"}).headers
+    )
+    refusal = guarded.get("/v1/models", headers={"Origin": "https://example.org"})
+    assert refusal.status_code == 401 and refusal.headers["access-control-allow-origin"] == "https://example.org"
+    assert "access-control-allow-origin" not in client.get("/v1/models", headers=asks).headers
+
+
 # --- bad requests ----------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +244,7 @@ def test_metrics(client: TestClient) -> None:
     [
         ({"prompt": None}, "prompt", "valid string"),
         ({"prompt": ""}, "prompt", "at least 1 character"),
-        ({"prompt": " \n"}, "prompt", r"match pattern"),
+        ({"prompt": " \n"}, "prompt", "prompt: the prompt is blank"),
         ({"prompt": "x" * 51}, "prompt", "at most 50 characters"),
         ({"prompt": "\ud800"}, "prompt", "unicode"),
         ({"n": 0}, "n", "greater than or equal to 1"),
@@ -175,10 +254,11 @@ def test_metrics(client: TestClient) -> None:
         ({"steps": 11}, "steps", "less than or equal to 10"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
         ({"seed": 2**63}, "seed", "less than or equal to"),
-        ({"size": "64"}, "size", "match pattern"),
+        ({"size": "64"}, "size", "size: give 'auto', or WIDTHxHEIGHT such as 512x512"),
         ({"size": "63x64"}, "size", "size is 63x64; each side must be a multiple of 8, and at most 64"),
         ({"size": "64x72"}, "size", "at most 64"),
-        ({"response_format": "url"}, "response_format", "must be 'b64_json': this server stores no images"),
+        ({"response_format": "file"}, "response_format", "'b64_json' or 'url'"),
+        ({"quality": "best"}, "quality", "'standard'"),
         ({"output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
         ({"output_compression": 101}, "output_compression", "less than or equal to 100"),
         ({"background": "transparent"}, "background", "'auto' or 'opaque'"),
@@ -234,6 +314,9 @@ def test_a_large_body_is_not_read_whole(client: TestClient) -> None:
 
 
 def test_other_paths_and_methods(client: TestClient) -> None:
+    refused(
+        client.post("/v1/images/variations", content=b"x" * 10_000), 404, "Not Found"
+    )  # before it is found too large
     refused(client.get("/v1/images"), 404, "GET /v1/images: Not Found")
     answer = client.get(GENERATIONS)
     refused(answer, 405, "Method Not Allowed")
@@ -294,6 +377,13 @@ def test_limits_that_contradict_each_other(gate: Gate) -> None:
         serve(gate, Limits(side=16, steps=10))
 
 
+def test_sides_are_limited_to_twice_the_models_own(gate: Gate) -> None:
+    with serve(gate, Limits()) as client:
+        client.app_state["engine"].wait_until_ready(30)
+        assert ask(client, size="64x64").status_code == 200
+        refused(ask(client, size="72x64"), 400, "at most 64", param="size")
+
+
 def test_what_nobody_listens_for_leaves_the_queue(gate: Gate) -> None:
     gate.open.clear()
     engine = Engine(gate, batching=Batching(1, 0))
@@ -323,16 +413,18 @@ def test_what_nobody_listens_for_leaves_the_queue(gate: Gate) -> None:
     assert engine.metrics.registry.get_sample_value("fp4dit_requests_total", {"code": "499"}) == 1
 
 
-def test_time_is_limited_for_what_waits_and_for_what_runs(gate: Gate) -> None:
+def test_time_is_limited_for_what_waits_and_for_what_runs(gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
     gate.open.clear()
     limits = Limits(prompt=50, n=3, side=64, steps=10, timeout=0.3)
-    with serve(gate, limits, max_batch=1) as client, ThreadPoolExecutor(2) as pool:
+    with caplog.at_level("ERROR", "asyncio"), serve(gate, limits, max_batch=1) as client, ThreadPoolExecutor(2) as pool:
         client.app_state["engine"].wait_until_ready(30)
         answers = [pool.submit(ask, client, prompt=prompt) for prompt in ("first", "second")]
         for answer in answers:
             refused(answer.result(30), 504, "no image within 0.3 s", type="timeout_error", code="timeout")
         gate.open.set()
     assert len(gate.batches) == 1  # the other had left the queue
+    gc.collect()
+    assert not [record for record in caplog.records if "never retrieved" in record.getMessage()]
 
 
 def test_before_and_after_the_warm_up(gate: Gate) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fp4dit_ao.serving.drawing import Painter
 from fp4dit_ao.serving.engine import Engine
-from fp4dit_ao.serving.engine_types import Batching, Image, NotReady, QueueFull, Style
+from fp4dit_ao.serving.engine_types import Abandoned, Batching, Image, NotReady, QueueFull, Style
 
 SMALL, LARGE = Style(8, 8, 1), Style(16, 8, 1)
 
@@ -242,6 +242,54 @@ def test_closing_finishes_what_runs_and_refuses_the_rest(gate: Gate) -> None:
     engine.close()  # twice is no harm
 
 
+class Stepper:
+    """Draws in steps of a moment each, as a pipeline does; ``checks`` is called between them."""
+
+    def __init__(self, steps: int = 10_000) -> None:
+        self.steps, self.taken, self.started = steps, 0, threading.Event()
+        self.check: Callable[[], None] = lambda: None
+
+    def __call__(self, style: Style, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+        for _ in range(self.steps if "long" in prompts else 1):
+            self.started.set()
+            time.sleep(0.002)
+            self.taken += 1
+            self.check()
+        return [picture(style, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+
+@pytest.mark.parametrize("why", ["cancelled", "out of time"])
+def test_a_running_batch_that_nobody_waits_for_ends_at_its_next_step(why: str) -> None:
+    stepper = Stepper()
+    with ready(stepper, max_batch=2) as engine:
+        stepper.check = engine.check
+        futures = engine.submit("long", [0, 1], SMALL, timeout=0.05 if why == "out of time" else 60)
+        assert stepper.started.wait(30)
+        if why == "cancelled":
+            futures[0].cancel()
+            time.sleep(0.05)
+            assert not futures[1].done()  # somebody still waits for the other one
+            futures[1].cancel()
+        assert engine.submit("next", [0], SMALL)[0].result(10).shape == (8, 8, 3)
+        assert stepper.taken < stepper.steps
+        for future in futures:
+            with pytest.raises(TimeoutError, match="nobody waited"):
+                future.result(0)
+
+
+def test_closing_has_a_deadline() -> None:
+    stepper = Stepper()
+    engine = ready(stepper)
+    stepper.check = engine.check
+    running = engine.submit("long", [0], SMALL)[0]
+    assert stepper.started.wait(30)
+    began = time.monotonic()
+    engine.close(timeout=0.1)
+    assert time.monotonic() - began < 10 and stepper.taken < stepper.steps
+    with pytest.raises(TimeoutError):
+        running.result(0)
+
+
 # --- with a real pipeline --------------------------------------------------------------------------------------------
 
 
@@ -263,6 +311,21 @@ def test_images_are_those_of_the_pipeline(tiny_quantized: Any) -> None:
         call = tiny_quantized.generation_defaults | {"num_inference_steps": style.steps, "width": style.width}
         expected = tiny_quantized("a red cat", generator=torch.Generator().manual_seed(3), **call).images[0]
         np.testing.assert_array_equal(image, np.asarray(expected))
+
+
+def test_a_pipeline_is_stopped_between_its_steps(tiny_quantized: Any) -> None:
+    painter = Painter(tiny_quantized)
+    taken: list[int] = []
+
+    def stop() -> None:
+        taken.append(1)
+        if len(taken) == 3:
+            raise Abandoned
+
+    painter.between_steps = stop
+    with pytest.raises(Abandoned):
+        painter.draw(Style(32, 32, 10), ["a red cat"], [3])
+    assert len(taken) == 3
 
 
 def test_numbers_that_are_no_image_are_an_error(tiny_quantized: Any) -> None:

@@ -21,6 +21,7 @@ from fp4dit_ao.config import int_w4a6
 from fp4dit_ao.passes.partition import weight_observers
 from fp4dit_ao.passes.reconstruction import engine, unit_rounding
 from fp4dit_ao.passes.reconstruction.streams import build
+from fp4dit_ao.util.tensor_state import load_state, save_state
 from tests.graphs import TinyDiT, tiny_sample
 
 SHORT = AdaRoundConfig(iters=60, batch_size=8, relative_lr=0.2)
@@ -171,6 +172,21 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path) -> None:
     for other in others:
         with pytest.raises(ValueError, match="belongs to another run"):
             reconstruct(copy.deepcopy(prepared), data, other, checkpoint_dir=tmp_path, progress=False)
+
+
+def test_altered_codes_and_reports_are_refused(tmp_path) -> None:
+    prepared, data, _ = prepare()
+    reconstruct(copy.deepcopy(prepared), data, SHORT, checkpoint_dir=tmp_path, progress=False)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"block-000.safetensors is broken .*SHA-256.*; delete it to reconstruct"):
+        reconstruct(copy.deepcopy(prepared), data, SHORT, checkpoint_dir=tmp_path, progress=False)
+    file.write_bytes(whole)
+    tensors, texts = load_state(file, "")
+    save_state(file, tensors, texts | {"row": "{"})
+    with pytest.raises(ValueError, match=r"block-000.safetensors is broken .*report.*; delete it to reconstruct"):
+        reconstruct(copy.deepcopy(prepared), data, SHORT, checkpoint_dir=tmp_path, progress=False)
 
 
 def test_an_adaround_config_resumes_as_the_config_that_it_stands_for(tmp_path, monkeypatch) -> None:

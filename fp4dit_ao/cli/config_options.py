@@ -1,0 +1,40 @@
+"""``--config``, ``--group-size`` and ``--layer``: how a recipe is changed on the command line."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def config_fields(path: Path | None, group_size: int | None) -> dict[str, Any]:
+    """Fields of ``QuantConfig`` that replace the recipe's: those of the JSON file ``path``, and the group size.
+
+    Raises:
+        ValueError: the file holds no JSON object.
+        OSError: the file cannot be read.
+    """
+    fields: dict[str, Any] = {}
+    if path is not None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # bytes that are no UTF-8, too
+            raise ValueError(f"{path} is not valid JSON ({error}); see QuantConfig for its fields") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} must hold a JSON object of fields of QuantConfig, found {type(found).__name__}")
+        fields |= found
+    return fields if group_size is None else fields | {"group_size": group_size}
+
+
+def layer_rules(options: Sequence[str] | None) -> dict[str, str | None]:
+    """Recipes by glob from ``--layer GLOB=RECIPE``, in order; None for ``none``.
+
+    Raises:
+        ValueError: an option has no glob, no ``=`` or no recipe.
+    """
+    rules: dict[str, str | None] = {}
+    for option in options or ():
+        glob, _, recipe = option.rpartition("=")
+        if not glob or not recipe:
+            raise ValueError(f"--layer {option!r} is not GLOB=RECIPE; give, say, --layer 'blocks.0.*=none'")
+        rules[glob] = None if recipe == "none" else recipe
+    return rules

@@ -1,0 +1,35 @@
+"""``import fp4dit_ao`` loads nothing heavy, and adds to torch and diffusers as soon as they are there."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("first", ["fp4dit_ao, torch", "torch, fp4dit_ao"])
+def test_operators_exist_once_torch_and_the_package_are_imported(first: str) -> None:
+    script = (
+        f"import sys, {first}\n"
+        "print(torch.ops.fp4dit_ao.choose_scale, torch.ops.fp4dit_ao.quantize, torch.ops.fp4dit_ao.dequantize)\n"
+        "print('torchao' in sys.modules, type(torch.__spec__.loader).__name__)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert found == ["fp4dit_ao.choose_scale fp4dit_ao.quantize fp4dit_ao.dequantize", "False SourceFileLoader"]
+
+
+def test_the_package_takes_less_than_a_second_beyond_torch() -> None:
+    script = (
+        "import sys, time, fp4dit_ao\n"
+        "assert 'torch' not in sys.modules\n"
+        "del sys.modules['fp4dit_ao'], sys.modules['fp4dit_ao._registration']\n"
+        "sys.meta_path.pop(0)\n"
+        "import torch\n"
+        "began = time.process_time()\n"
+        "import fp4dit_ao\n"
+        "torch.ops.fp4dit_ao.choose_scale\n"
+        "print(time.process_time() - began)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(found.stdout) < 1
