@@ -41,6 +41,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         if name not in self._awaited:
             return None
         self._awaited.remove(name)
+        if not self._awaited:
+            sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, _ADDS[name])

@@ -5,6 +5,7 @@ from typing import TypeVar
 from torch import nn
 
 from fp4dit_ao import _compat
+from fp4dit_ao.tensors.codebook import CodebookTensor
 from fp4dit_ao.tensors.levels import LevelTensor
 from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
@@ -31,7 +32,7 @@ def unpack_weights(model: Module, to: str = "int8") -> Module:
     for path, owner in model.named_modules():
         for name, parameter in _compat.slots(owner)[0].items():
             weight = None if parameter is None else parameter.detach()
-            if isinstance(weight, MinifloatTensor) and weight.act_fmt is not None:
+            if isinstance(weight, MinifloatTensor | CodebookTensor) and weight.act_fmt is not None:
                 try:
                     found[owner, name] = LevelTensor.from_packed(weight, to)
                 except ValueError as error:

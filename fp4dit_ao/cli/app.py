@@ -69,6 +69,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the picture, the table and the quantized pipeline.")] = Path(
         "outputs/demo"
     ),
+    rounding: Annotated[
+        str, typer.Option(help="'gptq', or learned, such as 'scale_aware', the paper's; see docs/methods.md.")
+    ] = "gptq",
     iters: Annotated[
         int, typer.Option(min=1, help="Iterations of learned rounding per block (the paper: 2500).")
     ] = 100,
@@ -79,14 +82,14 @@ def demo(
     from fp4dit_ao.cli import demo as run
 
     check_writable_folder(out)
-    run.demo(out, iters, seed, compile)
+    run.demo(out, rounding, iters, seed, compile)
 
 
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder, hub id, or 'reference'.")],
     out: Annotated[Path, typer.Option(help="Folder of the quantized pipeline; must be new or empty.")],
-    recipe: Annotated[str, typer.Option(help="w4a6, w4a8, w4a6_auto, …; see README.")] = "w4a6",
+    recipe: Annotated[str, typer.Option(help="w4a6_codebook, w4a6, w4a8, …; see README.")] = "w4a6_codebook",
     prompts: Prompts = None,
     rounding: Annotated[
         str, typer.Option(help="'adaround' learns it; 'gptq' takes minutes, 'nearest' seconds; see docs/methods.md.")

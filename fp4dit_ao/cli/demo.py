@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4dit_ao import reference
-from fp4dit_ao.config import AdaRoundConfig
+from fp4dit_ao.config import DEFAULT_RECIPE, ReconstructionConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
 from fp4dit_ao.evaluation import plots
@@ -17,14 +17,11 @@ from fp4dit_ao.util.atomic_files import write_text
 JUDGED, SHOWN = 40, 8
 """Number of prompts generated for the table, and number of those that the picture shows."""
 CALIBRATION_PROMPTS, CALIBRATION_SAMPLES = 32, 128
-RECIPE = "w4a6_auto"
-"""Recipe of the demo: W4A6 with the 4-bit format of every linear chosen on data, better here than the paper's fixed
-choice (see the README)."""
 BATCH = 20
 COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
-def demo(out: Path, iters: int, seed: int, compile: bool) -> None:
+def demo(out: Path, rounding: str, iters: int, seed: int, compile: bool) -> None:
     """Quantizes to W4A6 and to naive INT4/INT6; writes ``comparison.png``, ``table.md`` and ``w4a6/`` into ``out``."""
     start = time.perf_counter()
     if compile and not any(shutil.which(name) for name in COMPILERS):
@@ -37,12 +34,13 @@ def demo(out: Path, iters: int, seed: int, compile: bool) -> None:
     prompts = [known[index] for index in judged]
     calibration = [known[index] for index in named_models.reference_indices(CALIBRATION_PROMPTS)]
 
-    print(f"[2/4] quantizing to W4A6 ({RECIPE}): {iters} iterations of scale-aware AdaRound a block", flush=True)
+    print(f"[2/4] quantizing to W4A6 ({DEFAULT_RECIPE}), weights rounded by {rounding}", flush=True)
     common: dict[str, Any] = {"prompts": calibration, "seed": seed}
     began = time.perf_counter()
     w4a6 = quantize_pipeline(
-        pipe, RECIPE, samples=CALIBRATION_SAMPLES, adaround=AdaRoundConfig(iters=iters), compile=compile, **common
-    )
+        pipe, samples=CALIBRATION_SAMPLES, reconstruction=ReconstructionConfig(rounding, iters=iters), compile=compile,
+        **common,
+    )  # fmt: skip
     seconds = {"original": 0.0, "W4A6": time.perf_counter() - began}
     began = time.perf_counter()
     naive = quantize_pipeline(pipe, "int_w4a6", rounding="nearest", **common)
@@ -78,9 +76,11 @@ def demo(out: Path, iters: int, seed: int, compile: bool) -> None:
         "prompts": JUDGED,
         "seeds": 1,
         "steps": reference.generation()["num_inference_steps"],
-        "iterations": iters,
+        "recipe": DEFAULT_RECIPE,
+        "rounding": rounding,
+        "W4A6 compiled": "yes" if compile else "no",
     }
-    evaluation = Evaluation(rows, settings | {"recipe": RECIPE, "W4A6 compiled": "yes" if compile else "no"})
+    evaluation = Evaluation(rows, settings)
     write_text(out / "table.md", evaluation.markdown())
     evaluation.save(out / "table.json")
     print()

@@ -6,6 +6,9 @@ from typing import Literal
 from fp4dit_ao.config.quant_config import RECIPES, QuantConfig
 from fp4dit_ao.ops.block_scale import BLOCKS
 
+DEFAULT_RECIPE = "w4a6_codebook"
+"""Recipe where none is named: the closest to full precision on the reference pipeline, and the fastest on most processors."""
+
 
 def w4a6() -> QuantConfig:
     """FP4DiT W4A6: E2M1 weights, E3M0 before GELU, groups of 128; token-wise online E2M3 activations, q, k and v."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fp4dit_ao import _compat
 from fp4dit_ao._registration import METHOD
 from fp4dit_ao.checkpoint.quantization_record import Record, check_model
-from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.config import DEFAULT_RECIPE, QuantConfig
 from fp4dit_ao.diffusers_integration import module_form
 from fp4dit_ao.diffusers_integration.float_source import widened
 from fp4dit_ao.diffusers_integration.module_slots import Slots, quantized_linears
@@ -52,7 +52,7 @@ class FP4DiTConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        recipe: str | QuantConfig = "w4a6",
+        recipe: str | QuantConfig = DEFAULT_RECIPE,
         skip: Sequence[str] = (),
         sample: Mapping[str, Any] | None = None,
         transforms: Sequence[str | GraphTransform] = (),

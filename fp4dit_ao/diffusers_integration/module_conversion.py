@@ -10,7 +10,7 @@ from fp4dit_ao.checkpoint import tensor_files, transformer_folder
 from fp4dit_ao.checkpoint.empty_model import empty_model
 from fp4dit_ao.checkpoint.quantization_record import Record
 from fp4dit_ao.checkpoint.tensor_files import Entry, first_line
-from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.config import DEFAULT_RECIPE, QuantConfig
 from fp4dit_ao.diffusers_integration.float_source import check_source
 from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig, FP4DiTDiffusersQuantizer
 from fp4dit_ao.diffusers_integration.module_form import decide, finish, quantize_linear
@@ -26,7 +26,7 @@ BUFFER_LIMIT = 1 << 30
 
 def quantize_modules(
     model: "ModelMixin",
-    recipe: str | QuantConfig = "w4a6",
+    recipe: str | QuantConfig = DEFAULT_RECIPE,
     *,
     skip: Sequence[str] = (),
     sample: Mapping[str, Any] | None = None,
@@ -107,4 +107,4 @@ def load_modules(folder: str | Path) -> "ModelMixin":
 
 def _quantizer_of(record: Record) -> FP4DiTDiffusersQuantizer:
     """Diffusers quantizer of a model that was quantized according to ``record``."""
-    return FP4DiTDiffusersQuantizer(FP4DiTConfig(record.recipe or "w4a6"), record=record)
+    return FP4DiTDiffusersQuantizer(FP4DiTConfig(record.recipe or DEFAULT_RECIPE), record=record)

@@ -19,7 +19,7 @@ from fp4dit_ao.checkpoint.empty_model import empty_model
 from fp4dit_ao.checkpoint.quantization_record import Record, model_config
 from fp4dit_ao.checkpoint.tensor_files import Entry
 from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
-from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.config import DEFAULT_RECIPE, QuantConfig
 from fp4dit_ao.diffusers_integration import lora
 from fp4dit_ao.diffusers_integration.attention_processors import quantize_attention, restore_attention
 from fp4dit_ao.diffusers_integration.module_slots import Slots, quantized_linears
@@ -39,7 +39,7 @@ from fp4dit_ao.schemes import scheme_of
 
 def decide(
     model: Any,
-    recipe: str | QuantConfig = "w4a6",
+    recipe: str | QuantConfig = DEFAULT_RECIPE,
     *,
     skip: Sequence[str] = (),
     sample: Mapping[str, Any] | None = None,

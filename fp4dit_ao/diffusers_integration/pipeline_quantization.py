@@ -11,7 +11,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao.calibration import MEMORY_LIMIT, calibrate, collect_samples, pipeline_arguments
 from fp4dit_ao.checkpoint import graph_rebuilding
-from fp4dit_ao.config import AdaRoundConfig, QuantConfig, ReconstructionConfig
+from fp4dit_ao.config import DEFAULT_RECIPE, AdaRoundConfig, QuantConfig, ReconstructionConfig
 from fp4dit_ao.diffusers_integration.float_source import check_source
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.pipeline_folder import with_transformers
@@ -36,7 +36,7 @@ _NAME = re.compile(r"transformer(_\d+)?")
 
 def quantize_pipeline(
     pipe: "DiffusionPipeline",
-    recipe: str | QuantConfig = "w4a6",
+    recipe: str | QuantConfig = DEFAULT_RECIPE,
     *,
     prompts: Sequence[str] | None = None,
     steps: int | None = None,

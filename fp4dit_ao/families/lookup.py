@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fp4dit_ao import _compat
-from fp4dit_ao.config import HIGH_PRECISION, QuantConfig
+from fp4dit_ao.config import DEFAULT_RECIPE, HIGH_PRECISION, QuantConfig
 from fp4dit_ao.families import sample_inputs
 from fp4dit_ao.families.dtypes import main_dtype
 from fp4dit_ao.families.family import Family
@@ -42,7 +42,7 @@ def _in_block(name: str) -> bool:
 
 
 def recipe_for(
-    model: nn.Module, recipe: str | QuantConfig = "w4a6", fields: Mapping[str, Any] | None = None
+    model: nn.Module, recipe: str | QuantConfig = DEFAULT_RECIPE, fields: Mapping[str, Any] | None = None
 ) -> QuantConfig:
     """Config of a named recipe, adapted to ``model``'s family; a config is not adapted.
 
@@ -69,7 +69,7 @@ def _adapted(model: nn.Module, recipe: str) -> QuantConfig:
 
 def quantizer_for(
     model: nn.Module,
-    recipe: str | QuantConfig = "w4a6",
+    recipe: str | QuantConfig = DEFAULT_RECIPE,
     skip: Sequence[str] = (),
     fields: Mapping[str, Any] | None = None,
     layers: Mapping[str, str | QuantConfig | None] | None = None,

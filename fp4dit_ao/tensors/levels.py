@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fp4dit_ao import _compat
 from fp4dit_ao.formats import parse
-from fp4dit_ao.kernels import level_linear
+from fp4dit_ao.kernels import codebook_linear, level_linear
 from fp4dit_ao.kernels.cpu.native import OUTPUTS
 from fp4dit_ao.kernels.token_quantization import as_levels, quantize_tokens
 from fp4dit_ao.kernels.units import Unit
+from fp4dit_ao.tensors.codebook import CodebookTensor
 from fp4dit_ao.tensors.minifloat import MinifloatTensor
 from fp4dit_ao.tensors.quantized_weight import QuantizedWeight
 
@@ -77,8 +78,8 @@ class LevelTensor(QuantizedWeight):
         self.transposed = transposed
 
     @classmethod
-    def from_packed(cls, weight: MinifloatTensor, to: str) -> "LevelTensor":
-        """The same weight as bytes.
+    def from_packed(cls, weight: MinifloatTensor | CodebookTensor, to: str) -> "LevelTensor":
+        """The same weight as bytes. One with codebook groups has a scale for each row, and is one product over all inputs.
 
         Raises:
             ValueError: ``to`` is none of :data:`TYPES`, or does not hold every level of the weight or its input exactly.
@@ -87,14 +88,17 @@ class LevelTensor(QuantizedWeight):
             raise ValueError(f"weights can be unpacked to {' or '.join(TYPES)}, not to {to!r}")
         if weight.act_fmt is None:
             raise ValueError("only weights whose input is quantized can be unpacked; this one multiplies floats")
-        levels = parse(weight.fmt).decode(weight.codes)
+        if isinstance(weight, CodebookTensor):
+            levels = codebook_linear.decode(weight.qdata, weight.index, weight.codebooks, weight.group_size)
+            scale, block_size = weight.row_scale.reshape(-1, 1), [1, levels.shape[1]]
+        else:
+            levels = parse(weight.fmt).decode(weight.codes)
+            scale, block_size = weight.scale, list(weight.block_size)
         inputs = parse(weight.act_fmt).lattice
         for fmt, values in ((weight.fmt, levels), (weight.act_fmt, inputs)):
             if not fits(values, TYPES[to]):
                 raise ValueError(f"{to} does not hold every level of {fmt}; leave this weight packed, or take int8")
-        return cls(
-            levels.to(TYPES[to]), weight.scale, list(weight.block_size), weight.fmt, weight.act_fmt, weight.dtype
-        )
+        return cls(levels.to(TYPES[to]), scale, block_size, weight.fmt, weight.act_fmt, weight.dtype)
 
     def tiles(self) -> dict[str, tuple[int, int] | None]:
         rows, columns = self.block_size

@@ -1,6 +1,7 @@
 """The command line: what works on a small pipeline, and wrong input, each case one sentence, non-zero, nothing left behind."""
 
 import errno
+import inspect
 import json
 import re
 import shutil
@@ -16,9 +17,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fp4dit_ao
-from fp4dit_ao import QuantizedTransformer, quantize_pipeline
+from fp4dit_ao import FP4DiTConfig, QuantizedTransformer, quantize_modules, quantize_pipeline, quantizer_for
+from fp4dit_ao.cli import app as cli_app
 from fp4dit_ao.cli.app import app
 from fp4dit_ao.cli.call_options import call_options
+from fp4dit_ao.config import DEFAULT_RECIPE
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.graph_form import load_graph
 from fp4dit_ao.evaluation import fidelity
@@ -45,6 +48,8 @@ def quantized(folders):
     result = run(
         "quantize",
         folders / "float",
+        "--recipe",
+        "w4a6",
         "--rounding",
         "nearest",
         "--prompts",
@@ -94,6 +99,15 @@ def test_help_is_there_at_once():
     for command in ("demo", "quantize", "generate", "evaluate", "inspect", "benchmark", "export", "serve"):
         assert command in found.stdout
         assert run(command, "--help").exit_code == 0
+
+
+def test_the_command_and_the_api_have_one_default_recipe():
+    """The command's module cannot import it: that would load torch."""
+    named = [
+        inspect.signature(function).parameters["recipe"].default
+        for function in (cli_app.quantize, quantize_pipeline, quantize_modules, quantizer_for, FP4DiTConfig)
+    ]
+    assert set(named) == {DEFAULT_RECIPE}
 
 
 def test_quantize_says_what_it_did(quantized):

@@ -151,7 +151,7 @@ def test_unpacked_weights_are_exported_before(tiny_quantized: Any, tmp_path: Pat
 # --- packages --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["w4a6", "nvfp4"])
+@pytest.mark.parametrize("recipe", ["w4a6", "w4a6_codebook", "nvfp4"])
 def test_a_package_gives_the_compiled_graphs_bits_in_another_process(
     recipe: str, request: pytest.FixtureRequest, tiny_quantized: Any, tmp_path: Path
 ) -> None:

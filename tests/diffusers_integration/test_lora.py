@@ -102,7 +102,7 @@ def same(ours: dict[str, list[torch.Tensor]], theirs: dict[str, list[torch.Tenso
     return {k for k, parts in ours.items() if not all(map(torch.equal, parts, theirs[k]))}
 
 
-@pytest.mark.parametrize("recipe", ["w4a6", "nvfp4", "mxfp6_e2m3"])
+@pytest.mark.parametrize("recipe", ["w4a6", "w4a6_codebook", "nvfp4", "mxfp6_e2m3"])
 def test_fusing_rounds_the_sum_and_unfusing_restores_every_bit(recipe: str) -> None:
     model: Any = flux(recipe)
     before, plain = codes(model), run(model)

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fp4dit_ao import FloatFormat, MinifloatTensor, lower, unpack_weights, w4a6, w4a8
+from fp4dit_ao import CodebookTensor, FloatFormat, MinifloatTensor, lower, unpack_weights, w4a6, w4a6_codebook, w4a8
 from fp4dit_ao.config import int_w4a8
+from fp4dit_ao.schemes import scheme_of
 from fp4dit_ao.tensors.levels import LevelTensor, fits
 from tests.passes.test_lowering import converted
 
@@ -58,15 +59,31 @@ def test_which_formats_fp8_holds(fmt, exact) -> None:
 
 
 @pytest.mark.parametrize("to", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codebook_groups_are_one_product(to, dtype) -> None:
+    """With a scale for each row; int8's bits are those of packed weights, for nothing is summed in float."""
+    config = w4a6_codebook()
+    packed = scheme_of(config).round_to_nearest("linear", torch.randn(48, 256).to(dtype), config).to(DEVICE)
+    unpacked = LevelTensor.from_packed(packed, to)
+    assert unpacked.scale.shape == (48, 1)
+    assert torch.equal(unpacked.dequantize(), packed.dequantize())
+    x = torch.randn(5, 256, dtype=dtype, device=DEVICE)
+    expected, got = F.linear(x, packed), F.linear(x, unpacked)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    assert torch.allclose(got.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("to", ["int8", "fp8"])
+@pytest.mark.parametrize("config", [w4a6(), w4a6_codebook()], ids=["groups", "codebook"])
 @torch.no_grad()
-def test_a_whole_model(to) -> None:
-    graph, sample = converted(w4a6())
+def test_a_whole_model(to, config) -> None:
+    graph, sample = converted(config)
     lowered = lower(graph)
     expected = lowered(**sample)[0]
     assert unpack_weights(lowered, to) is lowered
     weights = [p.detach() for p in lowered.parameters()]
     assert sum(isinstance(w, LevelTensor) for w in weights) == 12
-    assert not any(isinstance(w, MinifloatTensor) for w in weights)
+    assert not any(isinstance(w, MinifloatTensor | CodebookTensor) for w in weights)
     assert (lowered(**sample)[0] - expected).norm() <= 1e-5 * expected.norm()
 
 
