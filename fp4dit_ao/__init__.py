@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp4dit_ao._registration import register
+from fp4dit_ao._registration import OPERATORS, register
 
 __version__ = "0.1.0"
 
@@ -93,6 +93,7 @@ def __getattr__(name: str) -> object:
         value = importlib.import_module(f"fp4dit_ao.{_MODULES[name]}")
     elif name in _HOME:
         value = getattr(importlib.import_module(f"fp4dit_ao.{_HOME[name]}"), name)
+        importlib.import_module(OPERATORS)  # public, too, as torch.ops.fp4dit_ao
     else:
         raise AttributeError(f"module 'fp4dit_ao' has no attribute {name!r}")
     globals()[name] = value

@@ -11,8 +11,10 @@ from typing import Any
 
 METHOD = "fp4dit_ao"
 """The name of this way of quantizing, in a config and in diffusers' tables."""
+OPERATORS = "fp4dit_ao.ops"
+"""The module that registers ``torch.ops.fp4dit_ao``."""
 _ADDS = {
-    "torch": "fp4dit_ao.ops",
+    "torch": OPERATORS,
     "diffusers.quantizers.auto": "fp4dit_ao.diffusers_integration.hf_quantizer",
     "diffusers.pipelines.pipeline_utils": "fp4dit_ao.diffusers_integration.call_defaults",
 }
@@ -65,4 +67,10 @@ class _Loader(importlib.abc.Loader):
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
-        importlib.import_module(self._adds)
+        if self._adds != OPERATORS or not _is_importing_itself():
+            importlib.import_module(self._adds)
+
+
+def _is_importing_itself() -> bool:
+    """Whether a module of this package, half imported, may be what asks for torch; operators then wait for a public name."""
+    return any(name.startswith("fp4dit_ao.") and name != __name__ for name in sys.modules)

@@ -19,6 +19,23 @@ def test_operators_exist_once_torch_and_the_package_are_imported(first: str) -> 
     assert found == ["fp4dit_ao.choose_scale fp4dit_ao.quantize fp4dit_ao.dequantize", "False SourceFileLoader"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from fp4dit_ao import FloatFormat",
+        "import fp4dit_ao.config, fp4dit_ao.ops",
+        "import fp4dit_ao.kernels, fp4dit_ao.ops",
+        "import fp4dit_ao.observers",
+        "import fp4dit_ao.cli.demo",
+        "from fp4dit_ao.families import table; from fp4dit_ao import QuantConfig",
+    ],
+)
+def test_any_module_may_be_the_first_to_import_torch(line: str) -> None:
+    script = f"{line}\nimport torch\nprint(torch.ops.fp4dit_ao.choose_scale)"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "fp4dit_ao.choose_scale\n"
+
+
 def test_the_package_takes_less_than_a_second_beyond_torch() -> None:
     script = (
         "import sys, time, fp4dit_ao\n"

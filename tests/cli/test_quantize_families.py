@@ -46,9 +46,13 @@ def decisions(model: nn.Module, quantizer: FP4DiTQuantizer) -> Decisions:
     return {name: quantizer.config_for(name) for name, x in model.named_modules() if isinstance(x, nn.Linear)}
 
 
+def pipeline(model: nn.Module) -> Any:
+    return SimpleNamespace(transformer=model, components={"transformer": model})
+
+
 def by_command_line(name: str, recipe: str, folder: Any, monkeypatch: pytest.MonkeyPatch) -> Decisions:
     """What ``fp4dit-ao quantize MODEL --recipe …`` decides for a small model of family ``name``."""
-    pipe = SimpleNamespace(transformer=model_of(name))
+    pipe = pipeline(model_of(name))
     monkeypatch.setattr(named_models, "folder_of", lambda _: str(folder))
     monkeypatch.setattr(named_models, "open_pipeline", lambda *_, **__: pipe)
     prompts = folder / "prompts.txt"
@@ -63,7 +67,7 @@ def quantize(*arguments: Any) -> Result:
 
 
 def by_api(name: str, recipe: str | QuantConfig) -> Decisions:
-    pipe = SimpleNamespace(transformer=model_of(name))
+    pipe = pipeline(model_of(name))
     with pytest.raises(Decided) as found:
         quantize_pipeline(pipe, recipe, prompts=["a cat"], skip=[SKIP])
     return decisions(pipe.transformer, found.value.quantizer)
@@ -98,7 +102,7 @@ def test_the_command_line_follows_the_family_table(name, linear, field, expected
 
 def test_the_sample_selection_reaches_the_calibration(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(named_models, "folder_of", lambda _: str(tmp_path))
-    monkeypatch.setattr(named_models, "open_pipeline", lambda *_, **__: SimpleNamespace(transformer=model_of("DiT")))
+    monkeypatch.setattr(named_models, "open_pipeline", lambda *_, **__: pipeline(model_of("DiT")))
     (tmp_path / "prompts.txt").write_text("a cat\n")
     seen: list[str] = []
 
