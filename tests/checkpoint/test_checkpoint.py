@@ -24,7 +24,9 @@ from tests.tiny import CALL, tiny_pipeline
 
 @pytest.fixture(scope="module")
 def transformer() -> Any:
-    pipe = quantize_pipeline(tiny_pipeline(layers=1), prompts=["a cat"], rounding="nearest", progress=False, **CALL)
+    pipe = quantize_pipeline(
+        tiny_pipeline(layers=1), "w4a6", prompts=["a cat"], rounding="nearest", progress=False, **CALL
+    )
     return pipe.transformer
 
 

@@ -48,7 +48,7 @@ def pipe(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def quantized() -> nn.Module:
     """Rounded to nearest, of three blocks."""
-    return quantize_modules(tiny_pipeline(layers=3).transformer)
+    return quantize_modules(tiny_pipeline(layers=3).transformer, "w4a6")
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def low_bit(model: nn.Module) -> dict[str, MinifloatTensor]:
 
 
 def test_learned_codes_carry_over(graph: Any, pipe: Any) -> None:
-    nearest = low_bit(quantize_modules(tiny_pipeline(layers=1).transformer, skip=["*attn2*"]))
+    nearest = low_bit(quantize_modules(tiny_pipeline(layers=1).transformer, "w4a6", skip=["*attn2*"]))
     ours, theirs = low_bit(pipe.transformer), low_bit(graph.transformer.graph)
     assert ours.keys() == theirs.keys() == nearest.keys()
     for name, weight in ours.items():
@@ -173,7 +173,7 @@ def test_models_that_no_table_knows() -> None:
         pass
 
     with pytest.warns(UserWarning, match="Unknown is no family that fp4dit_ao knows"):
-        model = quantize_modules(unknown(Unknown))
+        model = quantize_modules(unknown(Unknown), "w4a6")
     reference = quantize_modules(tiny_pipeline(layers=1).transformer, QuantConfig(pre_gelu_weight=None))
     assert {n for n in low_bit(model) if "blocks" in n} == {n for n in low_bit(reference) if "blocks" in n}
     assert all(".0." in name for name in low_bit(model))
