@@ -4,7 +4,7 @@ PEFT's own merging supports only torchao's configs and unmerges by subtracting; 
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,13 +74,13 @@ def unfuse_lora(model: "ModelMixin") -> None:
             layer.unmerge()
 
 
-def adding_refused_on(add: Callable[..., Any], model: Any, folded: Collection[str]) -> Callable[..., Any]:
+def adding_refused_on(add: Callable[..., Any], model: Any, refused: Mapping[str, str]) -> Callable[..., Any]:
     """``add``, one of diffusers' methods that load a LoRA, with a refusal of LoRAs on linears that a transform changed.
 
     Args:
         add: ``model.load_lora_adapter`` or ``model.add_adapter``.
         model: that it belongs to.
-        folded: names of linears whose inputs or outputs are other ones than the float model's.
+        refused: why no LoRA of the float model may change a linear, by its name.
     """
 
     @functools.wraps(add)
@@ -89,14 +89,16 @@ def adding_refused_on(add: Callable[..., Any], model: Any, folded: Collection[st
 
         before = set(getattr(model, "peft_config", {}))
         result = add(*args, **kwargs)
-        layers = [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer) and name in folded]
+        layers = [
+            name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer) and name in refused
+        ]
         if layers:
             model.delete_adapters(sorted(set(model.peft_config) - before))
             if not before:
                 model.unload_lora()
             raise ValueError(
-                f"this LoRA changes {layers[0]}, whose smoothing factors were folded into other layers' weights: it would "
-                "compute something else there than in the float model; quantize with SmoothQuant(fold=False) to use it"
+                f"this LoRA would compute something else than in the float model: it changes {layers[0]}, "
+                f"{refused[layers[0]]}"
             )
         return result
 

@@ -155,10 +155,14 @@ def finish(model: Any, quantizer: Any) -> Any:
     for module in model.modules():
         if isinstance(module, SplitLinear):
             module.list_whole_weight()
-    folded = {whole_name(name) for transform in quantizer.record.transforms for name in transform.folded_linears()}
+    refused = {
+        whole_name(name): why
+        for transform in quantizer.record.transforms
+        for name, why in transform.refused_loras().items()
+    }
     for method in ("load_lora_adapter", "add_adapter"):
-        if folded and hasattr(model, method):
-            setattr(model, method, lora.adding_refused_on(getattr(model, method), model, folded))
+        if refused and hasattr(model, method):
+            setattr(model, method, lora.adding_refused_on(getattr(model, method), model, refused))
     return model.eval()
 
 

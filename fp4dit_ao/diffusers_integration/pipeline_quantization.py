@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao.calibration import MEMORY_LIMIT, calibrate, collect_samples, pipeline_arguments
@@ -24,7 +26,9 @@ from fp4dit_ao.passes.lowering import lower
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS, choose_formats
 from fp4dit_ao.passes.reconstruction import ROUNDINGS, reconstruct
 from fp4dit_ao.passes.reconstruction.choice import chosen_config
+from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
+from fp4dit_ao.quantizer import FP4DiTQuantizer
 from fp4dit_ao.schemes import scheme_of
 
 if TYPE_CHECKING:
@@ -103,18 +107,30 @@ def quantize_pipeline(
             unknown, or the calibration data is bad.
     """
     names = components_of(pipe) if components is None else list(components)
-    for name in names:
-        check_source(_float_transformer(pipe, name))
+    models = {name: _float_transformer(pipe, name) for name in names}
+    for model in models.values():
+        check_source(model)
+    methods = _Methods(
+        resolve_transforms(transforms), allocation, budget_bits,
+        chosen_config(rounding, objective, scope, adaround, reconstruction), fine_tuning,
+    )  # fmt: skip
     quantized = {}
-    for name in names:
-        folder = checkpoint_dir if checkpoint_dir is None or name == "transformer" else Path(checkpoint_dir) / name
-        quantized[name] = _quantized(
-            pipe, name, recipe, prompts=prompts, steps=steps, samples=samples, selection=selection, transforms=transforms,
-            allocation=allocation, budget_bits=budget_bits, rounding=rounding, objective=objective, scope=scope,
-            adaround=adaround, reconstruction=reconstruction, fine_tuning=fine_tuning, skip=skip, fields=fields, layers=layers,
-            seed=seed, batch_size=batch_size, compile=compile, cache_dir=cache_dir, checkpoint_dir=folder,
-            memory_limit_bytes=memory_limit_bytes, progress=progress, call=call,
+    for name, model in models.items():
+        config = recipe_for(model, recipe, fields)
+        methods.check(config)
+        data = collect_samples(
+            pipe, prompts, steps=steps, seed=seed, samples=samples if methods.need_data(config) else 1,
+            batch_size=batch_size, selection=selection, component=name, cache_dir=cache_dir,
+            memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
         )  # fmt: skip
+        quantizer = quantizer_for(model, recipe, skip, fields, layers)
+        folder = checkpoint_dir if checkpoint_dir is None or name == "transformer" else Path(checkpoint_dir) / name
+        graph, report = _quantized(model, data, quantizer, config, methods, folder, progress)
+        source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path if the pipeline was loaded from one
+        decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
+        quantized[name] = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
+        quantized[name].report = report
+        quantized[name].compile_graph(compile)
     return with_transformers(pipe, quantized, pipeline_arguments.defaults_of(pipe))
 
 
@@ -124,87 +140,70 @@ def components_of(pipe: "DiffusionPipeline") -> list[str]:
     return sorted(found) or ["transformer"]
 
 
+@dataclass(frozen=True)
+class _Methods:
+    """How transformers are quantized, beside their formats."""
+
+    transforms: Sequence[GraphTransform]
+    allocation: str
+    budget_bits: float | None
+    rounding: ReconstructionConfig
+    fine_tuning: str | None
+
+    def check(self, config: QuantConfig) -> None:
+        """Raises ``ValueError`` early for names that are not registered, and a budget that nothing could spend."""
+        ALLOCATIONS.find(self.allocation)
+        if self.fine_tuning is not None:
+            FINE_TUNINGS.find(self.fine_tuning)
+        if self.budget_bits is not None and not config.weight_candidates:
+            raise ValueError(
+                "budget_bits is shared out among weight_candidates, and this recipe has none; choose a recipe with "
+                "candidates, such as w4a6_auto"
+            )
+
+    @property
+    def round_on_data(self) -> bool:
+        return ROUNDINGS.find(self.rounding.rounding).needs_samples
+
+    def need_data(self, config: QuantConfig) -> bool:
+        """Whether more samples are needed than the one that the graph is captured with."""
+        changes = any(found.needs_data for found in self.transforms)
+        return changes or _calibrates(config) or self.round_on_data or self.fine_tuning is not None
+
+
+def _calibrates(config: QuantConfig) -> bool:
+    """Whether observers have to see data: to choose formats, or ranges that do not change from call to call."""
+    return bool(config.weight_candidates) or not scheme_of(config).quantizes_online(config)
+
+
 def _quantized(
-    pipe: "DiffusionPipeline",
-    name: str,
-    recipe: str | QuantConfig,
-    *,
-    prompts: Sequence[str] | None,
-    steps: int | None,
-    samples: int | None,
-    selection: str,
-    transforms: Sequence[str | GraphTransform],
-    allocation: str,
-    budget_bits: float | None,
-    rounding: str | None,
-    objective: str | None,
-    scope: str | None,
-    adaround: AdaRoundConfig | None,
-    reconstruction: ReconstructionConfig | None,
-    fine_tuning: str | None,
-    skip: Sequence[str],
-    fields: Mapping[str, Any] | None,
-    layers: Mapping[str, str | QuantConfig | None] | None,
-    seed: int,
-    batch_size: int,
-    compile: bool,
-    cache_dir: str | Path | None,
+    model: nn.Module,
+    data: Sequence[Mapping[str, Any]],
+    quantizer: FP4DiTQuantizer,
+    config: QuantConfig,
+    methods: _Methods,
     checkpoint_dir: str | Path | None,
-    memory_limit_bytes: int,
     progress: bool,
-    call: dict[str, Any],
-) -> QuantizedTransformer:
-    """One transformer of a pipeline, quantized; arguments are those of :func:`quantize_pipeline`."""
-    model = _float_transformer(pipe, name)
-    config = recipe_for(model, recipe, fields)
-    rounded = chosen_config(rounding, objective, scope, adaround, reconstruction)
-    transforms = resolve_transforms(transforms)
-    _check_methods(config, allocation, budget_bits, fine_tuning)
-    rounds_on_data = ROUNDINGS.find(rounded.rounding).needs_samples
-    needs_calibration = bool(config.weight_candidates) or not scheme_of(config).quantizes_online(config)
-    needs_data = needs_calibration or rounds_on_data or fine_tuning is not None
-    needs_data = needs_data or any(found.needs_data for found in transforms)
-    data = collect_samples(
-        pipe, prompts, steps=steps, seed=seed, samples=samples if needs_data else 1, batch_size=batch_size,
-        selection=selection, component=name, cache_dir=cache_dir, memory_limit_bytes=memory_limit_bytes,
-        progress=progress, **call,
-    )  # fmt: skip
-    quantizer = quantizer_for(model, recipe, skip, fields, layers)
+) -> tuple[GraphModule, ReconstructionReport | None]:
+    """The lowered graph of one transformer, and the report of its rounding."""
     with torch.no_grad():
-        captured = transform(capture(model, data[0]), data, transforms, quantizer, progress)
+        captured = transform(capture(model, data[0]), data, methods.transforms, quantizer, progress)
         prepared = prepare_pt2e(captured, quantizer)
-        if needs_calibration:
+        if _calibrates(config):
             calibrate(prepared, data, progress=progress)
-        choose_formats(prepared, allocation, budget_bits)
+        choose_formats(prepared, methods.allocation, methods.budget_bits)
     report = None
-    if rounds_on_data:
-        report = reconstruct(prepared, data, rounded, checkpoint_dir=checkpoint_dir, progress=progress)
-    if fine_tuning is not None:
+    if methods.round_on_data:
+        report = reconstruct(prepared, data, methods.rounding, checkpoint_dir=checkpoint_dir, progress=progress)
+    if methods.fine_tuning is not None:
         folder = None if checkpoint_dir is None else Path(checkpoint_dir) / "fine_tuning"
-        run_fine_tuning(prepared, data, fine_tuning, checkpoint_dir=folder, progress=progress)
+        run_fine_tuning(prepared, data, methods.fine_tuning, checkpoint_dir=folder, progress=progress)
     with torch.no_grad():
         converted = convert_pt2e(prepared, fold_quantize=False)
         del captured, prepared  # with what was observed, more than the model itself
         graph = lower(converted)
         del converted
-    source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path if the pipeline was loaded from one
-    decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
-    quantized = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
-    quantized.report = report
-    quantized.compile_graph(compile)
-    return quantized
-
-
-def _check_methods(config: QuantConfig, allocation: str, budget_bits: float | None, fine_tuning: str | None) -> None:
-    """Raises ``ValueError`` early for names that are not registered, and a budget that nothing could spend."""
-    ALLOCATIONS.find(allocation)
-    if fine_tuning is not None:
-        FINE_TUNINGS.find(fine_tuning)
-    if budget_bits is not None and not config.weight_candidates:
-        raise ValueError(
-            "budget_bits is shared out among weight_candidates, and this recipe has none; choose a recipe with candidates, "
-            "such as w4a6_auto"
-        )
+    return graph, report
 
 
 def _float_transformer(pipe: Any, name: str) -> nn.Module:

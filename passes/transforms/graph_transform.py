@@ -99,9 +99,9 @@ class GraphTransform(abc.ABC):
         """By the name of each linear whose input is multiplied, channel by channel: the name of the tensor of factors."""
         return {}
 
-    def folded_linears(self) -> list[str]:
-        """Names of linears whose inputs or outputs are other ones than the float model's, so that its LoRAs are wrong there."""
-        return []
+    def refused_loras(self) -> dict[str, str]:
+        """By the name of each linear where a LoRA of the float model would be wrong: why (a clause), and the remedy."""
+        return {}
 
     def float_weight(self, name: str, weight: Tensor, graph: GraphModule) -> Tensor | None:
         """What a float weight became, for comparison with what it was quantized to; None if that is not known any more.

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantizer import Quantizer
-from tqdm import tqdm  # type: ignore[import-untyped]
 
-from fp4dit_ao.passes.transforms.annotated_linears import annotated_linears, weight_path
-from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record
-from fp4dit_ao.passes.transforms.input_statistics import InputStatistics, input_statistics
+from fp4dit_ao.passes.transforms.annotated_linears import weight_path
+from fp4dit_ao.passes.transforms.graph_transform import Record
+from fp4dit_ao.passes.transforms.input_statistics import kept_rows
+from fp4dit_ao.passes.transforms.input_transform import InputTransform
 from fp4dit_ao.passes.transforms.linear_groups import (
     LinearGroup,
     call,
@@ -28,7 +28,7 @@ from fp4dit_ao.passes.transforms.linear_groups import (
 )
 from fp4dit_ao.passes.transforms.split_inputs import joins_or_is_part
 from fp4dit_ao.passes.transforms.transformed_linear import TransformedLinear
-from fp4dit_ao.passes.transforms.trial_quantization import output_error
+from fp4dit_ao.passes.transforms.trial_quantization import OutputError
 
 ROTATION = "rotation"
 """Name of the matrix ``(block, block)`` that every block of the input is multiplied by, beside ``weight`` and ``bias``."""
@@ -49,12 +49,8 @@ class RotatedGroup:
     linears: list[str]
     block: int
 
-    @property
-    def tensor(self) -> str:
-        return f"{self.linears[0]}.{ROTATION}"
 
-
-class Hadamard(GraphTransform):
+class Hadamard(InputTransform):
     """Multiplies a linear's input by an orthogonal block-diagonal matrix R, and its weight by the same: ``(X R)(W R)^T``.
 
     Source: QuaRot (arXiv 2404.00456): R is a randomised Hadamard matrix, ``diag(+-1) H / sqrt(n)``. The paper folds
@@ -79,18 +75,15 @@ class Hadamard(GraphTransform):
         seed: of the signs.
         everywhere: rotate every linear, whatever its error.
 
-    Attributes:
-        groups: the linears that are rotated.
-        errors: by the name of the first linear of a group, the squared output error without and with rotation, as parts of
-            ``||X W^T||^2``.
-
     Raises:
         ValueError: a block that is no power of two from 16 on, or fewer than one row.
     """
 
     name: ClassVar[str] = "hadamard"
-    needs_data: ClassVar[bool] = True
+    leaf: ClassVar[str] = ROTATION
+    done: ClassVar[str] = "rotated"
     fits_single_file: ClassVar[bool] = False
+    groups: list[RotatedGroup]
 
     def __init__(
         self,
@@ -100,14 +93,11 @@ class Hadamard(GraphTransform):
         seed: int = 0,
         everywhere: bool = False,
     ):
-        if block < SMALLEST or block & (block - 1) or rows < 1:
-            raise ValueError(
-                f"Hadamard: block={block} and rows={rows}; the block must be a power of two from {SMALLEST} on, and rows at "
-                "least 1"
-            )
-        self.quantizer, self.block, self.rows, self.seed, self.everywhere = quantizer, block, rows, seed, everywhere
-        self.groups: list[RotatedGroup] = []
-        self.errors: dict[str, tuple[float, float]] = {}
+        super().__init__(quantizer, rows)
+        if block < SMALLEST or block & (block - 1):
+            raise ValueError(f"Hadamard: block={block}; it must be a power of two from {SMALLEST} on")
+        self.block, self.seed, self.everywhere = block, seed, everywhere
+        self.groups = []
         self._learned = False
 
     @torch.no_grad()
@@ -117,25 +107,13 @@ class Hadamard(GraphTransform):
         Raises:
             ValueError: no quantizer, no samples, samples that do not fit, or a graph that is rotated already.
         """
-        if self.quantizer is None:
-            raise ValueError("Hadamard needs to know the formats; give Hadamard(quantizer) an FP4DiTQuantizer")
-        rotated = next((name for name, _ in graph.named_buffers() if name.rpartition(".")[2] == ROTATION), None)
-        if rotated is not None:
-            raise ValueError(f"this graph is rotated already: it has {rotated}; apply hadamard once")
-        linears = [x for x in annotated_linears(graph, self.quantizer) if not joins_or_is_part(x.node)]
+        linears = [x for x in self.linears_to_change(graph) if not joins_or_is_part(x.node)]
         groups = [group for group in groups_by_input(graph, linears) if self._block_of(graph, group) >= SMALLEST]
-        seen = input_statistics(
-            graph, samples, [x for group in groups for x in group.sources], self.rows, self.progress
-        )
-        gain: dict[str, float] = {}
-        for group in tqdm(groups, desc="hadamard", unit="input", disable=not self.progress):
-            before, after = self._errors(graph, group, [seen[source] for source in group.sources])
-            self.errors[group.names[0]] = (before, after)
-            gain[group.pattern] = gain.get(group.pattern, 0.0) + before - after
+        for group, seen in self.observed(graph, groups, samples):
+            self.errors[group.names[0]] = self._errors(graph, group, kept_rows(seen))
+        chosen = {group.pattern for group in groups} if self.everywhere else self.gaining(groups)
         self.groups = [
-            RotatedGroup(group.names, self._block_of(graph, group))
-            for group in groups
-            if self.everywhere or gain[group.pattern] > 0
+            RotatedGroup(group.names, self._block_of(graph, group)) for group in groups if group.pattern in chosen
         ]
         self._learned = True
 
@@ -143,18 +121,12 @@ class Hadamard(GraphTransform):
         width = tensor_at(graph, group.linears[0].weight).shape[1]
         return min(width & -width, self.block)
 
-    def _errors(self, graph: GraphModule, group: LinearGroup, seen: list[InputStatistics]) -> tuple[float, float]:
-        rows = torch.cat([x for statistics in seen for x in statistics.kept])
-        members = group.members
-        weights = [tensor_at(graph, linear.weight) for linear in members]
-        outputs = [rows.float() @ weight.float().T for weight in weights]
-        size = max(sum(float(y.square().sum()) for y in outputs), torch.finfo(torch.float32).tiny)
+    def _errors(self, graph: GraphModule, group: LinearGroup, rows: Tensor) -> tuple[float, float]:
+        weights = [tensor_at(graph, linear.weight) for linear in group.members]
+        error = OutputError(group.members, weights, rows)
         matrix = rotation(self._block_of(graph, group), self.seed).to(rows)
         rotated = [rotated_weight(weight, matrix) for weight in weights]
-        return (
-            output_error(members, weights, rows, outputs) / size,
-            output_error(members, rotated, rotate(rows, matrix), outputs) / size,
-        )
+        return error.of(weights, rows), error.of(rotated, rotate(rows, matrix))
 
     # --- applying ----------------------------------------------------------------------------------------------------
 
@@ -166,7 +138,7 @@ class Hadamard(GraphTransform):
     def rewrite(self, graph: GraphModule) -> None:
         linears = nodes_by_linear(graph)
         for group in self.groups:
-            nodes = calls_of(linears, group.linears, "rotated")
+            nodes = calls_of(linears, group.linears, self.done)
             matrix = self._matrix(group, tensor_at(graph, weight_path(nodes[0])))
             if self._learned:
                 for path in dict.fromkeys(weight_path(node) for node in nodes):
@@ -175,7 +147,7 @@ class Hadamard(GraphTransform):
                 value: Tensor = source.meta["val"]
                 sizes = [value.shape[-1] // group.block, group.block]
                 with graph.graph.inserting_before(readers[0]):
-                    factor = stored_tensor(graph, readers[0], group.tensor, matrix)
+                    factor = stored_tensor(graph, readers[0], self.shared_name(group), matrix)
                     blocks = call(
                         graph, readers[0], _ATEN.unflatten.int, (source, -1, sizes), value.unflatten(-1, sizes)
                     )
@@ -188,29 +160,22 @@ class Hadamard(GraphTransform):
         for group in self.groups:
             shared: Tensor | None = None
             for name in group.linears:
-                parent, _, leaf = name.rpartition(".")
-                linear = module_of(model, name, "rotated")
+                linear = module_of(model, name, self.done)
                 first = shared is None
                 if shared is None:
                     shared = self._matrix(group, linear.weight)
-                setattr(model.get_submodule(parent), leaf, RotatedLinear(linear, shared, stored=first))
+                model.set_submodule(name, RotatedLinear(linear, shared, stored=first))
 
-    @property
-    def changes(self) -> bool:
-        return bool(self.groups)
-
-    def shared_tensors(self) -> dict[str, str]:
-        return {f"{name}.{ROTATION}": group.tensor for group in self.groups for name in group.linears[1:]}
-
-    def folded_linears(self) -> list[str]:
-        """Every rotated linear: its weight is of rotated inputs, which fusing a LoRA does not know of."""
-        return [name for group in self.groups for name in group.linears]
+    def refused_loras(self) -> dict[str, str]:
+        """Every rotated linear: fusing a LoRA does not know that its weight is of rotated inputs."""
+        why = "whose input is rotated; quantize without the transform 'hadamard' to use it"
+        return {name: why for group in self.groups for name in group.linears}
 
     def float_weight(self, name: str, weight: Tensor, graph: GraphModule) -> Tensor | None:
         owner = name.rpartition(".")[0]
         for group in self.groups:
             if owner in group.linears and name.endswith(".weight"):
-                matrix = tensor_at(graph, group.tensor)
+                matrix = tensor_at(graph, self.shared_name(group))
                 return rotated_weight(weight, matrix.to(weight.device, weight.dtype))
         return weight
 

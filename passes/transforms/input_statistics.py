@@ -51,6 +51,11 @@ class _Watch(Interpreter):
         return value
 
 
+def kept_rows(seen: Sequence[InputStatistics]) -> Tensor:
+    """The rows that were kept of several tensors of one width, joined."""
+    return torch.cat([x for statistics in seen for x in statistics.kept])
+
+
 @torch.no_grad()
 def input_statistics(
     graph: GraphModule,

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
-from tqdm import tqdm  # type: ignore[import-untyped]
 
-from fp4dit_ao.passes.transforms.annotated_linears import annotated_linears, weight_path
-from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record
-from fp4dit_ao.passes.transforms.input_statistics import InputStatistics, input_statistics
+from fp4dit_ao.passes.transforms.annotated_linears import weight_path
+from fp4dit_ao.passes.transforms.graph_transform import Record
+from fp4dit_ao.passes.transforms.input_statistics import kept_rows
+from fp4dit_ao.passes.transforms.input_transform import InputTransform
 from fp4dit_ao.passes.transforms.linear_groups import (
     LinearGroup,
     call,
@@ -52,12 +52,8 @@ class BranchedGroup:
     down: Tensor | None = None
     ups: list[Tensor] = field(default_factory=list)
 
-    @property
-    def tensor(self) -> str:
-        return f"{self.linears[0]}.{DOWN}"
 
-
-class LowRank(GraphTransform):
+class LowRank(InputTransform):
     """Splits weights into a low-rank part that stays in high precision and a residual that is quantized.
 
     ``W = L + R``, ``Y = X L^T + Q(X) Q(R)^T`` with L of rank ``rank`` (SVDQuant, arXiv 2411.05007; there behind
@@ -80,27 +76,22 @@ class LowRank(GraphTransform):
         rounds: most refits of L.
         rows: of each input, kept to measure output errors on.
 
-    Attributes:
-        groups: the linears with a branch.
-        errors: by the name of the first linear of a group, the squared output error without and with it, as parts of
-            ``||X W^T||^2``.
-
     Raises:
         ValueError: a rank or rows less than 1, or negative rounds.
     """
 
     name: ClassVar[str] = "low_rank"
-    needs_data: ClassVar[bool] = True
+    leaf: ClassVar[str] = DOWN
+    done: ClassVar[str] = "given a low-rank branch"
     fits_single_file: ClassVar[bool] = False
+    groups: list[BranchedGroup]
 
     def __init__(self, quantizer: Quantizer | None = None, rank: int = 32, rounds: int = 100, rows: int = 512):
-        if rank < 1 or rounds < 0 or rows < 1:
-            raise ValueError(
-                f"LowRank: rank={rank}, rounds={rounds} and rows={rows}; rank and rows must be at least 1, rounds at least 0"
-            )
-        self.quantizer, self.rank, self.rounds, self.rows = quantizer, rank, rounds, rows
-        self.groups: list[BranchedGroup] = []
-        self.errors: dict[str, tuple[float, float]] = {}
+        super().__init__(quantizer, rows)
+        if rank < 1 or rounds < 0:
+            raise ValueError(f"LowRank: rank={rank} and rounds={rounds}; rank must be at least 1, rounds at least 0")
+        self.rank, self.rounds = rank, rounds
+        self.groups = []
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
@@ -111,34 +102,23 @@ class LowRank(GraphTransform):
         Raises:
             ValueError: no quantizer, no samples, samples that do not fit, or a graph that has branches already.
         """
-        if self.quantizer is None:
-            raise ValueError("LowRank needs to know the formats; give LowRank(quantizer) an FP4DiTQuantizer")
-        branch = next((name for name, _ in graph.named_buffers() if name.rpartition(".")[2] == DOWN), None)
-        if branch is not None:
-            raise ValueError(f"this graph has low-rank branches already: {branch}; apply low_rank once")
         linears = [
             linear
-            for linear in annotated_linears(graph, self.quantizer)
+            for linear in self.linears_to_change(graph)
             if not joins_or_is_part(linear.node) and linear.weight == f"{linear.name}.weight"
         ]
         groups = groups_by_input(graph, linears)
-        seen = input_statistics(
-            graph, samples, [x for group in groups for x in group.sources], self.rows, self.progress
-        )
-        gain: dict[str, float] = {}
-        found = []
-        for group in tqdm(groups, desc="low_rank", unit="input", disable=not self.progress):
-            branched, before, after = self._fitted(graph, group, [seen[source] for source in group.sources])
+        found = {}
+        for group, seen in self.observed(graph, groups, samples):
+            branched, before, after = self._fitted(graph, group, kept_rows(seen))
             self.errors[group.names[0]] = (before, after)
-            gain[group.pattern] = gain.get(group.pattern, 0.0) + before - after
-            found.append((group.pattern, branched))
-        self.groups = [branched for pattern, branched in found if gain[pattern] > 0]
+            found[group.names[0]] = branched
+        chosen = self.gaining(groups)
+        self.groups = [found[group.names[0]] for group in groups if group.pattern in chosen]
 
-    def _fitted(
-        self, graph: GraphModule, group: LinearGroup, seen: list[InputStatistics]
-    ) -> tuple[BranchedGroup, float, float]:
+    def _fitted(self, graph: GraphModule, group: LinearGroup, rows: Tensor) -> tuple[BranchedGroup, float, float]:
         """The best branch of a group, and the relative errors without and with it."""
-        trial = _Trial(graph, group, torch.cat([x for statistics in seen for x in statistics.kept]))
+        trial = _Trial(graph, group, rows)
         rank = min(self.rank, *trial.joined.shape)
         before, _ = trial.quantized(torch.zeros_like(trial.joined))
         best: tuple[float, Tensor, Tensor] | None = None
@@ -160,7 +140,7 @@ class LowRank(GraphTransform):
     def rewrite(self, graph: GraphModule) -> None:
         linears = nodes_by_linear(graph)
         for group in self.groups:
-            nodes = calls_of(linears, group.linears, "given a low-rank branch")
+            nodes = calls_of(linears, group.linears, self.done)
             weights = {name: tensor_at(graph, f"{name}.weight") for name in group.linears}
             down, ups = self._tensors(group, weights)
             if group.down is not None:
@@ -169,7 +149,7 @@ class LowRank(GraphTransform):
             for source, readers in readers_by_source(graph, nodes):
                 value: Tensor = source.meta["val"]
                 with graph.graph.inserting_before(readers[0]):
-                    factor = stored_tensor(graph, readers[0], group.tensor, down)
+                    factor = stored_tensor(graph, readers[0], self.shared_name(group), down)
                     product = value.new_empty([*value.shape[:-1], group.rank])
                     narrow = call(graph, readers[0], _ATEN.matmul.default, (source, factor), product)
                 for node in readers:
@@ -188,27 +168,20 @@ class LowRank(GraphTransform):
 
     def apply_to_modules(self, model: nn.Module) -> None:
         for group in self.groups:
-            linears = {name: module_of(model, name, "given a low-rank branch") for name in group.linears}
+            linears = {name: module_of(model, name, self.done) for name in group.linears}
             down, ups = self._tensors(
                 BranchedGroup(group.linears, group.rank), {name: linear.weight for name, linear in linears.items()}
             )
             for name, linear in linears.items():
-                parent, _, leaf = name.rpartition(".")
-                module = LowRankLinear(linear, down, ups[name], stored=name == group.linears[0])
-                setattr(model.get_submodule(parent), leaf, module)
-
-    @property
-    def changes(self) -> bool:
-        return bool(self.groups)
-
-    def shared_tensors(self) -> dict[str, str]:
-        return {f"{name}.{DOWN}": group.tensor for group in self.groups for name in group.linears[1:]}
+                model.set_submodule(name, LowRankLinear(linear, down, ups[name], stored=name == group.linears[0]))
 
     def float_weight(self, name: str, weight: Tensor, graph: GraphModule) -> Tensor | None:
         owner = name.rpartition(".")[0]
         for group in self.groups:
             if owner in group.linears and name.endswith(".weight"):
-                down, up = (tensor_at(graph, path).to(weight.device) for path in (group.tensor, f"{owner}.{UP}"))
+                down, up = (
+                    tensor_at(graph, path).to(weight.device) for path in (self.shared_name(group), f"{owner}.{UP}")
+                )
                 return residual(weight, down, up)
         return weight
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
-from tqdm import tqdm  # type: ignore[import-untyped]
 
-from fp4dit_ao.passes.transforms.annotated_linears import annotated_linears, weight_path
+from fp4dit_ao.passes.transforms.annotated_linears import weight_path
 from fp4dit_ao.passes.transforms.folding import foldable_parameters
-from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record
-from fp4dit_ao.passes.transforms.input_statistics import InputStatistics, input_statistics
+from fp4dit_ao.passes.transforms.graph_transform import Record
+from fp4dit_ao.passes.transforms.input_statistics import InputStatistics, kept_rows
+from fp4dit_ao.passes.transforms.input_transform import InputTransform
 from fp4dit_ao.passes.transforms.linear_groups import (
     LinearGroup,
     call,
@@ -27,7 +27,7 @@ from fp4dit_ao.passes.transforms.linear_groups import (
     tensor_at,
 )
 from fp4dit_ao.passes.transforms.scaled_linear import INPUT_SCALE, ScaledLinear
-from fp4dit_ao.passes.transforms.trial_quantization import output_error
+from fp4dit_ao.passes.transforms.trial_quantization import OutputError
 
 _ATEN = torch.ops.aten
 _RANGE = 2.0**-13
@@ -48,12 +48,8 @@ class SmoothedGroup:
     folded: list[str] = field(default_factory=list)
     scale: Tensor | None = None
 
-    @property
-    def scale_name(self) -> str:
-        return f"{self.linears[0]}.{INPUT_SCALE}"
 
-
-class SmoothQuant(GraphTransform):
+class SmoothQuant(InputTransform):
     """Divides the channels of linears' inputs by factors ``t``, and multiplies the columns of their weights by them.
 
     ``t_j = max|X_j|^a / max|W_j|^b`` (SmoothQuant, arXiv 2211.10438, eq. 4, where b = 1 - a), over the grid of SVDQuant
@@ -74,24 +70,20 @@ class SmoothQuant(GraphTransform):
         rows: of each input, kept to measure output errors on; their number times channels is the memory a linear takes.
         fold: whether factors are folded into other parameters where they can be.
 
-    Attributes:
-        groups: what became of which linears; those that are best left alone are in none.
-        errors: by the name of the first linear of a group, the squared output error before and after, as parts of
-            ``||X W^T||^2``.
-
     Raises:
         ValueError: fewer than one point or row.
     """
 
     name: ClassVar[str] = "smoothquant"
-    needs_data: ClassVar[bool] = True
+    leaf: ClassVar[str] = INPUT_SCALE
+    done: ClassVar[str] = "smoothed"
+    groups: list[SmoothedGroup]
 
     def __init__(self, quantizer: Quantizer | None = None, points: int = 20, rows: int = 512, fold: bool = False):
-        if points < 1 or rows < 1:
-            raise ValueError(f"SmoothQuant: points={points} and rows={rows}; both must be at least 1")
-        self.quantizer, self.points, self.rows, self.fold = quantizer, points, rows, fold
-        self.groups: list[SmoothedGroup] = []
-        self.errors: dict[str, tuple[float, float]] = {}
+        super().__init__(quantizer, rows)
+        if points < 1:
+            raise ValueError(f"SmoothQuant: points={points}; it must be at least 1")
+        self.points, self.fold, self.groups = points, fold, []
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
@@ -102,17 +94,10 @@ class SmoothQuant(GraphTransform):
         Raises:
             ValueError: no quantizer, no samples, samples that do not fit, or a graph that is smoothed already.
         """
-        if self.quantizer is None:
-            raise ValueError("SmoothQuant needs to know the formats; give SmoothQuant(quantizer) an FP4DiTQuantizer")
-        groups = groups_by_input(graph, annotated_linears(graph, self.quantizer))
-        smoothed = next((name for name, _ in graph.named_buffers() if name.rpartition(".")[2] == INPUT_SCALE), None)
-        if smoothed is not None:
-            raise ValueError(f"this graph is smoothed already: it has {smoothed}; apply smoothquant once")
-        nodes = [source for group in groups for source in group.sources]
-        seen = input_statistics(graph, samples, nodes, self.rows, self.progress)
-        self.groups, self.errors = [], {}
-        for group in tqdm(groups, desc="smoothquant", unit="input", disable=not self.progress):
-            scale = self._search(graph, group, [seen[source] for source in group.sources])
+        groups = groups_by_input(graph, self.linears_to_change(graph))
+        self.groups = []
+        for group, seen in self.observed(graph, groups, samples):
+            scale = self._search(graph, group, seen)
             folded = foldable_parameters(graph, group.sources[0], _nodes(group)) if self._may_fold(group) else []
             self.groups.append(SmoothedGroup(group.names, folded, scale))
         self._leave_alone([group.pattern for group in groups])
@@ -133,23 +118,21 @@ class SmoothQuant(GraphTransform):
 
     def _search(self, graph: GraphModule, group: LinearGroup, seen: list[InputStatistics]) -> Tensor:
         """The factors that the input is multiplied by, ``(in_features,)``."""
-        rows = torch.cat([x for statistics in seen for x in statistics.kept])
+        rows = kept_rows(seen)
         inputs = torch.stack([statistics.absmax for statistics in seen if statistics.absmax is not None]).amax(0)
-        members = group.members
-        weights = [tensor_at(graph, linear.weight) for linear in members]
+        weights = [tensor_at(graph, linear.weight) for linear in group.members]
         columns = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
-        outputs = [rows.float() @ weight.float().T for weight in weights]
-        size = max(sum(float(y.square().sum()) for y in outputs), torch.finfo(torch.float32).tiny)
+        error = OutputError(group.members, weights, rows)
         best: tuple[float, Tensor] | None = None
         first = float("nan")
         for scale in candidate_scales(inputs, columns, self.points):
             scale = scale.to(rows.dtype)
             scaled = [(weight.float() / scale.float()).to(weight.dtype) for weight in weights]
-            error = output_error(members, scaled, rows * scale, outputs) / size
+            found = error.of(scaled, rows * scale)
             if best is None:
-                first = error
-            if best is None or error < best[0]:
-                best = (error, scale)
+                first = found
+            if best is None or found < best[0]:
+                best = (found, scale)
         assert best is not None
         self.errors[group.names[0]] = (first, best[0])
         return best[1]
@@ -159,7 +142,7 @@ class SmoothQuant(GraphTransform):
     def rewrite(self, graph: GraphModule) -> None:
         linears = nodes_by_linear(graph)
         for group in self.groups:
-            nodes = calls_of(linears, group.linears, "smoothed")
+            nodes = calls_of(linears, group.linears, self.done)
             if group.scale is not None:
                 for path in dict.fromkeys(weight_path(node) for node in nodes):
                     replace_parameter(graph, path, tensor_at(graph, path).float() / group.scale.float())
@@ -167,39 +150,32 @@ class SmoothQuant(GraphTransform):
                     old = tensor_at(graph, path)
                     replace_parameter(graph, path, old.float() * group.scale.float().reshape(-1, *[1] * (old.ndim - 1)))
             if not group.folded:
-                _multiply(graph, nodes, group)
+                _multiply(graph, nodes, self.shared_name(group), group.scale)
 
     def apply_to_modules(self, model: nn.Module) -> None:
         for group in self.groups:
             scale: Tensor | None = None
             for name in [] if group.folded else group.linears:
-                parent, _, leaf = name.rpartition(".")
-                linear = module_of(model, name, "smoothed")
+                linear = module_of(model, name, self.done)
                 first = scale is None
                 if scale is None:
                     weight = linear.weight
                     scale = torch.ones(linear.in_features, dtype=weight.dtype, device=weight.device)
-                setattr(model.get_submodule(parent), leaf, ScaledLinear(linear, scale, stored=first))
-
-    @property
-    def changes(self) -> bool:
-        return bool(self.groups)
+                model.set_submodule(name, ScaledLinear(linear, scale, stored=first))
 
     def shared_tensors(self) -> dict[str, str]:
-        return {
-            f"{name}.{INPUT_SCALE}": group.scale_name
-            for group in self.groups
-            if not group.folded
-            for name in group.linears[1:]
-        }
+        multiplied = self.input_scales()
+        return {own: shared for own, shared in super().shared_tensors().items() if own.rpartition(".")[0] in multiplied}
 
     def input_scales(self) -> dict[str, str]:
-        return {name: group.scale_name for group in self.groups if not group.folded for name in group.linears}
+        return {name: self.shared_name(group) for group in self.groups if not group.folded for name in group.linears}
 
-    def folded_linears(self) -> list[str]:
+    def refused_loras(self) -> dict[str, str]:
         folded = [group for group in self.groups if group.folded]
-        inputs = [name for group in folded for name in group.linears]
-        return inputs + [name.rpartition(".")[0] for group in folded for name in group.folded]
+        names = [name for group in folded for name in group.linears]
+        names += [name.rpartition(".")[0] for group in folded for name in group.folded]
+        why = "whose smoothing factors were folded into other layers' weights; quantize with SmoothQuant(fold=False) to use it"
+        return dict.fromkeys(names, why)
 
     def float_weight(self, name: str, weight: Tensor, graph: GraphModule) -> Tensor | None:
         owner = name.rpartition(".")[0]
@@ -207,7 +183,7 @@ class SmoothQuant(GraphTransform):
             if name in group.folded or (group.folded and owner in group.linears):
                 return None
             if owner in group.linears and name.endswith(".weight"):
-                weight = weight / tensor_at(graph, group.scale_name).to(weight.device, weight.dtype)
+                weight = weight / tensor_at(graph, self.shared_name(group)).to(weight.device, weight.dtype)
         return weight
 
     # --- records -----------------------------------------------------------------------------------------------------
@@ -252,18 +228,17 @@ def _is_identity(scale: Tensor | None) -> bool:
     return scale is not None and bool((scale == 1).all())
 
 
-def _multiply(graph: GraphModule, nodes: list[Node], group: SmoothedGroup) -> None:
-    """Put ``mul(source, smooth_scale)`` before the linears of a group."""
-    if any(name == group.scale_name for name, _ in graph.named_buffers()):
-        raise ValueError(f"{group.linears[0]} has a tensor {INPUT_SCALE} already; apply smoothquant once")
+def _multiply(graph: GraphModule, nodes: list[Node], name: str, scale: Tensor | None) -> None:
+    """Put a multiplication by the tensor ``name`` before the linears of a group; it holds ``scale``, or ones for now."""
+    if any(other == name for other, _ in graph.named_buffers()):
+        raise ValueError(f"this graph has a tensor {name} already; apply smoothquant once")
     for source, readers in readers_by_source(graph, nodes):
         value: Tensor = source.meta["val"]
-        scale = group.scale
         if scale is None:
             weight = tensor_at(graph, weight_path(readers[0]))
             scale = torch.ones(value.shape[-1], dtype=value.dtype, device=weight.device)
         with graph.graph.inserting_before(readers[0]):
-            factor = stored_tensor(graph, readers[0], group.scale_name, scale)
+            factor = stored_tensor(graph, readers[0], name, scale)
             scaled = call(graph, readers[0], _ATEN.mul.Tensor, (source, factor), value)
         for node in readers:
             node.update_arg(0, scaled)

@@ -119,12 +119,11 @@ def join_modules(model: nn.Module) -> None:
     """Put an ``nn.Linear`` in the place of every :class:`SplitLinear`, whose parts have float weights."""
     for name, module in list(model.named_modules()):
         if isinstance(module, SplitLinear):
-            parent, _, leaf = name.rpartition(".")
             whole = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             weight, scale = module.weight, getattr(module, INPUT_SCALE, None)
             whole.weight = nn.Parameter(weight if scale is None else weight * scale.to(weight), requires_grad=False)
             whole.bias = module.bias
-            setattr(model.get_submodule(parent), leaf, whole)
+            model.set_submodule(name, whole)
 
 
 def joined_features(node: Node) -> list[int] | None:
@@ -158,14 +157,13 @@ def split_modules(model: nn.Module, sizes: Mapping[str, Sequence[int]]) -> None:
         ValueError: there is no such linear.
     """
     for name, parts in sizes.items():
-        parent, _, leaf = name.rpartition(".")
         try:
             linear = model.get_submodule(name)
         except AttributeError:
             linear = None
         if not isinstance(linear, nn.Linear) or linear.in_features != sum(parts):
             raise ValueError(f"{type(model).__name__} has no linear {name} of {sum(parts)} input features")
-        setattr(model.get_submodule(parent), leaf, SplitLinear(linear, parts))
+        model.set_submodule(name, SplitLinear(linear, parts))
 
 
 class SplitInputs(GraphTransform):

@@ -68,8 +68,7 @@ def restore_linears(model: nn.Module) -> None:
     """Put an ``nn.Linear`` of the same function in the place of every :class:`TransformedLinear` with a float weight."""
     for name, module in list(model.named_modules()):
         if isinstance(module, TransformedLinear):
-            parent, _, leaf = name.rpartition(".")
             plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             plain.weight = nn.Parameter(module.plain_weight(), requires_grad=False)
             plain.bias = module.bias
-            setattr(model.get_submodule(parent), leaf, plain)
+            model.set_submodule(name, plain)

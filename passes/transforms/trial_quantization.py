@@ -3,10 +3,30 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fp4dit_ao.passes.transforms.annotated_linears import AnnotatedLinear
+
+
+class OutputError:
+    """The output error that linears of one input would make, relative to their float outputs, as they are or changed.
+
+    Args:
+        linears: with their observers, by which weights and inputs are quantized.
+        weights: float, ``(out_features, in_features)`` each.
+        rows: of their common input, ``(rows, in_features)``.
+    """
+
+    def __init__(self, linears: Sequence[AnnotatedLinear], weights: Sequence[Tensor], rows: Tensor):
+        self.linears = linears
+        self.wanted = [rows.float() @ weight.float().T for weight in weights]
+        self.size = max(sum(float(y.square().sum()) for y in self.wanted), torch.finfo(torch.float32).tiny)
+
+    def of(self, weights: Sequence[Tensor], rows: Tensor) -> float:
+        """``sum ||Q(rows) Q(weight)^T - wanted||^2 / sum ||wanted||^2`` with these weights and rows."""
+        return output_error(self.linears, weights, rows, self.wanted) / self.size
 
 
 def output_error(

@@ -80,23 +80,10 @@ static void pack_values(const int8_t *tokens, int64_t keys, int64_t dim, const s
 /* int32 scores of `queries` queries and KEYS_AT_ONCE keys. */
 static void multiply_keys(const scratch *s, int queries, const int8_t *k, float *score) {
     enum { ROW = KEYS * sizeof *score };
-    const int8_t *q = s->q, *lower = q + s->steps * TILE, *right = k + s->steps * TILE;
     MEMORY_BARRIER();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int step = 0; step < s->steps; step++, q += TILE, lower += TILE, k += TILE, right += TILE) {
-        _tile_loadd(4, q, TILE_ROW);
-        _tile_loadd(6, k, TILE_ROW);
-        _tile_dpbssd(0, 4, 6);
-        _tile_loadd(7, right, TILE_ROW);
-        _tile_dpbssd(1, 4, 7);
-        if (queries <= SIDE) continue;
-        _tile_loadd(5, lower, TILE_ROW);
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
-    }
+    zero_tiles();
+    const int64_t next = s->steps * TILE;
+    MULTIPLY_TILES(_tile_loadd, _tile_dpbssd, s->q, next, TILE_ROW, TILE, k, next, TILE_ROW, TILE, s->steps, queries > SIDE)
     _tile_stored(0, score, ROW);
     _tile_stored(1, score + SIDE, ROW);
     if (queries > SIDE) {
@@ -108,27 +95,17 @@ static void multiply_keys(const scratch *s, int queries, const int8_t *k, float 
 
 /* out += weights . values of `keys` keys, which are whole tiles. */
 static void multiply_values(const scratch *s, int queries, const uint16_t *v, int keys) {
-    enum { WEIGHTS_ROW = KEYS * sizeof(float), LOWER = SIDE * KEYS * 2 };
+    enum { WEIGHTS_ROW = KEYS * sizeof(float) };
     const int64_t row = s->width * sizeof(float);
     MEMORY_BARRIER();
     for (int d = 0; d < s->width; d += 2 * SIDE) {
-        const uint16_t *weights = (const uint16_t *)s->score, *tile = v + d * KEYS_AT_ONCE;
         float *out = s->out + d, *lower = out + SIDE * s->width;
         _tile_loadd(0, out, row);
         _tile_loadd(1, out + SIDE, row);
         _tile_loadd(2, lower, row);
         _tile_loadd(3, lower + SIDE, row);
-        for (int j = 0; j < keys; j += KEYS_AT_ONCE, weights += KEYS_AT_ONCE, tile += s->width * KEYS_AT_ONCE) {
-            _tile_loadd(4, weights, WEIGHTS_ROW);
-            _tile_loadd(6, tile, TILE_ROW);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, tile + TILE / 2, TILE_ROW);
-            _tile_dpbf16ps(1, 4, 7);
-            if (queries <= SIDE) continue;
-            _tile_loadd(5, weights + LOWER, WEIGHTS_ROW);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+        MULTIPLY_TILES(_tile_loadd, _tile_dpbf16ps, s->score, SIDE * WEIGHTS_ROW, WEIGHTS_ROW, TILE_ROW, v + d * KEYS_AT_ONCE,
+                       TILE, TILE_ROW, s->width * TILE_ROW, keys / KEYS_AT_ONCE, queries > SIDE)
         _tile_stored(0, out, row);
         _tile_stored(1, out + SIDE, row);
         _tile_stored(2, lower, row);

@@ -83,25 +83,12 @@ static void decode(const codebook_weights *w, int64_t feature, uint8_t *panel) {
 
 /* Tokens are loaded with a hint not to keep them, so that the panel stays in the first-level cache. */
 static void multiply(const int8_t *strip, const uint8_t *panel, int64_t depth, int rows, const int32_t *start, int32_t *sums) {
-    const int8_t *lower = strip + padded_depth(depth) * SIDE;
     const int64_t row = FEATURES * sizeof *sums;
     (void)start;
     MEMORY_BARRIER();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += STEP, strip += TILE, lower += TILE, panel += 2 * TILE) {
-        _tile_stream_loadd(4, strip, STEP);
-        _tile_loadd(6, panel, STEP);
-        _tile_dpbssd(0, 4, 6);
-        _tile_loadd(7, panel + TILE, STEP);
-        _tile_dpbssd(1, 4, 7);
-        if (rows <= SIDE) continue;
-        _tile_stream_loadd(5, lower, STEP);
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
-    }
+    zero_tiles();
+    MULTIPLY_TILES(_tile_stream_loadd, _tile_dpbssd, strip, padded_depth(depth) * SIDE, STEP, TILE, panel, TILE, STEP, 2 * TILE,
+                   padded_depth(depth) / STEP, rows > SIDE)
     _tile_stored(0, sums, row);
     _tile_stored(1, sums + SIDE, row);
     _tile_stored(2, sums + SIDE * FEATURES, row);

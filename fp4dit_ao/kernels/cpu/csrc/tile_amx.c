@@ -23,23 +23,10 @@ static int32_t pack(const int8_t *tokens, int depth, int8_t *to) { return tile_a
 /* A group's sums of a slice and up to TOKENS tokens. */
 static void dot_group(const int8_t *tokens, int64_t row, int count, const uint8_t *weights, int depth, int32_t *sums) {
     enum { ACROSS = SLICE * 4, SUMS_ROW = SLICE * sizeof *sums };
-    const int8_t *lower = tokens + SIDE * row;
     MEMORY_BARRIER();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int k = 0; k < depth; k += TILE_ROW, weights += TILE_ROW * SLICE) {
-        _tile_loadd(4, tokens + k, row);
-        _tile_loadd(6, weights, ACROSS);
-        _tile_dpbssd(0, 4, 6);
-        _tile_loadd(7, weights + SIDE * 4, ACROSS);
-        _tile_dpbssd(1, 4, 7);
-        if (count <= SIDE) continue;
-        _tile_loadd(5, lower + k, row);
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
-    }
+    zero_tiles();
+    MULTIPLY_TILES(_tile_loadd, _tile_dpbssd, tokens, SIDE * row, row, TILE_ROW, weights, SIDE * 4, ACROSS, TILE_ROW * SLICE,
+                   depth / TILE_ROW, count > SIDE)
     _tile_stored(0, sums, SUMS_ROW);
     _tile_stored(1, sums + SIDE, SUMS_ROW);
     if (count > SIDE) {
