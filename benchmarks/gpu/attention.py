@@ -40,7 +40,7 @@ def on(backend: SDPBackend | None, attend: Callable[[], Tensor]) -> Call:
 
 
 def calls(batch: int, heads: int, queries: int, keys: int, dim: int, device: str) -> dict[str, Call]:
-    """What is timed, by name."""
+    """Calls to time, by name."""
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(batch, tokens, heads, dim, device=device, dtype=torch.bfloat16).transpose(1, 2)

@@ -21,7 +21,7 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "attention": attention.measure,
     "reconstruction": reconstruction.measure,
 }
-"""What can be asked for, most telling first."""
+"""Parts by name, most telling first."""
 
 
 def gpu() -> dict[str, Any]:

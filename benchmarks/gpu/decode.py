@@ -14,7 +14,7 @@ from fp4dit_ao.kernels import codebook_linear, decoded_linear
 from fp4dit_ao.util.markdown import markdown_table
 
 TOKENS = 4096
-"""Of the bfloat16 product beside which decoding is put."""
+"""Tokens of the bfloat16 product that decoding is compared with."""
 REPEAT = 10
 TYPES = {"E4M3": torch.float8_e4m3fn, "int8": torch.int8}
 BASE = f"bfloat16, {TOKENS} tokens"

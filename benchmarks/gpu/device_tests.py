@@ -19,7 +19,7 @@ FILES = (
     "tests/diffusers_integration/test_module_form.py",
     "tests/benchmark/test_gpu_benchmark.py",
 )
-"""What runs otherwise where there is a GPU."""
+"""Tests that do more where there is a GPU."""
 
 
 def measure(run: Run) -> None:

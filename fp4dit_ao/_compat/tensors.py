@@ -58,7 +58,7 @@ def fp8_product(
         y_scale: float32 ``(1, columns)``.
         dtype: of the result; row-wise scales allow bfloat16 alone.
         bias: ``(columns,)`` of ``dtype`` or None.
-        fast: sums with fewer bits on Hopper, 5 to 15 % faster.
+        fast: whether sums may have fewer bits on Hopper, which is faster.
     """
     return torch._scaled_mm(x, y, x_scale, y_scale, bias=bias, out_dtype=dtype, use_fast_accum=fast)
 

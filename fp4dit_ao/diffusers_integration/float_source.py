@@ -16,7 +16,7 @@ _REMEDIES = (
     ((".to_qkv", ".to_kv", ".to_added_qkv"), "its projections are fused: call unfuse_qkv_projections()"),
     ((".processor.", "encoder_hid_proj"), "it carries an IP-Adapter: call unload_ip_adapter(), and load it afterwards"),
 )  # fmt: skip
-"""What changes a model's tensors, by parts of the names of tensors that it adds, and what undoes it."""
+"""Changes of a model's tensors and the call that undoes each, by a part of the names of the tensors that it adds."""
 
 
 def check_source(model: Any) -> None:

@@ -25,7 +25,7 @@ _ROUNDS, _CALLS = 5, 4
 
 
 class AttentionShape(NamedTuple):
-    """What the speed of attention depends on.
+    """Sizes and types that decide which backend is the fastest.
 
     Attributes:
         device: of all tensors.

@@ -5,7 +5,7 @@ a model's weights stay packed, and one buffer of the largest layer's size serves
 together, so that no compiler moves decoding away from its product or keeps its result.
 
 int8 products (``torch._int_mm``) are exact. FP8 products (``torch._scaled_mm``) have exact operands and products, but sums as
-exact as the tensor core's accumulator: on Hopper about as far from the exact result as rounding it to bfloat16.
+exact as the tensor core's accumulator; ``python -m benchmarks.gpu --part linears`` prints how far they are from float64.
 
 All of it runs on CPUs, too, with levels decoded by PyTorch's operators: that is how its numbers are tested without a GPU.
 """

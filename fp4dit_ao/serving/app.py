@@ -64,7 +64,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask.
+    """Requests that are answered: by key, and by the web page that sends them.
 
     Attributes:
         api_key: key that requests must bring; None asks for none.

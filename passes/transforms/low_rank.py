@@ -267,7 +267,7 @@ class LowRankLinear(TransformedLinear):
 
 
 def residual(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """What a branch leaves of ``weight`` ``(out_features, in_features)``."""
+    """``weight`` ``(out_features, in_features)`` less the branch."""
     return (weight.float() - (down.float() @ up.float()).T).to(weight.dtype)
 
 

@@ -10,13 +10,13 @@ from fp4dit_ao import _compat
 
 
 class Step(Protocol):
-    """What one transform does at a linear, given the module that holds its tensors."""
+    """One transform's change of a linear, given the module that holds its tensors."""
 
     def before(self, module: Any, x: Tensor) -> Tensor:
-        """What becomes of the input ``(…, in_features)``, before it is quantized."""
+        """The changed input ``(…, in_features)``, before it is quantized."""
 
     def beside(self, module: Any, x: Tensor) -> Tensor | None:
-        """What is added to the linear's output, given its input as it is here, before :meth:`before`."""
+        """A term of the linear's output, given its input as it was before :meth:`before`; None for none."""
 
     def undone(self, module: Any, weight: Tensor) -> Tensor:
         """The weight that would give the same output without this step."""

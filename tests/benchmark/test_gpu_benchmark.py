@@ -83,7 +83,7 @@ def test_the_telling_linears_come_first(run: Run, monkeypatch: pytest.MonkeyPatc
 
 
 def test_block_wise_scales_have_the_layout_that_pytorch_takes() -> None:
-    """By the shapes and strides that its own checks want: F.scaled_mm has no CPU for these."""
+    """F.scaled_mm accepts their shapes and strides on fake tensors; it does not compute block-wise scales on a CPU."""
     rows, features, depth = 32, 48, 512
     tokens, levels, token_scale, scale = on_gpu(
         torch.empty(rows, depth, dtype=torch.float8_e4m3fn), torch.empty(features, depth, dtype=torch.float8_e4m3fn),

@@ -16,7 +16,7 @@ from torch import Tensor
 from fp4dit_ao.passes.reconstruction.rounding.adaround import AdaRound
 
 EXPONENT = 20.0
-"""Of the regularizer, throughout."""
+"""Exponent of the regularizer, the same in every step."""
 EDGE = 0.01
 """How far from its ends a gate starts at least: its logit would be infinite there."""
 

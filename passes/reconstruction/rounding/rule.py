@@ -43,7 +43,7 @@ class LearnedRounding(nn.Module, ABC):
 
     @classmethod
     def optimizer(cls, rules: Sequence["LearnedRounding"], config: ReconstructionConfig) -> Optimizer:
-        """What takes the steps, over the parameters of all weights of a unit."""
+        """Optimizer over the parameters of all weights of a unit."""
         return torch.optim.Adam(
             [
                 {"params": list(rule.parameters()), "lr": config.lr or rule.learning_rate(config.step_in_logits)}
@@ -59,7 +59,7 @@ class LearnedRounding(nn.Module, ABC):
         return 1.0
 
     def scale_factor(self) -> Tensor | None:
-        """What the stored scales are multiplied by, shaped like ``grid.stored``; None if the scales stay.
+        """Learned factors of the stored scales, shaped like ``grid.stored``; None if the scales stay.
 
         :meth:`hard_codes` are codes on ``grid.rescaled`` of it.
         """
