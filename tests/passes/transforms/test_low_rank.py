@@ -269,7 +269,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="LowRank needs to know the formats"):
         LowRank().fit(graph, samples)
     for wrong in ({"rank": 0}, {"rounds": -1}, {"rows": 0}):
-        with pytest.raises(ValueError, match="rank must be at least 1"):
+        with pytest.raises(ValueError, match="must be at least 1"):
             LowRank(**wrong)
     transform(graph, samples, ["low_rank"], E2M1, progress=False)
     with pytest.raises(ValueError, match=r"already: it has one\.low_rank_down; apply low_rank once"):
