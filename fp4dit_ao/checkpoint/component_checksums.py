@@ -2,18 +2,23 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fp4dit_ao.checkpoint.tensor_files import read_json
 
 FILE = "checksums.json"
 _WEIGHTS = ("*.safetensors", "*.bin")
+_CHUNK = 16 << 20
+"""Bytes that are read at once."""
 
 
 def write(folder: Path) -> None:
     """Writes the SHA-256 of every weight file of ``folder``'s components, but the transformer's, into ``checksums.json``."""
     files = sorted(path for glob in _WEIGHTS for path in folder.glob(f"*/{glob}") if path.parent.name != "transformer")
-    sums = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+    sums = {path.relative_to(folder).as_posix(): digest for path, digest in _digests(files).items()}
     (folder / FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 
@@ -29,17 +34,28 @@ def check(folder: Path) -> None:
     sums = read_json(path)
     if not isinstance(sums, dict) or not all(isinstance(text, str) for text in sums.values()):
         raise ValueError(f"{path} is damaged: it maps no files to checksums; copy it again")
-    for name, expected in sums.items():
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"{file} is missing; copy the whole folder again")
-        if _sha256(file) != expected:
-            raise ValueError(
-                f"{file} was altered since it was saved: its SHA-256 differs; copy it again, or delete {FILE} if the change "
-                "is wanted"
-            )
+    missing = next((name for name in sums if not (folder / name).is_file()), None)
+    if missing is not None:
+        raise ValueError(f"{folder / missing} is missing; copy the whole folder again")
+    found = _digests([folder / name for name in sums])
+    altered = next((name for name, expected in sums.items() if found[folder / name] != expected), None)
+    if altered is not None:
+        raise ValueError(
+            f"{folder / altered} was altered since it was saved: its SHA-256 differs; copy it again, or delete {FILE} if the "
+            "change is wanted"
+        )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digests(files: Sequence[Path]) -> dict[Path, str]:
+    """SHA-256 of each file; a progress bar shows if that takes more than two seconds, as for a large text encoder."""
+    total = sum(file.stat().st_size for file in files)
+    found: dict[Path, str] = {}
+    with tqdm(total=total, desc="checksums", unit="B", unit_scale=True, delay=2, leave=False) as bar:
+        for file in files:
+            digest = hashlib.sha256()
+            with file.open("rb") as opened:
+                while chunk := opened.read(_CHUNK):
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+            found[file] = digest.hexdigest()
+    return found

@@ -28,7 +28,8 @@ from fp4dit_ao.passes.transforms.hadamard import Hadamard
 from fp4dit_ao.passes.transforms.low_rank import LowRank, LowRankLinear, leading_factors
 from fp4dit_ao.passes.transforms.smoothquant import SmoothQuant
 from tests.graphs import TinyDiT, show, tiny_sample
-from tests.passes.transforms.test_hadamard import Layer, quantized, relative
+from tests.passes.transforms.layers import Layer, relative
+from tests.passes.transforms.test_hadamard import quantized
 
 E2M1 = replace(RECIPES["w4a6_e2m1"](), skip=())
 

@@ -31,19 +31,9 @@ from fp4dit_ao.passes.compilation import compile_blocks, compile_graph
 from fp4dit_ao.passes.transforms.folding import foldable_parameters
 from fp4dit_ao.passes.transforms.smoothquant import SmoothQuant, candidate_scales
 from tests.graphs import TinyDiT, show, tiny_sample
+from tests.passes.transforms.layers import Layer, relative
 
 E2M1 = replace(RECIPES["w4a6_e2m1"](), skip=())
-
-
-class Layer(nn.Module):
-    """Two projections of one input, whose channels differ in size."""
-
-    def __init__(self, width: int = 128, out: int = 32):
-        super().__init__()
-        self.one, self.two = nn.Linear(width, out), nn.Linear(width, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.one(x) - self.two(x)
 
 
 def layer_and_sample(seed: int = 0) -> tuple[Layer, dict[str, Tensor]]:
@@ -56,10 +46,6 @@ def layer_and_sample(seed: int = 0) -> tuple[Layer, dict[str, Tensor]]:
 @torch.no_grad()
 def quantized(graph: GraphModule, config: QuantConfig) -> GraphModule:
     return lower(convert_pt2e(prepare_pt2e(graph, FP4DiTQuantizer().set_global(config)), fold_quantize=False))
-
-
-def relative(x: Tensor, reference: Tensor) -> float:
-    return float((x - reference).norm() / reference.norm())
 
 
 # --- equations, by NumPy ---------------------------------------------------------------------------------------------
