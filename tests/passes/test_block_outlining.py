@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
-from diffusers import HunyuanDiT2DModel
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from benchmarks.families import quantize, small_model
+from benchmarks.families import SMALL, other_size, quantize
 from fp4dit_ao import FP4DiTQuantizer, capture, example_inputs, lower, w4a6
 from fp4dit_ao.passes.block_outlining import kinds_of_blocks, outline
 from fp4dit_ao.passes.compilation import compile_blocks
@@ -75,12 +75,30 @@ def test_a_model_without_blocks_is_one() -> None:
     assert torch.equal(outlined(**example), graph(**example))
 
 
-def test_hunyuans_long_skips_make_four_kinds() -> None:
-    config = dict(small_model("Hunyuan-DiT").config) | {"num_layers": 6}
-    model = HunyuanDiT2DModel.from_config(config).eval()
-    outlined = outline(quantize(model, capture(model, example_inputs(model))).graph)
+@pytest.mark.parametrize(
+    ("family", "layers", "kinds"),
+    [
+        ("PixArt-Σ", 3, [0, 0, 0]),  # the mask is repeated for every head: a size that all blocks need
+        ("Hunyuan-DiT", 6, [0, 0, 0, 0, 1, 1]),  # long skips enter the last two
+        ("DiT", 3, [0, 0, 0]),  # the end of the model reads the first block's embedder once more
+        ("Wan", 3, [0, 0, 0]),  # each block converts the rotary table to the type that it has
+        ("CogVideoX, rotary", 3, [0, 0, 1]),  # the last block's text is read by nobody
+    ],
+)
+@torch.no_grad()
+def test_blocks_of_a_family_are_alike(family: str, layers: int, kinds: list[int]) -> None:
+    name, config = SMALL[family]
+    torch.manual_seed(0)
+    model = getattr(diffusers, name)(**config | {"num_layers": layers}).eval()
+    graph = quantize(model, capture(model, example_inputs(model))).graph
+    nodes = [str(node) for node in graph.graph.nodes]
+    outlined = outline(graph)
     calls = [node.target for node in outlined.graph.nodes if node.op == "call_module"]
-    assert calls == ["block_0", "block_1", "block_1", "block_2", "block_3", "block_3"]
+    assert calls == [f"block_{kind}" for kind in kinds]
+    assert [str(node) for node in graph.graph.nodes] == nodes, "the given graph stays as it is"
+    other = example_inputs(model, other_size(family), seed=1)
+    for expected, found in zip(graph(**other), outlined(**other), strict=True):
+        assert torch.equal(expected, found)
 
 
 @torch.no_grad()
