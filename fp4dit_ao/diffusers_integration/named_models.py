@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import nn
+from torch.fx import GraphModule
 from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import reference
@@ -158,11 +159,18 @@ def known_prompts(prompts: list[str]) -> list[int] | None:
 def size_at_16_bits(transformer: nn.Module) -> tuple[int, float]:
     """Bytes and bits per weight of a transformer, counting everything that is not quantized at 16 bits.
 
-    Bits per weight are those of the quantized linears, scales included; 16 for a float model.
+    Bits per weight are those of the quantized linears; scales count, and what transforms keep beside the weights, such as a
+    branch of low rank. 16 for a float model.
     """
     summary = transformer.summary() if isinstance(transformer, QuantizedTransformer) else []
     rows = [row for row in summary if row.kind == "linear" and row.quantized and row.shape]
     packed = sum(row.bytes for row in rows)
     weights = sum(math.prod(row.shape) for row in rows if row.shape)
     other = sum(p.numel() for p in transformer.parameters() if not isinstance(p.detach(), TorchAOBaseTensor))
-    return packed + 2 * other, 8 * packed / weights if weights else 16.0
+    beside = _beside_weights(transformer.graph, {row.name for row in rows}) if rows else 0
+    return packed + 2 * (other + beside), (8 * packed + 16 * beside) / weights if weights else 16.0
+
+
+def _beside_weights(graph: GraphModule, linears: set[str]) -> int:
+    """Elements of the buffers that transforms keep with those linears."""
+    return sum(x.numel() for name, x in graph.named_buffers() if name.rpartition(".")[0] in linears)

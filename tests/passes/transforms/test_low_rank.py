@@ -1,6 +1,7 @@
 """Low-rank branches: the split by NumPy, the function that stays, full rank, errors that fall, files."""
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,6 +220,7 @@ def test_modules_and_files_compute_the_same_bits(tmp_path: Path) -> None:
     from fp4dit_ao.diffusers_integration.graph_form import load_graph
     from fp4dit_ao.diffusers_integration.module_conversion import load_modules
     from fp4dit_ao.diffusers_integration.module_form import dequantize_modules
+    from fp4dit_ao.diffusers_integration.named_models import size_at_16_bits
     from fp4dit_ao.graph_capture import sample_description
     from fp4dit_ao.graph_capture.capturing import bind
 
@@ -239,6 +241,10 @@ def test_modules_and_files_compute_the_same_bits(tmp_path: Path) -> None:
     }
     for form in (load_graph(tmp_path / "branched"), modules):
         assert torch.equal(form(**sample, return_dict=False)[0], expected)
+    rows = [row for row in whole.summary() if row.kind == "linear" and row.quantized]
+    beside = {x.data_ptr(): x.numel() for row in rows for x in modules.get_submodule(row.name).buffers()}
+    bits = sum(8 * row.bytes for row in rows) + 16 * sum(beside.values())  # linears that share an input share tensors
+    assert size_at_16_bits(whole)[1] == pytest.approx(bits / sum(math.prod(row.shape or ()) for row in rows))
     modules.save_pretrained(tmp_path / "again")
     assert torch.equal(load_graph(tmp_path / "again")(**sample, return_dict=False)[0], expected)
     plain = dequantize_modules(modules)
