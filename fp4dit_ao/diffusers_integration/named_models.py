@@ -167,7 +167,9 @@ def size_at_16_bits(transformer: nn.Module) -> tuple[int, float]:
     packed = sum(row.bytes for row in rows)
     weights = sum(math.prod(row.shape) for row in rows if row.shape)
     other = sum(p.numel() for p in transformer.parameters() if not isinstance(p.detach(), TorchAOBaseTensor))
-    beside = _beside_weights(transformer.graph, {row.name for row in rows}) if rows else 0
+    beside = 0
+    if isinstance(transformer, QuantizedTransformer):
+        beside = _beside_weights(transformer.graph, {row.name for row in rows})
     return packed + 2 * (other + beside), (8 * packed + 16 * beside) / weights if weights else 16.0
 
 
