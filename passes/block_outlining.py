@@ -1,10 +1,10 @@
 """Turns blocks of equal structure into calls of one submodule, with weights as arguments, so that it compiles once."""
 
 import operator
-from typing import Any
 
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import Argument
 
 from fp4dit_ao import _compat
 from fp4dit_ao._compat import pytree
@@ -23,9 +23,9 @@ def outline(model: GraphModule) -> GraphModule:
         model: the result of ``lower``; it is not changed.
     """
     graph = Graph()
-    values: dict[str, Any] = {}  # by the name of a node of ``model``
+    values: dict[str, Argument] = {}  # by the name of a node of ``model``
     kinds: dict[str, str] = {}  # names by structure
-    attributes: dict[str, Any] = {}
+    attributes: dict[str, object] = {}
     for node in model.graph.nodes:
         if node.op == "placeholder":
             values[node.name] = graph.node_copy(node)
@@ -57,8 +57,8 @@ def kinds_of_blocks(outlined: GraphModule) -> dict[str, GraphModule]:
     return {name: body for name in dict.fromkeys(names) if isinstance(body := getattr(outlined, name), GraphModule)}
 
 
-def _inline(graph: Graph, segment: Segment, values: dict[str, Any]) -> None:
-    copies: dict[Node, Any] = {}
+def _inline(graph: Graph, segment: Segment, values: dict[str, Argument]) -> None:
+    copies: dict[Node, Argument] = {}
     for node in segment.graph.graph.nodes:
         if node.op == "placeholder":
             copies[node] = values[node.name]
@@ -101,7 +101,7 @@ def _structure(body: GraphModule) -> str:
     return "\n".join(lines)
 
 
-def _kind_of_value(value: Any) -> str:
+def _kind_of_value(value: object) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     sizes = [size if isinstance(size, int) else "?" for size in value.shape]
