@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -63,12 +63,12 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        self._rules: list[tuple[str, Any, QuantConfig | None]] = []
+        self._rules: list[tuple[str, str, QuantConfig | None]] = []
         self.decisions: dict[str, Decision] = {}
 
     def set_global(self, config: QuantConfig | None) -> "FP4DiTQuantizer":
         """Use ``config`` for every module that its own ``skip`` globs do not name."""
-        self._rules.append(("global", None, config))
+        self._rules.append(("global", "", config))
         return self
 
     def set_module_name(self, glob: str, config: QuantConfig | None) -> "FP4DiTQuantizer":
@@ -93,7 +93,7 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
     def annotate(self, model: GraphModule) -> GraphModule:
         self._refuse_unmatched(model)
         self.decisions = {}
-        shared: dict[tuple[Any, ...], EdgeOrNode] = {}
+        shared: dict[tuple[object, ...], EdgeOrNode] = {}
         for node in model.graph.nodes:
             if node.target is _ATEN.linear.default:
                 self._annotate_linear(node, shared)
@@ -152,7 +152,7 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
 
     # --- annotations -------------------------------------------------------------------------------------------------
 
-    def _annotate_linear(self, node: Node, shared: dict[tuple[Any, ...], EdgeOrNode]) -> None:
+    def _annotate_linear(self, node: Node, shared: dict[tuple[object, ...], EdgeOrNode]) -> None:
         name = _linear_name(node)
         source, weight = node.args[0], node.args[1]
         config, reason = self._config(name, _types(node))
@@ -177,7 +177,7 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
             specs[source] = _activation_spec(source, node, config.activation, config, f"{name}.input", gram, shared)
         node.meta[ANNOTATION] = QuantizationAnnotation(specs, allow_implicit_sharing=False, _annotated=True)
 
-    def _annotate_attention(self, node: Node, shared: dict[tuple[Any, ...], EdgeOrNode]) -> None:
+    def _annotate_attention(self, node: Node, shared: dict[tuple[object, ...], EdgeOrNode]) -> None:
         name = _module_name(node)
         config, reason = self._config(name, _types(node))
         if config is not None and config.attention is None:
@@ -217,7 +217,7 @@ def _activation_spec(
     config: QuantConfig,
     name: str,
     gram: bool,
-    shared: dict[tuple[Any, ...], EdgeOrNode],
+    shared: dict[tuple[object, ...], EdgeOrNode],
 ) -> QuantizationSpecBase:
     """One observer per (tensor, observer, format): q, k and v projections of one input share it, and quantize once."""
     scheme = scheme_of(config)
@@ -271,7 +271,7 @@ def _is_other_attention(node: Node) -> bool:
     return len(values) == 2 and all(x.ndim >= 3 and x.is_floating_point() for x in values)
 
 
-def _stack(node: Node) -> list[tuple[str, Any]]:
+def _stack(node: Node) -> list[tuple[str, str | type]]:
     return list(node.meta.get("nn_module_stack", {}).values())
 
 

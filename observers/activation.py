@@ -1,11 +1,10 @@
 """Activation observers: token-wise online (the paper's), and one static range per tensor (what it argues against)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fp4dit_ao._compat import Operator
 from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.observers.base import FloatObserver, add_buffer, refuse_non_finite, replace_observer
 from fp4dit_ao.ops import choose_scale
@@ -22,7 +21,7 @@ class ActivationObserver(FloatObserver):
 
     gram: Tensor | None
 
-    def __init__(self, fmt: str | NumberFormat, name: str = "activation", collect_gram: bool = False, **spec: Any):
+    def __init__(self, fmt: str | NumberFormat, name: str = "activation", collect_gram: bool = False, **spec: object):
         super().__init__(fmt, **spec)
         self.name = name
         self.collect_gram = collect_gram
@@ -47,7 +46,9 @@ class ActivationObserver(FloatObserver):
     def _fake_quantize(self, x: Tensor) -> Tensor:
         return self._quantize_dequantize(x)
 
-    def _quantize_online(self, model: GraphModule, observer_node: Node, choose: Any, kind: Any) -> None:
+    def _quantize_online(
+        self, model: GraphModule, observer_node: Node, choose: Operator, kind: torch.dtype | str
+    ) -> None:
         """Put ``choose(x, block_size, fmt, kind) -> quantize -> dequantize`` in the place of the observer's node."""
         source = observer_node.args[0]
         assert isinstance(source, Node)
@@ -83,7 +84,7 @@ class StaticActivationObserver(ActivationObserver):
 
     absmax: Tensor
 
-    def __init__(self, fmt: str | NumberFormat, name: str = "activation", collect_gram: bool = False, **spec: Any):
+    def __init__(self, fmt: str | NumberFormat, name: str = "activation", collect_gram: bool = False, **spec: object):
         super().__init__(fmt, name, collect_gram, **spec)
         self.register_buffer("absmax", torch.tensor(-1.0))
 

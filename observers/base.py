@@ -1,6 +1,6 @@
 """Base classes of all observers."""
 
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -25,13 +25,13 @@ class FloatObserver(ObserverBase):  # type: ignore[misc]
         paused: whether ``forward`` neither observes nor quantizes.
     """
 
-    def __init__(self, fmt: str | NumberFormat, **spec: Any):
+    def __init__(self, fmt: str | NumberFormat, **spec: object):
         super().__init__(dtype=torch.uint8, is_dynamic=False)
         self.fmt = known(fmt)
         self.fake_quantize = False
         self.paused = False
 
-    def calculate_qparams(self, **kwargs: Any) -> Any:
+    def calculate_qparams(self, **kwargs: object) -> NoReturn:
         raise RuntimeError(
             f"{type(self).__name__} emits its own quantize and dequantize nodes; call convert(model, node)"
         )
@@ -66,11 +66,11 @@ class StraightThrough(torch.autograd.Function):
     """Gives ``rounded`` and passes its gradient to ``x`` unchanged."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+    def forward(ctx: object, x: Tensor, rounded: Tensor) -> Tensor:
         return rounded.view_as(rounded)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Any, None]:
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
 
 

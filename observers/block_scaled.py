@@ -1,5 +1,6 @@
 """Observers for the hardware's block formats: every 32 or 16 elements along the last dimension share a low-bit scale."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ class BlockWeightObserver(WeightObserver):
         kind: type of the scales, a key of ``block_scales.BLOCKS``, which says how long a block is.
     """
 
-    def __init__(self, fmt: Any, kind: str, name: str = "weight", **spec: Any):
+    def __init__(
+        self, fmt: str | FloatFormat | Sequence[str | FloatFormat], kind: str, name: str = "weight", **spec: Any
+    ):
         super().__init__(fmt, PerGroup(BLOCKS[kind]), name=name, **spec)
         self.kind = kind
 
@@ -55,7 +58,7 @@ class BlockActivationObserver(ActivationObserver):
     """
 
     def __init__(
-        self, fmt: str | FloatFormat, kind: str, name: str = "activation", collect_gram: bool = False, **spec: Any
+        self, fmt: str | FloatFormat, kind: str, name: str = "activation", collect_gram: bool = False, **spec: object
     ):
         super().__init__(fmt, name, collect_gram, **spec)
         self.kind = kind

@@ -1,7 +1,7 @@
 """The weight observer: format, scale and, once learned, the rounding of one linear's weight."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class WeightObserver(FloatObserver):
         search: str = "absmax",
         scale_dtype: torch.dtype = torch.float32,
         name: str = "weight",
-        **spec: Any,
+        **spec: object,
     ):
         names = [fmt] if isinstance(fmt, str | NumberFormat) else fmt
         candidates = tuple(known(f) for f in names)
@@ -243,7 +243,7 @@ def weight_of(model: GraphModule, observer_node: Node) -> Tensor:
     """The float weight that a weight observer's node looks at."""
     source = observer_node.args[0]
     assert isinstance(source, Node) and source.op == "get_attr"
-    value: Any = model
+    value: object = model
     for part in str(source.target).split("."):
         value = getattr(value, part)
     assert isinstance(value, Tensor)

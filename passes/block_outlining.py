@@ -2,11 +2,11 @@
 
 import operator
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import Argument
 
 from fp4dit_ao import _compat
 from fp4dit_ao._compat import pytree
@@ -31,9 +31,9 @@ def outline(model: GraphModule) -> GraphModule:
     convention = model.graph
     model = _with_blocks_apart(model)
     graph = Graph()
-    values: dict[str, Any] = {}  # by the name of a node of ``model``
+    values: dict[str, Argument] = {}  # by the name of a node of ``model``
     kinds: dict[str, str] = {}  # names by structure
-    attributes: dict[str, Any] = {}
+    attributes: dict[str, object] = {}
     for node in model.graph.nodes:
         if node.op == "placeholder":
             values[node.name] = graph.node_copy(node)
@@ -104,17 +104,20 @@ def _returns_its_input(node: Node) -> bool:
     if node.target not in _CONVERSIONS and node.target is not _ATEN.slice.Tensor:
         return False
     if node.target is _ATEN.slice.Tensor:
-        start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
-        return start in (None, 0) and end in (None, sys.maxsize) and step == 1 and not node.kwargs
+        given, defaults = list(node.args[2:]), list[Argument]([None, None, 1])
+        start, end, step = given + defaults[len(given) :]
+        everything = (start is None or start == 0) and (end is None or end == sys.maxsize)
+        return everything and isinstance(step, int) and step == 1 and not node.kwargs
     before, after = (value.meta.get("val") for value in (node.args[0], node) if isinstance(value, Node))
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
     copies = any(value is not None for name, value in node.kwargs.items() if name in ("copy", "memory_format"))
-    return before.dtype == after.dtype and before.device == after.device and len(node.args) <= 2 and not copies
+    same = before.dtype == after.dtype and str(before.device) == str(after.device)
+    return same and len(node.args) <= 2 and not copies
 
 
-def _inline(graph: Graph, segment: Segment, values: dict[str, Any]) -> None:
-    copies: dict[Node, Any] = {}
+def _inline(graph: Graph, segment: Segment, values: dict[str, Argument]) -> None:
+    copies: dict[Node, Argument] = {}
     for node in segment.graph.graph.nodes:
         if node.op == "placeholder":
             copies[node] = values[node.name]
@@ -157,7 +160,7 @@ def _structure(body: GraphModule) -> str:
     return "\n".join(lines)
 
 
-def _kind_of_value(value: Any) -> str:
+def _kind_of_value(value: object) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     sizes = [size if isinstance(size, int) else "?" for size in value.shape]

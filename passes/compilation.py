@@ -1,8 +1,5 @@
 """Compiles a lowered graph with ``torch.compile``, as a whole or one block of each kind."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -12,7 +9,7 @@ from fp4dit_ao._compat import pytree
 from fp4dit_ao.passes.block_outlining import kinds_of_blocks, outline
 
 
-def compile_graph(graph: GraphModule) -> Callable[..., Any]:
+def compile_graph(graph: GraphModule) -> nn.Module:
     """Compiles ``graph`` as a whole: the fastest to run, and the slowest to compile.
 
     The code serves all batches of two or more, image sizes and text lengths; a batch of one compiles again on first
@@ -43,13 +40,13 @@ class _Compiled(nn.Module):
         super().__init__()
         self.run = torch.compile(body, dynamic=True, fullgraph=True)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         args, kwargs = pytree.tree_map(_plain, (args, kwargs))
         with _compat.distinct_sizes():
             return self.run(*args, **kwargs)
 
 
-def _plain(x: Any) -> Any:
+def _plain(x: object) -> object:
     """Contiguous tensor that is not a view: the base and the strides of a view would become part of the compiled code.
 
     Pipelines expand one timestep over the batch, and uncompiled linears return views.

@@ -1,7 +1,5 @@
 """Replaces in-place slice writes by ``slice_scatter``, so that gradients of the overwritten values are right."""
 
-from typing import Any
-
 import torch
 from torch.fx import GraphModule, Node
 
@@ -63,7 +61,8 @@ def _seen_otherwise(base: Node, copy: Node) -> bool:
 def _scatter(model: GraphModule, copy: Node, slices: list[Node], base: Node) -> None:
     order = {node: position for position, node in enumerate(model.graph.nodes)}
     later = [user for user in base.users if order[user] > order[copy]]
-    value: Any = copy.args[1]
+    value = copy.args[1]
+    assert isinstance(value, Node)  # _fits has seen its type
     with model.graph.inserting_before(copy):
         for piece in slices:
             whole = piece.args[0]

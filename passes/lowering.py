@@ -1,13 +1,14 @@
 """From the converted graph's reference semantics to low-bit tensor subclasses that ``torch.compile`` runs fast."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from fp4dit_ao import _compat
+from fp4dit_ao._compat import Operator
 from fp4dit_ao.kernels.attention import arguments_of
 from fp4dit_ao.schemes import SCHEMES
 from fp4dit_ao.schemes.graph_patterns import is_call, token_wise_input
@@ -61,7 +62,7 @@ def _drop_codes(model: GraphModule, node: Node) -> None:
     _replace(model, node, _OPS.fake_quantize.default, (codes.args[0], block_size, scale, fmt, output_dtype))
 
 
-def _replace(model: GraphModule, node: Node, target: Any, arguments: tuple[Any, ...]) -> None:
+def _replace(model: GraphModule, node: Node, target: Operator, arguments: tuple[Argument, ...]) -> None:
     """``node`` by a call of ``target``."""
     with model.graph.inserting_before(node):
         new = model.graph.call_function(target, arguments)

@@ -2,6 +2,7 @@
 
 import ast
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,3 +129,29 @@ def test_every_module_has_a_place_in_the_order_of_imports() -> None:
         "add the new module to the layers in pyproject.toml, at the level that it belongs to"
     )
     assert rooms <= MODULES.keys(), "pyproject.toml names a module that does not exist"
+
+
+MOST_ANY = {
+    "fp4dit_ao": 1, "fp4dit_ao/_compat": 9, "fp4dit_ao/benchmark": 13, "fp4dit_ao/calibration": 1, "fp4dit_ao/checkpoint": 6,
+    "fp4dit_ao/cli": 5, "fp4dit_ao/config": 2, "fp4dit_ao/deploy": 2, "fp4dit_ao/diffusers_integration": 13,
+    "fp4dit_ao/evaluation": 3, "fp4dit_ao/graph_capture": 4, "fp4dit_ao/kernels": 6, "fp4dit_ao/reference": 1,
+    "fp4dit_ao/schemes": 2, "fp4dit_ao/serving": 2, "fp4dit_ao/tensors": 6, "observers": 3, "passes/reconstruction": 11,
+    "passes/transforms": 1,
+}  # fmt: skip
+"""Most lines with ``Any``, by folder; other folders have none. What is left are contexts of autograd functions, arguments that
+torch or diffusers hand over or take, and parsed JSON that is not checked yet."""
+
+
+def test_any_stands_only_where_no_type_is_known() -> None:
+    found: dict[str, set[str]] = defaultdict(set)
+    for path in MODULES.values():
+        place = path.relative_to(ROOT)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Name) and node.id == "Any":
+                found["/".join(place.parent.parts[:2])].add(f"{place}:{node.lineno}")
+    more = {folder: sorted(lines) for folder, lines in found.items() if len(lines) > MOST_ANY.get(folder, 0)}
+    assert not more, (
+        "name the type that is really there: `object` for what is only passed on or checked by isinstance, a Protocol for what "
+        "has certain methods, a TypedDict for known keys, diffusers' classes under TYPE_CHECKING; where no type is known, "
+        "raise the folder's number in MOST_ANY"
+    )

@@ -5,6 +5,7 @@ Tested in tests/test_compat.py against every version that we claim; tests/test_p
 """
 
 import torch.utils._pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp4dit_ao._compat.compilation import (
     compile_package,
@@ -36,6 +37,7 @@ from fp4dit_ao._compat.graphs import (
     varying_numbers,
     without_guards,
 )  # fmt: skip
+from fp4dit_ao._compat.operator_calls import Arguments, Keywords, Operator
 from fp4dit_ao._compat.tensors import (
     TensorMeta,
     aliased,
@@ -60,10 +62,11 @@ from fp4dit_ao._compat.tensors import (
 from fp4dit_ao._compat.torchao import forget_graphs, parts
 
 __all__ = [
-    "TensorMeta", "after_from_pretrained", "aliased", "captured_sizes", "compile_package", "copy_calling_convention",
-    "create_buffer_node", "distinct_sizes", "exported_graph", "fake_like", "fake_mode", "flat_inputs", "forget_graphs",
-    "fp8_product", "input_names", "int8_product", "is_persistent", "is_traced", "is_view", "is_view_of_another",
-    "kept_in_float32", "lerp_", "load_package", "make_buffers_persistent", "make_buffers_transient", "mark_static",
+    "Arguments", "FakeTensorMode", "Keywords", "Operator", "TensorMeta", "after_from_pretrained", "aliased",
+    "captured_sizes", "compile_package", "copy_calling_convention", "create_buffer_node", "distinct_sizes",
+    "exported_graph", "fake_like", "fake_mode", "flat_inputs", "forget_graphs", "fp8_product", "input_names",
+    "int8_product", "is_persistent", "is_traced", "is_view", "is_view_of_another", "kept_in_float32", "lerp_", "load_package",
+    "make_buffers_persistent", "make_buffers_transient", "mark_static",
     "name_repeated_blocks", "parse_to", "parts", "prepacked_linear", "progress_bar_config", "pytree", "replace_apply",
     "replace_config", "size_at", "size_hint", "size_relations", "size_text", "sizes_of_repeats", "slots",
     "types_in_packages", "varying_numbers", "version", "without_guards", "without_modes", "wrapper_tensor",

@@ -3,7 +3,8 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,15 +12,17 @@ from torch.export import ExportedProgram
 from torch.fx.experimental import _config as symbolic_config
 from torch.overrides import TorchFunctionMode
 
+from fp4dit_ao._compat.operator_calls import Arguments, Keywords, Operator
+
 
 def distinct_sizes() -> contextlib.AbstractContextManager[None]:
     """While compiling, sizes that happen to be equal (height and width, batch and heads) are not taken to always be so."""
-    config: Any = symbolic_config
+    config: ModuleType = symbolic_config
     patch: contextlib.AbstractContextManager[None] = config.patch(use_duck_shape=False)
     return patch
 
 
-def sizes_of_repeats() -> contextlib.AbstractContextManager[Any]:
+def sizes_of_repeats() -> contextlib.AbstractContextManager[object]:
     """While exporting, ``repeat_interleave`` keeps sizes symbolic; torch 2.11's takes the one it repeats for a constant."""
     return contextlib.nullcontext() if torch.__version__ >= "2.12" else _ExpandedRepeats()
 
@@ -27,16 +30,20 @@ def sizes_of_repeats() -> contextlib.AbstractContextManager[Any]:
 class _ExpandedRepeats(TorchFunctionMode):
     """``repeat_interleave`` by a whole number is recorded as the operators that it stands for."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Operator, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         if func in (torch.repeat_interleave, Tensor.repeat_interleave):
-            found = self._arguments(*args, **(kwargs or {}))
-            if isinstance(found["repeats"], int):
-                return self._expanded(**found)
+            x, repeats, dim = self._arguments(*args, **(kwargs or {}))
+            if isinstance(repeats, int):
+                return self._expanded(x, repeats, dim)
         return func(*args, **(kwargs or {}))
 
     @staticmethod
-    def _arguments(input: Tensor, repeats: Any, dim: int | None = None, *, output_size: Any = None) -> dict[str, Any]:
-        return {"x": input, "repeats": repeats, "dim": dim}
+    def _arguments(
+        input: Tensor, repeats: int | Tensor, dim: int | None = None, *, output_size: object = None
+    ) -> tuple[Tensor, int | Tensor, int | None]:
+        return input, repeats, dim
 
     @staticmethod
     def _expanded(x: Tensor, repeats: int, dim: int | None) -> Tensor:
@@ -96,7 +103,7 @@ def mark_static(x: Tensor) -> None:
     torch._dynamo.mark_static(x)
 
 
-def compile_package(exported: ExportedProgram, path: str | Path, options: Mapping[str, Any]) -> None:
+def compile_package(exported: ExportedProgram, path: str | Path, options: Mapping[str, object]) -> None:
     """Compile ``exported`` ahead of time with AOTInductor and write the package to ``path``.
 
     Args:
@@ -107,6 +114,16 @@ def compile_package(exported: ExportedProgram, path: str | Path, options: Mappin
     torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=dict(options))
 
 
-def load_package(path: str | Path) -> Any:
-    """A compiled package, to be called as the program was; ``get_metadata()`` gives what was stored in its options."""
-    return torch._inductor.aoti_load_package(str(path))
+class Package(Protocol):
+    """A compiled package, to be called as the program was."""
+
+    def __call__(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]: ...
+
+    def get_metadata(self) -> dict[str, str]:
+        """What was stored in its options."""
+
+
+def load_package(path: str | Path) -> Package:
+    """The compiled package in the file ``path``."""
+    package: Package = torch._inductor.aoti_load_package(str(path))
+    return package

@@ -2,31 +2,36 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
+Pipe = TypeVar("Pipe", bound="DiffusionPipeline")
 
 
-def progress_bar_config(pipe: Any) -> dict[str, Any]:
+def progress_bar_config(pipe: "DiffusionPipeline") -> dict[str, object]:
     """The settings that ``pipe.set_progress_bar_config`` was last called with; calling it with them restores them."""
     return dict(getattr(pipe, "_progress_bar_config", {}))
 
 
-def replace_config(model: Any, config: Mapping[str, Any]) -> None:
+def replace_config(model: "ModelMixin", config: Mapping[str, object]) -> None:
     """Make ``config``, diffusers' ``FrozenDict``, all of ``model.config``; ``register_to_config`` would only add to it."""
     model._internal_dict = config
 
 
-def name_repeated_blocks(model: Any, classes: Iterable[str]) -> None:
+def name_repeated_blocks(model: "ModelMixin", classes: Iterable[str]) -> None:
     """Tell ``compile_repeated_blocks()`` the class names of what repeats, unless the model says so itself."""
     if not getattr(model, "_repeated_blocks", None):
         model._repeated_blocks = sorted(set(classes))
 
 
-def kept_in_float32(model: Any) -> tuple[str, ...]:
+def kept_in_float32(model: object) -> tuple[str, ...]:
     """Parts of names of tensors that diffusers loads in float32 whatever type it is asked for; ``model`` may be a class."""
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
-def replace_apply(model: Any, convert: Callable[..., Any] | None) -> None:
+def replace_apply(model: "ModelMixin", convert: Callable[..., "ModelMixin"] | None) -> None:
     """Let ``convert`` do what ``to()``, ``half()`` and ``cuda()`` do to ``model``; None restores the class's own method."""
     if convert is None:
         del model._apply
@@ -34,14 +39,14 @@ def replace_apply(model: Any, convert: Callable[..., Any] | None) -> None:
         model._apply = convert
 
 
-def after_from_pretrained(cls: type[Any], change: Callable[[Any], Any]) -> None:
+def after_from_pretrained(cls: type["DiffusionPipeline"], change: Callable[[Pipe], Pipe]) -> None:
     """Let ``change`` have what ``cls.from_pretrained`` and that of its subclasses return; once, however often it is asked."""
     original = cls.__dict__["from_pretrained"].__func__
     if getattr(original, "_changed_by", None) is change:
         return
 
     @functools.wraps(original)
-    def from_pretrained(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls: type["DiffusionPipeline"], /, *args: object, **kwargs: object) -> "DiffusionPipeline":
         return change(original(cls, *args, **kwargs))
 
     from_pretrained._changed_by = change  # type: ignore[attr-defined]

@@ -61,7 +61,7 @@ def varying_numbers(graph: GraphModule) -> set[str]:
     return {n.name for n in graph.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), SymInt)}
 
 
-def flat_inputs(graph: GraphModule, sample: Mapping[str, Any]) -> dict[str, Any]:
+def flat_inputs(graph: GraphModule, sample: Mapping[str, object]) -> dict[str, Any]:
     """The values of a captured graph's placeholders, by node name, when it is called with ``**sample``.
 
     Raises:
@@ -70,7 +70,7 @@ def flat_inputs(graph: GraphModule, sample: Mapping[str, Any]) -> dict[str, Any]
     """
     bound = inspect.signature(graph.forward).bind(**sample)
     bound.apply_defaults()
-    values: list[Any] = list(bound.arguments.values())
+    values = list(bound.arguments.values())
     codegen = graph.graph._codegen
     if isinstance(codegen, _PyTreeCodeGen):
         names, spec = codegen.pytree_info.orig_args, codegen.pytree_info.in_spec
@@ -125,7 +125,7 @@ def size_relations(exported: ExportedProgram) -> list[str]:
     out: most are accidents of the example (an image that was not square, …).
     """
     inputs = (node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder")
-    sizes: Iterator[Any] = (size for x in inputs if isinstance(x, Tensor) for size in x.shape)
+    sizes: Iterator[int | SymInt] = (size for x in inputs if isinstance(x, Tensor) for size in x.shape)
     environment = next((size.node.shape_env for size in sizes if isinstance(size, SymInt)), None)
     if environment is None:
         return []
@@ -139,7 +139,7 @@ def size_text(size: int | SymInt) -> str:
     return _python(size.node.expr) if isinstance(size, SymInt) else str(size)
 
 
-def _python(expression: Any) -> str:
+def _python(expression: object) -> str:
     try:
         return str(PythonPrinter().doprint(expression))
     except (AssertionError, NotImplementedError):  # true division, say, which is no arithmetic of whole numbers

@@ -10,7 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes, return_and_correct_aliasing
 
+from fp4dit_ao._compat.operator_calls import Arguments, Keywords, Operator
+
 Subclass = TypeVar("Subclass", bound=Tensor)
+Result = TypeVar("Result")
 
 
 TensorMeta: Any = type(Tensor)
@@ -30,9 +33,10 @@ def wrapper_tensor(
     return made
 
 
-def aliased(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+def aliased(func: Operator, args: Arguments, kwargs: Keywords, result: Result) -> Result:
     """``result`` of a subclass's own ``func``, sharing storage with ``args`` where the operator's schema says so."""
-    return return_and_correct_aliasing(func, args, kwargs, result)
+    shared: Result = return_and_correct_aliasing(func, args, kwargs, result)
+    return shared
 
 
 def int8_product(x: Tensor, y: Tensor) -> Tensor:

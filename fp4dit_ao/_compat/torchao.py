@@ -1,10 +1,9 @@
 """torchao's tensor subclasses, and what its graph passes keep. Nothing is imported from torchao, which takes seconds."""
 
 import sys
-from typing import Any
 
 
-def parts(cls: type[Any]) -> list[str]:
+def parts(cls: type) -> list[str]:
     """Parts of a torchao tensor, tensors and attributes, in the order of its constructor's arguments."""
     kinds = ("tensor_data", "tensor_attribute", "optional_tensor_data", "optional_tensor_attribute")
     return [name for kind in kinds for name in getattr(cls, f"{kind}_names", ())]

@@ -1,11 +1,14 @@
 """torchao's prototypes: block formats, INT4 on CPUs. Imported where they are needed, since torchao takes seconds to import."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.constants import DTYPE_FP6_E2M3, DTYPE_FP6_E3M2
 from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, QuantizeTensorToNVFP4Kwargs
+
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
 
 __all__ = [
     "DTYPE_FP6_E2M3",
@@ -20,7 +23,7 @@ __all__ = [
 ]
 
 
-def int4_cpu_config(group_size: int) -> Any:
+def int4_cpu_config(group_size: int) -> "AOBaseConfig":
     """torchao's config of INT4 weights for CPUs, which 0.18 renamed."""
     from torchao.prototype.quantization.int4 import inference_workflow
 
@@ -29,7 +32,7 @@ def int4_cpu_config(group_size: int) -> Any:
     return found[0](group_size=group_size)
 
 
-def int8_int4_config(group_size: int) -> Any:
+def int8_int4_config(group_size: int) -> "AOBaseConfig":
     """torchao's config of INT8 activations and packed INT4 weights."""
     from torchao.prototype.quantization.int4.inference_workflow import Int8DynamicActivationInt4WeightConfig
 

@@ -30,7 +30,7 @@ class Attention(Workload):
         torch.set_num_threads(threads)
         self.method, self.mode, self.device = method, mode, device
         self.dtype: torch.dtype = getattr(torch, Variant(method).dtype)
-        self.call: Callable[[], Any] = lambda: None
+        self.call: Callable[[], Tensor] = lambda: torch.empty(0)
 
     @torch.no_grad()
     def prepare(self, **case: Any) -> Facts:

@@ -1,11 +1,12 @@
 """Bars: promises about speed and size, and whether a benchmark meets them."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fp4dit_ao.benchmark import linears
+from fp4dit_ao.benchmark.ceilings import Rates
 from fp4dit_ao.benchmark.turns import Measured
 from fp4dit_ao.benchmark.variants import Variant
 
@@ -23,9 +24,9 @@ class Results:
         linears, attention, steps, generations: one entry per variant and case.
     """
 
-    settings: dict[str, Any]
+    settings: Mapping[str, Any]
     environment: dict[str, str]
-    ceilings: dict[str, Any] = field(default_factory=dict)
+    ceilings: Rates = field(default_factory=dict)
     linears: list[Measured] = field(default_factory=list)
     attention: list[Measured] = field(default_factory=list)
     steps: list[Measured] = field(default_factory=list)
@@ -36,7 +37,7 @@ class Results:
         """Variant that bars are judged on."""
         return Variant(self.settings["recipes"][0], "compiled")
 
-    def of(self, measured: Sequence[Measured], **case: Any) -> list[Measured]:
+    def of(self, measured: Sequence[Measured], **case: object) -> list[Measured]:
         """Entries of our variant that did not fail and whose case has these values, or one of each list of values."""
         wanted = {key: value if isinstance(value, list | range) else [value] for key, value in case.items()}
         return [

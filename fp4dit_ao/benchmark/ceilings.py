@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -15,6 +14,9 @@ _PRODUCTS = [(512, 1152, 4608), (1024, 1152, 4608), (1024, 4608, 1152), (1024, 4
 _COPIES_MB = (0.5, 2, 8, 32, 128, 512)
 """Working sets of the copies, in MB."""
 
+Rates = Mapping[str, Mapping[str, float]]
+"""What :class:`Ceilings` finds: products a second by type, and bytes a second by working set in MB."""
+
 
 class Ceilings(Workload):
     """Workload that measures all ceilings in ``prepare``."""
@@ -23,7 +25,7 @@ class Ceilings(Workload):
         torch.set_num_threads(threads)
         self.device, self.repeats = device, repeats
 
-    def prepare(self, **case: Any) -> Facts:
+    def prepare(self, **case: object) -> Facts:
         products = {name: self._products(dtype) for name, dtype in _TYPES.items()}
         copies = {str(megabytes): self._copy(int(megabytes * 1e6)) for megabytes in _COPIES_MB}
         return {"products": products, "bytes": copies}
@@ -50,7 +52,7 @@ class Ceilings(Workload):
 
         return size * times / self._seconds(copy)
 
-    def _seconds(self, call: Callable[[], Any]) -> float:
+    def _seconds(self, call: Callable[[], object]) -> float:
         call()
         self.call = call
         return min(timed(self) for _ in range(self.repeats))
@@ -87,7 +89,7 @@ class Roofline:
         return max(("products", self.compute), ("memory", self.memory), ("the call", self.call), key=lambda x: x[1])[0]
 
     @staticmethod
-    def of(case: Mapping[str, int], weight_bytes: float, ceilings: Mapping[str, Any], call: float) -> "Roofline":
+    def of(case: Mapping[str, int], weight_bytes: float, ceilings: Rates, call: float) -> "Roofline":
         """Least time of the case ``{"out_features": …, "in_features": …, "tokens": …}``, with bfloat16 tokens in and
         out."""
         rows, depth, features = case["tokens"], case["in_features"], case["out_features"]
@@ -97,7 +99,7 @@ class Roofline:
         )
 
 
-def bandwidth(ceilings: Mapping[str, Any], size: float) -> float:
+def bandwidth(ceilings: Rates, size: float) -> float:
     """Bytes per second of the smallest measured working set of at least ``size`` bytes, or of the largest."""
     measured = sorted((float(megabytes) * 1e6, rate) for megabytes, rate in ceilings["bytes"].items())
     fitting = [rate for limit, rate in measured if limit >= size]

@@ -107,7 +107,7 @@ class Linear(Workload):
     def __init__(self, method: str, mode: str, device: str, threads: int):
         torch.set_num_threads(threads)
         self.method, self.mode, self.device = method, mode, device
-        self.call: Callable[[], Any] = lambda: None
+        self.call: Callable[[], Sequence[Tensor]] = lambda: []
         self._made: tuple[tuple[int, int, int], Callable[[list[Tensor]], list[Tensor]], Facts] | None = None
 
     @torch.no_grad()
@@ -151,12 +151,14 @@ class Linear(Workload):
         if self.method in PEERS:
             model = PEERS[self.method].convert(model, names)
         elif self.method in RECIPES:
-            for linear, weight in zip(linears.linears, weights, strict=True):
-                linear.weight = nn.Parameter(low_bit(weight.to(self.device), self.method), requires_grad=False)
-            quantized: Any = linears.linears[0].weight
-            x = numbers(out_features, in_features, _JUDGED_TOKENS)[1].to(self.device)
-            x_hat, w_hat = exact.token_wise(x, quantized.act_fmt), quantized.dequantize(torch.float32).double()
-            facts["deviation"] = exact.relative_error(F.linear(x, quantized), F.linear(x_hat, w_hat))
+            made = [low_bit(weight.to(self.device), self.method) for weight in weights]
+            for linear, weight in zip(linears.linears, made, strict=True):
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+            quantized = made[0]
+            if isinstance(quantized, MinifloatTensor | CodebookTensor):  # others do not quantize token-wise
+                x = numbers(out_features, in_features, _JUDGED_TOKENS)[1].to(self.device)
+                x_hat, w_hat = exact.token_wise(x, quantized.act_fmt), quantized.dequantize(torch.float32).double()
+                facts["deviation"] = exact.relative_error(F.linear(x, quantized), F.linear(x_hat, w_hat))
             facts["bytes"] = sum(memory.stored({"": quantized}).values())
         facts["bits"] = memory.bits_per_weight(model, dict.fromkeys(names, (out_features, in_features)))
         return torch.compile(model, dynamic=True) if self.mode == "compiled" else model, facts
@@ -165,7 +167,8 @@ class Linear(Workload):
         products = []
         for weight, x in pairs:
             quantized = low_bit(weight.to(self.device), self.method.removesuffix(PRODUCT))
-            assert quantized.act_fmt is not None
+            if not isinstance(quantized, MinifloatTensor | CodebookTensor) or quantized.act_fmt is None:
+                raise ValueError("only the product of token-wise quantized inputs can be timed alone")
             tokens = quantize_tokens(x.to(self.device, torch.bfloat16), quantized.act_fmt)
             products.append(functools.partial(_multiply, quantized, *tokens))
         self.call = lambda: [product() for product in products]
@@ -193,7 +196,7 @@ def _to_int8(x: Tensor) -> Tensor:
     return (x * 40).round().clamp(-127, 127).to(torch.int8)
 
 
-def low_bit(weight: Tensor, recipe: str) -> Any:
+def low_bit(weight: Tensor, recipe: str) -> Tensor:
     """``weight`` as the recipe's first linear holds it, rounded to nearest."""
     config = QuantConfig.from_name(recipe)
     config = replace(config, weight=config.weight or config.weight_candidates[0], weight_candidates=())

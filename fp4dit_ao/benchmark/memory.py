@@ -5,7 +5,6 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ def _status(field: str) -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
-def stored(state: Mapping[str, Any]) -> dict[str, int]:
+def stored(state: Mapping[str, object]) -> dict[str, int]:
     """Bytes of every entry of a ``state_dict``, by name; those of all parts for low-bit tensors."""
     return {name: sum(part.nbytes for part in _parts(x)) for name, x in state.items() if isinstance(x, Tensor)}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -145,7 +145,7 @@ def _sdnq(weights: str) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
     return convert
 
 
-def _bitsandbytes(layer: str, **options: Any) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
+def _bitsandbytes(layer: str, **options: object) -> Callable[[nn.Module, Sequence[str]], nn.Module]:
     def convert(model: nn.Module, names: Sequence[str]) -> nn.Module:
         made = getattr(importlib.import_module("bitsandbytes").nn, layer)
         for name in names:

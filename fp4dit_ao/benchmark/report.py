@@ -1,14 +1,14 @@
 """Markdown report of a benchmark: bars, linears and their ceilings, steps, generations, peers and failures."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from fp4dit_ao.benchmark import linears, turns
 from fp4dit_ao.benchmark.bars import BARS, Results
-from fp4dit_ao.benchmark.ceilings import Roofline
+from fp4dit_ao.benchmark.ceilings import Rates, Roofline
 from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.sections import BASE, CALL_SIZE
 from fp4dit_ao.benchmark.turns import Measured
+from fp4dit_ao.benchmark.worker import Case
 from fp4dit_ao.evaluation.environment import describe
 from fp4dit_ao.util.markdown import markdown_table
 
@@ -20,7 +20,7 @@ def markdown(results: Results) -> str:
     return "\n\n".join(part for part in _parts(results) if part) + "\n"
 
 
-def to_dict(results: Results) -> dict[str, Any]:
+def to_dict(results: Results) -> dict[str, object]:
     """All results for JSON, every single time included."""
     lists = {
         name: [m.to_dict() for m in getattr(results, name)] for name in ("linears", "attention", "steps", "generations")
@@ -83,7 +83,7 @@ def _linear_tables(results: Results) -> Iterator[str]:
         yield _speeds(measured, lambda case: "1 token" if case["tokens"] == 1 else f"{case['tokens']} tokens")
 
 
-def _speeds(measured: Sequence[Measured], title: Callable[[dict[str, Any]], str]) -> str:
+def _speeds(measured: Sequence[Measured], title: Callable[[Case], str]) -> str:
     """Table with a row per variant and a column per case."""
     columns = list(dict.fromkeys(title(m.case) for m in measured))
     rows = []
@@ -108,7 +108,7 @@ def _cell(m: Measured | None) -> str:
     return f"{str(ratio) + ', ' if ratio else ''}{m.median * 1e3:.3g} ms"
 
 
-def _ceilings(ceilings: dict[str, Any]) -> str:
+def _ceilings(ceilings: Rates) -> str:
     products = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in ceilings["products"].items())
     copies = ", ".join(f"{rate / 1e9:.0f} at {size} MB" for size, rate in ceilings["bytes"].items())
     return (
@@ -139,16 +139,14 @@ def _rooflines(results: Results) -> str:
     return markdown_table(head, rows) if rows else ""
 
 
-def _size(m: Measured) -> tuple[Any, ...]:
+def _size(m: Measured) -> tuple[int, int, int]:
     return m.case["out_features"], m.case["in_features"], m.case["tokens"]
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def _models(
-    title: str, unit: str, measured: Sequence[Measured], describe: Callable[[dict[str, Any]], str]
-) -> Iterator[str]:
+def _models(title: str, unit: str, measured: Sequence[Measured], describe: Callable[[Case], str]) -> Iterator[str]:
     if measured:
         yield f"### {title}"
     for case in {str(m.case): m.case for m in measured}.values():

@@ -1,16 +1,17 @@
 """Parts of a benchmark: which variants are measured in which cases. Each yields :class:`Measured` one by one."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fp4dit_ao.benchmark import linears, transformers
+from fp4dit_ao.benchmark.ceilings import Rates
 from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.turns import Measured, Progress, Worker, WorkerFailed, measure
 from fp4dit_ao.benchmark.variants import FLOATS, Variant
+from fp4dit_ao.benchmark.worker import Case
 
 _PACKAGE = "fp4dit_ao.benchmark"
 CALL_SIZE = {"out_features": 128, "in_features": 128, "tokens": 1}
@@ -65,12 +66,12 @@ class StepCase:
         return StepCase(int(numbers[0]), int(numbers[1]), bool(peers))
 
 
-def ceilings(settings: Settings) -> dict[str, Any]:
+def ceilings(settings: Settings) -> Rates:
     """Measures :class:`fp4dit_ao.benchmark.ceilings.Ceilings`."""
     options = {"device": settings.device, "threads": settings.threads, "repeats": settings.rounds}
     worker = Worker(f"{_PACKAGE}.ceilings:Ceilings", options)
     try:
-        found: dict[str, Any] = worker.ask("prepare")
+        found: Rates = worker.ask("prepare")
         return found
     finally:
         worker.close()
@@ -95,9 +96,7 @@ def measure_call(settings: Settings, progress: Progress) -> Iterator[Measured]:
     )
 
 
-def measure_linears(
-    settings: Settings, cases: Sequence[dict[str, Any]], peers: bool, progress: Progress
-) -> Iterator[Measured]:
+def measure_linears(settings: Settings, cases: Sequence[Case], peers: bool, progress: Progress) -> Iterator[Measured]:
     """Measures our recipes, eager floats and ``torch._int_mm``; with ``peers`` also these and compiled floats."""
     bases = [linears.INT_MM, Variant("float32"), Variant("bfloat16")]
     variants = [Variant(recipe, "compiled") for recipe in settings.recipes]
@@ -110,7 +109,7 @@ def measure_linears(
     )  # fmt: skip
 
 
-def measure_attention(settings: Settings, cases: Sequence[dict[str, Any]], progress: Progress) -> Iterator[Measured]:
+def measure_attention(settings: Settings, cases: Sequence[Case], progress: Progress) -> Iterator[Measured]:
     """Measures PyTorch's attention in both float types, and ours, which quantizes q, k and v."""
 
     def start(variant: Variant) -> Worker:
@@ -136,7 +135,7 @@ def measure_step(settings: Settings, case: StepCase, progress: Progress) -> Iter
 
 
 def measure_generation(
-    settings: Settings, model: str, prompts: list[str], call: dict[str, Any], peers: bool, progress: Progress
+    settings: Settings, model: str, prompts: list[str], call: Mapping[str, object], peers: bool, progress: Progress
 ) -> Iterator[Measured]:
     """Measures a pipeline's generation of one batch of images."""
     options = {"model": model, "prompts": prompts, "call": call}
@@ -146,14 +145,14 @@ def measure_generation(
 
 
 def _measure_models(
-    settings: Settings, workload: str, files: str, files_options: dict[str, Any], options: dict[str, Any],
-    case: dict[str, Any], peers: bool, progress: Progress,
+    settings: Settings, workload: str, files: str, files_options: Mapping[str, object], options: Mapping[str, object],
+    case: Case, peers: bool, progress: Progress,
 ) -> Iterator[Measured]:  # fmt: skip
     module = f"{_PACKAGE}.transformers"
     recipes = settings.recipes if peers else settings.recipes[:1]
     with tempfile.TemporaryDirectory(prefix="fp4dit-ao-") as folder:
         progress(f"write models for {workload.lower()}")
-        writer = Worker(f"{module}:{files}", {"folder": folder, "recipes": list(recipes)} | files_options)
+        writer = Worker(f"{module}:{files}", {"folder": folder, "recipes": list(recipes), **files_options})
         try:
             written = writer.ask("prepare")
         except WorkerFailed as error:

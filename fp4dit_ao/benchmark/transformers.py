@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 TEXT_TOKENS = 300
 """Text tokens of a prompt, as in PixArt-Σ."""
-PIXART_XL: dict[str, Any] = {
+PIXART_XL: dict[str, int] = {
     "num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152, "caption_channels": 4096,
     "in_channels": 4, "out_channels": 8, "patch_size": 2, "use_additional_conditions": False,
 }  # fmt: skip
@@ -44,7 +44,7 @@ FLOAT = "float"
 """Folder of the float model, beside those of the recipes."""
 
 
-def sample(pixels: int, dtype: torch.dtype, config: Mapping[str, Any] = PIXART_XL) -> dict[str, Any]:
+def sample(pixels: int, dtype: torch.dtype, config: Mapping[str, int] = PIXART_XL) -> dict[str, object]:
     """Keyword arguments of ``forward`` in one step with guidance, batch 2."""
     generator = torch.Generator().manual_seed(1)
     shape = (2, config["in_channels"], pixels // 8, pixels // 8)
@@ -57,7 +57,7 @@ def sample(pixels: int, dtype: torch.dtype, config: Mapping[str, Any] = PIXART_X
     }
 
 
-def random_model(config: dict[str, Any], pixels: int, dtype: torch.dtype) -> "PixArtTransformer2DModel":
+def random_model(config: Mapping[str, int], pixels: int, dtype: torch.dtype) -> "PixArtTransformer2DModel":
     """PixArt transformer with normally distributed parameters of deviation 0.02, as after initialisation."""
     from diffusers import PixArtTransformer2DModel
 
@@ -79,11 +79,11 @@ def random_model(config: dict[str, Any], pixels: int, dtype: torch.dtype) -> "Pi
 class StepFiles(Workload):
     """Writes the models of :class:`Step`: the float one, and one per recipe."""
 
-    def __init__(self, folder: str, config: dict[str, Any], pixels: int, recipes: list[str]):
+    def __init__(self, folder: str, config: Mapping[str, int], pixels: int, recipes: list[str]):
         self.folder, self.config, self.pixels, self.recipes = Path(folder), config, pixels, recipes
 
     @torch.no_grad()
-    def prepare(self, **case: Any) -> Facts:
+    def prepare(self, **case: object) -> Facts:
         model = random_model(self.config, self.pixels, torch.bfloat16)
         model.save_pretrained(self.folder / FLOAT)
         given = sample(self.pixels, torch.bfloat16, self.config)
@@ -92,7 +92,7 @@ class StepFiles(Workload):
         return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
-def quantized(model: nn.Module, given: dict[str, Any], recipe: str) -> QuantizedTransformer:
+def quantized(model: nn.Module, given: Mapping[str, object], recipe: str) -> QuantizedTransformer:
     """Quantizes ``model`` with nearest rounding; the cost of a step does not depend on how weights were rounded.
 
     Args:
@@ -114,12 +114,12 @@ class GenerationFiles(Workload):
     """Writes the pipeline ``model``, quantized, into one folder per recipe."""
 
     def __init__(
-        self, folder: str, model: str, prompts: list[str], recipes: list[str], device: str, call: dict[str, Any]
+        self, folder: str, model: str, prompts: list[str], recipes: list[str], device: str, call: Mapping[str, Any]
     ):
         self.folder, self.model, self.prompts, self.recipes = Path(folder), model, prompts, recipes
         self.device, self.call = device, call
 
-    def prepare(self, **case: Any) -> Facts:
+    def prepare(self, **case: object) -> Facts:
         pipe = named_models.open_pipeline(self.model, self.device).to(torch.bfloat16)
         for recipe in self.recipes:
             options = {"rounding": "nearest", "samples": 8, "progress": False, **self.call}
@@ -130,7 +130,7 @@ class GenerationFiles(Workload):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def ready(model: nn.Module, variant: Variant) -> tuple[Callable[..., Any], Facts]:
+def ready(model: nn.Module, variant: Variant) -> tuple[Callable[..., Sequence[Tensor]], Facts]:
     """Converts and compiles ``model``, which is on its device, for ``variant``; returns it and the bytes of its
     weights.
 
@@ -140,7 +140,7 @@ def ready(model: nn.Module, variant: Variant) -> tuple[Callable[..., Any], Facts
     """
     shapes: dict[str, tuple[int, ...]]
     stored: nn.Module
-    run: Callable[..., Any]
+    run: Callable[..., Sequence[Tensor]]
     if isinstance(model, QuantizedTransformer):
         rows = [row for row in model.summary() if row.kind == "linear" and row.quantized]
         shapes = {row.name: row.shape for row in rows if row.shape is not None}
@@ -190,7 +190,7 @@ class _Model(Workload):
         raise NotImplementedError
 
     @torch.no_grad()
-    def prepare(self, **case: Any) -> Facts:
+    def prepare(self, **case: object) -> Facts:
         """Loads the model, unless a former call did; returns facts.
 
         They are bytes, bits, error, ``load bytes`` and ``first`` (seconds of the first call, compilation included).
@@ -219,7 +219,7 @@ class Step(_Model):
     """One denoising step. The float32 variant writes its output to the file ``reference``, which the others compare
     with."""
 
-    def __init__(self, *, folder: str, config: dict[str, Any], **options: Any):
+    def __init__(self, *, folder: str, config: Mapping[str, int], **options: Any):
         super().__init__(**options)
         self.folder, self.config = Path(folder), config
 
@@ -243,11 +243,11 @@ class Step(_Model):
 class Generation(_Model):
     """Generation of one batch of images. The error is that of the decoded images, before rounding to bytes."""
 
-    def __init__(self, *, folder: str, model: str, prompts: list[str], call: dict[str, Any], **options: Any):
+    def __init__(self, *, folder: str, model: str, prompts: list[str], call: Mapping[str, Any], **options: Any):
         super().__init__(**options)
         self.folder, self.name, self.prompts, self.call = Path(folder), model, prompts, call
 
-    def load(self, **case: Any) -> Facts:
+    def load(self, **case: object) -> Facts:
         if self.variant.is_recipe:
             pipe = load_pipeline(self.folder / self.variant.method, device=self.device)
         else:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO, TypeVar
 
 from fp4dit_ao.benchmark.variants import Variant
-from fp4dit_ao.benchmark.worker import Facts
+from fp4dit_ao.benchmark.worker import Case, Facts
 
 LIMIT_SECONDS = 1800.0
 """Time limit of one answer, after which a variant is given up."""
@@ -40,8 +40,12 @@ class Worker:
     """
 
     def __init__(
-        self, workload: str, options: dict[str, Any], environment: dict[str, str] | None = None, limit: float = LIMIT_SECONDS
-    ):  # fmt: skip
+        self,
+        workload: str,
+        options: Mapping[str, object],
+        environment: dict[str, str] | None = None,
+        limit: float = LIMIT_SECONDS,
+    ):
         self._first = {"do": "open", "workload": workload, "options": options}
         self._environment = environment or {}
         self._limit = limit
@@ -50,7 +54,7 @@ class Worker:
         self._answers: queue.Queue[str] = queue.Queue()
         self._opening = False
 
-    def ask(self, do: str, **arguments: Any) -> Any:
+    def ask(self, do: str, **arguments: object) -> Any:
         """Calls a method of the workload and waits for its result; starts the process if there is none.
 
         Raises:
@@ -59,7 +63,7 @@ class Worker:
         self.tell(do, **arguments)
         return self.answer()
 
-    def tell(self, do: str, **arguments: Any) -> None:
+    def tell(self, do: str, **arguments: object) -> None:
         """Calls a method of the workload without waiting; :meth:`answer` returns its result."""
         if self._process is None:
             self._start()
@@ -113,7 +117,7 @@ class Worker:
         self._send(self._first)
         self._opening = True
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, message: Mapping[str, object]) -> None:
         assert self._process is not None and self._process.stdin is not None
         with contextlib.suppress(OSError):  # if the process died, answer() reports it
             self._process.stdin.write(json.dumps(message) + "\n")
@@ -155,7 +159,7 @@ class Measured:
     """
 
     variant: Variant
-    case: dict[str, Any]
+    case: Case
     facts: Facts = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     beside: dict[str, list[float]] = field(default_factory=dict)
@@ -172,7 +176,7 @@ class Measured:
         """Median seconds per call."""
         return statistics.median(self.seconds)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All fields for JSON."""
         return vars(self) | {"variant": self.variant.label}
 
@@ -203,7 +207,7 @@ Progress = Callable[[str], None]
 def measure(
     variants: Sequence[Variant],
     bases: Sequence[Variant],
-    cases: Iterable[dict[str, Any]],
+    cases: Iterable[Case],
     start: Callable[[Variant], Worker],
     *,
     rounds: int,
@@ -246,13 +250,13 @@ def measure(
             worker.close()
 
 
-def describe(case: Mapping[str, Any]) -> str:
+def describe(case: Mapping[str, object]) -> str:
     """Text of a case: ``"layers 2, pixels 512"`` for ``{"layers": 2, "pixels": 512}``."""
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in case.items())
 
 
 def _one_case(
-    workers: Mapping[Variant, Worker], bases: Sequence[Variant], case: dict[str, Any], rounds: int, together: bool,
+    workers: Mapping[Variant, Worker], bases: Sequence[Variant], case: Case, rounds: int, together: bool,
     title: str, progress: Progress,
 ) -> list[Measured]:  # fmt: skip
     found = {variant: Measured(variant, case) for variant in workers}

@@ -15,6 +15,8 @@ from typing import Any, TextIO
 
 Facts = dict[str, Any]
 """Facts about a variant in one case, by name, which JSON can hold."""
+Case = dict[str, Any]
+"""Parameters of a case, by name: sizes, and the name of a pipeline."""
 TURN_SECONDS = 0.02
 """Least duration of a turn; shorter calls are repeated."""
 

@@ -8,7 +8,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from fp4dit_ao import _compat
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.calibration import sample_cache
 from fp4dit_ao.calibration.observation import device_of
-from fp4dit_ao.calibration.pipeline_arguments import call_arguments
+from fp4dit_ao.calibration.pipeline_arguments import CallArguments, call_arguments
 from fp4dit_ao.calibration.recording import Enough, Recorder
 from fp4dit_ao.calibration.sample_cache import Sample
 from fp4dit_ao.calibration.sample_selection import SELECTIONS, check_chosen
@@ -46,7 +46,7 @@ def collect_samples(
     cache_dir: str | Path | None = None,
     memory_limit_bytes: int = MEMORY_LIMIT,
     progress: bool = True,
-    **call: Any,
+    **call: object,
 ) -> list[Sample]:
     """Runs the pipeline's denoising loop on ``prompts`` and keeps the inputs of some of its transformer calls.
 
@@ -115,17 +115,17 @@ def collect_samples(
 
 
 def _batches(
-    pipe: "DiffusionPipeline", prompts: Sequence[str] | None, arguments: dict[str, Any], size: int
-) -> list[dict[str, Any]]:
+    pipe: "DiffusionPipeline", prompts: Sequence[str] | None, arguments: CallArguments, size: int
+) -> list[CallArguments]:
     """Keyword arguments of the pipeline for every batch of prompts."""
     if isinstance(prompts, str):
         prompts = [prompts]
     embeddings = {name: v for name, v in arguments.items() if "prompt" in name and isinstance(v, Tensor) and v.ndim}
-    labels = arguments.get(_LABELS)
+    labels: Sequence[int] | Tensor = arguments.get(_LABELS, ())
     if not prompts and "prompt_embeds" not in embeddings and not labels:
         raise ValueError("calibration needs prompts; give a list of them, or prompt_embeds computed beforehand")
-    conditions: Any = prompts or embeddings.get("prompt_embeds", labels)
-    count = len(conditions)
+    embedded = embeddings.get("prompt_embeds")
+    count = len(prompts or (labels if embedded is None else embedded))
     batches = []
     for start in range(0, count, size):
         stop = min(start + size, count)
@@ -149,7 +149,7 @@ def _batches(
 def _collect(
     pipe: "DiffusionPipeline",
     transformer: nn.Module,
-    batches: list[dict[str, Any]],
+    batches: list[CallArguments],
     seed: int,
     samples: int | None,
     selection: str,
@@ -233,7 +233,7 @@ def _features_kept(transformer: nn.Module, wanted: bool) -> Iterator[list[Tensor
         hook.remove()
 
 
-def size_in_bytes(samples: Sequence[Mapping[str, Any]]) -> int:
+def size_in_bytes(samples: Sequence[Mapping[str, object]]) -> int:
     """Bytes of all tensors of ``samples``; tensors that several samples share count once."""
     seen = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for s in samples for _, x in tensors(s)}
     return sum(seen.values())

@@ -1,7 +1,6 @@
 """Runs calibration samples through the observers of a prepared graph."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from fp4dit_ao.graph_capture.sample_description import tensors
 from fp4dit_ao.observers import set_fake_quantize
 
 
-def calibrate(prepared: GraphModule, samples: Sequence[Mapping[str, Any]], progress: bool = True) -> None:
+def calibrate(prepared: GraphModule, samples: Sequence[Mapping[str, object]], progress: bool = True) -> None:
     """Runs ``samples`` through a graph that ``prepare_pt2e`` returned, so that its observers see them.
 
     Args:
@@ -43,7 +42,7 @@ def calibrate(prepared: GraphModule, samples: Sequence[Mapping[str, Any]], progr
             prepared(**pytree.tree_map_only(Tensor, lambda x: x.to(device), arguments))
 
 
-def check_finite(sample: Mapping[str, Any], index: int) -> None:
+def check_finite(sample: Mapping[str, object], index: int) -> None:
     """Raises ``ValueError`` if a tensor of ``sample`` (the ``index``-th) holds NaN or Inf."""
     for name, x in tensors(sample):
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):

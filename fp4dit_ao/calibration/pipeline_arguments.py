@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 FILE = "generation.json"
+CallArguments = dict[str, Any]
+"""Keyword arguments of a pipeline's call, of the types that the pipeline asks for."""
 
 
-def generation_defaults(folder: str | Path) -> dict[str, Any]:
+def generation_defaults(folder: str | Path) -> CallArguments:
     """Keyword arguments in ``folder/generation.json`` (steps, guidance, size, …); ``{}`` if there is no such file.
 
     Raises:
@@ -30,7 +32,7 @@ def generation_defaults(folder: str | Path) -> dict[str, Any]:
     return data
 
 
-def defaults_of(pipe: "DiffusionPipeline") -> dict[str, Any]:
+def defaults_of(pipe: "DiffusionPipeline") -> CallArguments:
     """Default call arguments of ``pipe``: those it carries, or those of the folder that it was loaded from."""
     carried = vars(pipe).get("generation_defaults")
     if isinstance(carried, dict):
@@ -39,7 +41,7 @@ def defaults_of(pipe: "DiffusionPipeline") -> dict[str, Any]:
     return generation_defaults(source) if source and Path(source).is_dir() else {}
 
 
-def call_arguments(pipe: "DiffusionPipeline", **call: Any) -> dict[str, Any]:
+def call_arguments(pipe: "DiffusionPipeline", **call: object) -> CallArguments:
     """Merges ``call`` over the pipeline's own defaults.
 
     Raises:
@@ -52,7 +54,7 @@ def call_arguments(pipe: "DiffusionPipeline", **call: Any) -> dict[str, Any]:
     return accepted(pipe, defaults_of(pipe)) | call
 
 
-def accepted(pipe: "DiffusionPipeline", call: Mapping[str, Any]) -> dict[str, Any]:
+def accepted(pipe: "DiffusionPipeline", call: Mapping[str, object]) -> CallArguments:
     """Those of ``call`` that the pipeline's ``__call__`` takes by name.
 
     Raises:
@@ -72,7 +74,7 @@ def accepted(pipe: "DiffusionPipeline", call: Mapping[str, Any]) -> dict[str, An
 _PLAIN = (bool, int, float, str)
 
 
-def _plain_types(annotation: Any) -> tuple[type[Any], ...]:
+def _plain_types(annotation: object) -> tuple[type, ...]:
     """Plain types in an annotation such as ``int | None``; a float may be a whole number. Empty if there are none."""
     found = tuple(one for one in (annotation, *get_args(annotation)) if one in _PLAIN)
     return (*found, int) if float in found else found

@@ -1,10 +1,9 @@
 """``Recorder``: keeps the inputs of a transformer's calls, and refuses calls of more than one kind."""
 
 import inspect
-from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.calibration.sample_cache import Sample
@@ -18,7 +17,7 @@ class Enough(Exception):
 class Recorder:
     """Forward pre-hook that keeps the inputs of the calls in ``wanted``, of all calls if None."""
 
-    def __init__(self, transformer: nn.Module, bar: "tqdm[Any]", wanted: set[int] | None = None):
+    def __init__(self, transformer: nn.Module, bar: tqdm, wanted: set[int] | None = None):
         parameters = inspect.signature(transformer.forward).parameters
         self.names = list(parameters)
         self.defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
@@ -27,7 +26,7 @@ class Recorder:
         self.calls = 0
         self.kept: dict[int, Sample] = {}
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         sample = dict(zip(self.names, args, strict=False)) | kwargs
         sample.pop("return_dict", None)
         self._check_kind(module, self.defaults | sample)
@@ -50,5 +49,5 @@ class Recorder:
             )
 
 
-def _own(value: Any) -> Any:
+def _own(value: object) -> object:
     return pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), value)

@@ -5,27 +5,27 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fp4dit_ao.graph_capture.sample_description import decode, encode
+from fp4dit_ao.graph_capture.sample_description import decode_arguments, encode
 from fp4dit_ao.util.atomic_files import whole_file
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-Sample = dict[str, Any]
+Sample = dict[str, object]
 """Keyword arguments of one ``forward``."""
 
 _VERSION = 1
 _PROBES = 4096
 
 
-def fingerprint(pipe: "DiffusionPipeline", settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
+def fingerprint(pipe: "DiffusionPipeline", settings: Mapping[str, object], arguments: Mapping[str, object]) -> str:
     """Cache key: a hash of everything that determines the samples.
 
     Of each weight the name, shape, type and up to 4096 evenly spaced values are hashed, so that a 10 GB text encoder
@@ -33,7 +33,7 @@ def fingerprint(pipe: "DiffusionPipeline", settings: Mapping[str, Any], argument
     """
     digest = hashlib.sha256(f"{_VERSION} {type(pipe).__name__}".encode())
     for name, component in sorted(pipe.components.items()):
-        config: Any = getattr(component, "config", None)
+        config: object = getattr(component, "config", None)
         config = config.to_dict() if hasattr(config, "to_dict") else config
         digest.update(f"{name} {type(component).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
         # the autoencoder decodes images; samples do not depend on it
@@ -73,7 +73,7 @@ def load(folder: str | Path, key: str, device: torch.device) -> list[Sample] | N
         with safe_open(path, "pt", device=str(device)) as file:
             structure = json.loads((file.metadata() or {})["samples"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            return [decode(sample, lambda name: tensors[name]) for sample in structure]
+            return [decode_arguments(sample, lambda name: tensors[name]) for sample in structure]
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         warnings.warn(f"ignoring the damaged calibration cache {path} ({error}); collecting anew", stacklevel=3)
         return None
@@ -85,7 +85,7 @@ def save(folder: str | Path, key: str, samples: Sequence[Sample]) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    names: dict[tuple[Any, ...], str] = {}
+    names: dict[tuple[object, ...], str] = {}
     stored: dict[str, Tensor] = {}
 
     def store(x: Tensor) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from fp4dit_ao.checkpoint.tensor_files import first_line
 
 
 def empty_model(
-    config: Mapping[str, Any], limit: int | None = None, buffers: bool = False, cls: type[nn.Module] | None = None
+    config: Mapping[str, object], limit: int | None = None, buffers: bool = False, cls: type[nn.Module] | None = None
 ) -> nn.Module:
     """Makes the float model that ``config`` describes, on the meta device.
 
@@ -41,12 +40,12 @@ def empty_model(
         raise ValueError(f"{name} cannot be made from its config: {first_line(error)}") from error
 
 
-def _on_meta(but_buffers: bool) -> contextlib.AbstractContextManager[Any]:
+def _on_meta(but_buffers: bool) -> contextlib.AbstractContextManager[object]:
     if not but_buffers:
         return torch.device("meta")
     from accelerate import init_empty_weights
 
-    context: contextlib.AbstractContextManager[Any] = init_empty_weights(include_buffers=False)
+    context: contextlib.AbstractContextManager[object] = init_empty_weights(include_buffers=False)
     return context
 
 

@@ -7,7 +7,6 @@ in the first place; then stored codes, scales and float tensors take the fake on
 import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from fp4dit_ao import _compat
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import capture
+from fp4dit_ao.graph_capture.sample_description import Description
 from fp4dit_ao.observers import StaticActivationObserver, WeightObserver
 from fp4dit_ao.observers.weight import weight_of
 from fp4dit_ao.passes.lowering import lower
@@ -55,7 +55,7 @@ def _rules(decisions: Iterable[Decision]) -> dict[str, QuantConfig | None]:
 
 def build(
     model: nn.Module,
-    description: Any,
+    description: Description,
     decisions: Iterable[Decision],
     dtype: torch.dtype,
     dtypes: Mapping[str, torch.dtype] | None = None,
@@ -85,7 +85,7 @@ def build(
     return lowered
 
 
-def prepare(model: nn.Module, description: Any, dtype: torch.dtype, quantizer: FP4DiTQuantizer) -> GraphModule:
+def prepare(model: nn.Module, description: Description, dtype: torch.dtype, quantizer: FP4DiTQuantizer) -> GraphModule:
     """The prepared graph of ``model``, all of fake tensors; ``quantizer`` then has its decisions. See :func:`build`."""
     with _compat.fake_mode() as mode, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -96,8 +96,8 @@ def prepare(model: nn.Module, description: Any, dtype: torch.dtype, quantizer: F
 
 def _prepare(
     model: nn.Module,
-    mode: Any,
-    description: Any,
+    mode: _compat.FakeTensorMode,
+    description: Description,
     dtype: torch.dtype,
     quantizer: FP4DiTQuantizer,
     dtypes: Mapping[str, torch.dtype],
@@ -113,7 +113,9 @@ def _prepare(
     return prepared
 
 
-def _fake(model: nn.Module, mode: Any, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype) -> None:
+def _fake(
+    model: nn.Module, mode: _compat.FakeTensorMode, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype
+) -> None:
     for prefix, module in model.named_modules():
         for slots in _compat.slots(module):
             for leaf, x in slots.items():

@@ -23,6 +23,7 @@ from fp4dit_ao.formats import (
     register_codebook_set,
 )
 from fp4dit_ao.formats.registry import BUILT_IN
+from fp4dit_ao.graph_capture.sample_description import Description
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.registry import from_records
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs
@@ -60,10 +61,10 @@ class Record:
     dtype: torch.dtype
     recipe: QuantConfig | None = None
     source: str | None = None
-    sample: Any = None
+    sample: Description | None = None
     transforms: list[GraphTransform] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: {name: metadata.version(name) for name in _PACKAGES})
-    model: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, object] = field(default_factory=dict)
     tensors: dict[str, Entry] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
 
@@ -78,7 +79,7 @@ class Record:
         """The oldest format version that can say all of this."""
         return 2 if all(isinstance(transform, SplitInputs) for transform in self.transforms) else FORMAT_VERSION
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The ``quantization_config``."""
         configs: list[QuantConfig] = []
         layers = []
@@ -102,10 +103,10 @@ class Record:
             "model": self.model,
             "tensors": {name: dataclasses.asdict(entry) for name, entry in self.tensors.items()},
         }
-        data = json.loads(json.dumps(data))
-        return data | {"sha256": digest(data)}
+        plain: dict[str, object] = json.loads(json.dumps(data))
+        return plain | {"sha256": digest(plain)}
 
-    def _transforms_to_json(self) -> dict[str, Any]:
+    def _transforms_to_json(self) -> dict[str, object]:
         if self.format_version == 2:
             return {"parts": self.parts}
         return {"transforms": [{"name": transform.name, **transform.to_record()} for transform in self.transforms]}
@@ -166,7 +167,7 @@ def _transforms_from_json(data: Mapping[str, Any]) -> list[GraphTransform]:
     return [SplitInputs.from_record({"parts": data["parts"]})] if data["parts"] else []
 
 
-def _custom_codebooks(configs: Iterable[QuantConfig]) -> dict[str, Any]:
+def _custom_codebooks(configs: Iterable[QuantConfig]) -> dict[str, object]:
     """Codebooks and sets of them that ``configs`` name and that are not built in, by name: whoever reads the record needs them.
 
     A codebook is a list of levels, a set a list of codebooks.
@@ -177,7 +178,7 @@ def _custom_codebooks(configs: Iterable[QuantConfig]) -> dict[str, Any]:
     return levels | {name: list(map(list, CODEBOOK_SETS[name].books)) for name in custom if name in CODEBOOK_SETS}
 
 
-def _register_codebooks(codebooks: Any, where: str) -> None:
+def _register_codebooks(codebooks: object, where: str) -> None:
     """Makes the codebooks of a record known to ``formats.parse``.
 
     Raises:
@@ -198,13 +199,13 @@ def _register_codebooks(codebooks: Any, where: str) -> None:
             ) from error
 
 
-def digest(data: Any) -> str:
+def digest(data: object) -> str:
     """SHA-256 of JSON data, whatever its layout and the order of its keys."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def model_config(config: Mapping[str, object]) -> dict[str, object]:
     """The part of a diffusers config that describes the model: no private keys but the class name, as JSON."""
     own = {
         k: v for k, v in config.items() if k != "quantization_config" and (k == "_class_name" or not k.startswith("_"))
@@ -212,7 +213,7 @@ def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(own, default=str)))
 
 
-def check_model(record: Record, config: Mapping[str, Any], where: str) -> None:
+def check_model(record: Record, config: Mapping[str, object], where: str) -> None:
     """Raise ``ValueError`` if a model's config is not the one that was saved."""
     found = model_config(config)
     for key, value in record.model.items():

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from fp4dit_ao.checkpoint import tensor_files, transformer_folder
 from fp4dit_ao.formats import FloatFormat, parse
 from fp4dit_ao.schemes import SCHEMES, scheme_of
-from fp4dit_ao.schemes.scheme import describe_format
+from fp4dit_ao.schemes.scheme import Arrays, Description, describe_format
 
 LAYOUT = "fp4dit_ao.single_file"
 LAYOUT_VERSION = 1
@@ -56,8 +57,8 @@ def export_single_file(folder: str | Path, out: str | Path) -> None:
             "load the folder itself, or quantize without it"
         )
     tensors = dict(tensor_files.read(folder, record.tensors))
-    formats: dict[str, Any] = {}
-    layers: dict[str, Any] = {}
+    formats: dict[str, object] = {}
+    layers: dict[str, object] = {}
     for decision in record.decisions:
         config = decision.config
         if config is None:
@@ -65,7 +66,7 @@ def export_single_file(folder: str | Path, out: str | Path) -> None:
         scheme, attends = scheme_of(config), decision.kind == "attention"
         inputs = config.attention if attends else config.activation
         inputs = None if inputs is None else str(parse(inputs))
-        layer: dict[str, Any] = {
+        layer: dict[str, object] = {
             "kind": decision.kind,
             "input": inputs,
             "input_scale": scheme.input_scale(config, attends),
@@ -73,8 +74,9 @@ def export_single_file(folder: str | Path, out: str | Path) -> None:
         if inputs is not None:
             formats[inputs] = describe_format(inputs)
         if not attends:
-            layer |= {"scheme": config.scheme} | scheme.describe(config)
-            formats[layer["weight"]] = scheme.describe_format(config)
+            described = scheme.describe(config)
+            layer |= {"scheme": config.scheme} | described
+            formats[str(described["weight"])] = scheme.describe_format(config)
         layers[decision.name] = layer
     metadata = {
         "format": "pt",
@@ -109,17 +111,17 @@ class SingleFile:
         metadata: of the file, with JSON values parsed.
     """
 
-    tensors: Mapping[str, np.ndarray[Any, Any]]
+    tensors: Arrays
     metadata: Mapping[str, Any]
 
-    def codes(self, layer: str) -> np.ndarray[Any, Any]:
+    def codes(self, layer: str) -> NDArray[np.uint8]:
         """uint8 ``(out_features, in_features)`` of a quantized linear."""
         packed = self.tensors[f"{layer}.weight.qdata"]
         if self._format(layer)["bits"] > 4:
             return packed
         return np.stack([packed & 15, packed >> 4], -1).reshape(packed.shape[0], -1)
 
-    def weight(self, layer: str) -> np.ndarray[Any, Any]:
+    def weight(self, layer: str) -> NDArray[np.float32]:
         """float32 ``(out_features, in_features)`` of a linear: codes and scales multiplied out if it is quantized."""
         found = self.metadata["layers"].get(layer, {})
         if found.get("weight") is None:
@@ -129,8 +131,9 @@ class SingleFile:
         scheme = SCHEMES.find(found.get("scheme", _FIRST_SCHEME))
         return scheme.dequantize(self.codes(layer), parts, found, self._format(layer))
 
-    def _format(self, layer: str) -> Any:
-        return self.metadata["formats"][self.metadata["layers"][layer]["weight"]]
+    def _format(self, layer: str) -> Description:
+        found: Description = self.metadata["formats"][self.metadata["layers"][layer]["weight"]]
+        return found
 
 
 def read_single_file(path: str | Path) -> SingleFile:
@@ -170,7 +173,7 @@ def read_single_file(path: str | Path) -> SingleFile:
     return SingleFile(tensors, metadata)
 
 
-def _tensor(name: str, place: Any, data: np.ndarray[Any, Any], sha256: str) -> np.ndarray[Any, Any]:
+def _tensor(name: str, place: Mapping[str, Any], data: NDArray[np.uint8], sha256: str) -> NDArray[np.generic]:
     start, stop = place["data_offsets"]
     if not 0 <= start <= stop <= data.size:
         raise ValueError(f"tensor {name} lies outside of the file, which is truncated; copy it again")
@@ -178,33 +181,33 @@ def _tensor(name: str, place: Any, data: np.ndarray[Any, Any], sha256: str) -> n
     if hashlib.sha256(raw.data).hexdigest() != sha256:
         raise ValueError(f"tensor {name} was altered since it was saved: its SHA-256 differs; copy it again")
     try:
-        x: np.ndarray[Any, Any] = raw.view(_TYPES[place["dtype"]]).reshape(place["shape"])
+        x: NDArray[np.generic] = raw.view(_TYPES[place["dtype"]]).reshape(place["shape"])
     except ValueError:
         raise ValueError(f"tensor {name} does not have the shape {place['shape']}; copy it again") from None
     widen = _WIDENED.get(place["dtype"])
     return x if widen is None else widen(x)
 
 
-def _from_bfloat16(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _from_bfloat16(x: NDArray[np.generic]) -> NDArray[np.float32]:
     return (x.astype(np.uint32) << 16).view(np.float32)
 
 
-def _from_e4m3(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _from_e4m3(x: NDArray[np.generic]) -> NDArray[np.float32]:
     fmt = FloatFormat.parse("e4m3fn")
     values = np.array([fmt.level(code) * 2.0**-9 for code in range(256)], np.float32)  # 2^-9: its smallest subnormal
     values[[0x7F, 0xFF]] = np.nan
-    found: np.ndarray[Any, Any] = values[x]
+    found: NDArray[np.float32] = values[x]
     return found
 
 
-def _from_e8m0(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _from_e8m0(x: NDArray[np.generic]) -> NDArray[np.float32]:
     powers = np.ldexp(1.0, np.arange(256) - 127)
     powers[0xFF] = np.nan
-    found: np.ndarray[Any, Any] = powers.astype(np.float32)[x]
+    found: NDArray[np.float32] = powers.astype(np.float32)[x]
     return found
 
 
-_WIDENED: dict[str, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {
+_WIDENED: dict[str, Callable[[NDArray[np.generic]], NDArray[np.float32]]] = {
     "BF16": _from_bfloat16, "F8_E4M3": _from_e4m3, "F8_E8M0": _from_e8m0,
 }  # fmt: skip
 """Conversions to float32 of the types that NumPy lacks, by the name of the type in the file."""

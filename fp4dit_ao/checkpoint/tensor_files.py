@@ -205,7 +205,7 @@ def _same_names(path: Path, found: set[str], names: list[str]) -> None:
         )
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> object:
     """Content of a JSON file.
 
     Raises:

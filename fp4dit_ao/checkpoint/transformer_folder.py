@@ -9,7 +9,6 @@ other tensors unchanged. The graph form and the module form write the same folde
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -54,12 +53,19 @@ def save(
 def is_quantized(folder: str | Path) -> bool:
     """Whether the ``config.json`` in ``folder`` is that of a transformer that :func:`save` wrote, damaged or not."""
     try:
-        return bool(tensor_files.read_json(Path(folder) / CONFIG)["quantization_config"]["quant_method"] == METHOD)
-    except (OSError, ValueError, KeyError, TypeError):
+        config = tensor_files.read_json(Path(folder) / CONFIG)
+    except (OSError, ValueError):
         return False
+    return _quantization(config).get("quant_method") == METHOD
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
+def _quantization(config: object) -> dict[str, object]:
+    """The ``quantization_config`` in the content of a ``config.json``; empty if there is none."""
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def read_config(folder: str | Path) -> dict[str, object]:
     """Reads ``config.json`` of a quantized transformer.
 
     Raises:
@@ -70,10 +76,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no saved transformer: it has no {CONFIG}")
     config = tensor_files.read_json(path)
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(quantization, dict) or "quant_method" not in quantization:
+    if not isinstance(config, dict) or "quant_method" not in _quantization(config):
         raise ValueError(f"{folder} holds no quantized transformer; load it with diffusers, then use quantize_pipeline")
-    return dict(config)
+    return config
 
 
 def read_record(folder: str | Path) -> Record:
@@ -85,7 +90,7 @@ def read_record(folder: str | Path) -> Record:
     """
     where = str(Path(folder) / CONFIG)
     config = read_config(folder)
-    record = Record.from_json(config["quantization_config"], where)
+    record = Record.from_json(_quantization(config), where)
     check_model(record, config, where)
     return record
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -57,7 +56,7 @@ def benchmark(
     linear_cases = [linears.cases(text) for text in linear]
     step_cases = [StepCase.parse(text) for text in transformer]
     texts = _prompts(model, prompts, batch_size) if "generation" in parts else []
-    call: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+    call: dict[str, object] = {} if steps is None else {"num_inference_steps": steps}
     each = Settings(tuple(recipes), tuple(peers), device, torch.get_num_threads(), rounds, at_once)
     few = replace(each, rounds=model_rounds)
     asked = {

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 OWN = {
     "prompt": "--prompt or --prompts", "generator": "--seed", "output_type": "nothing: images are always arrays",
@@ -11,13 +10,13 @@ OWN = {
 """Arguments that commands pass themselves, and what to give in their place."""
 
 
-def call_options(options: Sequence[str] | None, steps: int | None) -> dict[str, Any]:
+def call_options(options: Sequence[str] | None, steps: int | None) -> dict[str, object]:
     """Arguments of a pipeline's call from ``--call`` and ``--steps``. A value is JSON if it can be, else text.
 
     Raises:
         ValueError: an option has no name or no ``=``, is there twice, or names an argument that has an option of its own.
     """
-    call: dict[str, Any] = {}
+    call: dict[str, object] = {}
     for option in options or ():
         name, equals, value = option.partition("=")
         if not name.isidentifier() or not equals:

@@ -3,17 +3,16 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 
-def config_fields(path: Path | None, group_size: int | None) -> dict[str, Any]:
+def config_fields(path: Path | None, group_size: int | None) -> dict[str, object]:
     """Fields of ``QuantConfig`` that replace the recipe's: those of the JSON file ``path``, and the group size.
 
     Raises:
         ValueError: the file holds no JSON object.
         OSError: the file cannot be read.
     """
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     if path is not None:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))

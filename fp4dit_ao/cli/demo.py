@@ -3,7 +3,6 @@
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 from fp4dit_ao import reference
 from fp4dit_ao.config import DEFAULT_RECIPE, ReconstructionConfig
@@ -35,15 +34,14 @@ def demo(out: Path, rounding: str, iters: int, seed: int, compile: bool) -> None
     calibration = [known[index] for index in named_models.reference_indices(CALIBRATION_PROMPTS)]
 
     print(f"[2/4] quantizing to W4A6 ({DEFAULT_RECIPE}), weights rounded by {rounding}", flush=True)
-    common: dict[str, Any] = {"prompts": calibration, "seed": seed}
     began = time.perf_counter()
     w4a6 = quantize_pipeline(
         pipe, samples=CALIBRATION_SAMPLES, reconstruction=ReconstructionConfig(rounding, iters=iters), compile=compile,
-        **common,
+        prompts=calibration, seed=seed,
     )  # fmt: skip
     seconds = {"original": 0.0, "W4A6": time.perf_counter() - began}
     began = time.perf_counter()
-    naive = quantize_pipeline(pipe, "int_w4a6", rounding="nearest", **common)
+    naive = quantize_pipeline(pipe, "int_w4a6", rounding="nearest", prompts=calibration, seed=seed)
     seconds["INT4/INT6 nearest"] = time.perf_counter() - began
 
     print(f"[3/4] drawing {JUDGED} prompts with each" + (", W4A6 compiled" if compile else ""), flush=True)

@@ -1,7 +1,6 @@
 """``fp4dit-ao evaluate``: a table of how close a quantized pipeline's images are to the original's."""
 
 from pathlib import Path
-from typing import Any
 
 from fp4dit_ao.calibration import read_prompts
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
@@ -11,7 +10,7 @@ from fp4dit_ao.evaluation.fidelity import Evaluation, Fidelity
 
 
 def evaluate(
-    model: str, against: str, prompts: Path | None, count: int, seeds: int, call: dict[str, Any], batch_size: int,
+    model: str, against: str, prompts: Path | None, count: int, seeds: int, call: dict[str, object], batch_size: int,
     out: Path, compile: bool, device: str | None, dtype: str,
 ) -> None:  # fmt: skip
     """Generates with both models and arguments ``call``, prints the Markdown table and writes everything as JSON."""
@@ -19,7 +18,7 @@ def evaluate(
     texts = read_prompts(prompts)[:count] if prompts else named_models.default_prompts(against, count)
     indices = named_models.known_prompts(texts) if named_models.is_reference(against) else None
     images, seconds, footprints = {}, {}, {}
-    settings: dict[str, Any] = {"prompts": len(texts), "seeds": seeds, "batch size": batch_size}
+    settings: dict[str, object] = {"prompts": len(texts), "seeds": seeds, "batch size": batch_size}
     settings |= {name: value for name, value in call.items() if name != "num_inference_steps"}
     for name in (against, model):
         pipe = named_models.open_pipeline(name, device, compile=compile, dtype=dtype)

@@ -1,7 +1,6 @@
 """``fp4dit-ao generate``: draws prompts into one picture, beside another model's images if asked."""
 
 from pathlib import Path
-from typing import Any
 
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.evaluation import fidelity, metrics, plots
@@ -9,7 +8,7 @@ from fp4dit_ao.util.markdown import markdown_table
 
 
 def generate(
-    model: str, prompts: list[str], out: Path, compare: str | None, seed: int, call: dict[str, Any], batch_size: int,
+    model: str, prompts: list[str], out: Path, compare: str | None, seed: int, call: dict[str, object], batch_size: int,
     compile: bool, device: str | None, weights: str, dtype: str,
 ) -> None:  # fmt: skip
     """Draws ``prompts`` with one seed and arguments ``call``, ``model`` with ``weights``; prints how close its images are

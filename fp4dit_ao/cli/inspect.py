@@ -2,7 +2,6 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,11 @@ from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels.attention import ATTENTION, LARGEST_HEAD, AttentionOperands
 from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.schemes import owner_of
+from fp4dit_ao.tensors.block_scaled import MXWeight, NVFP4Weight
+from fp4dit_ao.tensors.quantized_weight import QuantizedWeight
 from fp4dit_ao.util.markdown import markdown_table
+
+LowBitWeight = QuantizedWeight | MXWeight | NVFP4Weight
 
 
 def inspect(model: str, against: str | None, out: Path | None, device: str | None = None) -> None:
@@ -48,11 +51,11 @@ def inspect(model: str, against: str | None, out: Path | None, device: str | Non
         print(f"levels that the weights use: {out}")
 
 
-def low_bit_weights(transformer: QuantizedTransformer) -> dict[str, Any]:
+def low_bit_weights(transformer: QuantizedTransformer) -> dict[str, LowBitWeight]:
     """The quantized weight of every linear, by the linear's name."""
-    found: dict[str, Any] = {}
+    found: dict[str, LowBitWeight] = {}
     for name, parameter in transformer.graph.named_parameters():
-        weight: Any = parameter.detach()
+        weight = parameter.detach()
         if isinstance(weight, TorchAOBaseTensor):
             found[name.removesuffix(".weight")] = weight
     return found
@@ -109,7 +112,7 @@ def size_of_rest(transformer: QuantizedTransformer) -> int:
     return sum(p.numel() for p in transformer.graph.parameters() if not isinstance(p.detach(), TorchAOBaseTensor))
 
 
-def _unit(row: LayerSummary, weight: Any, device: torch.device) -> str:
+def _unit(row: LayerSummary, weight: LowBitWeight | None, device: torch.device) -> str:
     """Kernel that computes a layer on ``device``, taken from the table that the layer itself uses."""
     if weight is not None:
         return str(weight.unit(device))
@@ -125,7 +128,7 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _errors(weight: Any, original: Tensor) -> list[str]:
+def _errors(weight: LowBitWeight, original: Tensor) -> list[str]:
     """Signal-to-quantization-noise ratio of the weight, and the part of its codes that are not the nearest ones."""
     original = original.float()
     error = weight.dequantize(torch.float32) - original

@@ -21,7 +21,7 @@ class OneSentence(TyperGroup):
         rest: list[str] = super().parse_args(ctx, [arg for arg in args if arg != "--debug"])
         return rest
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Any) -> object:
         """Runs the command; see the class."""
         debug = ctx.obj["debug"]
         if not debug:

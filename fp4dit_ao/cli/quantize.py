@@ -10,7 +10,7 @@ from typing import Any
 
 from fp4dit_ao.calibration import SELECTIONS, read_prompts
 from fp4dit_ao.cli.output_paths import check_writable_folder
-from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.config import Fields, QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
 from fp4dit_ao.graph_capture.transforming import resolve_transforms
@@ -71,7 +71,7 @@ class Methods:
 def quantize(
     model: str, out: Path, *, recipe: str, prompts: Path | None, methods: Methods, skip: Sequence[str],
     call: Mapping[str, Any], samples: int, seed: int, resume: bool, device: str | None,
-    dtype: str, fields: Mapping[str, Any], layers: Mapping[str, str | None],
+    dtype: str, fields: Fields, layers: Mapping[str, str | None],
 ) -> None:  # fmt: skip
     """Quantizes ``model`` and saves it to ``out``; a killed run leaves ``<out>.unfinished``, from which ``resume``
     continues.

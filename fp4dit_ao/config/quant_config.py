@@ -1,6 +1,6 @@
 """Formats, groups and scale search of every linear: :class:`QuantConfig`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -13,6 +13,9 @@ HIGH_PRECISION = (
     "*caption_*", "*adaln_single*", "*time_extra_emb*", "norm_out*", "proj_out*", "*guidance_embed*",
 )  # fmt: skip
 """Module names left in high precision by every recipe: patch, time and text embedders, final norm and projection."""
+
+Fields = Mapping[str, Any]
+"""Values of some fields of a :class:`QuantConfig`, by name, each of its field's type."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ tensors, packed codes and scales; nothing is pickled.
 
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 SUFFIX = ".pt2"
 _NOTE = "fp4dit_ao.json"
 """Name of the JSON with the call signature: a file beside the graph in a program, a metadata entry in a package."""
+
+
+class Note(TypedDict):
+    """The call signature, as an archive holds it."""
+
+    class_name: str
+    signature: dict[str, Any]
+    dtype: str
+    versions: dict[str, str]
 
 
 def export_program(model: "QuantizedTransformer") -> ExportedProgram:
@@ -94,7 +103,7 @@ class ExportedTransformer:
         dtype: type of its floating-point inputs and outputs.
     """
 
-    def __init__(self, kind: str, run: Callable[..., Any], note: Mapping[str, Any]):
+    def __init__(self, kind: str, run: Callable[..., tuple[Tensor, ...]], note: Note):
         self.kind = kind
         self.class_name = str(note["class_name"])
         self.signature = Signature(**note["signature"])
@@ -102,7 +111,7 @@ class ExportedTransformer:
         self._run = run
 
     @torch.no_grad()
-    def __call__(self, **arguments: Any) -> tuple[Tensor, ...]:
+    def __call__(self, **arguments: object) -> tuple[Tensor, ...]:
         """Runs the graph; returns what the transformer's ``forward`` returns with ``return_dict=False``.
 
         Captured constants (``None``, flags) may be left out.
@@ -110,8 +119,7 @@ class ExportedTransformer:
         Raises:
             ValueError: an argument does not fit the signature; see ``Signature.bind``.
         """
-        output: tuple[Tensor, ...] = self._run(**self.signature.bind(arguments, f"exported {self.class_name}"))
-        return output
+        return self._run(**self.signature.bind(arguments, f"exported {self.class_name}"))
 
 
 def load(path: str | Path) -> ExportedTransformer:
@@ -132,7 +140,7 @@ def load(path: str | Path) -> ExportedTransformer:
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is no .pt2 archive, or cut short: {error}") from error
     package = any("/data/aotinductor/" in name for name in names)
-    note: dict[str, Any]
+    note: Note
     try:
         if package:
             run = _compat.load_package(path)
@@ -155,7 +163,7 @@ def _checked(path: str | Path) -> Path:
     return path
 
 
-def _note(model: "QuantizedTransformer", exported: ExportedProgram) -> dict[str, Any]:
+def _note(model: "QuantizedTransformer", exported: ExportedProgram) -> Note:
     return {
         "class_name": model.config["_class_name"],
         "signature": asdict(signature_of(exported, _numbers(model))),

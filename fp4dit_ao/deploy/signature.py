@@ -7,7 +7,7 @@ returns an image.
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ from fp4dit_ao import _compat
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.deploy import size_expressions
 from fp4dit_ao.graph_capture import sample_description
+
+
+class ArgumentSpec(TypedDict):
+    """One tensor of a signature; a size that may vary is a name."""
+
+    shape: list[int | str]
+    dtype: str
+    device: str
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Signature:
     numbers: Mapping[str, int | str]
     relations: Sequence[str]
 
-    def bind(self, arguments: Mapping[str, Any], who: str) -> dict[str, Any]:
+    def bind(self, arguments: Mapping[str, object], who: str) -> dict[str, object]:
         """Arguments of the graph for a call: adds omitted constants, and turns whole numbers into lengths of tensors.
 
         Args:
@@ -50,10 +58,12 @@ class Signature:
         given = {name: value for name, value in arguments.items() if name not in self.numbers}
         fixed = {"return_dict": False} if "return_dict" in self._constants else {}
         bound = self._constants | given | fixed
-        numbers: dict[str, Any] = {name: arguments.get(name) for name in self.numbers}
-        for name, value in numbers.items():
+        numbers: dict[str, int] = {}
+        for name in self.numbers:
+            value = arguments.get(name)
             if type(value) is not int or value < 0:
                 raise ValueError(f"{who}: {name} must be a whole number, found {value!r}")
+            numbers[name] = value
         sample_description.check(self.inputs, bound, who)
         self._check_types(bound, who)
         self._check_sizes(bound, numbers, who)
@@ -62,15 +72,15 @@ class Signature:
         return bound | {name: as_length(value) for name, value in numbers.items()}
 
     @functools.cached_property
-    def _constants(self) -> dict[str, Any]:
-        whole = sample_description.decode(self.inputs, lambda spec: torch.empty(0))
+    def _constants(self) -> dict[str, object]:
+        whole = sample_description.decode_arguments(self.inputs, lambda spec: torch.empty(0))
         return {name: value for name, value in whole.items() if not any(sample_description.tensors(value))}
 
     @functools.cached_property
-    def _specs(self) -> dict[str, dict[str, Any]]:
+    def _specs(self) -> dict[str, ArgumentSpec]:
         return sample_description.specs(self.inputs)
 
-    def _check_types(self, arguments: Mapping[str, Any], who: str) -> None:
+    def _check_types(self, arguments: Mapping[str, object], who: str) -> None:
         for name, x in sample_description.tensors(arguments):
             dtype, device = getattr(torch, self._specs[name]["dtype"]), self._specs[name]["device"]
             if x.dtype != dtype:
@@ -80,7 +90,7 @@ class Signature:
                     f"{who}: {name} is on {x.device}, it was captured on {device}; pass {name}.to({device!r})"
                 )
 
-    def _check_sizes(self, arguments: Mapping[str, Any], numbers: Mapping[str, int], who: str) -> None:
+    def _check_sizes(self, arguments: Mapping[str, object], numbers: Mapping[str, int], who: str) -> None:
         shapes = {name: tuple(x.shape) for name, x in sample_description.tensors(arguments)}
         found = [(name, name, self.numbers[name], number) for name, number in numbers.items()]
         for name, shape in shapes.items():
@@ -145,7 +155,7 @@ def signature_of(exported: ExportedProgram, numbers: Sequence[str]) -> Signature
         known.add(name)
         return name
 
-    def described(x: Tensor) -> dict[str, Any]:
+    def described(x: Tensor) -> ArgumentSpec:
         shape = [named(size) for size in x.shape]
         return {"shape": shape, "dtype": str(x.dtype).removeprefix("torch."), "device": x.device.type}
 

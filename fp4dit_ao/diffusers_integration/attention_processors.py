@@ -3,17 +3,27 @@
 import copy
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fp4dit_ao._compat import Arguments, Keywords, Operator
 from fp4dit_ao.kernels.attention import arguments_of
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 _OPS = torch.ops.fp4dit_ao
 _INPUTS = ("query", "key", "value")
+
+
+class Processor(Protocol):
+    """A diffusers attention processor."""
+
+    def __call__(self, *args: object, **kwargs: object) -> object: ...
 
 
 class QuantizedAttention(TorchFunctionMode):
@@ -26,17 +36,18 @@ class QuantizedAttention(TorchFunctionMode):
         super().__init__()
         self.fmt = fmt
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Operator, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         kwargs = kwargs or {}
-        call: Callable[..., Any] = func
         if func is not F.scaled_dot_product_attention:
-            return call(*args, **kwargs)
+            return func(*args, **kwargs)
         found = arguments_of(args, kwargs)
         if found is not None:
             return _OPS.attention(*found, self.fmt)
         named = dict(zip(_INPUTS, args, strict=False)) | {k: v for k, v in kwargs.items() if k in _INPUTS}
         rounded = [_fake_quantize(named[name], self.fmt) for name in _INPUTS]
-        return call(*rounded, *args[len(_INPUTS) :], **{k: v for k, v in kwargs.items() if k not in _INPUTS})
+        return func(*rounded, *args[len(_INPUTS) :], **{k: v for k, v in kwargs.items() if k not in _INPUTS})
 
 
 def _fake_quantize(x: Tensor, fmt: str) -> Tensor:
@@ -46,7 +57,7 @@ def _fake_quantize(x: Tensor, fmt: str) -> Tensor:
     return rounded
 
 
-def quantize_attention(module: Any, fmt: str, name: str) -> None:
+def quantize_attention(module: "Attention", fmt: str, name: str) -> None:
     """Replaces the processor of ``module`` by one that does the same on quantized q, k and v.
 
     Args:
@@ -67,16 +78,16 @@ def quantize_attention(module: Any, fmt: str, name: str) -> None:
         module.set_processor = functools.partial(_set, module, fmt)
 
 
-def restore_attention(modules: Iterable[Any]) -> None:
+def restore_attention(modules: Iterable["Attention"]) -> None:
     """Gives attention modules back the processors that :func:`quantize_attention` replaced."""
     for module in modules:
         processor = getattr(module, "processor", None)
-        if hasattr(processor, "quantized_fmt"):
+        if processor is not None and hasattr(processor, "quantized_fmt"):
             module.__dict__.pop("set_processor", None)
             module.processor = _of_class(processor, _float_class(type(processor)))
 
 
-def _set(module: Any, fmt: str, processor: Any) -> None:
+def _set(module: "Attention", fmt: str, processor: Processor) -> None:
     """``module.set_processor`` of quantized attention: any processor goes on quantized q, k and v."""
     quantized = _of_class(processor, quantizing(_float_class(type(processor)), fmt))
     given: Callable[..., None] | None = getattr(type(module), "set_processor", None)
@@ -86,12 +97,12 @@ def _set(module: Any, fmt: str, processor: Any) -> None:
         given(module, quantized)
 
 
-def _float_class(cls: Any) -> Any:
+def _float_class(cls: type[Processor]) -> type[Processor]:
     """The class that :func:`quantizing` was called with, or ``cls`` itself."""
     return cls.__mro__[1] if hasattr(cls, "quantized_fmt") else cls
 
 
-def _of_class(processor: Any, cls: Any) -> Any:
+def _of_class(processor: Processor, cls: type[Processor]) -> Processor:
     """Copy of ``processor`` with another class and the same content."""
     copied = copy.copy(processor)
     copied.__class__ = cls
@@ -99,25 +110,25 @@ def _of_class(processor: Any, cls: Any) -> Any:
 
 
 @functools.cache
-def quantizing(cls: Any, fmt: str) -> Any:
+def quantizing(cls: type[Processor], fmt: str) -> type[Processor]:
     """Subclass of a processor's class that quantizes to ``fmt``, with the same constructor.
 
     It keeps the signature of ``__call__``, which attention modules inspect. Its instances are pickled by ``cls`` and ``fmt``.
     """
-    original: Callable[..., Any] = cls.__call__
+    original: Callable[..., object] = cls.__call__
 
     @functools.wraps(original)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: object, *args: object, **kwargs: object) -> object:
         with QuantizedAttention(fmt):
             return original(self, *args, **kwargs)
 
-    def reduce(self: Any, protocol: Any) -> Any:
+    def reduce(self: object, protocol: object) -> tuple[object, ...]:
         return _unpickled, (cls, fmt, dict(self.__dict__))
 
     return type(f"Quantized{cls.__name__}", (cls,), {"__call__": call, "__reduce_ex__": reduce, "quantized_fmt": fmt})
 
 
-def _unpickled(cls: Any, fmt: str, state: dict[str, Any]) -> Any:
+def _unpickled(cls: type[Processor], fmt: str, state: dict[str, object]) -> Processor:
     kind = quantizing(cls, fmt)
     made = kind.__new__(kind)
     made.__dict__.update(state)

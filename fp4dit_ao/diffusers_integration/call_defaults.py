@@ -27,7 +27,7 @@ def with_call_defaults(pipe: Pipe) -> Pipe:
     defaults = pipeline_arguments.defaults_of(pipe)
     if defaults and not isinstance(pipe, _Defaults):
         pipe.generation_defaults = defaults
-        plain: Any = type(pipe)
+        plain: Any = type(pipe)  # a class is hashable, which mypy does not see
         pipe.__class__ = _subclass(plain)
     return pipe
 
@@ -35,26 +35,26 @@ def with_call_defaults(pipe: Pipe) -> Pipe:
 class _Defaults:
     """Mixin before a pipeline's class; see :func:`with_call_defaults`."""
 
-    _plain: type[Any]
+    _plain: type[DiffusionPipeline]
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *args: object, **kwargs: object) -> None:
         """Saves the pipeline as diffusers does, and its default arguments in ``generation.json``."""
         self._plain.save_pretrained(self, save_directory, *args, **kwargs)
         if defaults := pipeline_arguments.defaults_of(self):  # type: ignore[arg-type]
             text = json.dumps(defaults, indent=2) + "\n"
             (Path(save_directory) / pipeline_arguments.FILE).write_text(text, encoding="utf-8")
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return _empty, (self._plain,), vars(self).copy()
 
 
 @functools.cache
-def _subclass(plain: Any) -> Any:
+def _subclass(plain: type[DiffusionPipeline]) -> type[_Defaults]:
     """Subclass of the pipeline class ``plain`` that looks like it: name, module, documentation, signature of a call."""
     signature = inspect.signature(plain.__call__)
 
     @functools.wraps(plain.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: DiffusionPipeline, *args: object, **kwargs: object) -> object:
         given = signature.bind_partial(self, *args, **kwargs).arguments
         defaults = pipeline_arguments.accepted(self, pipeline_arguments.defaults_of(self))
         return plain.__call__(self, *args, **{k: v for k, v in defaults.items() if k not in given}, **kwargs)
@@ -64,7 +64,7 @@ def _subclass(plain: Any) -> Any:
     return type(plain.__name__, (_Defaults, plain), own)
 
 
-def _empty(plain: Any) -> Any:
+def _empty(plain: Any) -> _Defaults:
     made = _subclass(plain)
     return made.__new__(made)
 

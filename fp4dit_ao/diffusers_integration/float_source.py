@@ -1,12 +1,15 @@
 """Checks of a float model before it is quantized: it is what its config rebuilds, and its weights are floats at hand."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fp4dit_ao.checkpoint.empty_model import empty_model
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types whose values are the weight, without a scale beside them."""
@@ -19,7 +22,7 @@ _REMEDIES = (
 """Changes of a model's tensors and the call that undoes each, by a part of the names of the tensors that it adds."""
 
 
-def check_source(model: Any) -> None:
+def check_source(model: "ModelMixin") -> None:
     """Raises ``ValueError`` if ``model`` could not be loaded again once it is quantized, or its linears hold no floats.
 
     Args:
@@ -71,7 +74,7 @@ def widened(name: str, weight: Tensor, dtype: torch.dtype, others: Iterable[str]
     return weight
 
 
-def _check_layout(model: Any) -> None:
+def _check_layout(model: "ModelMixin") -> None:
     try:
         expected = {
             name: tuple(x.shape) for name, x in empty_model(dict(model.config), cls=type(model)).state_dict().items()

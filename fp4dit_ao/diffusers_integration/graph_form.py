@@ -88,15 +88,15 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.recipe = recipe
         self.source = source
         self.report: ReconstructionReport | None = None
-        self._mode: Callable[[GraphModule], Callable[..., Any]] | None = None
+        self._mode: Callable[[GraphModule], nn.Module] | None = None
         self._ready: tuple[GraphModule, torch.device] | None = None
-        self._read: tuple[GraphModule, tuple[list[str], set[str], dict[str, Any]]] | None = None
+        self._read: tuple[GraphModule, tuple[list[str], set[str], dict[str, object]]] | None = None
         self._set_up()
         self.eval()
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Transformer2DModelOutput | tuple[Tensor, ...]:
         """Runs the graph with the arguments of the float model's ``forward``.
 
         Returns:
@@ -120,7 +120,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             output = self._run(**arguments)
         return Transformer2DModelOutput(sample=output[0]) if return_dict else output
 
-    def _signature(self) -> tuple[list[str], set[str], dict[str, Any]]:
+    def _signature(self) -> tuple[list[str], set[str], dict[str, object]]:
         """Names of arguments, of those whole numbers among them that may vary, and default values; read once per
         graph."""
         if self._read is None or self._read[0] is not self.graph:
@@ -144,7 +144,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def _class(self) -> str:
         return str(self.config["_class_name"])
 
-    def cache_context(self, name: str, **_: Any) -> contextlib.AbstractContextManager[None]:
+    def cache_context(self, name: str, **_: object) -> contextlib.AbstractContextManager[None]:
         """Does nothing: pipelines announce their next call with it, for caches between steps, which a graph does not
         have."""
         return contextlib.nullcontext()
@@ -170,7 +170,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self._mode, self._ready = compilation.compile_blocks, None
         return self
 
-    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+    def compile_repeated_blocks(self, *args: object, **kwargs: object) -> None:
         """Same as :meth:`compile_blocks`, under diffusers' name; arguments for ``torch.compile`` are ignored."""
         self.compile_blocks()
 
@@ -204,13 +204,13 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             super().to(device)
         return self
 
-    def half(self, *args: Any) -> "QuantizedTransformer":
+    def half(self, *args: object) -> "QuantizedTransformer":
         return self.to(torch.float16)
 
     def bfloat16(self) -> "QuantizedTransformer":
         return self.to(torch.bfloat16)
 
-    def float(self, *args: Any) -> "QuantizedTransformer":
+    def float(self, *args: object) -> "QuantizedTransformer":
         return self.to(torch.float32)
 
     def _recapture(self, dtype: torch.dtype) -> None:

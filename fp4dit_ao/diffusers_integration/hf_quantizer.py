@@ -54,7 +54,7 @@ class FP4DiTConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         recipe: str | QuantConfig = DEFAULT_RECIPE,
         skip: Sequence[str] = (),
-        sample: Mapping[str, Any] | None = None,
+        sample: Mapping[str, object] | None = None,
         transforms: Sequence[str | GraphTransform] = (),
     ):
         module_form.without_data(transforms)
@@ -63,17 +63,19 @@ class FP4DiTConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = _Method.FP4DIT_AO
         self.recipe, self.skip, self.sample = recipe, tuple(skip), sample
         self.transforms = tuple(transforms)
-        self.stored: dict[str, Any] | None = None
+        self.stored: dict[str, object] | None = None
         """``quantization_config`` of a model that is already quantized, else None."""
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+    def from_dict(
+        cls, config_dict: dict[str, object], return_unused_kwargs: bool = False, **kwargs: object
+    ) -> "FP4DiTConfig | tuple[FP4DiTConfig, dict[str, object]]":
         """Config from the content of ``config.json``, which is checked when it is used."""
         config = cls()
         config.stored = dict(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Short form for printing; ``save_pretrained`` of the quantized model writes the full record."""
         recipe = self.recipe if isinstance(self.recipe, str) else dataclasses.asdict(self.recipe)
         return {"quant_method": METHOD, "recipe": recipe, "skip": list(self.skip)}
@@ -100,7 +102,7 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._slots: Slots | None = None
         self._linears: dict[str, QuantConfig] = {}
 
-    def _process_model_before_weight_loading(self, model: "ModelMixin", **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: "ModelMixin", **kwargs: object) -> None:
         config = self.quantization_config
         if self.pre_quantized:
             self.record = Record.from_json(config.stored or {}, "its config.json")
@@ -121,7 +123,7 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return missing_keys
 
     def check_if_quantized_param(
-        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Tensor], **kwargs: object
     ) -> bool:
         name, _, leaf = param_name.rpartition(".")
         quantized = name in self._linears or (self.record is not None and name in self.record.parts)
@@ -139,10 +141,10 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         param_value: Tensor,
         param_name: str,
         target_device: torch.device | str | int,
-        state_dict: dict[str, Any],
+        state_dict: dict[str, Tensor],
         unexpected_keys: list[str] | None = None,
         dtype: torch.dtype | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         assert self.record is not None, "diffusers prepares the model before it loads weights"
         if self._slots is not None:
@@ -163,13 +165,13 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 if whole_name(linear) == name:
                     module_form.quantize_linear(model, linear, config)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: "ModelMixin", **kwargs: object) -> "ModelMixin":
         if self._slots is not None:
             self._slots.close(main_dtype(model.named_parameters(), _compat.kept_in_float32(model)))
             self._slots = None
         return module_form.finish(model, self)
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def _dequantize(self, model: "ModelMixin") -> "ModelMixin":
         return module_form.dequantize_modules(model)
 
     @property

@@ -5,7 +5,7 @@ PEFT's own merging supports only torchao's configs and unmerges by subtracting; 
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from fp4dit_ao.tensors.levels import refuse_unpacked
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 def fuse_lora(
@@ -74,7 +77,7 @@ def unfuse_lora(model: "ModelMixin") -> None:
             layer.unmerge()
 
 
-def adding_refused_on(add: Callable[..., Any], model: Any, refused: Mapping[str, str]) -> Callable[..., Any]:
+def adding_refused_on(add: Callable[P, Result], model: "ModelMixin", refused: Mapping[str, str]) -> Callable[P, Result]:
     """``add``, one of diffusers' methods that load a LoRA, with a refusal of LoRAs on linears that a transform changed.
 
     Args:
@@ -84,7 +87,7 @@ def adding_refused_on(add: Callable[..., Any], model: Any, refused: Mapping[str,
     """
 
     @functools.wraps(add)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Result:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         before = set(getattr(model, "peft_config", {}))
@@ -134,7 +137,7 @@ def _merge(
     layer.merged_adapters.extend(wanted)
 
 
-def _columns(name: str, base: Any) -> Iterator[tuple[str, Any, slice]]:
+def _columns(name: str, base: nn.Module) -> Iterator[tuple[str, Any, slice]]:
     """Linears that hold the weight of ``base``, by name, and which of its input features each has."""
     if not isinstance(base, SplitLinear):
         yield name, base, slice(None)
@@ -145,7 +148,7 @@ def _columns(name: str, base: Any) -> Iterator[tuple[str, Any, slice]]:
         start += size
 
 
-def _of_scaled_input(delta: Tensor, linear: Any) -> Tensor:
+def _of_scaled_input(delta: Tensor, linear: nn.Module) -> Tensor:
     """The change of a weight whose input is multiplied before; that of a LoRA is not."""
     scale: Tensor | None = getattr(linear, INPUT_SCALE, None)
     return delta if scale is None else delta / scale.to(delta)

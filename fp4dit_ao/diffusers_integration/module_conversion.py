@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def quantize_modules(
     recipe: str | QuantConfig = DEFAULT_RECIPE,
     *,
     skip: Sequence[str] = (),
-    sample: Mapping[str, Any] | None = None,
+    sample: Mapping[str, object] | None = None,
     source: str | None = None,
     transforms: Sequence[str | GraphTransform] = (),
 ) -> "ModelMixin":

@@ -6,9 +6,9 @@ It computes the same as the graph form (:func:`fp4dit_ao.lower`), and keeps the 
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
@@ -36,13 +36,18 @@ from fp4dit_ao.passes.transforms.split_inputs import SplitInputs, SplitLinear, j
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer, fit_group
 from fp4dit_ao.schemes import scheme_of
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+    from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTDiffusersQuantizer
+
 
 def decide(
-    model: Any,
+    model: "ModelMixin",
     recipe: str | QuantConfig = DEFAULT_RECIPE,
     *,
     skip: Sequence[str] = (),
-    sample: Mapping[str, Any] | None = None,
+    sample: Mapping[str, object] | None = None,
     source: str | None = None,
     transforms: Sequence[str | GraphTransform] = (),
 ) -> Record:
@@ -65,7 +70,7 @@ def decide(
     dtype = main_dtype(model.named_parameters(), _compat.kept_in_float32(model))
     if sample is None and family_of(model).sample is not None:
         sample = example_inputs(model, dtype=dtype)
-    description: Any = None
+    description: sample_description.Description | None = None
     applied: list[GraphTransform] = []
     if sample is None:
         decisions = _decisions_by_name(model, quantizer)
@@ -97,12 +102,14 @@ def without_data(transforms: Sequence[str | GraphTransform]) -> bool:
     return bool(found)
 
 
-def _decisions_by_name(model: Any, quantizer: FP4DiTQuantizer) -> list[Decision]:
+def _decisions_by_name(model: "ModelMixin", quantizer: FP4DiTQuantizer) -> list[Decision]:
     """Decisions for a model that cannot be captured: every ``nn.Linear`` and attention module, by the quantizer's
     rules."""
     decisions = []
     for name, module in model.named_modules():
-        kind: Any = "linear" if isinstance(module, nn.Linear) else "attention" if hasattr(module, "processor") else None
+        kind: Literal["linear", "attention"] | None = (
+            "linear" if isinstance(module, nn.Linear) else "attention" if hasattr(module, "processor") else None
+        )
         if kind is None:
             continue
         config, reason = quantizer.config_for(name)
@@ -117,7 +124,7 @@ def _decisions_by_name(model: Any, quantizer: FP4DiTQuantizer) -> list[Decision]
     return graph_rebuilding.resolve(decisions, nn.Module())
 
 
-def quantize_linear(model: Any, name: str, config: QuantConfig) -> None:
+def quantize_linear(model: "ModelMixin", name: str, config: QuantConfig) -> None:
     """Quantizes the weight of a linear with nearest rounding, in place.
 
     Raises:
@@ -128,14 +135,16 @@ def quantize_linear(model: Any, name: str, config: QuantConfig) -> None:
     linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def finish(model: Any, quantizer: Any) -> Any:
+def finish(model: "ModelMixin", quantizer: "FP4DiTDiffusersQuantizer") -> "ModelMixin":
     """Wraps attention processors, and makes ``model`` save itself in this package's format.
 
     Args:
         model: a model whose linears are quantized.
         quantizer: an ``FP4DiTDiffusersQuantizer`` with the model's quantization record.
     """
-    for decision in quantizer.record.decisions:
+    record = quantizer.record
+    assert record is not None, "a model is finished once it is decided how it is quantized"
+    for decision in record.decisions:
         if decision.kind == "attention" and decision.config is not None and decision.config.attention is not None:
             name = decision.name.partition("#")[0]  # one decision for each call inside of one module
             quantize_attention(model.get_submodule(name), decision.config.attention, name)
@@ -146,7 +155,7 @@ def finish(model: Any, quantizer: Any) -> Any:
     blocks = (block for module in model.children() if isinstance(module, nn.ModuleList) for block in module)
     _compat.name_repeated_blocks(model, (type(block).__name__ for block in blocks))
     model.save_pretrained = functools.partial(save_module_form, model)
-    model.fuse_lora = functools.partial(lora.fuse_lora, model, dict(quantized_linears(quantizer.record)))
+    model.fuse_lora = functools.partial(lora.fuse_lora, model, dict(quantized_linears(record)))
     model.unfuse_lora = functools.partial(lora.unfuse_lora, model)
     model.get_memory_footprint = functools.partial(memory_footprint, model)
     if hasattr(model, "fuse_qkv_projections"):
@@ -156,9 +165,7 @@ def finish(model: Any, quantizer: Any) -> Any:
         if isinstance(module, SplitLinear):
             module.list_whole_weight()
     refused = {
-        whole_name(name): why
-        for transform in quantizer.record.transforms
-        for name, why in transform.refused_loras().items()
+        whole_name(name): why for transform in record.transforms for name, why in transform.refused_loras().items()
     }
     for method in ("load_lora_adapter", "add_adapter"):
         if refused and hasattr(model, method):
@@ -166,18 +173,18 @@ def finish(model: Any, quantizer: Any) -> Any:
     return model.eval()
 
 
-def _apply(model: Any, convert: Any, recurse: bool = True) -> Any:
+def _apply(model: "ModelMixin", convert: Callable[[Tensor], Tensor], recurse: bool = True) -> "ModelMixin":
     """Replaces ``nn.Module._apply``, which fails on weights that a compiled model holds weak references to."""
     convert_tensors(model, convert)
     return model
 
 
-def is_module_form(model: Any) -> bool:
+def is_module_form(model: object) -> bool:
     """Whether ``model`` is a diffusers model whose linears this package quantized."""
     return getattr(getattr(model, "hf_quantizer", None), "record", None) is not None
 
 
-def record_of(model: Any) -> Record:
+def record_of(model: "ModelMixin") -> Record:
     """Record of how a model in the module form was quantized, with its current config and dtype.
 
     Raises:
@@ -193,7 +200,7 @@ def record_of(model: Any) -> Record:
     return dataclasses.replace(record, dtype=dtype, model=own, source=source)
 
 
-def tensors_to_save(model: Any) -> dict[str, Tensor]:
+def tensors_to_save(model: "ModelMixin") -> dict[str, Tensor]:
     """Plain tensors of a model in the module form, by their names in a graph, with codes and scales as separate tensors."""
     record: Record = model.hf_quantizer.record
     every = dict(model.named_parameters()) | dict(model.named_buffers()) | record.constants
@@ -204,7 +211,7 @@ def tensors_to_save(model: Any) -> dict[str, Tensor]:
 
 
 def save_module_form(
-    model: Any,
+    model: "ModelMixin",
     save_directory: str | Path,
     is_main_process: bool = True,
     safe_serialization: bool = True,
@@ -249,7 +256,7 @@ def _check_rebuilt(record: Record, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _fusing_refused(*args: Any, **kwargs: Any) -> None:
+def _fusing_refused(*args: object, **kwargs: object) -> None:
     """Stands for ``fuse_qkv_projections`` of a quantized model."""
     raise ValueError(
         "q, k and v of a quantized model stay apart: they share their quantized input already, and a fused model could not be "
@@ -257,7 +264,7 @@ def _fusing_refused(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def memory_footprint(model: Any, return_buffers: bool = True) -> int:
+def memory_footprint(model: "ModelMixin", return_buffers: bool = True) -> int:
     """``get_memory_footprint`` of a quantized model: bytes of its tensors as they are stored.
 
     Args:
@@ -268,7 +275,7 @@ def memory_footprint(model: Any, return_buffers: bool = True) -> int:
     return sum(part.nbytes for name, x in tensors for part in graph_tensors.flatten(name, x.detach()).values())
 
 
-def dequantize_modules(model: Any) -> Any:
+def dequantize_modules(model: "ModelMixin") -> "ModelMixin":
     """Turns a model in the module form back into a float model, in place; weights keep their rounded values.
 
     Raises:

@@ -1,7 +1,7 @@
 """:class:`Slots`: fills a float model with stored codes and scales."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from fp4dit_ao.checkpoint import graph_tensors
 from fp4dit_ao.checkpoint.quantization_record import Record
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.schemes import scheme_of
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 def check_online(record: Record) -> None:
@@ -46,7 +49,7 @@ class Slots:
         ValueError: the record does not fit the model.
     """
 
-    def __init__(self, model: Any, record: Record):
+    def __init__(self, model: "ModelMixin", record: Record):
         self.model, self.record = model, record
         for transform in record.transforms:
             transform.apply_to_modules(model)
@@ -95,7 +98,7 @@ class Slots:
         graph_tensors.put_tensor(self.model, name, x)
         self._waiting.pop(name, None)
 
-    def close(self, dtype: torch.dtype | None = None) -> Any:
+    def close(self, dtype: torch.dtype | None = None) -> "ModelMixin":
         """Builds the quantized weights and returns the model, ready for ``module_form.finish``.
 
         Args:

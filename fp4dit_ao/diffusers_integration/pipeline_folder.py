@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fp4dit_ao import _compat
-from fp4dit_ao.calibration.pipeline_arguments import generation_defaults
+from fp4dit_ao.calibration.pipeline_arguments import CallArguments, generation_defaults
 from fp4dit_ao.checkpoint import component_checksums, transformer_folder
 from fp4dit_ao.checkpoint.tensor_files import first_line
 from fp4dit_ao.diffusers_integration.call_defaults import with_call_defaults
@@ -140,7 +140,7 @@ def resolve_folder(name: str | Path) -> Path:
 
 
 def with_transformers(
-    pipe: DiffusionPipeline, transformers: Mapping[str, nn.Module], defaults: dict[str, Any]
+    pipe: DiffusionPipeline, transformers: Mapping[str, nn.Module], defaults: CallArguments
 ) -> DiffusionPipeline:
     """Shallow copy of ``pipe`` with other transformers, whose ``save_pretrained`` is :func:`save_pipeline`.
 

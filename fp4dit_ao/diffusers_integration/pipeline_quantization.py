@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao.calibration import MEMORY_LIMIT, calibrate, collect_samples, pipeline_arguments
 from fp4dit_ao.checkpoint import graph_rebuilding
-from fp4dit_ao.config import DEFAULT_RECIPE, AdaRoundConfig, QuantConfig, ReconstructionConfig
+from fp4dit_ao.config import DEFAULT_RECIPE, AdaRoundConfig, Fields, QuantConfig, ReconstructionConfig
 from fp4dit_ao.diffusers_integration.float_source import check_source
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.pipeline_folder import with_transformers
@@ -56,7 +56,7 @@ def quantize_pipeline(
     reconstruction: ReconstructionConfig | None = None,
     fine_tuning: str | None = None,
     skip: Sequence[str] = (),
-    fields: Mapping[str, Any] | None = None,
+    fields: Fields | None = None,
     layers: Mapping[str, str | QuantConfig | None] | None = None,
     components: Sequence[str] | None = None,
     seed: int = 0,
@@ -66,7 +66,7 @@ def quantize_pipeline(
     checkpoint_dir: str | Path | None = None,
     memory_limit_bytes: int = MEMORY_LIMIT,
     progress: bool = True,
-    **call: Any,
+    **call: object,
 ) -> "DiffusionPipeline":
     """Quantizes the transformers of a diffusers pipeline: calibrate, learn the rounding, convert and lower in one call.
 
@@ -178,7 +178,7 @@ def _calibrates(config: QuantConfig) -> bool:
 
 def _quantized(
     model: nn.Module,
-    data: Sequence[Mapping[str, Any]],
+    data: Sequence[Mapping[str, object]],
     quantizer: FP4DiTQuantizer,
     config: QuantConfig,
     methods: _Methods,
@@ -206,7 +206,7 @@ def _quantized(
     return graph, report
 
 
-def _float_transformer(pipe: Any, name: str) -> nn.Module:
+def _float_transformer(pipe: "DiffusionPipeline", name: str) -> nn.Module:
     model = getattr(pipe, name, None)
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -221,5 +221,5 @@ def _float_transformer(pipe: Any, name: str) -> nn.Module:
     return model
 
 
-def _description(model: nn.Module, sample: dict[str, Any]) -> sample_description.Description:
+def _description(model: nn.Module, sample: Mapping[str, object]) -> sample_description.Description:
     return sample_description.describe(bind(model, sample))

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ def generate(
     *,
     batch_size: int = 16,
     progress: str | None = "images",
-    **call: Any,
+    **call: object,
 ) -> Images:
     """Generates every prompt with every seed.
 
@@ -129,7 +129,7 @@ class Fidelity:
         psnr, ssim = metrics.psnr(images, originals), metrics.ssim(images, originals)
         return Fidelity(name, psnr, ssim, right, seconds, dict(notes or {}))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Returns all fields for JSON; the inverse of :meth:`from_dict`."""
         return {
             "name": self.name, "psnr": self.psnr.round(4).tolist(), "ssim": self.ssim.round(6).tolist(),
@@ -138,7 +138,7 @@ class Fidelity:
         }  # fmt: skip
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> "Fidelity":
+    def from_dict(data: Mapping[str, Any]) -> "Fidelity":
         """Reads what :meth:`to_dict` returned."""
         right = None if data["right"] is None else np.asarray(data["right"], dtype=bool)
         psnr, ssim = np.asarray(data["psnr"], dtype=np.float64), np.asarray(data["ssim"], dtype=np.float64)
@@ -186,7 +186,7 @@ class Evaluation:
     """
 
     variants: list[Fidelity]
-    settings: dict[str, Any]
+    settings: Mapping[str, object]
     comparisons: list[Comparison] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=environment)
 
@@ -217,13 +217,13 @@ class Evaluation:
             text += "\n\n" + markdown_table(head, rows)
         return text + "\n"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Returns everything for JSON, metrics of every image included."""
         return {
             "settings": self.settings,
             "environment": self.environment,
             "variants": [
-                v.to_dict() | {"estimates": {k: asdict(e) for k, e in v.estimates().items()}} for v in self.variants
+                {**v.to_dict(), "estimates": {k: asdict(e) for k, e in v.estimates().items()}} for v in self.variants
             ],
             "comparisons": [asdict(c) for c in self.comparisons],
         }

@@ -74,12 +74,14 @@ def save(picture: "Image | Figure", path: Path) -> None:
         write(partial, format="png")
 
 
-def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Figure", Any]:
+def figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, height_ratios: Sequence[float] | None = None
+) -> tuple["Figure", NDArray[Any]]:
     """Matplotlib figure of a size in inches, without a window, and its axes as an array ``(rows, columns)``."""
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    return canvas, canvas.subplots(rows, columns, squeeze=False, **options)
+    return canvas, canvas.subplots(rows, columns, squeeze=False, height_ratios=height_ratios)
 
 
 def number_lines(formats: Sequence[str]) -> "Figure":
@@ -97,7 +99,7 @@ def number_lines(formats: Sequence[str]) -> "Figure":
     return canvas
 
 
-def histograms(series: Mapping[str, NDArray[Any]], xlabel: str, columns: int = 3, log: bool = True) -> "Figure":
+def histograms(series: Mapping[str, NDArray[np.generic]], xlabel: str, columns: int = 3, log: bool = True) -> "Figure":
     """Grid of small histograms, one per array (flattened), titled with its name."""
     columns = min(columns, len(series))
     rows = -(-len(series) // columns)

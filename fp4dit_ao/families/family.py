@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fp4dit_ao.config import HIGH_PRECISION
+from fp4dit_ao.config import HIGH_PRECISION, Fields
 from fp4dit_ao.families.forward_rewrites import Method
 from fp4dit_ao.families.sample_inputs import Inputs
+
+if TYPE_CHECKING:
+    from diffusers.configuration_utils import FrozenDict
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,11 @@ class Family:
     """Name of the diffusers class of its transformer."""
     skip: tuple[str, ...] = HIGH_PRECISION
     """Globs over module names that stay in high precision."""
-    paper: Mapping[str, Any] = field(default_factory=dict)
+    paper: Fields = field(default_factory=dict)
     """Fields of ``QuantConfig`` that replace those of the paper's recipes."""
-    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    layers: Mapping[str, Fields] = field(default_factory=dict)
     """Fields of ``QuantConfig`` that replace those of every recipe, by glob over module names."""
-    when: Callable[[Any], bool] = lambda config: True
+    when: Callable[["FrozenDict"], bool] = lambda config: True
     """Whether a model with this config belongs to the family; tells families of one class apart."""
     sample: Inputs | None = None
     """Makes random keyword arguments of ``forward``; None if unknown."""

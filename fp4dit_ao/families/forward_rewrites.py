@@ -6,7 +6,7 @@ Each returns what the original returns. The table of families says which methods
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from diffusers.models.embeddings import CogVideoXPatchEmbed, PatchEmbed
     from diffusers.models.transformers.transformer_lumina2 import Lumina2RotaryPosEmbed
 
-Method = Callable[..., Any]
+Method = Callable[..., object]
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def dit(
     hidden_states: Tensor,
     timestep: Tensor,
     class_labels: Tensor,
-    cross_attention_kwargs: dict[str, Any] | None = None,
+    cross_attention_kwargs: dict[str, object] | None = None,
     return_dict: bool = False,
 ) -> tuple[Tensor]:
     """Replaces ``DiTTransformer2DModel.forward``, which computes the image's side as the square root of the number of
@@ -123,7 +123,7 @@ def lumina2(
     timestep: Tensor,
     encoder_hidden_states: Tensor,
     encoder_attention_mask: Tensor,
-    attention_kwargs: dict[str, Any] | None = None,
+    attention_kwargs: dict[str, object] | None = None,
     return_dict: bool = False,
 ) -> tuple[Tensor]:
     """Replaces ``Lumina2Transformer2DModel.forward``, which packs text and image by lengths that it reads from the

@@ -5,13 +5,12 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import nn
 
 from fp4dit_ao import _compat
-from fp4dit_ao.config import DEFAULT_RECIPE, HIGH_PRECISION, QuantConfig
+from fp4dit_ao.config import DEFAULT_RECIPE, HIGH_PRECISION, Fields, QuantConfig
 from fp4dit_ao.families import sample_inputs
 from fp4dit_ao.families.dtypes import main_dtype
 from fp4dit_ao.families.family import Family
@@ -42,7 +41,7 @@ def _in_block(name: str) -> bool:
 
 
 def recipe_for(
-    model: nn.Module, recipe: str | QuantConfig = DEFAULT_RECIPE, fields: Mapping[str, Any] | None = None
+    model: nn.Module, recipe: str | QuantConfig = DEFAULT_RECIPE, fields: Fields | None = None
 ) -> QuantConfig:
     """Config of a named recipe, adapted to ``model``'s family; a config is not adapted.
 
@@ -61,9 +60,9 @@ def recipe_for(
 def _adapted(model: nn.Module, recipe: str) -> QuantConfig:
     family = family_of(model)
     config = QuantConfig.from_name(recipe)
-    fields: dict[str, Any] = {"skip": family.skip, "indivisible": "divisor"}
+    fields: Fields = {"skip": family.skip, "indivisible": "divisor"}
     if recipe in _PAPER:
-        fields |= family.paper
+        fields = {**fields, **family.paper}
     return dataclasses.replace(config, **fields)
 
 
@@ -71,7 +70,7 @@ def quantizer_for(
     model: nn.Module,
     recipe: str | QuantConfig = DEFAULT_RECIPE,
     skip: Sequence[str] = (),
-    fields: Mapping[str, Any] | None = None,
+    fields: Fields | None = None,
     layers: Mapping[str, str | QuantConfig | None] | None = None,
 ) -> FP4DiTQuantizer:
     """Quantizer for ``model``, set up with a recipe adapted to its family; callers may add rules.
@@ -121,7 +120,7 @@ def _set_family_rules(quantizer: FP4DiTQuantizer, model: nn.Module, config: Quan
 
 def example_inputs(
     model: nn.Module, size: sample_inputs.Size | None = None, *, seed: int = 0, dtype: torch.dtype | None = None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Random keyword arguments of ``model.forward`` with the shapes that its pipeline passes, for capturing the model.
 
     Args:

@@ -6,7 +6,7 @@ needs real calibration data: :func:`fp4dit_ao.collect_samples`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -59,11 +59,11 @@ class Random:
         return angles.cos(), angles.sin()
 
 
-Inputs = Callable[[Any, Size, Random], dict[str, Any]]
+Inputs = Callable[["FrozenDict", Size, Random], dict[str, object]]
 """Makes keyword arguments of ``forward`` from a model's config, sizes and a source of random tensors."""
 
 
-def pixart(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+def pixart(config: "FrozenDict", size: Size, random: Random) -> dict[str, object]:
     """Keyword arguments of PixArt-α and PixArt-Σ; see :data:`Inputs`."""
     micro = config.use_additional_conditions
     if micro is None:
@@ -80,7 +80,7 @@ def pixart(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def hunyuan(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+def hunyuan(config: "FrozenDict", size: Size, random: Random) -> dict[str, object]:
     """Keyword arguments of Hunyuan-DiT; see :data:`Inputs`."""
     styled = config.use_style_cond_and_image_meta_size
     tokens = (size.height // config.patch_size) * (size.width // config.patch_size)
@@ -97,7 +97,7 @@ def hunyuan(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def dit(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+def dit(config: "FrozenDict", size: Size, random: Random) -> dict[str, object]:
     """Keyword arguments of DiT; see :data:`Inputs`."""
     return {
         "hidden_states": random.normal(size.batch, config.in_channels, size.height, size.width),
@@ -106,7 +106,7 @@ def dit(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def sd3(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+def sd3(config: "FrozenDict", size: Size, random: Random) -> dict[str, object]:
     """Keyword arguments of Stable Diffusion 3; see :data:`Inputs`."""
     return {
         "hidden_states": random.normal(size.batch, config.in_channels, size.height, size.width),
@@ -116,7 +116,7 @@ def sd3(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def flux(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+def flux(config: "FrozenDict", size: Size, random: Random) -> dict[str, object]:
     """Keyword arguments of FLUX.1; see :data:`Inputs`."""
     rows, columns = size.height // 2, size.width // 2
     places = torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
@@ -131,7 +131,7 @@ def flux(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def sana(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+def sana(config: "FrozenDict", size: Size, random: Random) -> dict[str, object]:
     """Keyword arguments of Sana; see :data:`Inputs`."""
     return {
         "hidden_states": random.normal(size.batch, config.in_channels, size.height, size.width),
@@ -142,7 +142,7 @@ def sana(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def lumina2(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+def lumina2(config: "FrozenDict", size: Size, random: Random) -> dict[str, object]:
     """Keyword arguments of Lumina 2; see :data:`Inputs`."""
     return {
         "hidden_states": random.normal(size.batch, config.in_channels, size.height, size.width),
@@ -152,7 +152,7 @@ def lumina2(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def auraflow(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+def auraflow(config: "FrozenDict", size: Size, random: Random) -> dict[str, object]:
     """Keyword arguments of AuraFlow; see :data:`Inputs`."""
     return {
         "hidden_states": random.normal(size.batch, config.in_channels, size.height, size.width),
@@ -161,7 +161,7 @@ def auraflow(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]
     }
 
 
-def cogvideox(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+def cogvideox(config: "FrozenDict", size: Size, random: Random) -> dict[str, object]:
     """Keyword arguments of CogVideoX; see :data:`Inputs`."""
     patch, thick = config.patch_size, config.patch_size_t or 1
     frames = size.frames + -size.frames % thick
@@ -177,7 +177,7 @@ def cogvideox(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any
     }
 
 
-def wan(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+def wan(config: "FrozenDict", size: Size, random: Random) -> dict[str, object]:
     """Keyword arguments of Wan; see :data:`Inputs`."""
     return {
         "hidden_states": random.normal(size.batch, config.in_channels, size.frames, size.height, size.width),
@@ -187,7 +187,7 @@ def wan(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
     }
 
 
-def ltx(config: "FrozenDict", size: Size, random: Random) -> dict[str, Any]:
+def ltx(config: "FrozenDict", size: Size, random: Random) -> dict[str, object]:
     """Keyword arguments of LTX-Video; see :data:`Inputs`."""
     tokens = size.frames * size.height * size.width
     return {

@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from fp4dit_ao.passes.functional_writes import make_functional
 _CONSTANTS = (type(None), bool, int, float, str)
 
 
-def bind(model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
+def bind(model: nn.Module, sample: Mapping[str, object]) -> dict[str, object]:
     """Keyword arguments of ``model.forward`` from ``sample``: in the order of its signature, with defaults filled in.
 
     Raises:
@@ -48,7 +47,7 @@ def bind(model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
     return bound
 
 
-def capture(model: nn.Module, sample: Mapping[str, Any]) -> GraphModule:
+def capture(model: nn.Module, sample: Mapping[str, object]) -> GraphModule:
     """Exports ``model`` (non-strict) as a GraphModule with the call signature of ``model.forward``.
 
     Batch, spatial and sequence dimensions are dynamic (``Dim.AUTO``). The graph keeps only the dtypes and the constants
@@ -127,7 +126,7 @@ def _positions_computed(model: nn.Module) -> Iterator[None]:
             setattr(module, size, value)
 
 
-def _unspecialised(kwargs: dict[str, Any], shared: Sequence[str]) -> dict[str, Any]:
+def _unspecialised(kwargs: dict[str, object], shared: Sequence[str]) -> dict[str, object]:
     """Sample with a batch of at least two, since export takes a size of one for a constant. ``shared`` arguments
     stay."""
     tensors = [x for x in pytree.tree_leaves(kwargs) if isinstance(x, Tensor) and x.ndim]

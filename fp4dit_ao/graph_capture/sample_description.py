@@ -3,7 +3,7 @@ and tuples of them. In JSON, tensors are stored apart, or described by shape and
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,7 +14,14 @@ Description = dict[str, Any]
 """JSON of one value of a sample, such as ``{"tensor": …}`` or ``{"dict": {…}}``; see :func:`encode`."""
 
 
-def encode(value: Any, tensor: Callable[[Tensor], Any], where: str = "sample") -> Description:
+class TensorSpec(TypedDict):
+    """What :func:`describe` says of a tensor."""
+
+    shape: list[int]
+    dtype: str
+
+
+def encode(value: object, tensor: Callable[[Tensor], object], where: str = "sample") -> Description:
     """Encodes ``value`` as JSON: ``{"tensor": tensor(x)}``, ``{"constant": …}``, ``{"dict": {…}}``, ``{"list": […]}``
     or ``"tuple"``.
 
@@ -40,7 +47,7 @@ def encode(value: Any, tensor: Callable[[Tensor], Any], where: str = "sample") -
     )
 
 
-def decode(data: Any, tensor: Callable[[Any], Tensor]) -> Any:
+def decode(data: object, tensor: Callable[[Any], Tensor]) -> object:
     """Inverse of :func:`encode`; ``tensor`` returns the tensor for the JSON that stands for it.
 
     Raises:
@@ -61,12 +68,24 @@ def decode(data: Any, tensor: Callable[[Any], Tensor]) -> Any:
     raise ValueError(f"not the description of a sample: unknown kind {kind!r}")
 
 
-def describe(sample: Mapping[str, Any]) -> Description:
+def decode_arguments(data: object, tensor: Callable[[Any], Tensor]) -> dict[str, object]:
+    """A whole sample; see :func:`decode`.
+
+    Raises:
+        ValueError: ``data`` describes none.
+    """
+    sample = decode(data, tensor)
+    if not isinstance(sample, dict):
+        raise ValueError("not the description of a sample: a dict of keyword arguments is expected")
+    return sample
+
+
+def describe(sample: Mapping[str, object]) -> Description:
     """Describes ``sample`` as JSON, with shapes and types in place of tensors."""
     return encode(sample, lambda x: {"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")})
 
 
-def empty_like(description: Description, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def empty_like(description: Description, dtype: torch.dtype | None = None) -> dict[str, object]:
     """Sample of uninitialised tensors that fits ``description``.
 
     Args:
@@ -77,14 +96,11 @@ def empty_like(description: Description, dtype: torch.dtype | None = None) -> di
         ValueError: ``description`` is none.
     """
 
-    def tensor(spec: dict[str, Any]) -> Tensor:
+    def tensor(spec: TensorSpec) -> Tensor:
         own: torch.dtype = getattr(torch, spec["dtype"])
         return torch.empty(spec["shape"], dtype=dtype if dtype is not None and own.is_floating_point else own)
 
-    sample = decode(description, tensor)
-    if not isinstance(sample, dict):
-        raise ValueError("not the description of a sample: a dict of keyword arguments is expected")
-    return sample
+    return decode_arguments(description, tensor)
 
 
 def tensors(value: object, where: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -125,7 +141,7 @@ def difference(description: Description, value: object, where: str) -> str | Non
     return next((found for pair in pairs if (found := difference(*pair)) is not None), None)
 
 
-def difference_of_kind(first: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+def difference_of_kind(first: Mapping[str, object], other: Mapping[str, object]) -> str | None:
     """Reason why a graph that is captured with ``first`` could not take ``other``; None if it could.
 
     Whole numbers may differ, as sizes do; what a sample cannot hold is left to :func:`encode`.
@@ -143,7 +159,7 @@ def difference_of_kind(first: Mapping[str, Any], other: Mapping[str, Any]) -> st
     return None
 
 
-def check(description: Description, arguments: Mapping[str, Any], who: str, varying: Collection[str] = ()) -> None:
+def check(description: Description, arguments: Mapping[str, object], who: str, varying: Collection[str] = ()) -> None:
     """Refuses arguments that a captured graph would ignore or misread.
 
     Args:
@@ -169,11 +185,11 @@ def check(description: Description, arguments: Mapping[str, Any], who: str, vary
             )
 
 
-def specs(description: Description) -> dict[str, dict[str, Any]]:
+def specs(description: Description) -> dict[str, Any]:
     """Descriptions of the tensors in a description, by the names that :func:`tensors` gives them."""
-    found: list[dict[str, Any]] = []
+    found: list[object] = []
 
-    def tensor(spec: dict[str, Any]) -> Tensor:
+    def tensor(spec: object) -> Tensor:
         found.append(spec)
         return torch.empty(0)
 

@@ -1,7 +1,6 @@
 """``transform``: graph transforms, by name or as objects, fitted and applied one after the other."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -15,7 +14,7 @@ from fp4dit_ao.quantizer import FP4DiTQuantizer
 
 def transform(
     exported: GraphModule,
-    samples: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, object]],
     transforms: Sequence[str | GraphTransform],
     quantizer: Quantizer | QuantConfig | None = None,
     progress: bool = True,

@@ -111,7 +111,7 @@ ATTENTION: UnitTable[AttentionOperands] = UnitTable(
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
-def arguments_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any, Any, Any, Any] | None:
+def arguments_of(args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[Any, Any, Any, Any, Any] | None:
     """Query, key, value, mask and scale of a call of ``scaled_dot_product_attention``.
 
     None if it asks for what :func:`attention` lacks: dropout, a causal mask, or fewer heads of keys than of queries.

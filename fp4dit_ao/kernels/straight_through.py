@@ -4,6 +4,7 @@ Low-bit operands are constants. Rounding an input counts as the identity (the st
 that the gradient of ``x @ W^T`` is ``g @ W`` with the weight's stored values.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -30,13 +31,19 @@ def linear(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
 
 
 def attention(
-    unit: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, rounded: Any, fmt: str
+    unit: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    rounded: Callable[[Tensor, str], Tensor],
+    fmt: str,
 ) -> Tensor:
     """``unit(q, k, v, mask, scale, fmt)``, which a gradient passes: that of attention on ``rounded(q, fmt)`` and so on."""
     if not _wanted(q, k, v, mask):
-        y: Tensor = unit(q, k, v, mask, scale, fmt)
-        return y
-    y = _Attention.apply(q, k, v, mask, scale, fmt, unit, rounded)  # type: ignore[no-untyped-call]
+        return unit(q, k, v, mask, scale, fmt)
+    y: Tensor = _Attention.apply(q, k, v, mask, scale, fmt, unit, rounded)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -46,13 +53,12 @@ def _wanted(*inputs: Tensor | None) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: StoredWeight) -> Tensor:  # type: ignore[override]
         ctx.weight, ctx.dtypes = weight, (x.dtype, None if bias is None else bias.dtype)
-        y: Tensor = weight.stored_linear(x, bias)
-        return y
+        return weight.stored_linear(x, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         of_x = of_bias = None
         if ctx.needs_input_grad[0]:
             of_x = (gradient @ ctx.weight.stored_values(gradient.dtype)).to(ctx.dtypes[0])
@@ -71,16 +77,15 @@ class _Attention(torch.autograd.Function):
         mask: Tensor | None,
         scale: float | None,
         fmt: str,
-        unit: Any,
-        rounded: Any,
+        unit: Callable[..., Tensor],
+        rounded: Callable[[Tensor, str], Tensor],
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale, ctx.fmt, ctx.rounded = scale, fmt, rounded
-        y: Tensor = unit(q, k, v, mask, scale, fmt)
-        return y
+        return unit(q, k, v, mask, scale, fmt)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *inputs, mask = ctx.saved_tensors
         with torch.enable_grad():
             q, k, v = (ctx.rounded(x.detach(), ctx.fmt).requires_grad_() for x in inputs)

@@ -13,7 +13,6 @@ pipeline that is loaded after it takes its default arguments from ``generation.j
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,9 +29,9 @@ def prompts() -> list[str]:
     return [row["name"] for row in json.loads((path() / "emoji.json").read_text(encoding="utf-8"))]
 
 
-def generation() -> dict[str, Any]:
+def generation() -> dict[str, object]:
     """Default keyword arguments of the pipeline: steps, guidance, size, text length."""
-    call: dict[str, Any] = json.loads((path() / "generation.json").read_text(encoding="utf-8"))
+    call: dict[str, object] = json.loads((path() / "generation.json").read_text(encoding="utf-8"))
     return call
 
 

@@ -8,7 +8,7 @@ trained emoji apart, coarse enough to forgive the autoencoder's blur.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -26,7 +26,7 @@ CELLS = 16
 Floats = NDArray[np.float32]
 
 
-def features(images: NDArray[Any]) -> Floats:
+def features(images: NDArray[np.generic]) -> Floats:
     """RGB averaged over 16 x 16 cells and flattened: float32 ``(n, 768)`` in [0, 1].
 
     Args:
@@ -44,7 +44,7 @@ def features(images: NDArray[Any]) -> Floats:
     return flat
 
 
-def nearest(images: NDArray[Any], candidates: NDArray[Any] | None = None) -> NDArray[np.int64]:
+def nearest(images: NDArray[np.generic], candidates: NDArray[np.generic] | None = None) -> NDArray[np.int64]:
     """Index of the candidate picture nearest to each image, by Euclidean distance between :func:`features`.
 
     Args:
@@ -57,7 +57,9 @@ def nearest(images: NDArray[Any], candidates: NDArray[Any] | None = None) -> NDA
     return closest
 
 
-def prompt_accuracy(images: NDArray[Any], prompt_indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
+def prompt_accuracy(
+    images: NDArray[np.generic], prompt_indices: Sequence[int] | NDArray[np.int64]
+) -> NDArray[np.bool_]:
     """Whether the trained emoji nearest to each image is the prompted one: bool ``(n,)``; its mean is the prompt
     accuracy.
 
@@ -83,7 +85,7 @@ def spread_out(count: int) -> list[int]:
 
 
 def batches(
-    pipe: "DiffusionPipeline", prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 16, **call: Any
+    pipe: "DiffusionPipeline", prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 16, **call: object
 ) -> Iterator[NDArray[np.uint8]]:
     """Generates the prompts batch by batch; yields uint8 ``(b, 64, 64, 3)``.
 
@@ -123,7 +125,7 @@ def main(
 
     pipe = PixArtSigmaPipeline.from_pretrained(model or reference.path(), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    call: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+    call: dict[str, object] = {} if steps is None else {"num_inference_steps": steps}
     call |= {} if guidance is None else {"guidance_scale": guidance}
     chosen = spread_out(prompts)
     texts = [reference.prompts()[i] for i in chosen]

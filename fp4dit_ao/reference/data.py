@@ -5,9 +5,9 @@ Source: ``emoji-datasource-google`` (images: Noto Emoji, Apache License 2.0; met
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,7 +29,7 @@ class Emoji:
     """Picture on white, uint8 ``(64, 64, 3)``."""
 
 
-def name_of(row: dict[str, Any]) -> str:
+def name_of(row: Mapping[str, object]) -> str:
     """Prompt of one entry of the package's ``emoji.json``."""
     return str(row["name"]).lower().replace("’", "'")
 

@@ -12,7 +12,7 @@ transformers have bell-shaped weights, and conclusions about number formats depe
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +176,8 @@ def export(
     psnr = reconstruction_psnr(vae, pixels(emoji))
     tokenizer = load_tokenizer(work, emoji)
     run = Run(work / "transformer", TextToLatent(len(tokenizer)), 0.0, 0.0, seed)
-    model: Any = run.averaged()
+    model = run.averaged()
+    assert isinstance(model, TextToLatent)
     pipe = PixArtSigmaPipeline(tokenizer, model.text_encoder.half(), vae.half(), model.transformer.half(), scheduler())
     pipe.save_pretrained(out, safe_serialization=True)
     config = out / "text_encoder" / "config.json"  # transformers, unlike diffusers, would otherwise load it as half
@@ -185,7 +186,7 @@ def export(
     (out / "generation.json").write_text(json.dumps(GENERATION, indent=2) + "\n", encoding="utf-8")
     runs = {"autoencoder": Run(work / "autoencoder", build_autoencoder(), 0.0, 0.0, seed), "transformer": run}
     draw_history(runs, out / "training.png")
-    record: dict[str, Any] = {
+    record: dict[str, dict[str, object]] = {
         name: {"steps": r.step, "minutes": round(r.seconds / 60, 1), "seed": r.seed, "loss": r.history}
         for name, r in runs.items()
     }

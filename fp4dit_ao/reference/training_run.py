@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -62,7 +61,12 @@ class Run:
             tensors |= {f"model.{name}": p.detach(), f"ema.{name}": self.ema[name]}
             tensors |= {f"m.{name}": state["exp_avg"], f"v.{name}": state["exp_avg_sq"]}
         save_file({k: v.contiguous() for k, v in tensors.items()}, self.folder / f"state-{self.step}.safetensors")
-        record: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "seed": self.seed, "smooth": self.smooth}
+        record: dict[str, object] = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "seed": self.seed,
+            "smooth": self.smooth,
+        }
         record |= {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
         record |= {"history": self.history}
         write_text(self.folder / "state.json", json.dumps(record))

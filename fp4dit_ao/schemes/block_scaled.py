@@ -5,10 +5,10 @@ and v are quantized token-wise where a config asks for it.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -16,12 +16,13 @@ from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.config.scheme_rules import BLOCK_SCALED, SchemeRules
 from fp4dit_ao.formats import FloatFormat, parse
 from fp4dit_ao.kernels import block_scaled_linear
-from fp4dit_ao.observers import BlockActivationObserver, BlockWeightObserver, TokenActivationObserver
+from fp4dit_ao.observers import BlockActivationObserver, BlockWeightObserver, TokenActivationObserver, WeightObserver
+from fp4dit_ao.observers.activation import ActivationObserver
 from fp4dit_ao.ops import quantize
 from fp4dit_ao.ops.block_scale import BLOCKS, two_level_scale, unit
 from fp4dit_ao.schemes.graph_patterns import block_wise_input, stored_weight
 from fp4dit_ao.schemes.grouped import repeated
-from fp4dit_ao.schemes.scheme import Arrays, LowBitLinear, ObserverSpec, PlainLinear, describe_format
+from fp4dit_ao.schemes.scheme import Arrays, Description, LowBitLinear, ObserverSpec, PlainLinear, describe_format
 from fp4dit_ao.tensors.block_scaled import MXWeight, NVFP4Weight
 
 _STORED = {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
@@ -42,13 +43,13 @@ class BlockScaledScheme:
     def block_size(self, config: QuantConfig) -> list[int]:
         return [1, BLOCKS[config.scale_dtype]]
 
-    def weight_observer(self, config: QuantConfig) -> ObserverSpec:
+    def weight_observer(self, config: QuantConfig) -> ObserverSpec[WeightObserver]:
         return ObserverSpec(BlockWeightObserver, {"fmt": (config.weight,), "kind": config.scale_dtype})
 
-    def input_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec:
+    def input_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec[ActivationObserver]:
         return ObserverSpec(BlockActivationObserver, {"fmt": fmt, "kind": config.scale_dtype})
 
-    def attention_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec:
+    def attention_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec[ActivationObserver]:
         return ObserverSpec(TokenActivationObserver, {"fmt": fmt})
 
     def empty_parts(self, shape: Sequence[int], config: QuantConfig) -> dict[str, Tensor]:
@@ -62,7 +63,7 @@ class BlockScaledScheme:
             sizes[_TENSOR_SCALE] = ((), torch.float32)
         return {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in sizes.items()}
 
-    def from_parts(self, parts: Mapping[str, Any], config: QuantConfig, dtype: torch.dtype) -> Tensor:
+    def from_parts(self, parts: Mapping[str, Tensor], config: QuantConfig, dtype: torch.dtype) -> Tensor:
         if _has_tensor_scale(config):
             return NVFP4Weight.from_parts(parts["qdata"], parts["scale"], parts[_TENSOR_SCALE], dtype)
         return MXWeight.from_parts(parts["qdata"], parts["scale"], str(parse(str(config.weight))), dtype)
@@ -78,7 +79,8 @@ class BlockScaledScheme:
     def owns(self, weight: Tensor) -> bool:
         return isinstance(weight, MXWeight | NVFP4Weight)
 
-    def nearest_codes(self, weight: Any, original: Tensor) -> Tensor:
+    def nearest_codes(self, weight: Tensor, original: Tensor) -> Tensor:
+        assert isinstance(weight, MXWeight | NVFP4Weight)
         step = weight.get_hp_scales() if isinstance(weight, NVFP4Weight) else weight.scale.float()
         step = step.reshape(weight.scale.shape) * unit(FloatFormat.parse(weight.fmt))
         return quantize(original, [1, original.shape[1] // step.shape[1]], step, weight.fmt)
@@ -90,27 +92,30 @@ class BlockScaledScheme:
         weight = _from_codes(stored.codes, stored.scales, stored.fmt, stored.dtype)
         return LowBitLinear(found.source, weight, stored.path)
 
-    def plain_linear(self, weight: Any) -> PlainLinear:
+    def plain_linear(self, weight: Tensor) -> PlainLinear:
         if isinstance(weight, NVFP4Weight):
             parts = {"qdata": weight.qdata, "scale": weight.scale, _TENSOR_SCALE: weight.per_tensor_scale}
             return PlainLinear(block_scaled_linear.nvfp4_linear, parts)
+        assert isinstance(weight, MXWeight)
         parts = {"qdata": weight.qdata, "scale": weight.scale.view(torch.uint8)}  # archives have no E8M0
         return PlainLinear(block_scaled_linear.mx_linear, parts, (weight.fmt,))
 
-    def describe(self, config: QuantConfig) -> dict[str, Any]:
+    def describe(self, config: QuantConfig) -> dict[str, object]:
         fmt = FloatFormat.parse(str(config.weight))
         return {"weight": str(fmt), "block_size": self.block_size(config), "unit": unit(fmt)}
 
-    def describe_format(self, config: QuantConfig) -> dict[str, Any]:
+    def describe_format(self, config: QuantConfig) -> dict[str, object]:
         return describe_format(str(config.weight))
 
     def input_scale(self, config: QuantConfig, attention: bool) -> str:
         return "token" if attention else "block"
 
-    def dequantize(self, codes: np.ndarray[Any, Any], parts: Arrays, layer: Any, fmt: Any) -> np.ndarray[Any, Any]:
+    def dequantize(
+        self, codes: NDArray[np.uint8], parts: Arrays, layer: Description, fmt: Description
+    ) -> NDArray[np.float32]:
         whole = parts.get(_TENSOR_SCALE, np.float32(1))
         scale = parts["scale"] * whole * np.float32(layer["unit"])
-        weight: np.ndarray[Any, Any] = np.array(fmt["levels"], np.float32)[codes] * repeated(scale, codes.shape)
+        weight: NDArray[np.float32] = np.array(fmt["levels"], np.float32)[codes] * repeated(scale, codes.shape)
         return weight
 
 

@@ -1,11 +1,13 @@
 """Nodes of a converted graph that stand for quantized values: what the schemes look for when a graph is lowered."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+
+from fp4dit_ao._compat import Arguments, Operator
 
 _OPS = torch.ops.fp4dit_ao
 _MUL = torch.ops.aten.mul.Tensor
@@ -47,27 +49,28 @@ class StoredWeight:
     dtype: torch.dtype
 
 
-def token_wise_input(node: Any) -> QuantizedInput | None:
+def token_wise_input(node: object) -> QuantizedInput | None:
     """The value behind ``node`` if that is ``dequantize(quantize(x))`` with a scale chosen for each token, else None."""
     found = _online_input(node, _OPS.choose_scale.default)
     if found is None:
         return None
-    scale: Any = node.args[2]
-    block_size = list(scale.args[1])
-    return found if block_size[-1] == -1 and all(size == 1 for size in block_size[:-1]) else None
+    x, block_size = found
+    return x if block_size[-1] == -1 and all(size == 1 for size in block_size[:-1]) else None
 
 
-def block_wise_input(node: Any) -> QuantizedInput | None:
+def block_wise_input(node: object) -> QuantizedInput | None:
     """The value behind ``node`` if that is ``dequantize(quantize(x))`` with a scale chosen for each block, else None."""
-    return _online_input(node, _OPS.choose_block_scale.default)
+    found = _online_input(node, _OPS.choose_block_scale.default)
+    return None if found is None else found[0]
 
 
-def stored_weight(model: GraphModule, node: Any) -> StoredWeight | None:
+def stored_weight(model: GraphModule, node: object) -> StoredWeight | None:
     """The buffers behind ``node`` if that dequantizes codes and scales that are stored, else None."""
     if not is_call(node, _OPS.dequantize.default):
         return None
-    codes, block_size, scale, fmt, dtype = node.args
-    parts = scale.args if is_call(scale, _MUL) else (scale,)
+    arguments: Arguments = node.args
+    codes, block_size, scale, fmt, dtype = arguments
+    parts: Arguments = scale.args if is_call(scale, _MUL) else (scale,)
     if not all(is_buffer(part) for part in (codes, *parts)):
         return None
     return StoredWeight(
@@ -80,22 +83,25 @@ def stored_weight(model: GraphModule, node: Any) -> StoredWeight | None:
     )
 
 
-def _online_input(node: Any, choose: Any) -> QuantizedInput | None:
+def _online_input(node: object, choose: Operator) -> tuple[QuantizedInput, list[int]] | None:
+    """What is quantized online with a scale that ``choose`` chooses, and the block size that it is chosen for."""
     if not is_call(node, _OPS.dequantize.default):
         return None
-    codes, _, scale, fmt, _ = node.args
+    arguments: Arguments = node.args
+    codes, _, scale, fmt, _ = arguments
     if not (is_call(scale, choose) and is_call(codes, _OPS.quantize.default)):
         return None
-    x = scale.args[0]
-    return QuantizedInput(x, str(fmt)) if isinstance(x, Node) and codes.args[0] is x else None
+    of_scale: Arguments = scale.args
+    x, block_size = of_scale[:2]
+    return (QuantizedInput(x, str(fmt)), list(block_size)) if isinstance(x, Node) and codes.args[0] is x else None
 
 
-def is_call(node: Any, target: Any) -> bool:
+def is_call(node: object, target: Operator) -> TypeGuard[Node]:
     """Whether ``node`` calls the operator ``target``."""
     return isinstance(node, Node) and node.target is target
 
 
-def is_buffer(node: Any) -> bool:
+def is_buffer(node: object) -> TypeGuard[Node]:
     """Whether ``node`` reads a parameter or buffer."""
     return isinstance(node, Node) and node.op == "get_attr"
 

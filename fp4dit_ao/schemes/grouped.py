@@ -4,10 +4,10 @@ Weights are ``MinifloatTensor``; inputs are quantized token-wise and online, or 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, PerTensor
@@ -17,12 +17,13 @@ from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.config.scheme_rules import GROUPED, SchemeRules
 from fp4dit_ao.formats import parse
 from fp4dit_ao.observers import StaticActivationObserver, TokenActivationObserver, WeightObserver
+from fp4dit_ao.observers.activation import ActivationObserver
 from fp4dit_ao.ops import full_block, quantize
 from fp4dit_ao.schemes.graph_patterns import block_wise_input, stored_weight, token_wise_input
-from fp4dit_ao.schemes.scheme import Arrays, LowBitLinear, ObserverSpec, PlainLinear, describe_format
+from fp4dit_ao.schemes.scheme import Arrays, Description, LowBitLinear, ObserverSpec, PlainLinear, describe_format
 from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
-INPUTS: dict[str, Any] = {"token": TokenActivationObserver, "tensor": StaticActivationObserver}
+INPUTS: dict[str, type[ActivationObserver]] = {"token": TokenActivationObserver, "tensor": StaticActivationObserver}
 """Observers by ``QuantConfig.activation_granularity``."""
 
 
@@ -38,7 +39,7 @@ class GroupedScheme:
     def block_size(self, config: QuantConfig) -> list[int]:
         return {"group": [1, config.group_size], "channel": [1, -1], "tensor": [-1, -1]}[config.weight_granularity]
 
-    def weight_observer(self, config: QuantConfig) -> ObserverSpec:
+    def weight_observer(self, config: QuantConfig) -> ObserverSpec[WeightObserver]:
         granularities: dict[str, Granularity] = {
             "group": PerGroup(config.group_size), "channel": PerAxis(0), "tensor": PerTensor(),
         }  # fmt: skip
@@ -50,10 +51,10 @@ class GroupedScheme:
         }
         return ObserverSpec(WeightObserver, arguments)
 
-    def input_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec:
+    def input_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec[ActivationObserver]:
         return ObserverSpec(INPUTS[config.activation_granularity], {"fmt": fmt})
 
-    def attention_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec:
+    def attention_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec[ActivationObserver]:
         return self.input_observer(config, fmt)
 
     def empty_parts(self, shape: Sequence[int], config: QuantConfig) -> dict[str, Tensor]:
@@ -67,7 +68,7 @@ class GroupedScheme:
             ),
         }
 
-    def from_parts(self, parts: Mapping[str, Any], config: QuantConfig, dtype: torch.dtype) -> Tensor:
+    def from_parts(self, parts: Mapping[str, Tensor], config: QuantConfig, dtype: torch.dtype) -> Tensor:
         fmt, act_fmt = str(parse(str(config.weight))), canonical(config.activation)
         return MinifloatTensor(parts["qdata"], parts["scale"], self.block_size(config), fmt, act_fmt, dtype)
 
@@ -81,7 +82,8 @@ class GroupedScheme:
     def owns(self, weight: Tensor) -> bool:
         return isinstance(weight, MinifloatTensor)
 
-    def nearest_codes(self, weight: Any, original: Tensor) -> Tensor:
+    def nearest_codes(self, weight: Tensor, original: Tensor) -> Tensor:
+        assert isinstance(weight, MinifloatTensor)
         return quantize(original, weight.block_size, weight.scale, weight.fmt)
 
     def lowered(self, model: GraphModule, linear: Node) -> LowBitLinear | None:
@@ -96,26 +98,29 @@ class GroupedScheme:
         assert isinstance(x, Node)
         return LowBitLinear(x, weight, stored.path)
 
-    def plain_linear(self, weight: Any) -> PlainLinear:
+    def plain_linear(self, weight: Tensor) -> PlainLinear:
+        assert isinstance(weight, MinifloatTensor)
         parts = {"qdata": weight.qdata, "scale": weight.scale}
         return PlainLinear(kernels.linear, parts, (weight.block_size, weight.fmt, weight.act_fmt))
 
-    def describe(self, config: QuantConfig) -> dict[str, Any]:
+    def describe(self, config: QuantConfig) -> dict[str, object]:
         return {"weight": str(parse(str(config.weight))), "block_size": self.block_size(config)}
 
-    def describe_format(self, config: QuantConfig) -> dict[str, Any]:
+    def describe_format(self, config: QuantConfig) -> dict[str, object]:
         return describe_format(str(config.weight))
 
     def input_scale(self, config: QuantConfig, attention: bool) -> str:
         return config.activation_granularity
 
-    def dequantize(self, codes: np.ndarray[Any, Any], parts: Arrays, layer: Any, fmt: Any) -> np.ndarray[Any, Any]:
+    def dequantize(
+        self, codes: NDArray[np.uint8], parts: Arrays, layer: Description, fmt: Description
+    ) -> NDArray[np.float32]:
         levels = np.array(fmt["levels"], np.float32)
-        weight: np.ndarray[Any, Any] = levels[codes] * repeated(parts["scale"].astype(np.float32), codes.shape)
+        weight: NDArray[np.float32] = levels[codes] * repeated(parts["scale"].astype(np.float32), codes.shape)
         return weight
 
 
-def repeated(scale: np.ndarray[Any, Any], shape: Sequence[int]) -> np.ndarray[Any, Any]:
+def repeated(scale: NDArray[np.float32], shape: Sequence[int]) -> NDArray[np.float32]:
     """``scale``, one a block, for every element of a weight of ``shape``."""
     rows, columns = shape[0] // scale.shape[0], shape[1] // scale.shape[1]
     return scale.repeat(rows, 0).repeat(columns, 1)

@@ -1,22 +1,28 @@
 """Interface of a quantization scheme (:class:`QuantizationScheme`), and the registry of schemes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.config.scheme_rules import RULES, SchemeRules
 from fp4dit_ao.formats import parse
+from fp4dit_ao.observers import FloatObserver, WeightObserver
+from fp4dit_ao.observers.activation import ActivationObserver
 from fp4dit_ao.util.registry import Registry
+
+Observer = TypeVar("Observer", bound=FloatObserver, covariant=True)
 
 
 @dataclass(frozen=True)
-class ObserverSpec:
+class ObserverSpec(Generic[Observer]):
     """An observer to make: ``kind(**arguments)``. Equal specs of one value share an observer.
 
     Attributes:
@@ -24,17 +30,18 @@ class ObserverSpec:
         arguments: keyword arguments, hashable, without ``name`` and ``collect_gram``.
     """
 
-    kind: Any
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    kind: type[Observer]
+    arguments: Mapping[str, Hashable] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         """What two specs have in common when they make the same observer."""
-        return (self.kind, *sorted(self.arguments.items()))
+        return (self.kind, *sorted(self.arguments.items(), key=lambda item: item[0]))
 
-    def constructor(self, **more: Any) -> Any:
+    def constructor(self, **more: object) -> Callable[[], Observer]:
         """A function without arguments that makes the observer, with the arguments ``more`` besides."""
-        return self.kind.with_args(**self.arguments, **more)
+        make: Callable[[], Observer] = self.kind.with_args(**self.arguments, **more)
+        return make
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,13 @@ class PlainLinear:
 
     function: Callable[..., Tensor]
     tensors: Mapping[str, Tensor]
-    arguments: tuple[Any, ...] = ()
+    arguments: tuple[Argument, ...] = ()
 
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
-"""NumPy arrays by name."""
+"""NumPy arrays by name, each of its own type."""
+Description = Mapping[str, Any]
+"""What a scheme said of a weight or its format in a single file, and reads again: parsed JSON, with keys of its own."""
 
 
 class QuantizationScheme(Protocol):
@@ -96,13 +105,13 @@ class QuantizationScheme(Protocol):
 
     # --- observers ---------------------------------------------------------------------------------------------------
 
-    def weight_observer(self, config: QuantConfig) -> ObserverSpec:
+    def weight_observer(self, config: QuantConfig) -> ObserverSpec[WeightObserver]:
         """Observer of a linear's weight; takes ``name``, and is a ``WeightObserver``."""
 
-    def input_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec:
+    def input_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec[ActivationObserver]:
         """Observer of a linear's input in format ``fmt``; takes ``name`` and ``collect_gram``."""
 
-    def attention_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec:
+    def attention_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec[ActivationObserver]:
         """Observer of q, k and v, ``(..., heads, tokens, head_dim)``, in format ``fmt``; arguments as for an input's."""
 
     # --- tensors -----------------------------------------------------------------------------------------------------
@@ -113,7 +122,7 @@ class QuantizationScheme(Protocol):
         The names are those of the tensor subclass's data attributes, so that ``graph_tensors.flatten`` gives the same.
         """
 
-    def from_parts(self, parts: Mapping[str, Any], config: QuantConfig, dtype: torch.dtype) -> Tensor:
+    def from_parts(self, parts: Mapping[str, Tensor], config: QuantConfig, dtype: torch.dtype) -> Tensor:
         """Builds the weight from the tensors that :meth:`empty_parts` describes; its reported dtype is ``dtype``."""
 
     def round_to_nearest(self, name: str, weight: Tensor, config: QuantConfig) -> Tensor:
@@ -131,7 +140,7 @@ class QuantizationScheme(Protocol):
     def owns(self, weight: Tensor) -> bool:
         """Whether ``weight`` is a tensor subclass of this scheme."""
 
-    def nearest_codes(self, weight: Any, original: Tensor) -> Tensor:
+    def nearest_codes(self, weight: Tensor, original: Tensor) -> Tensor:
         """uint8 codes that ``original`` would have if it were rounded to nearest with the scales of ``weight``.
 
         Args:
@@ -144,23 +153,25 @@ class QuantizationScheme(Protocol):
     def lowered(self, model: GraphModule, linear: Node) -> LowBitLinear | None:
         """The low-bit form of an ``aten.linear`` of a converted graph; None if its weight is not stored in this scheme."""
 
-    def plain_linear(self, weight: Any) -> PlainLinear:
+    def plain_linear(self, weight: Tensor) -> PlainLinear:
         """The linear of a tensor that this scheme owns, without its class."""
 
     # --- the single file ---------------------------------------------------------------------------------------------
 
-    def describe(self, config: QuantConfig) -> dict[str, Any]:
+    def describe(self, config: QuantConfig) -> dict[str, object]:
         """JSON of a linear's weight in a single file, besides ``scheme``: ``weight`` (name of the format), ``block_size``, and
         whatever else :meth:`dequantize` needs, as docs/single_file.md has it."""
 
-    def describe_format(self, config: QuantConfig) -> dict[str, Any]:
+    def describe_format(self, config: QuantConfig) -> dict[str, object]:
         """JSON of the weight's format in a single file: ``bits`` of a code and ``levels``; see :func:`describe_format`."""
 
     def input_scale(self, config: QuantConfig, attention: bool) -> str:
         """How the scale of inputs (of q, k and v if ``attention``) is found, in a single file: ``"token"``, ``"tensor"`` or
         ``"block"``."""
 
-    def dequantize(self, codes: np.ndarray[Any, Any], parts: Arrays, layer: Any, fmt: Any) -> np.ndarray[Any, Any]:
+    def dequantize(
+        self, codes: NDArray[np.uint8], parts: Arrays, layer: Description, fmt: Description
+    ) -> NDArray[np.float32]:
         """The weight of a single file in NumPy alone.
 
         Args:
@@ -175,7 +186,7 @@ class QuantizationScheme(Protocol):
         """
 
 
-def describe_format(name: str) -> dict[str, Any]:
+def describe_format(name: str) -> dict[str, object]:
     """JSON of the number format ``name`` in a single file: bits of a code, and the level of each code."""
     fmt = parse(name)
     return {"bits": fmt.bits, "levels": [fmt.level(code) for code in range(2**fmt.bits)]}

@@ -123,7 +123,7 @@ def create_app(
         app.add_middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"])
     answer_errors(app)
     stored = Pictures()
-    refusals: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ("4XX", "5XX")}
+    refusals: dict[int | str, dict[str, object]] = {status: {"model": ErrorResponse} for status in ("4XX", "5XX")}
 
     @app.get("/health/live", responses=refusals)
     def live() -> Health:

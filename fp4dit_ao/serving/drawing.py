@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -53,10 +53,10 @@ class Painter:
         self.between_steps: Callable[[], None] = lambda: None
         self._arguments |= self._callback(parameters)
 
-    def _callback(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    def _callback(self, parameters: Mapping[str, inspect.Parameter]) -> dict[str, object]:
         """Arguments by which the pipeline calls ``between_steps``: newer pipelines take another one than older ones."""
 
-        def at_end(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        def at_end(pipe: object, step: int, timestep: object, values: dict[str, object]) -> dict[str, object]:
             self.between_steps()
             return values
 

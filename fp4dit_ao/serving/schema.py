@@ -49,7 +49,7 @@ class ImageRequest(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
+    def _without_nulls(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
         optional = set(cls.model_fields) - {"prompt"}
@@ -138,7 +138,7 @@ class ApiError(Exception):
         kind = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}.get(status)
         kind = kind or ("invalid_request_error" if status < 500 else "server_error")
         self.status, self.retry_after = status, retry_after
-        self.body: dict[str, Any] = ErrorResponse(
+        self.body: dict[str, object] = ErrorResponse(
             error=ErrorBody(message=message, type=kind, param=param, code=code)
         ).model_dump()
 
@@ -146,6 +146,6 @@ class ApiError(Exception):
 def encode(image: Image, output_format: str, compression: int) -> bytes:
     """Encodes ``image`` as a picture file; ``compression`` is the quality in percent, for jpeg and webp."""
     file = io.BytesIO()
-    options: dict[str, Any] = {} if output_format == "png" else {"quality": compression}
+    options: dict[str, int] = {} if output_format == "png" else {"quality": compression}
     Pillow.fromarray(image).save(file, output_format, **options)
     return file.getvalue()

@@ -4,7 +4,7 @@
 the emulation.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torchao.quantization.quantize_.common.kernel_preference import KernelPrefer
 from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import __version__, _compat
+from fp4dit_ao._compat import Arguments, Keywords, Operator
 from fp4dit_ao._compat.torchao_prototype import (
     DTYPE_FP6_E2M3,
     DTYPE_FP6_E3M2,
@@ -33,26 +34,36 @@ ELEMENTS = {"e2m1": torch.float4_e2m1fn_x2, "e2m3": DTYPE_FP6_E2M3, "e3m2": DTYP
 """torchao's name for each MX element format."""
 
 
+class _BlockTensor(block_scaled_linear.BlockWeight, Protocol):
+    """What the methods below need of torchao's tensors and their subclasses."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def fmt(self) -> str: ...
+
+    def dequantize(self, output_dtype: torch.dtype) -> Tensor: ...
+
+
 class _OnAnyHardware:
     """Methods that both weights add to torchao's tensors."""
 
-    fmt: Any
     # torchao's block tensors disable the handlers of torch functions
-    __torch_function__: Any = classmethod(TorchAOBaseTensor.__torch_function__.__func__)
+    __torch_function__: object = classmethod(TorchAOBaseTensor.__torch_function__.__func__)
 
-    def unit(self: Any, device: torch.device | str | None = None) -> Unit[Any]:
+    def unit(self: _BlockTensor, device: torch.device | str | None = None) -> Unit[Any]:
         """The unit that computes this weight's linear for input of its type, on ``device`` or where the weight is."""
         operands = block_scaled_linear.BlockOperands(self.fmt, torch.device(device or self.device), self.dtype)
         return block_scaled_linear.BLOCK_SCALED_LINEAR.pick(operands)
 
-    def stored_linear(self: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    def stored_linear(self: _BlockTensor, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ W^T + bias`` with ``x`` quantized to the weight's format."""
         return block_scaled_linear.linear(x, self, bias, self.fmt)
 
-    def stored_values(self: Any, output_dtype: torch.dtype) -> Tensor:
+    def stored_values(self: _BlockTensor, output_dtype: torch.dtype) -> Tensor:
         """The weight's values, ``(out_features, in_features)``."""
-        values: Tensor = self.dequantize(output_dtype)
-        return values
+        return self.dequantize(output_dtype)
 
     def _stable_hash_for_caching(self) -> str:
         """Key of this tensor in torch's on-disk compile caches: everything that shapes the generated code."""
@@ -160,12 +171,12 @@ class NVFP4Weight(_OnAnyHardware, NVFP4Tensor, metaclass=CopiedByCall):  # type:
         return f"NVFP4Weight(shape={tuple(self.shape)}, {self._quantization_type()})"
 
 
-def _linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+def _linear(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> Tensor:
     x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
     return straight_through.linear(x, weight, bias)
 
 
-def _to_copy(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+def _to_copy(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> Tensor:
     """``.to(device)`` moves codes and scales; ``.to(dtype)`` changes only what the tensor presents itself as."""
     self, device = args[0], kwargs.get("device")
     moved = {name: getattr(self, name) for name in _compat.parts(type(self))}

@@ -120,7 +120,7 @@ class CodebookTensor(QuantizedWeight):
     def _quantization_type(self) -> str:
         return f"fmt={self.fmt}, act_fmt={self.act_fmt}, group_size={self.group_size}, shape={tuple(self.shape)}"
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:
         """Formats and shape on one line, without the codes."""
         return f"CodebookTensor({self._quantization_type()}, dtype={self.dtype}, device='{self.device}')"
 

@@ -104,7 +104,7 @@ class LevelTensor(QuantizedWeight):
         rows, columns = self.block_size
         return {"qdata": (1, 1), "scale": (rows, columns)}
 
-    def attributes_of_part(self, rows: int, columns: int) -> dict[str, Any]:
+    def attributes_of_part(self, rows: int, columns: int) -> dict[str, object]:
         sizes = zip(self.block_size, (rows, columns), strict=True)
         return {"block_size": [min(block, size) or block for block, size in sizes]}
 

@@ -98,7 +98,7 @@ class MinifloatTensor(QuantizedWeight):
         rows, columns = self.block_size
         return {"qdata": (1, _codes_a_byte(self.fmt)), "scale": (rows, columns)}
 
-    def attributes_of_part(self, rows: int, columns: int) -> dict[str, Any]:
+    def attributes_of_part(self, rows: int, columns: int) -> dict[str, object]:
         sizes = zip(self.block_size, (rows, columns), strict=True)
         return {"block_size": [min(block, size) or block for block, size in sizes]}
 
@@ -116,7 +116,7 @@ class MinifloatTensor(QuantizedWeight):
     def _quantization_type(self) -> str:
         return f"fmt={self.fmt}, act_fmt={self.act_fmt}, block_size={list(self.block_size)}, shape={tuple(self.shape)}"
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:
         """Formats and shape on one line, without the codes."""
         scale = str(self.scale.dtype).removeprefix("torch.")
         return (

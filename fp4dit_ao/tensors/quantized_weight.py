@@ -16,7 +16,7 @@ defines :meth:`QuantizedWeight.tiles`, :meth:`~QuantizedWeight.stored_values`, :
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +24,23 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import __version__, _compat
+from fp4dit_ao._compat import Arguments, Keywords, Operator
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import straight_through
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.units import Unit
 from fp4dit_ao.tensors.copied_by_call import CopiedByCall
 
+Override = TypeVar("Override", bound=Callable[..., object])
+Result = TypeVar("Result")
+
 _ATEN = torch.ops.aten
-_OVERRIDES: dict[Any, Callable[..., Any]] = {}
+_OVERRIDES: dict[Operator, Callable[..., object]] = {}
 """Implementation of each aten operator, registered for every subclass."""
 
 
-def _overrides(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+def _overrides(*operators: Operator) -> Callable[[Override], Override]:
+    def register(function: Override) -> Override:
         _OVERRIDES.update(dict.fromkeys(operators, function))
         return function
 
@@ -60,7 +64,7 @@ class QuantizedWeight(TorchAOBaseTensor, metaclass=CopiedByCall):  # type: ignor
     tensor_attribute_names: ClassVar[list[str]]
     transposed: bool
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         for overridden, override in _OVERRIDES.items():
             cls.implements(overridden)(override)
@@ -87,7 +91,7 @@ class QuantizedWeight(TorchAOBaseTensor, metaclass=CopiedByCall):  # type: ignor
         """The unit that computes this weight's linear, on ``device`` or where the weight is."""
         raise NotImplementedError
 
-    def attributes_of_part(self, rows: int, columns: int) -> dict[str, Any]:
+    def attributes_of_part(self, rows: int, columns: int) -> dict[str, object]:
         """Attributes that differ in a part of the weight of that size."""
         return {}
 
@@ -104,7 +108,7 @@ class QuantizedWeight(TorchAOBaseTensor, metaclass=CopiedByCall):  # type: ignor
         values = self.stored_values(output_dtype or self.dtype)
         return values.t() if self.transposed else values
 
-    def with_parts(self, **changes: Any) -> Self:
+    def with_parts(self, **changes: object) -> Self:
         """A tensor of the same kind with some of its stored tensors or attributes replaced."""
         return type(self)(**{name: getattr(self, name) for name in _compat.parts(type(self))} | changes)
 
@@ -147,12 +151,12 @@ class QuantizedWeight(TorchAOBaseTensor, metaclass=CopiedByCall):  # type: ignor
     def _stable_hash_for_caching(self) -> str:
         """Key of this tensor in torch's on-disk compile caches: everything that shapes the generated code."""
         parts = {name: getattr(self, name) for name in _compat.parts(type(self))}
-        described: dict[str, Any] = {
+        described: dict[str, object] = {
             name: (x.dtype, tuple(x.shape), x.stride(), x.device) if isinstance(x, Tensor) else x
             for name, x in parts.items()
         }
         for name in self.format_names:  # a codebook with its levels: another process may know other ones by that name
-            described[name] = described.get(name) and parse(described[name])
+            described[name] = parts.get(name) and parse(parts[name])
         library = native.VERSION if native.shared_object() is not None else None
         return repr((__version__, library, type(self).__name__, described))
 
@@ -161,7 +165,7 @@ class QuantizedWeight(TorchAOBaseTensor, metaclass=CopiedByCall):  # type: ignor
 
 
 @_overrides(_ATEN.linear.default)
-def _linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+def _linear(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> Tensor:
     """``linear(x, weight, bias)``."""
     x, weight = args[0], args[1]
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
@@ -173,7 +177,7 @@ def _linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 @_overrides(_ATEN.mm.default, _ATEN.addmm.default)
-def _matrix_product(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+def _matrix_product(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> Tensor:
     """``x @ weight.t()`` and ``bias + x @ weight.t()``: what a linear becomes under DTensor."""
     bias, x, weight = args if func is _ATEN.addmm.default else (None, *args)
     if not isinstance(weight, QuantizedWeight) or not weight.transposed:
@@ -188,10 +192,10 @@ def _matrix_product(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 @_overrides(_ATEN.slice.Tensor)
-def _slice(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
+def _slice(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> QuantizedWeight:
     """``weight[a:b]``, ``weight[:, a:b]``, ``narrow``."""
-    defaults: list[Any] = [0, None, None, 1]
-    weight, dim, start, stop, step = list(args) + defaults[len(args) - 1 :]
+    defaults: Arguments = (0, None, None, 1)
+    weight, dim, start, stop, step = (*args, *defaults[len(args) - 1 :])
     dim, size = dim % 2, weight.shape[dim]
     if step != 1:
         weight.refuse(f"a slice with step {step}; expected consecutive rows or columns")
@@ -200,7 +204,7 @@ def _slice(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
 
 
 @_overrides(_ATEN.split.Tensor, _ATEN.split_with_sizes.default)
-def _split(func: Any, types: Any, args: Any, kwargs: Any) -> list[QuantizedWeight]:
+def _split(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> list[QuantizedWeight]:
     """``split`` and ``chunk``."""
     weight, sizes = args[0], args[1]
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % 2
@@ -213,9 +217,9 @@ def _split(func: Any, types: Any, args: Any, kwargs: Any) -> list[QuantizedWeigh
 
 
 @_overrides(_ATEN.cat.default)
-def _cat(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
+def _cat(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> QuantizedWeight:
     """Weights one below the other, or side by side, whose tiles do not span the seam."""
-    weights: Sequence[Any] = args[0]
+    weights: Sequence[QuantizedWeight] = args[0]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % 2
     first = weights[0]
     kinds = {type(x) for x in weights}
@@ -249,7 +253,7 @@ def _cat(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
 
 
 @_overrides(_ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default)
-def _transpose(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
+def _transpose(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> QuantizedWeight:
     """``t()``, ``T``, ``mT``, ``transpose`` and ``permute``."""
     weight = args[0]
     dims = args[1] if func is _ATEN.permute.default else args[1:]
@@ -258,7 +262,7 @@ def _transpose(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight
 
 
 @_overrides(_ATEN.view.default, _ATEN._unsafe_view.default)
-def _reshape(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
+def _reshape(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> QuantizedWeight:
     """A view of the same shape."""
     weight, shape = args[0], list(args[1])
     if -1 in shape:
@@ -269,21 +273,21 @@ def _reshape(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
 
 
 @_overrides(_ATEN.select.int)
-def _select(func: Any, types: Any, args: Any, kwargs: Any) -> NoReturn:
+def _select(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> NoReturn:
     """``weight[row]``, which would have one dimension."""
     weight: QuantizedWeight = args[0]
     weight.refuse(f"dimension {args[1]} cannot be dropped; take weight[{args[2]}:{args[2] + 1}], or dequantize() first")
 
 
 @_overrides(_ATEN.empty_like.default)
-def _empty_like(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
+def _empty_like(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> QuantizedWeight:
     """The same kind and shape, with stored tensors that are not set."""
     device, dtype = kwargs.get("device"), kwargs.get("dtype") or args[0].dtype
     return args[0].map_data(lambda x: torch.empty_like(x, device=device)).with_parts(dtype=dtype)
 
 
 @_overrides(_ATEN.copy_.default)
-def _copy(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
+def _copy(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> QuantizedWeight:
     """``weight.copy_(other)``: the stored tensors of a weight of the same kind, shape and formats."""
     weight, source = args[0], args[1]
     if not isinstance(weight, QuantizedWeight):
@@ -302,7 +306,7 @@ def _copy(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
 
 
 @_overrides(_ATEN._to_copy.default)
-def _to_copy(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
+def _to_copy(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> QuantizedWeight:
     """``.to(device)`` moves the stored tensors; ``.to(dtype)`` changes only what the tensor presents itself as."""
     weight, device = args[0], kwargs.get("device")
     moved = weight.map_data(lambda x: x.to(device or x.device, non_blocking=bool(kwargs.get("non_blocking"))))
@@ -310,19 +314,19 @@ def _to_copy(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
 
 
 @_overrides(_ATEN.is_pinned.default)
-def _is_pinned(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
+def _is_pinned(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> bool:
     return all(getattr(args[0], name).is_pinned() for name in args[0].tensor_data_names)
 
 
 @_overrides(_ATEN._pin_memory.default)
-def _pin_memory(func: Any, types: Any, args: Any, kwargs: Any) -> QuantizedWeight:
+def _pin_memory(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> QuantizedWeight:
     return args[0].map_data(Tensor.pin_memory)
 
 
 # --- sharding by torch.distributed.tensor --------------------------------------------------------------------------
 
 
-def _collective(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+def _collective(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> tuple[object, object]:
     """A collective that sends weights: one of every stored tensor, in order."""
     first = next(x for x in _compat.pytree.tree_leaves(args) if isinstance(x, QuantizedWeight))
     work = None
@@ -338,6 +342,6 @@ if torch.distributed.is_available():  # distribute_tensor and parallelize_module
     _OVERRIDES |= dict.fromkeys((torch.ops.c10d.scatter_.default, torch.ops.c10d.broadcast_.default), _collective)
 
 
-def _view(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+def _view(func: Operator, args: Arguments, kwargs: Keywords, result: Result) -> Result:
     """``result`` with the storage that autograd expects of a view of ``args[0]``."""
     return _compat.aliased(func, args, kwargs, result)

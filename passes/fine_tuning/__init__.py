@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch.fx import GraphModule
 
@@ -14,7 +13,7 @@ __all__ = ["FINE_TUNINGS", "FineTune", "FineTuneConfig", "FineTuneReport", "run_
 
 def run_fine_tuning(
     prepared: GraphModule,
-    samples: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, object]],
     method: str = "scales",
     config: FineTuneConfig | None = None,
     *,

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch.fx import GraphModule
 
@@ -56,7 +56,7 @@ class FineTuneReport:
     parameters: int
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Fields by name, for JSON."""
         return dataclasses.asdict(self)
 
@@ -73,7 +73,7 @@ class FineTune(Protocol):
     def __call__(
         self,
         prepared: GraphModule,
-        samples: Sequence[Mapping[str, Any]],
+        samples: Sequence[Mapping[str, object]],
         config: FineTuneConfig,
         *,
         checkpoint_dir: str | Path | None = None,

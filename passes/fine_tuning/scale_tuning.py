@@ -14,12 +14,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.observers import WeightObserver, set_fake_quantize
@@ -72,7 +71,7 @@ def block_of(values: Tensor, scale: Tensor) -> list[int]:
 
 def tune_scales(
     prepared: GraphModule,
-    samples: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, object]],
     config: FineTuneConfig,
     *,
     checkpoint_dir: str | Path | None = None,
@@ -139,18 +138,18 @@ def _in_place(tuned: Mapping[WeightObserver, TunedScale]) -> Iterator[None]:
             observer.rounding = None
 
 
-def _outputs(model: GraphModule, call: Mapping[str, Any]) -> list[Tensor]:
+def _outputs(model: GraphModule, call: Mapping[str, object]) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(model(**call)) if isinstance(x, Tensor)]
 
 
 @torch.no_grad()
-def _teacher(prepared: GraphModule, calls: Sequence[Mapping[str, Any]]) -> list[list[Tensor]]:
+def _teacher(prepared: GraphModule, calls: Sequence[Mapping[str, object]]) -> list[list[Tensor]]:
     """Outputs of the float graph for every sample."""
     set_fake_quantize(prepared, weight=False, activation=False, paused=True)
     return [_outputs(prepared, call) for call in calls]
 
 
-def _loss(model: GraphModule, call: Mapping[str, Any], target: Sequence[Tensor]) -> Tensor:
+def _loss(model: GraphModule, call: Mapping[str, object], target: Sequence[Tensor]) -> Tensor:
     """Squared error of one sample's outputs, relative to the power of the teacher's."""
     parts = [
         nn.functional.mse_loss(y.float(), wanted.float()) / wanted.float().square().mean().clamp_min(1e-30)
@@ -160,20 +159,20 @@ def _loss(model: GraphModule, call: Mapping[str, Any], target: Sequence[Tensor])
 
 
 @torch.no_grad()
-def _error(model: GraphModule, calls: Sequence[Mapping[str, Any]], targets: Sequence[Sequence[Tensor]]) -> float:
+def _error(model: GraphModule, calls: Sequence[Mapping[str, object]], targets: Sequence[Sequence[Tensor]]) -> float:
     pairs = zip(calls, targets, strict=True)
     return sum(float(_loss(model, call, target)) for call, target in pairs) / len(calls)
 
 
 def _optimise(
     model: GraphModule,
-    calls: Sequence[Mapping[str, Any]],
+    calls: Sequence[Mapping[str, object]],
     targets: Sequence[Sequence[Tensor]],
     before: float,
     config: FineTuneConfig,
     modules: Sequence[TunedScale],
     store: "_Store | None",
-    bar: Any,
+    bar: tqdm,
 ) -> None:
     parameters = [module.delta for module in modules]
     optimizer = torch.optim.Adam(parameters, lr=config.lr)
@@ -195,7 +194,7 @@ def _optimise(
             store.save(optimizer, parameters, step + 1)
 
 
-def _fingerprint(prepared: GraphModule, samples: Sequence[Mapping[str, Any]], config: FineTuneConfig) -> str:
+def _fingerprint(prepared: GraphModule, samples: Sequence[Mapping[str, object]], config: FineTuneConfig) -> str:
     """SHA-256 of everything that the result depends on: settings, graph, weights, scales, codes and samples."""
     digest = hashlib.sha256(repr(astuple(config)).encode() + prepared.code.encode())
     tensors = [x for _, o in weight_observers(prepared) for x in (o.scale, o.codes) if x is not None]

@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.fx import GraphModule
 
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.config import ReconstructionConfig
-from fp4dit_ao.observers import FloatObserver
+from fp4dit_ao.observers import FloatObserver, WeightObserver
 from fp4dit_ao.observers.weight import Settled, weight_of
 from fp4dit_ao.passes.partition import Segment, weight_observers
 from fp4dit_ao.passes.reconstruction.report import BlockReport
@@ -25,7 +24,7 @@ _SCALE = "#scale"
 
 
 def fingerprint(
-    prepared: GraphModule, samples: Sequence[Mapping[str, Any]], config: ReconstructionConfig, rule: RoundingRule
+    prepared: GraphModule, samples: Sequence[Mapping[str, object]], config: ReconstructionConfig, rule: RoundingRule
 ) -> str:
     """SHA-256 over everything that the result depends on: settings, graph, weights, formats and data.
 
@@ -48,7 +47,7 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def _bytes(x: Tensor) -> Any:
+def _bytes(x: Tensor) -> memoryview:
     return memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -69,7 +68,7 @@ class Store:
     def save(self, index: int, segment: Segment, row: BlockReport) -> None:
         """Write one finished unit; a kill leaves either all of it or nothing."""
         tensors = {o.name: o.codes for o in _observers(segment) if o.codes is not None}
-        tensors |= {f"{o.name}{_SCALE}": o.scale for o in _observers(segment) if o.rescaled}
+        tensors |= {f"{o.name}{_SCALE}": o.scale for o in _observers(segment) if o.rescaled and o.scale is not None}
         texts = {"fingerprint": self.fingerprint, "row": json.dumps(dataclasses.asdict(row))}
         save_state(self._path(index), tensors, texts)
 
@@ -91,6 +90,7 @@ class Store:
             raise ValueError(f"{path} is broken (its row of the report cannot be read: {error!r}); {remedy}") from error
         for observer in _observers(segment):
             codes, scale = tensors.get(observer.name), tensors.get(f"{observer.name}{_SCALE}")
+            assert observer.scale is not None  # every weight was quantized before units are rounded
             device = observer.scale.device
             observer.settle(
                 Settled(
@@ -101,5 +101,5 @@ class Store:
         return row
 
 
-def _observers(segment: Segment) -> Iterator[Any]:
+def _observers(segment: Segment) -> Iterator[WeightObserver]:
     return (observer for _, observer in segment.observers)

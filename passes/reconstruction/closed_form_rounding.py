@@ -1,11 +1,11 @@
 """Closed-form rounding of one unit: its linears in topological order, each on what the ones before it make of the samples."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from tqdm import tqdm
 
 from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.observers.weight import Settled
@@ -27,7 +27,7 @@ class SharedInput:
     observers: list[WeightObserver]
 
 
-def solve(error: UnitError, rule: ClosedFormRounding, bar: Any) -> dict[WeightObserver, Settled]:
+def solve(error: UnitError, rule: ClosedFormRounding, bar: tqdm) -> dict[WeightObserver, Settled]:
     """The rounding of every observer of a unit; leaves it in the observers, too.
 
     Args:

@@ -9,7 +9,6 @@ weight observers.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -32,7 +31,7 @@ from fp4dit_ao.passes.reconstruction.unit_rounding import round_unit, steps_of
 
 def reconstruct(
     prepared: GraphModule,
-    samples: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, object]],
     config: ReconstructionConfig | None = None,
     *,
     checkpoint_dir: str | Path | None = None,

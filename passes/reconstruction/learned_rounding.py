@@ -1,11 +1,11 @@
 """Learned rounding of one unit: gradient descent on the unit's error."""
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fp4dit_ao.config import ReconstructionConfig
 from fp4dit_ao.observers import WeightObserver
@@ -28,7 +28,7 @@ class Learner:
         self.error, self.rule, self.config = error, rule, config
         self.generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
 
-    def solve(self, before: float, bar: Any) -> dict[WeightObserver, Settled]:
+    def solve(self, before: float, bar: tqdm) -> dict[WeightObserver, Settled]:
         """The learned rounding of every observer.
 
         Args:
@@ -53,13 +53,13 @@ class Learner:
             scale = stored.reshape(scale.shape)
         return Settled(rule.hard_codes(), scale)
 
-    def _optimise(self, rules: dict[WeightObserver, LearnedRounding], before: float, bar: Any) -> None:
+    def _optimise(self, rules: dict[WeightObserver, LearnedRounding], before: float, bar: tqdm) -> None:
         config, graph = self.config, self.error.segment.graph
         optimizer = self.rule.optimizer(list(rules.values()), config)
         rates = [group["lr"] for group in optimizer.param_groups]
         sizes = {observer: weight.numel() for observer, weight in self.error.weights.items()}
         count = sum(sizes.values())
-        least, best = float("inf"), list[dict[str, Any]]()
+        least, best = float("inf"), list[dict[str, Tensor]]()
         warm = round(config.warmup * config.iters)
         run = torch.compile(graph) if config.compile else graph
         for iteration in range(config.iters):
@@ -95,6 +95,6 @@ class Learner:
                 yield number, inside - first
             first += stream.rows
 
-    def _share(self, number: int, rows: Tensor, run: Any) -> Tensor:
+    def _share(self, number: int, rows: Tensor, run: Callable[..., Sequence[Tensor]]) -> Tensor:
         """What some rows contribute to the mean over a minibatch."""
         return self.error.of(number, rows, run) * (len(rows) / min(self.config.batch_size, self.error.rows))

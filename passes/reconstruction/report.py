@@ -1,7 +1,6 @@
 """Report of reconstruction: a row per unit (block, layer or window)."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class ReconstructionReport:
     seconds: float
     stream_bytes: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
 

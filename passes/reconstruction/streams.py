@@ -16,6 +16,7 @@ from fp4dit_ao import _compat
 from fp4dit_ao.passes.partition import Segment
 
 Values = dict[str, Any]
+"""Values by the name of their node: tensors, whole numbers that grow with the batch, constants."""
 
 
 class Rows:
@@ -64,7 +65,7 @@ class Rows:
         """Rows in one sample's placeholder values."""
         return len(values[self.first]) if self.dims else 1
 
-    def identity(self, name: str, value: Any) -> Any:
+    def identity(self, name: str, value: object) -> object:
         """What two samples must agree on to be stacked: other sizes of what grows, and the values of everything else."""
         if not isinstance(value, Tensor):
             return value
@@ -216,7 +217,7 @@ def _length(rows: Tensor | slice) -> int:
     return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
-def build(model: GraphModule, samples: Sequence[Mapping[str, Any]]) -> list[Stream]:
+def build(model: GraphModule, samples: Sequence[Mapping[str, object]]) -> list[Stream]:
     """Group samples that can be stacked.
 
     Raises:
@@ -226,14 +227,14 @@ def build(model: GraphModule, samples: Sequence[Mapping[str, Any]]) -> list[Stre
         raise ValueError("no calibration samples; collect_samples(pipe, prompts) records some")
     flat = [_checked(model, number, sample) for number, sample in enumerate(samples)]
     rows = Rows(model, flat)
-    groups: dict[Any, list[Values]] = {}
+    groups: dict[object, list[Values]] = {}
     for number, values in enumerate(flat):
         key = tuple(rows.identity(name, value) for name, value in values.items()) if rows.dims else number
         groups.setdefault(key, []).append(values)
     return [Stream(values, rows) for values in groups.values()]
 
 
-def _checked(model: GraphModule, number: int, sample: Mapping[str, Any]) -> Values:
+def _checked(model: GraphModule, number: int, sample: Mapping[str, object]) -> Values:
     try:
         values = _compat.flat_inputs(model, sample)
     except (TypeError, ValueError) as error:

@@ -1,8 +1,7 @@
 """The error of one unit's outputs: what its roundings are learned on and judged by."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,13 @@ from fp4dit_ao.passes.reconstruction.streams import Stream
 class Fixed(nn.Module):
     """A settled rounding: stands in for a weight observer's own, which would round anew in every call."""
 
+    weight: Tensor
+
     def __init__(self, weight: Tensor):
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
 
-    def forward(self, weight: Tensor) -> Any:
+    def forward(self, weight: Tensor) -> Tensor:
         return self.weight
 
 
@@ -84,7 +85,7 @@ class UnitError:
             if isinstance(y, Tensor) and y.requires_grad and name in stream.full and stream.grows(name)
         ]
 
-    def of(self, number: int, rows: Tensor | slice, run: Callable[..., Any]) -> Tensor:
+    def of(self, number: int, rows: Tensor | slice, run: Callable[..., Sequence[Tensor]]) -> Tensor:
         """The objective for some rows of stream ``number``, averaged over the outputs.
 
         Args:

@@ -1,7 +1,8 @@
 """The rounding of one unit: by a rule of either kind, kept only where it lessens the unit's error."""
 
 import time
-from typing import Any
+
+from tqdm import tqdm
 
 from fp4dit_ao.config import ReconstructionConfig
 from fp4dit_ao.observers import WeightObserver
@@ -14,7 +15,9 @@ from fp4dit_ao.passes.reconstruction.rounding import ClosedFormRounding, Roundin
 from fp4dit_ao.passes.reconstruction.unit_error import UnitError
 
 
-def round_unit(error: UnitError, rule: RoundingRule, config: ReconstructionConfig, index: int, bar: Any) -> BlockReport:
+def round_unit(
+    error: UnitError, rule: RoundingRule, config: ReconstructionConfig, index: int, bar: tqdm
+) -> BlockReport:
     """Round a unit's weights, and keep what is better on all rows: the new codes, or those from before.
 
     Args:
@@ -49,7 +52,7 @@ def steps_of(segment: Segment, rule: RoundingRule, config: ReconstructionConfig)
 
 
 def _solve(
-    error: UnitError, rule: RoundingRule, config: ReconstructionConfig, index: int, before: float, bar: Any
+    error: UnitError, rule: RoundingRule, config: ReconstructionConfig, index: int, before: float, bar: tqdm
 ) -> dict[WeightObserver, Settled]:
     if isinstance(rule, ClosedFormRounding):
         return closed_form_rounding.solve(error, rule, bar)

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.quantizer import Quantizer, SharedQuantizationSpec
+from torchao.quantization.pt2e.quantizer import QuantizationSpecBase, Quantizer, SharedQuantizationSpec
+
+from fp4dit_ao.observers import FloatObserver
 
 _ANNOTATION = "quantization_annotation"
 _ATEN = torch.ops.aten
+MakeObserver = Callable[[], FloatObserver]
+"""Makes the observer of a weight or an input."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class AnnotatedLinear:
     """
 
     node: Node
-    weight_observer: Callable[[], Any]
-    input_observer: Callable[[], Any] | None
+    weight_observer: MakeObserver
+    input_observer: MakeObserver | None
 
     @property
     def source(self) -> Node:
@@ -77,7 +80,7 @@ def annotated_linears(graph: GraphModule, quantizer: Quantizer) -> list[Annotate
     return found
 
 
-def _observer(spec: Any) -> Callable[[], Any] | None:
+def _observer(spec: QuantizationSpecBase | None) -> MakeObserver | None:
     while isinstance(spec, SharedQuantizationSpec):
         source, user = spec.edge_or_node
         spec = user.meta[_ANNOTATION].input_qspec_map[source]

@@ -1,11 +1,12 @@
 """Where a scale of a linear's input channels can go instead: into the parameters that the input's channels come from."""
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+
+from fp4dit_ao._compat import Arguments
 
 _ATEN = torch.ops.aten
 _CASTS = (_ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN._to_copy.default)
@@ -38,7 +39,7 @@ def foldable_parameters(graph: GraphModule, source: Node, readers: Collection[No
     return [name for name in names if name] if names and all(names) else []
 
 
-def _unchanged(node: Any) -> Node | None:
+def _unchanged(node: object) -> Node | None:
     """The node that ``node`` has its values from, through casts and copies that nothing else reads."""
     while isinstance(node, Node) and node.target in _SAME:
         node = node.args[0]
@@ -47,7 +48,7 @@ def _unchanged(node: Any) -> Node | None:
     return node if isinstance(node, Node) else None
 
 
-def _only(node: Any) -> Node | None:
+def _only(node: object) -> Node | None:
     """``node`` without casts and copies, if it and they have one reader each."""
     return _unchanged(node) if isinstance(node, Node) and len(node.users) == 1 else None
 
@@ -85,7 +86,7 @@ def _swaps_heads(node: Node) -> bool:
     return node.target is _ATEN.permute.default and list(node.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
 
 
-def _heads(node: Node) -> list[Any]:
+def _heads(node: Node) -> list[int | torch.SymInt]:
     return list(node.meta["val"].shape[-2:])
 
 
@@ -96,15 +97,15 @@ def _joins(split: Node, whole: Node) -> bool:
     return known and sizes[0] * sizes[1] == channels and split.meta["val"].ndim == whole.meta["val"].ndim + 1
 
 
-def _factors(node: Node) -> list[Any]:
+def _factors(node: Node) -> list[Node]:
     """The nodes of what multiplies each channel of ``node``, or is added to it."""
-    arguments = list(node.args)
+    arguments: Arguments = node.args
     if node.target is _ATEN.linear.default:
         return [x for x in arguments[1:3] if x is not None]
-    if node.target is _ATEN.layer_norm.default and len(arguments[1]) == 1:  # type: ignore[arg-type]
+    if node.target is _ATEN.layer_norm.default and len(arguments[1]) == 1:
         weight, bias = (*arguments[2:4], None, None)[:2]
         return [] if weight is None else [weight] if bias is None else [weight, bias]
-    if node.target is _ATEN.rms_norm.default and len(arguments[1]) == 1:  # type: ignore[arg-type]
+    if node.target is _ATEN.rms_norm.default and len(arguments[1]) == 1:
         return [x for x in arguments[2:3] if x is not None]
     if node.target is _ATEN.mul.Tensor:  # an RMSNorm, written out
         return [x for x in arguments if isinstance(x, Node) and _stored(x) is not None][:1]
@@ -118,7 +119,7 @@ def _stored(node: Node) -> Node | None:
     return node if node.op == "get_attr" and len(node.users) == 1 else None
 
 
-def _parameter(graph: GraphModule, node: Any, channels: Any) -> str | None:
+def _parameter(graph: GraphModule, node: object, channels: int | torch.SymInt) -> str | None:
     """Name of the parameter ``(channels, …)`` that ``node`` stands for; None if it is no such, or is used elsewhere, too."""
     found = _stored(node) if isinstance(node, Node) else None
     if found is None:

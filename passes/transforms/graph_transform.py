@@ -12,6 +12,7 @@ APPLIED = "fp4dit_ao_transforms"
 """Key of ``graph.meta``: the records of the transforms that were applied to a graph, in order."""
 
 Record = dict[str, Any]
+"""JSON of what a transform did, with keys of its own."""
 
 
 class GraphTransform(abc.ABC):
@@ -56,7 +57,7 @@ class GraphTransform(abc.ABC):
     progress: bool = False
 
     @abc.abstractmethod
-    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, Any]]) -> None:
+    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, object]]) -> None:
         """Learn what to do with ``graph``, which is not changed.
 
         Args:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ class Hadamard(InputTransform):
         self._learned = False
 
     @torch.no_grad()
-    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, Any]]) -> None:
+    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, object]]) -> None:
         """Choose the linears to rotate among those that the quantizer quantizes.
 
         Raises:
@@ -196,13 +196,13 @@ class Hadamard(InputTransform):
 
 
 class _Rotation:
-    def before(self, module: Any, x: Tensor) -> Tensor:
+    def before(self, module: nn.Module, x: Tensor) -> Tensor:
         return rotate(x, getattr(module, ROTATION))
 
-    def beside(self, module: Any, x: Tensor) -> None:
+    def beside(self, module: nn.Module, x: Tensor) -> None:
         return None
 
-    def undone(self, module: Any, weight: Tensor) -> Tensor:
+    def undone(self, module: nn.Module, weight: Tensor) -> Tensor:
         matrix: Tensor = getattr(module, ROTATION)
         return rotate(weight, matrix.T.to(weight))
 

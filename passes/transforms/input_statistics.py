@@ -1,7 +1,6 @@
 """Statistics of node outputs in a float graph on calibration samples: largest magnitudes by channel, and a few rows."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ class _Watch(Interpreter):
         super().__init__(graph)
         self.watched = watched
 
-    def run_node(self, n: Node) -> Any:
+    def run_node(self, n: Node) -> object:
         value = super().run_node(n)
         if n in self.watched:
             self.watched[n].update(value)
@@ -59,7 +58,7 @@ def kept_rows(seen: Sequence[InputStatistics]) -> Tensor:
 @torch.no_grad()
 def input_statistics(
     graph: GraphModule,
-    samples: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, object]],
     nodes: Collection[Node],
     rows: int,
     progress: bool = False,

@@ -1,7 +1,7 @@
 """``InputTransform``: what transforms have in common that look at the linears of each input together."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantizer import Quantizer
@@ -67,7 +67,7 @@ class InputTransform(GraphTransform):
         return annotated_linears(graph, self.quantizer)
 
     def observed(
-        self, graph: GraphModule, groups: Sequence[LinearGroup], samples: Sequence[Mapping[str, Any]]
+        self, graph: GraphModule, groups: Sequence[LinearGroup], samples: Sequence[Mapping[str, object]]
     ) -> Iterator[tuple[LinearGroup, list[InputStatistics]]]:
         """Each group with what was seen of its inputs, under a progress bar."""
         self.errors = {}

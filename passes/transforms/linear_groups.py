@@ -2,13 +2,14 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from fp4dit_ao import _compat
+from fp4dit_ao._compat import Operator
 from fp4dit_ao.passes.transforms.annotated_linears import AnnotatedLinear, linear_name
 
 _BLOCK = re.compile(r"(?:.*?\.)??\d+(?=\.)")
@@ -149,7 +150,7 @@ def stored_tensor(graph: GraphModule, like: Node, path: str, value: Tensor) -> N
     return node
 
 
-def call(graph: GraphModule, like: Node, target: Any, arguments: tuple[Any, ...], value: Tensor) -> Node:
+def call(graph: GraphModule, like: Node, target: Operator, arguments: tuple[Argument, ...], value: Tensor) -> Node:
     """A call at the current insertion point, at the place among the modules that ``like`` has, of a result like ``value``."""
     node = graph.graph.call_function(target, arguments)
     node.meta = dict(like.meta) | {"val": value}

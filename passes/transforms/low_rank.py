@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
 
-from fp4dit_ao.passes.transforms.annotated_linears import weight_path
+from fp4dit_ao.passes.transforms.annotated_linears import MakeObserver, weight_path
 from fp4dit_ao.passes.transforms.graph_transform import Record
 from fp4dit_ao.passes.transforms.input_statistics import kept_rows
 from fp4dit_ao.passes.transforms.input_transform import InputTransform
@@ -96,7 +96,7 @@ class LowRank(InputTransform):
     # --- learning ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, Any]]) -> None:
+    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, object]]) -> None:
         """Find a branch for every linear that the quantizer quantizes.
 
         Raises:
@@ -220,10 +220,11 @@ class _Trial:
         self.dtype, self.sizes = weights[0].dtype, [len(weight) for weight in weights]
         self.joined = torch.cat([weight.float() for weight in weights])
         self.rows = rows
-        made: dict[Any, Tensor] = {None: rows.float()}
+        made: dict[MakeObserver | None, Tensor] = {None: rows.float()}
         for linear in self.members:
-            if linear.input_observer not in made:
-                made[linear.input_observer] = fake_quantized(linear.input_observer, rows).float()
+            observer = linear.input_observer
+            if observer is not None and observer not in made:
+                made[observer] = fake_quantized(observer, rows).float()
         self.inputs = [made[linear.input_observer] for linear in self.members]
         self.wanted = rows.float() @ self.joined.T
         self.size = max(float(self.wanted.square().sum()), torch.finfo(torch.float32).tiny)
@@ -241,13 +242,13 @@ class _Trial:
 
 
 class _Branch:
-    def before(self, module: Any, x: Tensor) -> Tensor:
+    def before(self, module: nn.Module, x: Tensor) -> Tensor:
         return x
 
-    def beside(self, module: Any, x: Tensor) -> Tensor:
+    def beside(self, module: nn.Module, x: Tensor) -> Tensor:
         return torch.matmul(torch.matmul(x, getattr(module, DOWN)), getattr(module, UP))
 
-    def undone(self, module: Any, weight: Tensor) -> Tensor:
+    def undone(self, module: nn.Module, weight: Tensor) -> Tensor:
         low = getattr(module, DOWN).float() @ getattr(module, UP).float()
         return (weight.float() + low.T).to(weight.dtype)
 

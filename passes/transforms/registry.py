@@ -1,11 +1,10 @@
 """The table of graph transforms, and transforms from their records."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from torch.fx import GraphModule
 
-from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, records_of
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record, records_of
 from fp4dit_ao.passes.transforms.hadamard import Hadamard
 from fp4dit_ao.passes.transforms.low_rank import LowRank
 from fp4dit_ao.passes.transforms.smoothquant import SmoothQuant
@@ -45,7 +44,7 @@ TRANSFORMS.register(
 )
 
 
-def from_records(records: Iterable[Mapping[str, Any]]) -> list[GraphTransform]:
+def from_records(records: Iterable[Record]) -> list[GraphTransform]:
     """The transforms that records describe, in order.
 
     Raises:

@@ -1,7 +1,5 @@
 """``ScaledLinear``: a linear whose input is multiplied, channel by channel, before it is quantized."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from fp4dit_ao.passes.transforms.transformed_linear import TransformedLinear, restore_linears
@@ -13,13 +11,13 @@ unscale_modules = restore_linears
 
 
 class _Scale:
-    def before(self, module: Any, x: Tensor) -> Tensor:
+    def before(self, module: nn.Module, x: Tensor) -> Tensor:
         return scaled_input(module, x)
 
-    def beside(self, module: Any, x: Tensor) -> None:
+    def beside(self, module: nn.Module, x: Tensor) -> None:
         return None
 
-    def undone(self, module: Any, weight: Tensor) -> Tensor:
+    def undone(self, module: nn.Module, weight: Tensor) -> Tensor:
         scale: Tensor = getattr(module, INPUT_SCALE)
         return weight * scale.to(weight)
 
@@ -37,7 +35,7 @@ class ScaledLinear(TransformedLinear):
         super().__init__(linear, _Scale(), {INPUT_SCALE: scale}, {INPUT_SCALE: stored})
 
 
-def scaled_input(module: Any, x: Tensor) -> Tensor:
+def scaled_input(module: nn.Module, x: Tensor) -> Tensor:
     """The input of ``module``, times its scale if it has one."""
     scale: Tensor | None = getattr(module, INPUT_SCALE, None)
     return x if scale is None else x * scale

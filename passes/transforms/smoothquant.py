@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class SmoothQuant(InputTransform):
     # --- learning ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, Any]]) -> None:
+    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, object]]) -> None:
         """Choose factors for every linear that the quantizer quantizes.
 
         Raises:

@@ -1,7 +1,7 @@
 """``linear(cat([a, b]))`` as ``linear(a) + linear(b)``, so that each part is quantized with scales of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -100,13 +100,13 @@ def joins_or_is_part(node: Node) -> bool:
     return whole_name(name) != name or joined_features(node) is not None
 
 
-def _add_placeholder(module: Any, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+def _add_placeholder(module: SplitLinear, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
     weight = module.parts[0].weight
     nothing = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device)
     state[f"{prefix}weight"] = nothing.expand(module.out_features, module.in_features)
 
 
-def _drop_placeholder(module: Any, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+def _drop_placeholder(module: SplitLinear, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
     state.pop(f"{prefix}weight", None)
 
 
@@ -128,7 +128,7 @@ def join_modules(model: nn.Module) -> None:
 
 def joined_features(node: Node) -> list[int] | None:
     """How many features of each tensor a linear's input joins; None if it joins none, or sizes vary."""
-    source: Any = node.args[0]
+    source = node.args[0]
     while isinstance(source, Node) and (source.target in _FEATURE_WISE or _is_scaled(source)):
         source = source.args[0]
     if not isinstance(source, Node) or source.target is not _ATEN.cat.default or len(source.args) < 2:
@@ -189,7 +189,7 @@ class SplitInputs(GraphTransform):
         self.wanted = wanted
         self.parts: dict[str, list[int]] = {}
 
-    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, Any]] = ()) -> None:
+    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, object]] = ()) -> None:
         """Find the linears to split; ``samples`` have no influence."""
         wanted = self.wanted
         if wanted is None and self.quantizer is not None:

@@ -1,7 +1,7 @@
 """``TransformedLinear``: a linear in the module form with what transforms put before and beside it, in their order."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,13 +12,13 @@ from fp4dit_ao import _compat
 class Step(Protocol):
     """One transform's change of a linear, given the module that holds its tensors."""
 
-    def before(self, module: Any, x: Tensor) -> Tensor:
+    def before(self, module: nn.Module, x: Tensor) -> Tensor:
         """The changed input ``(…, in_features)``, before it is quantized."""
 
-    def beside(self, module: Any, x: Tensor) -> Tensor | None:
+    def beside(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """A term of the linear's output, given its input as it was before :meth:`before`; None for none."""
 
-    def undone(self, module: Any, weight: Tensor) -> Tensor:
+    def undone(self, module: nn.Module, weight: Tensor) -> Tensor:
         """The weight that would give the same output without this step."""
 
 

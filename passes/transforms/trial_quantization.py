@@ -1,13 +1,12 @@
 """The error that linears would make if they were quantized: by which transforms choose."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp4dit_ao.passes.transforms.annotated_linears import AnnotatedLinear
+from fp4dit_ao.passes.transforms.annotated_linears import AnnotatedLinear, MakeObserver
 
 
 class OutputError:
@@ -40,18 +39,18 @@ def output_error(
         rows: of their common input, as it would be, ``(rows, in_features)``.
         wanted: what the products should be, float32.
     """
-    quantized: dict[Any, Tensor] = {None: rows.float()}
+    quantized: dict[MakeObserver | None, Tensor] = {None: rows.float()}
     total = 0.0
     for linear, weight, output in zip(linears, weights, wanted, strict=True):
         observer = linear.input_observer
-        if observer not in quantized:
+        if observer is not None and observer not in quantized:
             quantized[observer] = fake_quantized(observer, rows).float()
         rounded = fake_quantized(linear.weight_observer, weight, rows).float()
         total += float((F.linear(quantized[observer], rounded) - output).square().sum())
     return total
 
 
-def fake_quantized(make: Any, x: Tensor, inputs: Tensor | None = None) -> Tensor:
+def fake_quantized(make: MakeObserver, x: Tensor, inputs: Tensor | None = None) -> Tensor:
     """``x`` as the observer that ``make`` makes quantizes it; ``inputs`` decide between formats, where it has a choice."""
     observer = make()
     if inputs is not None and not getattr(observer, "resolved", True):

@@ -211,6 +211,17 @@ def test_a_linear_of_ours_is_exact_and_says_so(recipe):
     assert 0.01 < facts["error"] < 0.2
 
 
+@pytest.mark.parametrize(("recipe", "block"), [("mxfp4", 32), ("nvfp4", 16)])
+def test_a_linear_in_a_block_format_is_measured(recipe, block):
+    """Its deviation is left out: that is of token-wise quantized operands."""
+    case = {"out_features": 96, "in_features": 256, "tokens": 5}
+    facts = linears.Linear(recipe, "eager", "cpu", torch.get_num_threads()).prepare(**case)
+    assert facts["bits"] == pytest.approx(4 + 8 / block, rel=1e-2)  # a byte for every block, and one float of NVFP4
+    assert 0.01 < facts["error"] < 0.3 and "deviation" not in facts
+    with pytest.raises(ValueError, match="token-wise quantized inputs"):
+        linears.Linear(recipe + linears.PRODUCT, "eager", "cpu", 1).prepare(**case)
+
+
 def test_errors_are_relative_to_float32(in_process):
     weight, x = linears.numbers(64, 128, 3)
     facts = linears.Linear("bfloat16", "eager", "cpu", 1).prepare(out_features=64, in_features=128, tokens=3)

@@ -1,5 +1,6 @@
 """Calibration data comes from the pipeline's own trajectories, and wrong data is refused in one sentence."""
 
+import json
 import math
 import warnings
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
@@ -165,6 +167,17 @@ def test_a_damaged_cache_is_reported_and_made_anew(pipe: Any, tmp_path: Path) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         collect(pipe, samples=2, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("samples", [[{"constant": 1}], [{"list": []}]])
+def test_a_cache_of_something_else_than_keyword_arguments_is_made_anew(
+    samples: list, pipe: Any, tmp_path: Path
+) -> None:
+    first = collect(pipe, samples=1, cache_dir=tmp_path)
+    (file,) = tmp_path.iterdir()
+    save_file({"tensor0": torch.zeros(1)}, file, {"samples": json.dumps(samples)})
+    with pytest.warns(UserWarning, match="ignoring the damaged calibration cache"):
+        assert same(collect(pipe, samples=1, cache_dir=tmp_path), first)
 
 
 def test_an_unwritable_cache_is_one_sentence(pipe: Any, tmp_path: Path) -> None:

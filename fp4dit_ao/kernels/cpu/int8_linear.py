@@ -3,7 +3,6 @@
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def level_table(fmt: NumberFormat) -> list[int]:
 
 
 @functools.cache
-def _table_for_library(table: tuple[int, ...]) -> Any:
+def _table_for_library(table: tuple[int, ...]) -> ctypes.Array[ctypes.c_int8] | None:
     """Sixteen int8 levels as a C array; None if they are not."""
     fits = len(table) == 16 and all(abs(level) <= _LARGEST_LEVEL for level in table)
     return (ctypes.c_int8 * 16)(*table) if fits else None

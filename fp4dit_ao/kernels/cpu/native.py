@@ -9,10 +9,9 @@ import ctypes
 import functools
 import importlib.machinery
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,14 +20,16 @@ VERSION = 7
 OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types that the library reads and writes, with its number for each."""
 _POINTER, _SIZE, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-_LINEAR: list[Any] = [_POINTER] * 7 + [_SIZE] * 5 + [_NUMBER] * 3 + [_POINTER, _NUMBER]
-_TOKENS: list[Any] = [_POINTER] * 3 + [_SIZE] * 7 + [_NUMBER] * 3 + [ctypes.c_float, _POINTER, _NUMBER]
-_SEARCH: list[Any] = [_POINTER] * 4 + [_SIZE] * 2 + [_NUMBER] * 2 + [_POINTER, _NUMBER]
-_CODEBOOK: list[Any] = [_POINTER] * 8 + [_SIZE] * 4 + [_NUMBER] * 3 + [_POINTER, _NUMBER]
-_QUANTIZED_CODEBOOK: list[Any] = (
+_LINEAR: Sequence[type] = [_POINTER] * 7 + [_SIZE] * 5 + [_NUMBER] * 3 + [_POINTER, _NUMBER]
+_TOKENS: Sequence[type] = [_POINTER] * 3 + [_SIZE] * 7 + [_NUMBER] * 3 + [ctypes.c_float, _POINTER, _NUMBER]
+_SEARCH: Sequence[type] = [_POINTER] * 4 + [_SIZE] * 2 + [_NUMBER] * 2 + [_POINTER, _NUMBER]
+_CODEBOOK: Sequence[type] = [_POINTER] * 8 + [_SIZE] * 4 + [_NUMBER] * 3 + [_POINTER, _NUMBER]
+_QUANTIZED_CODEBOOK: Sequence[type] = (
     [_POINTER] * 7 + [_SIZE] * 4 + [_NUMBER] * 3 + [ctypes.c_float, _NUMBER, _NUMBER, _POINTER, _NUMBER]
 )
-_ATTENTION: list[Any] = [_POINTER] * 8 + [_SIZE] * 9 + [ctypes.c_float, _NUMBER, _NUMBER, _NUMBER, _POINTER, _NUMBER]
+_ATTENTION: Sequence[type] = (
+    [_POINTER] * 8 + [_SIZE] * 9 + [ctypes.c_float, _NUMBER, _NUMBER, _NUMBER, _POINTER, _NUMBER]
+)
 
 
 @functools.cache
