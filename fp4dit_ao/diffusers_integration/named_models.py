@@ -1,7 +1,6 @@
 """Pipelines by the name that a user types: ``reference``, a folder, or a hub id; float or quantized."""
 
 import functools
-import math
 from pathlib import Path
 from typing import cast, get_args
 
@@ -14,6 +13,7 @@ from torchao.utils import TorchAOBaseTensor
 from fp4dit_ao import reference
 from fp4dit_ao.checkpoint import transformer_folder
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
+from fp4dit_ao.diffusers_integration.layer_summary import bits_per_weight
 from fp4dit_ao.diffusers_integration.pipeline_folder import Weights, load_pipeline, resolve_folder, stored_dtypes
 from fp4dit_ao.reference.accuracy import spread_out
 
@@ -161,8 +161,6 @@ def size_at_16_bits(transformer: nn.Module) -> tuple[int, float]:
     Bits per weight are those of the quantized linears, scales included; 16 for a float model.
     """
     summary = transformer.summary() if isinstance(transformer, QuantizedTransformer) else []
-    rows = [row for row in summary if row.kind == "linear" and row.quantized and row.shape]
-    packed = sum(row.bytes for row in rows)
-    weights = sum(math.prod(row.shape) for row in rows if row.shape)
+    packed = sum(row.bytes for row in summary if row.kind == "linear" and row.quantized)
     other = sum(p.numel() for p in transformer.parameters() if not isinstance(p.detach(), TorchAOBaseTensor))
-    return packed + 2 * other, 8 * packed / weights if weights else 16.0
+    return packed + 2 * other, bits_per_weight(summary)
