@@ -106,8 +106,7 @@ def _returns_its_input(node: Node) -> bool:
     if node.target is _ATEN.slice.Tensor:
         given, defaults = list(node.args[2:]), list[Argument]([None, None, 1])
         start, end, step = given + defaults[len(given) :]
-        everything = (start is None or start == 0) and (end is None or end == sys.maxsize)
-        return everything and isinstance(step, int) and step == 1 and not node.kwargs
+        return start in (None, 0) and end in (None, sys.maxsize) and step in (None, 1) and not node.kwargs
     before, after = (value.meta.get("val") for value in (node.args[0], node) if isinstance(value, Node))
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False

@@ -1,7 +1,5 @@
 """From the converted graph's reference semantics to low-bit tensor subclasses that ``torch.compile`` runs fast."""
 
-import copy
-
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -33,7 +31,7 @@ def lower(model: GraphModule) -> GraphModule:
         model: the result of ``convert_pt2e``; not changed.
     """
     _compat.forget_graphs()
-    model = copy.deepcopy(model, {id(x): x for x in model.buffers()})  # codes and scales are read, not changed
+    model = _compat.copied(model, {id(x): x for x in model.buffers()})  # codes and scales are read, not changed
     for node in model.graph.nodes:
         node.meta.pop(_ANNOTATION, None)  # holds nodes of the graph that was prepared, and so all of that graph
     for node in list(model.graph.nodes):

@@ -1,7 +1,5 @@
 """From low-bit tensor subclasses to plain tensors: what goes into files that are read without this package's classes."""
 
-import copy
-
 import torch
 from torch.fx import GraphModule, Node
 from torchao.utils import TorchAOBaseTensor
@@ -26,7 +24,7 @@ def unwrap(model: GraphModule) -> GraphModule:
     """
     refuse_unpacked(model.parameters(), "exporting")
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
-    model = copy.deepcopy(model, shared)
+    model = _compat.copied(model, shared)
     for node in list(model.graph.nodes):
         if node.target is torch.ops.aten.linear.default:
             _unwrap_linear(model, node)

@@ -1,21 +1,27 @@
 """What is installed: packages, sources of the C library, and what other packages they need."""
 
 import ast
+import importlib.machinery
+import importlib.util
 import re
 import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+from setuptools import Distribution, Extension
 
 from tests.conftest import ROOT
 from tests.test_architecture import MODULES
+from tests.test_docs import links
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 NOT_IMPORTED = {
+    "openai": "a client in tests/serving, imported by name if it is there",
     "sentencepiece": "transformers reads T5's tokenizers with it",
     "pytest-timeout": "pytest's option timeout",
     "pytest-xdist": "pytest's option -n",
@@ -87,6 +93,51 @@ def test_every_requirement_is_pinned_for_ci() -> None:
     names = [canonical(line.split("==")[0]) for line in pins]
     assert len(set(names)) == len(names)
     assert required(*EXTRAS) <= set(names)
+
+
+@pytest.fixture(scope="module")
+def build() -> Any:
+    """The module ``setup.py``."""
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_one_wheel_serves_every_python(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    [library] = SETUPTOOLS["ext-modules"]
+    made = Distribution({"cmdclass": {"bdist_wheel": build.AnyPython, "build_ext": build.PlainLibrary}, "name": "x"})
+    made.ext_modules = [Extension(library["name"], library["sources"])]
+    made.packages = []
+    wheel, extension = made.get_command_obj("bdist_wheel"), made.get_command_obj("build_ext")
+    wheel.ensure_finalized()
+    extension.ensure_finalized()
+    interpreter, abi, platform = wheel.get_tag()
+    assert (interpreter, abi) == ("py3", "none") and platform != "any"
+    assert extension.get_ext_filename(library["name"]) in {
+        str(Path(*library["name"].split(".")).with_suffix(suffix))
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES[-1:]
+    }
+
+
+def test_the_library_includes_no_header_of_python() -> None:
+    sources = (ROOT / "fp4dit_ao" / "kernels" / "cpu" / "csrc").glob("*.[ch]")
+    assert not [path.name for path in sources if "Python.h" in path.read_text(encoding="utf-8")]
+
+
+def test_the_readme_of_an_index_links_to_no_file(build: Any) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert links(readme)
+    shown = build.described(readme, None)
+    assert not links(shown)
+    assert "![" not in shown and "[FP4DiT](https://arxiv.org/abs/2503.15465)" in shown
+    assert re.findall("^```(?s:.*?)^```", shown, re.MULTILINE) == re.findall("^```(?s:.*?)^```", readme, re.MULTILINE)
+    text = "![a](b/c.png) [`d`](e.md#f) [g](https://h.org) `[i](j)`\n"
+    there = "![a](https://x.org/r/raw/main/b/c.png) [`d`](https://x.org/r/blob/main/e.md#f) [g](https://h.org)"
+    assert build.described(text, "https://x.org/r").startswith(there)
+    assert build.described(text, None).startswith(" `d` [g](https://h.org)")
 
 
 def test_every_package_is_installed() -> None:

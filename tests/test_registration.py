@@ -36,6 +36,13 @@ def test_any_module_may_be_the_first_to_import_torch(line: str) -> None:
     assert found.stdout == "fp4dit_ao.choose_scale\n"
 
 
+def test_what_torchao_registers_is_no_warning_of_ours() -> None:
+    """torch writes of each enumeration on its log, torchao's own first, which whoever imports torchao sees."""
+    script = "import torchao, sys; print('--', file=sys.stderr, flush=True); import fp4dit_ao.tensors.block_scaled"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stderr.partition("--\n")[2] == ""
+
+
 def test_the_package_takes_less_than_a_second_beyond_torch() -> None:
     script = (
         "import sys, time, fp4dit_ao\n"

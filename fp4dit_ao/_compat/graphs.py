@@ -1,7 +1,9 @@
 """Captured and exported graphs: calling convention, placeholders, sizes."""
 
+import copy
 import inspect
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,6 +43,13 @@ def exported_graph(exported: ExportedProgram, defaults: Mapping[str, object]) ->
     graph.meta.update(module.meta)
     graph.recompile()
     return graph
+
+
+def copied(model: GraphModule, memo: dict[int, Any]) -> GraphModule:
+    """``copy.deepcopy(model, memo)``. torch warns that it copies a class of its own that it would not have others use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        return copy.deepcopy(model, memo)
 
 
 def copy_calling_convention(graph: Graph, source: Graph) -> None:

@@ -1,11 +1,24 @@
 """torchao's prototypes: block formats, INT4 on CPUs. Imported where they are needed, since torchao takes seconds to import."""
 
+import logging
 from typing import TYPE_CHECKING
 
-from torchao.prototype.mx_formats.config import ScaleCalculationMode
-from torchao.prototype.mx_formats.constants import DTYPE_FP6_E2M3, DTYPE_FP6_E3M2
-from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
-from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, QuantizeTensorToNVFP4Kwargs
+# torch warns on its log of an enumeration that torchao registers, which nobody who reads it can change
+_LOG = logging.getLogger("torch.utils._pytree")
+
+
+def _unexpected(record: logging.LogRecord) -> bool:
+    return "is an Enum subclass" not in record.getMessage()
+
+
+_LOG.addFilter(_unexpected)
+try:
+    from torchao.prototype.mx_formats.config import ScaleCalculationMode
+    from torchao.prototype.mx_formats.constants import DTYPE_FP6_E2M3, DTYPE_FP6_E3M2
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, QuantizeTensorToNVFP4Kwargs
+finally:
+    _LOG.removeFilter(_unexpected)
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig

@@ -97,6 +97,7 @@ def export_single_file(folder: str | Path, out: str | Path) -> None:
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
         save_file(tensors, partial, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
+        tensor_files.sort_metadata(partial)
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)

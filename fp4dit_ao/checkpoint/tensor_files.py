@@ -96,13 +96,13 @@ def write(tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, st
     split = split_torch_state_dict_into_shards(whole, filename_pattern=pattern, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         save_file({name: whole[name] for name in names}, folder / file, metadata={"format": "pt", **metadata})
-        _sort_metadata(folder / file)
+        sort_metadata(folder / file)
     if split.is_sharded:
         index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _sort_metadata(path: Path) -> None:
+def sort_metadata(path: Path) -> None:
     """Brings the texts in a safetensors file's header into order, in place: the library writes them in a random one."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")

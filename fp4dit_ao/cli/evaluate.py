@@ -33,5 +33,6 @@ def evaluate(
         variants.append(Fidelity.of(name, images[name], images[against], indices, seconds[name], notes))
     evaluation = Evaluation(variants, settings | {"model": model, "against": against, "prompt texts": texts})
     print(evaluation.markdown())
+    print("Megabytes count everything that is not quantized at 16 bits.")
     evaluation.save(out)
     print(f"image by image: {out}")

@@ -8,17 +8,12 @@ from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao.diffusers_integration import named_models
-from fp4dit_ao.diffusers_integration.graph_form import LayerSummary, QuantizedTransformer, load_graph
+from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer, load_graph
+from fp4dit_ao.diffusers_integration.layer_summary import LowBitWeight, unit_of
 from fp4dit_ao.evaluation import plots
-from fp4dit_ao.formats import parse
-from fp4dit_ao.kernels.attention import ATTENTION, LARGEST_HEAD, AttentionOperands
 from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.schemes import owner_of
-from fp4dit_ao.tensors.block_scaled import MXWeight, NVFP4Weight
-from fp4dit_ao.tensors.quantized_weight import QuantizedWeight
 from fp4dit_ao.util.markdown import markdown_table
-
-LowBitWeight = QuantizedWeight | MXWeight | NVFP4Weight
 
 
 def inspect(model: str, against: str | None, out: Path | None, device: str | None = None) -> None:
@@ -78,7 +73,7 @@ def layer_table(transformer: QuantizedTransformer, originals: dict[str, Tensor],
         if row.quantized:
             cells = [row.name, "×".join(map(str, row.shape or ())) or "q, k, v", row.weight or "", row.activation or ""]
             weight = weights.get(row.name)
-            cells += [_unit(row, weight, device), f"{row.bytes:,}" if row.bytes else ""]
+            cells += [unit_of(row, weight, device), f"{row.bytes:,}" if row.bytes else ""]
             original = originals.get(f"{row.name}.weight")
             if originals:
                 cells += ["", ""] if weight is None or original is None else _errors(weight, original)
@@ -110,15 +105,6 @@ def footprint(transformer: QuantizedTransformer) -> str:
 def size_of_rest(transformer: QuantizedTransformer) -> int:
     """Number of parameters that are not low-bit."""
     return sum(p.numel() for p in transformer.graph.parameters() if not isinstance(p.detach(), TorchAOBaseTensor))
-
-
-def _unit(row: LayerSummary, weight: LowBitWeight | None, device: torch.device) -> str:
-    """Kernel that computes a layer on ``device``, taken from the table that the layer itself uses."""
-    if weight is not None:
-        return str(weight.unit(device))
-    if row.kind == "attention" and row.activation is not None:
-        return str(ATTENTION.pick(AttentionOperands(parse(row.activation), device, LARGEST_HEAD)))
-    return "float"
 
 
 def _device(name: str | None) -> torch.device:

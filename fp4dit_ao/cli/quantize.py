@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fp4dit_ao.calibration import SELECTIONS, read_prompts
 from fp4dit_ao.cli.output_paths import check_writable_folder
 from fp4dit_ao.config import Fields, QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
+from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
 from fp4dit_ao.graph_capture.transforming import resolve_transforms
 from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS
@@ -105,13 +108,21 @@ def quantize(
             print(quantized.transformer.report.to_markdown(), end="\n\n")
             write_text(out / "reconstruction.md", quantized.transformer.report.to_markdown() + "\n")
         shutil.rmtree(unfinished, ignore_errors=True)
-        size, bits = named_models.size_at_16_bits(quantized.transformer)
-        before, _ = named_models.size_at_16_bits(pipe.transformer)
-        print(
-            f"{before / 1e6:.2f} MB → {size / 1e6:.2f} MB ({bits:.2f} bits per quantized weight, the rest at 16 bits)"
-        )
+        print(sizes(pipe.transformer, quantized.transformer))
         print(f"saved after {time.perf_counter() - start:.0f} s: {out}")
         print(f"next: fp4dit-ao generate {out} --compare {model} --prompt {texts[0]!r}")
+
+
+def sizes(before: nn.Module, after: QuantizedTransformer) -> str:
+    """One sentence: bytes of a transformer, float and quantized, as they are stored, and with 16 bits for all that is not
+    quantized, as reports count them."""
+    stored = sum(x.nbytes for x in before.parameters()), after.nbytes()
+    (float_size, _), (size, bits) = (named_models.size_at_16_bits(model) for model in (before, after))
+    rest = str(after.dtype).removeprefix("torch.")
+    return (
+        f"transformer: {stored[0] / 1e6:.2f} MB → {stored[1] / 1e6:.2f} MB as stored, {bits:.2f} bits per quantized "
+        f"weight and the rest in {rest}; with 16 bits for that, {float_size / 1e6:.2f} MB → {size / 1e6:.2f} MB"
+    )
 
 
 @contextlib.contextmanager

@@ -24,7 +24,15 @@ from fp4dit_ao.checkpoint.quantization_record import Record, model_config
 from fp4dit_ao.checkpoint.tensor_files import first_line
 from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.config import QuantConfig
-from fp4dit_ao.diffusers_integration.layer_summary import LayerSummary, layer_summaries
+from fp4dit_ao.diffusers_integration.layer_summary import (
+    LayerSummary,
+    LowBitWeight,
+    beside_weights,
+    bits_per_weight,
+    layer_lines,
+    layer_summaries,
+    unit_of,
+)
 from fp4dit_ao.diffusers_integration.module_conversion import from_graph
 from fp4dit_ao.diffusers_integration.module_form import memory_footprint
 from fp4dit_ao.diffusers_integration.saving import refuse_unsaveable, save_pretrained
@@ -238,6 +246,23 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def summary(self) -> list[LayerSummary]:
         """One row per linear, attention and convolution of the graph."""
         return layer_summaries(self.decisions, dict(self.graph.named_parameters()))
+
+    def __repr__(self) -> str:
+        """Layers with their formats and the units that compute them where the tensors are; the modules of a graph are empty."""
+        rows, parameters, device = self.summary(), dict(self.graph.named_parameters()), self.device
+
+        def unit(row: LayerSummary) -> str:
+            weight = parameters.get(f"{row.name}.weight")
+            return unit_of(row, weight if isinstance(weight, LowBitWeight) else None, device)
+
+        quantized = sum(row.quantized for row in rows)
+        rest = str(self.dtype).removeprefix("torch.")
+        bits = bits_per_weight(rows, beside_weights(self.graph, rows))
+        head = (
+            f"{type(self).__name__}({self._class}: {quantized} of {len(rows)} layers quantized, {bits:.2f} bits per quantized "
+            f"weight, {self.nbytes() / 1e6:.2f} MB, the rest in {rest}, on {device})"
+        )
+        return "\n  ".join([head, *layer_lines(rows, unit)])
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of all tensors as they are stored, without buffers if asked; see :meth:`nbytes`."""

@@ -1,12 +1,21 @@
-"""One row per layer of a quantized transformer: :class:`LayerSummary`."""
+"""One row per layer of a quantized transformer: :class:`LayerSummary`; which unit computes it, and the rows as text."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from fp4dit_ao.checkpoint import graph_tensors
+from fp4dit_ao.formats import parse
+from fp4dit_ao.kernels.attention import ATTENTION, LARGEST_HEAD, AttentionOperands
 from fp4dit_ao.quantizer import Decision
+from fp4dit_ao.tensors.block_scaled import MXWeight, NVFP4Weight
+from fp4dit_ao.tensors.quantized_weight import QuantizedWeight
+
+LowBitWeight = QuantizedWeight | MXWeight | NVFP4Weight
 
 
 @dataclass(frozen=True)
@@ -57,3 +66,83 @@ def layer_summaries(decisions: Iterable[Decision], weights: Mapping[str, Tensor]
         quantized, reason = config is not None, decision.reason
         rows.append(LayerSummary(decision.name, decision.kind, fmt, activation, shape, size, quantized, reason))
     return rows
+
+
+def unit_of(row: LayerSummary, weight: LowBitWeight | None, device: torch.device) -> str:
+    """Name of the kernel that computes a layer on ``device``, taken from the table that the layer itself uses.
+
+    Args:
+        row: the layer.
+        weight: its low-bit weight; None if it has none.
+        device: where it would run.
+    """
+    if weight is not None:
+        return str(weight.unit(device))
+    if row.kind == "attention" and row.activation is not None:
+        return str(ATTENTION.pick(AttentionOperands(parse(row.activation), device, LARGEST_HEAD)))
+    return "float"
+
+
+def beside_weights(graph: GraphModule, rows: Iterable[LayerSummary]) -> int:
+    """Elements of what transforms keep with the quantized linears, such as branches of low rank."""
+    linears = {row.name for row in rows if row.kind == "linear" and row.quantized}
+    return sum(x.numel() for name, x in graph.named_buffers() if name.rpartition(".")[0] in linears)
+
+
+def bits_per_weight(rows: Iterable[LayerSummary], beside: int = 0) -> float:
+    """Stored bits per weight of the quantized linears, scales included; 16 if there are none.
+
+    Args:
+        rows: the layers.
+        beside: numbers that are kept beside the weights, counted at 16 bits each; see :func:`beside_weights`.
+    """
+    linears = [row for row in rows if row.kind == "linear" and row.quantized and row.shape]
+    weights = sum(math.prod(row.shape) for row in linears if row.shape)
+    return (8 * sum(row.bytes for row in linears) + 16 * beside) / weights if weights else 16.0
+
+
+def layer_lines(rows: Sequence[LayerSummary], unit: Callable[[LayerSummary], str]) -> list[str]:
+    """Aligned lines of text: name, shape, formats, and the unit that computes a layer, or why it is in high precision.
+
+    Layers that differ in the number of their block alone share a line.
+
+    Args:
+        rows: the layers.
+        unit: name of the unit that computes a quantized layer.
+    """
+    numbers: dict[tuple[str, ...], list[int]] = {}
+    for row in rows:
+        before, number, after = _numbered(row.name)
+        shape = "×".join(map(str, row.shape)) if row.shape else "q, k, v" if row.kind == "attention" else ""
+        formats = " × ".join(fmt for fmt in (row.weight, row.activation) if fmt)
+        cells = shape, formats, unit(row) if row.quantized else row.reason
+        found = numbers.setdefault((before, after, *cells), [])
+        if number is not None:
+            found.append(number)
+    lines = [(f"{before}{_ranges(found)}{after}", *cells) for (before, after, *cells), found in numbers.items()]
+    widths = [max(len(line[column]) for line in lines) for column in range(3)] if lines else []
+    return [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]) for line in lines
+    ]
+
+
+def _numbered(name: str) -> tuple[str, int | None, str]:
+    """A name before, at and after its first part that is a number."""
+    parts = name.split(".")
+    place = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    if place is None:
+        return name, None, ""
+    before, after = parts[:place], parts[place + 1 :]
+    return ".".join([*before, ""]), int(parts[place]), ".".join(["", *after] if after else [])
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Numbers as text: ``"3"``, or in braces, consecutive ones joined: ``"{0-5, 7}"``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return "{" + ", ".join(texts) + "}" if len(numbers) > 1 else "".join(texts)

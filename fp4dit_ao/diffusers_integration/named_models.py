@@ -1,7 +1,6 @@
 """Pipelines by the name that a user types: ``reference``, a folder, or a hub id; float or quantized."""
 
 import functools
-import math
 from pathlib import Path
 from typing import cast, get_args
 
@@ -9,12 +8,12 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import nn
-from torch.fx import GraphModule
 from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import reference
 from fp4dit_ao.checkpoint import transformer_folder
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
+from fp4dit_ao.diffusers_integration.layer_summary import beside_weights, bits_per_weight
 from fp4dit_ao.diffusers_integration.pipeline_folder import Weights, load_pipeline, resolve_folder, stored_dtypes
 from fp4dit_ao.reference.accuracy import spread_out
 
@@ -163,16 +162,7 @@ def size_at_16_bits(transformer: nn.Module) -> tuple[int, float]:
     branch of low rank. 16 for a float model.
     """
     summary = transformer.summary() if isinstance(transformer, QuantizedTransformer) else []
-    rows = [row for row in summary if row.kind == "linear" and row.quantized and row.shape]
-    packed = sum(row.bytes for row in rows)
-    weights = sum(math.prod(row.shape) for row in rows if row.shape)
+    packed = sum(row.bytes for row in summary if row.kind == "linear" and row.quantized)
     other = sum(p.numel() for p in transformer.parameters() if not isinstance(p.detach(), TorchAOBaseTensor))
-    beside = 0
-    if isinstance(transformer, QuantizedTransformer):
-        beside = _beside_weights(transformer.graph, {row.name for row in rows})
-    return packed + 2 * (other + beside), (8 * packed + 16 * beside) / weights if weights else 16.0
-
-
-def _beside_weights(graph: GraphModule, linears: set[str]) -> int:
-    """Elements of the buffers that transforms keep with those linears."""
-    return sum(x.numel() for name, x in graph.named_buffers() if name.rpartition(".")[0] in linears)
+    beside = beside_weights(transformer.graph, summary) if isinstance(transformer, QuantizedTransformer) else 0
+    return packed + 2 * (other + beside), bits_per_weight(summary, beside)

@@ -46,10 +46,20 @@ def save_pipeline(pipe: DiffusionPipeline, folder: str | Path, **kwargs: Any) ->
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     with whole_folder(folder, replaceable=transformer_folder.is_quantized(folder / "transformer")) as partial:
         with_call_defaults(pipe)
+        _forget_last_call(pipe)
         type(pipe).save_pretrained(pipe, str(partial), **kwargs)
         component_checksums.write(partial)
     if hub.pop("push_to_hub", False):
         pipe.push_to_hub(hub.pop("repo_id", folder.name), **hub)
+
+
+def _forget_last_call(pipe: DiffusionPipeline) -> None:
+    """Clears the padding and length that tokenizers keep of their last call, and would save; each call sets its own."""
+    for component in pipe.components.values():
+        backend = getattr(component, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_padding()
+            backend.no_truncation()
 
 
 def load_pipeline(

@@ -1,6 +1,5 @@
 """Pictures: images side by side, levels of number formats, histograms, and the levels that weights use."""
 
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fp4dit_ao.evaluation import fonts
 from fp4dit_ao.formats import CODEBOOK_SETS, CodebookFormat, NumberFormat, parse
 from fp4dit_ao.util.atomic_files import whole_file
 
@@ -31,8 +31,7 @@ def comparison(columns: Mapping[str, NDArray[np.uint8]], rows: Sequence[str]) ->
     Raises:
         ValueError: there are no columns, or their shapes differ.
     """
-    from matplotlib import get_data_path
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     shapes = {name: images.shape for name, images in columns.items()}
     if len(set(shapes.values())) != 1 or next(iter(shapes.values()))[0] != len(rows):
@@ -41,22 +40,20 @@ def comparison(columns: Mapping[str, NDArray[np.uint8]], rows: Sequence[str]) ->
     factor = min(max(_SMALLEST / min(height, width), 1.0), _LARGEST / max(height, width))
     factor = float(round(factor)) if factor > 1 else factor
     cell_w, cell_h = round(width * factor), round(height * factor)
-    # Pillow's own font ends at Latin-1; matplotlib brings one with Greek, Cyrillic, Arabic and more
-    font = ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", _FONT)
     label_w, line_h = 130, _FONT + 4
-    heads = {name: textwrap.wrap(name, max(8, cell_w // 8)) for name in columns}
-    head_h = line_h * max(len(lines) for lines in heads.values()) + _GAP
+    heads = [(fonts.wrapped(name, font, cell_w), font) for name, font in fonts.drawable(columns, _FONT)]
+    head_h = line_h * max(len(lines) for lines, _ in heads) + _GAP
     size = (label_w + len(columns) * (cell_w + _GAP), head_h + len(rows) * (cell_h + _GAP))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    for row, text in enumerate(rows):
-        lines = textwrap.wrap(text, 17)[: max(1, cell_h // line_h)]
+    for row, (text, font) in enumerate(fonts.drawable(rows, _FONT)):
+        lines = fonts.wrapped(text, font, label_w - 2 * _GAP)[: max(1, cell_h // line_h)]
         top = head_h + row * (cell_h + _GAP) + (cell_h - line_h * len(lines)) // 2
         draw.multiline_text((_GAP, top), "\n".join(lines), fill="black", font=font, spacing=4)
     resample = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
-    for column, (name, images) in enumerate(columns.items()):
+    for column, (images, (lines, font)) in enumerate(zip(columns.values(), heads, strict=True)):
         left = label_w + column * (cell_w + _GAP)
-        draw.multiline_text((left, _GAP // 2), "\n".join(heads[name]), fill="black", font=font, spacing=4)
+        draw.multiline_text((left, _GAP // 2), "\n".join(lines), fill="black", font=font, spacing=4)
         for row, image in enumerate(images):
             shown = Image.fromarray(image).resize((cell_w, cell_h), resample)
             canvas.paste(shown, (left, head_h + row * (cell_h + _GAP)))

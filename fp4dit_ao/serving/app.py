@@ -1,43 +1,50 @@
 """HTTP application of an engine: the OpenAI images API, health checks, metrics and limits."""
 
 import asyncio
-import base64
 import contextlib
-import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
-from pydantic import ConfigDict, Field
+from pydantic import Field, create_model
 from starlette.middleware.cors import CORSMiddleware
 
+from fp4dit_ao.serving import uploads
 from fp4dit_ao.serving.engine import Engine
-from fp4dit_ao.serving.engine_types import Image, NotReady, QueueFull, Style
+from fp4dit_ao.serving.engine_types import Edit, Style
 from fp4dit_ao.serving.error_responses import answer_errors
 from fp4dit_ao.serving.middleware import ApiKey, BodyLimit, RequestCounter
 from fp4dit_ao.serving.pictures import Pictures
 from fp4dit_ao.serving.schema import (
-    MAX_SEED,
     ApiError,
+    EditRequest,
     ErrorResponse,
     Health,
-    ImageData,
     ImageRequest,
     ImageResponse,
     ModelCard,
     ModelList,
-    encode,
+    form_schema,
+    from_form,
 )
+from fp4dit_ao.serving.studio import Studio
 
 GENERATIONS = "/v1/images/generations"
+EDITS = "/v1/images/edits"
 FILES = "/v1/images/files"
 _LAST_STEP = 5.0
 """Seconds that a batch which nobody waits for may go on at shutdown."""
 _BODY_BYTES, _BODY_REST = 12, 4096
 """Allowed bytes of a request's body: per character of the longest prompt (JSON may escape one as 12 bytes), and for all
 other fields."""
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Images, or events of one."}
+}
+"""What a request may be answered with besides JSON."""
+_BODY_PICTURES = 32 << 20
+"""Allowed bytes of the files of an edit."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,21 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Abilities:
+    """What the pipeline can do besides drawing from text.
+
+    Attributes:
+        previews: show images while they are drawn.
+        edits: start from an image.
+        masks: start from an image, and keep a part of it.
+    """
+
+    previews: bool = False
+    edits: bool = False
+    masks: bool = False
+
+
+@dataclass(frozen=True)
 class Access:
     """Requests that are answered: by key, and by the web page that sends them.
 
@@ -82,6 +104,7 @@ def create_app(
     multiple: int = 8,
     limits: Limits = Limits(),
     access: Access = Access(),
+    abilities: Abilities = Abilities(),
 ) -> FastAPI:
     """Makes the application, which starts ``engine`` at startup and closes it at shutdown.
 
@@ -92,6 +115,7 @@ def create_app(
         multiple: width and height must be multiples of this.
         limits: limits of one request.
         access: who may ask.
+        abilities: what can be asked for.
 
     Raises:
         ValueError: the queue cannot hold the largest request, or the default exceeds the limits.
@@ -115,10 +139,11 @@ def create_app(
         title="fp4dit_ao", summary="A 4-bit diffusion transformer behind the OpenAI images API.", lifespan=lifespan,
         docs_url=None, redoc_url=None,
     )  # fmt: skip
-    app.add_middleware(BodyLimit, limit=_BODY_REST + _BODY_BYTES * limits.prompt, path=GENERATIONS)
+    text = _BODY_REST + _BODY_BYTES * limits.prompt
+    app.add_middleware(BodyLimit, limits={GENERATIONS: text, EDITS: _BODY_PICTURES + text})
     if access.api_key is not None:
         app.add_middleware(ApiKey, key=access.api_key, open_paths=("/health", f"{FILES}/"))
-    app.add_middleware(RequestCounter, metrics=engine.metrics, path=GENERATIONS)
+    app.add_middleware(RequestCounter, metrics=engine.metrics, paths=(GENERATIONS, EDITS))
     if access.origins:
         app.add_middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"])
     answer_errors(app)
@@ -164,34 +189,56 @@ def create_app(
             raise ApiError(404, f"there is no picture {name}, or not any more", "not_found")
         return Response(found[0], media_type=found[1])
 
-    class Asked(ImageRequest):
-        model_config = ConfigDict(title="ImageRequest")
-        prompt: str = Field(min_length=1, max_length=limits.prompt, pattern=r"\S", description="What to draw.")
-        n: int = Field(1, ge=1, le=limits.n, description="How many images, of seeds seed, seed + 1, …")
-        steps: int | None = Field(None, ge=1, le=limits.steps, description="Denoising steps.")
+    bounds: dict[str, Any] = {
+        "prompt": (str, Field(min_length=1, max_length=limits.prompt, pattern=r"\S", description="What to draw.")),
+        "n": (int, Field(1, ge=1, le=limits.n, description="How many images, of seeds seed, seed + 1, …")),
+        "steps": (int | None, Field(None, ge=1, le=limits.steps, description="Denoising steps.")),
+    }
+    asked_image: Any = create_model("ImageRequest", __base__=ImageRequest, **bounds)
+    asked_edit: Any = create_model("EditRequest", __base__=EditRequest, **bounds)
+    studio = Studio(engine, stored, limits.timeout, abilities.previews)
 
-    @app.post(GENERATIONS, responses=refusals, response_model_exclude_none=True)
-    async def generations(asked: Asked, request: Request) -> ImageResponse:
-        """Draws ``n`` images of a prompt."""
-        style = _style(asked, name, default, multiple, limits)
-        first = secrets.randbelow(2**31) if asked.seed is None else asked.seed
-        seeds = [(first + i) % (MAX_SEED + 1) for i in range(asked.n)]
-        images = await _drawn(engine, asked.prompt, seeds, style, limits.timeout, request)
-        pictures = await asyncio.to_thread(
-            lambda: [encode(image, asked.output_format, asked.output_compression) for image in images]
-        )
+    @app.post(
+        GENERATIONS, responses=refusals | _STREAMED, response_model=ImageResponse, response_model_exclude_none=True
+    )
+    async def generations(body: asked_image, request: Request) -> Any:  # type: ignore[valid-type]
+        """Draws ``n`` images of a prompt; with ``stream``, shows one while it is drawn."""
+        asked = cast(ImageRequest, body)
+        style = _style(asked, asked.dimensions() or (default.width, default.height), name, default, multiple, limits)
+        return await studio.answer("image_generation", asked, style, request)
 
-        def shown(picture: bytes, seed: int) -> ImageData:
-            if asked.response_format == "url":
-                kept = stored.add(picture, asked.output_format)
-                return ImageData(url=str(request.url_for("file", name=kept)), seed=seed)
-            return ImageData(b64_json=base64.b64encode(picture).decode("ascii"), seed=seed)
+    form = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form_schema(asked_edit)}}}}
 
-        return ImageResponse(
-            created=int(time.time()), size=f"{style.width}x{style.height}", steps=style.steps,
-            output_format=asked.output_format,
-            data=[shown(picture, seed) for picture, seed in zip(pictures, seeds, strict=True)],
-        )  # fmt: skip
+    @app.post(
+        EDITS,
+        responses=refusals | _STREAMED,
+        response_model=ImageResponse,
+        response_model_exclude_none=True,
+        openapi_extra=form,
+    )
+    async def edits(request: Request) -> Any:
+        """Draws ``n`` images that start from another one, or, with a mask, fill in a part of it."""
+        if not abilities.edits:
+            raise ApiError(400, f"{name} draws from text alone: diffusers has no image-to-image form of it", "no_edits")
+        fields, files = uploads.form(request.headers.get("content-type", ""), await request.body())
+        asked: EditRequest = from_form(asked_edit, fields)
+        if "image" not in files or set(files) - {"image", "mask"}:
+            raise ApiError(400, "give one file named image, and one named mask if you like", "invalid_form", "image")
+        if "mask" in files and not abilities.masks:
+            raise ApiError(400, f"{name} takes no mask: diffusers has no inpainting form of it", "no_edits", "mask")
+        pictures = await asyncio.to_thread(lambda: {key: uploads.picture(data, key) for key, data in files.items()})
+        size = asked.dimensions() or fitting(pictures["image"].size, multiple, limits.side or 0)
+        style = _style(asked, size, name, default, multiple, limits)
+        if int(style.steps * asked.strength) < 1:
+            raise ApiError(
+                400,
+                f"strength: {asked.strength:g} of {style.steps} steps is none; give more of either",
+                "no_steps",
+                "strength",
+            )
+        mask = uploads.hole(pictures["mask"], size) if "mask" in pictures else None
+        edit = Edit(uploads.pixels(pictures["image"], size), mask, asked.strength)
+        return await studio.answer("image_edit", asked, replace(style, edit=edit), request)
 
     return app
 
@@ -204,10 +251,12 @@ def _known(asked: str | None, name: str) -> None:
         raise ApiError(404, f"the model {asked!r} does not exist; this server has {name!r}", "model_not_found", "model")
 
 
-def _style(asked: ImageRequest, name: str, default: Style, multiple: int, limits: Limits) -> Style:
+def _style(
+    asked: ImageRequest, size: tuple[int, int], name: str, default: Style, multiple: int, limits: Limits
+) -> Style:
     """Size and steps of a request; raises ``ApiError`` if it names another model or exceeds the limits."""
     _known(asked.model, name)
-    width, height = asked.dimensions() or (default.width, default.height)
+    width, height = size
     if max(width, height) > (limits.side or 0) or width % multiple or height % multiple:
         raise ApiError(
             400, f"size is {width}x{height}; each side must be a multiple of {multiple}, and at most {limits.side}",
@@ -216,40 +265,8 @@ def _style(asked: ImageRequest, name: str, default: Style, multiple: int, limits
     return Style(width, height, asked.steps or default.steps)
 
 
-async def _drawn(
-    engine: Engine, prompt: str, seeds: list[int], style: Style, timeout: float, request: Request
-) -> list[Image]:
-    """Waits for the images of a request; gives up after ``timeout`` seconds, or if the client disconnects."""
-    try:
-        futures = engine.submit(prompt, seeds, style, timeout)
-    except QueueFull as error:
-        raise ApiError(429, f"{error}; try again later", "queue_full", retry_after=error.retry_after) from error
-    except NotReady as error:
-        raise ApiError(503, str(error), "not_ready", retry_after=1) from error
-    together = asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
-    together.add_done_callback(
-        lambda ended: ended.cancelled() or ended.exception()
-    )  # looked at, so asyncio does not log it
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        waited: set[asyncio.Future[Any]] = {together, gone}
-        await asyncio.wait(waited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if together.done():
-            return await together
-        if gone.done():
-            raise ApiError(499, "the client closed the connection", "client_closed")
-        raise TimeoutError
-    except TimeoutError as error:
-        raise ApiError(504, f"no image within {timeout:g} s; ask for fewer steps, or later", "timeout") from error
-    except NotReady as error:
-        raise ApiError(503, str(error), "not_ready", retry_after=1) from error
-    finally:
-        gone.cancel()
-        for future in futures:
-            future.cancel()  # images that still wait leave the queue, and a running batch of no others ends at its next step
-        together.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def fitting(size: tuple[int, int], multiple: int, side: int) -> tuple[int, int]:
+    """Width and height of about the same shape that are multiples of ``multiple`` and at most ``side``."""
+    factor = min(1.0, side / max(size))
+    width, height = (max(1, round(x * factor / multiple)) * multiple for x in size)
+    return min(width, side // multiple * multiple), min(height, side // multiple * multiple)

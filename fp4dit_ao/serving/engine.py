@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 
-from fp4dit_ao.serving.engine_types import Abandoned, Batching, Draw, Image, NotReady, QueueFull, Style
+from fp4dit_ao.serving.engine_types import Abandoned, Batching, Draw, Image, Look, NotReady, Preview, QueueFull, Style
 from fp4dit_ao.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ class _Task:
     arrived: float
     deadline: float
     future: _Wanted
+    preview: Preview | None
+    shown: int = 0
 
 
 class Engine:
@@ -137,7 +139,12 @@ class Engine:
     # --- work --------------------------------------------------------------------------------------------------------
 
     def submit(
-        self, prompt: str, seeds: Sequence[int], style: Style, timeout: float = float("inf")
+        self,
+        prompt: str,
+        seeds: Sequence[int],
+        style: Style,
+        timeout: float = float("inf"),
+        preview: Preview | None = None,
     ) -> "list[Future[Image]]":
         """Queues one image per seed; either all are accepted or none. Images whose future is cancelled in time are not
         drawn, and a batch ends early once all of its futures were cancelled or are out of time.
@@ -147,13 +154,14 @@ class Engine:
             seeds: seed of each image's noise.
             style: size and steps.
             timeout: seconds after which an image fails with ``TimeoutError``.
+            preview: wish to see each of them while it is drawn; see :meth:`check`.
 
         Raises:
             NotReady: the engine is not ready.
             QueueFull: the queue cannot hold all of them.
         """
         now = time.monotonic()
-        tasks = [_Task(prompt, seed, style, now, now + timeout, _Wanted()) for seed in seeds]
+        tasks = [_Task(prompt, seed, style, now, now + timeout, _Wanted(), preview) for seed in seeds]
         with self._changed:
             if not self.ready:
                 raise NotReady(self._reason())
@@ -166,8 +174,12 @@ class Engine:
             self._changed.notify_all()
         return [task.future for task in tasks]
 
-    def check(self) -> None:
+    def check(self, done: int = 0, look: Look | None = None) -> None:
         """Called by ``draw`` and ``warm_up`` between steps.
+
+        Args:
+            done: number of finished steps.
+            look: shows the images of the running batch; without it there are no previews.
 
         Raises:
             Abandoned: nobody waits for the running batch any more, or the engine was closed and cannot wait for it.
@@ -175,6 +187,21 @@ class Engine:
         now = time.monotonic()
         if self._stopping or (self._running and all(t.future.abandoned or now > t.deadline for t in self._running)):
             raise Abandoned("nobody waits for these images any more")
+        if look is not None:
+            self._show(done, look)
+
+    def _show(self, done: int, look: Look) -> None:
+        """Hands out the previews that are due; one that was shown before the batch failed is not shown again."""
+        due: dict[int, int] = {}
+        for place, task in enumerate(self._running):
+            number = None if task.preview is None else task.preview.number_after(done, task.style.steps)
+            if number is not None and number >= task.shown and not task.future.abandoned:
+                due[place] = number
+        for (place, number), image in zip(due.items(), look([*due]) if due else (), strict=True):
+            task = self._running[place]
+            assert task.preview is not None
+            task.shown = number + 1
+            task.preview.show(number, image)
 
     def _reason(self) -> str:
         if self._state == "failed":

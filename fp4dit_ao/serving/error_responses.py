@@ -8,9 +8,22 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from fp4dit_ao.serving.engine_types import NotReady
 from fp4dit_ao.serving.schema import ApiError
 
 log = logging.getLogger(__name__)
+
+
+def failed(error: BaseException, timeout: float) -> ApiError:
+    """Error for an image that was not drawn within ``timeout`` seconds, or at all; one that is nobody's business is logged."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, NotReady):
+        return ApiError(503, str(error), "not_ready", retry_after=1)
+    if isinstance(error, TimeoutError):
+        return ApiError(504, f"no image within {timeout:g} s; ask for fewer steps, or later", "timeout")
+    log.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed to draw this; its log says why", "internal_error")
 
 
 def answer(error: ApiError) -> JSONResponse:
@@ -38,8 +51,7 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        log.error("a request failed", exc_info=error)
-        return answer(ApiError(500, "the server failed to draw this; its log says why", "internal_error"))
+        return answer(failed(error, 0))
 
 
 def explained(error: RequestValidationError) -> ApiError:

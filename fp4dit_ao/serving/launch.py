@@ -6,7 +6,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from fp4dit_ao.diffusers_integration import named_models
-from fp4dit_ao.serving.app import Access, Limits, create_app
+from fp4dit_ao.serving.app import Abilities, Access, Limits, create_app
 from fp4dit_ao.serving.drawing import Painter
 from fp4dit_ao.serving.engine import Engine
 from fp4dit_ao.serving.engine_types import Batching
@@ -54,4 +54,6 @@ def application(model: str, options: Options | None = None) -> tuple[FastAPI, En
     engine = Engine(painter.draw, painter.warm_up, options.batching)
     painter.between_steps = engine.check
     name = options.name or Path(model).resolve().name
-    return create_app(engine, name, painter.default, painter.multiple, options.limits, options.access), engine
+    abilities = Abilities(painter.previews, "image" in painter.edits, "mask" in painter.edits)
+    app = create_app(engine, name, painter.default, painter.multiple, options.limits, options.access, abilities)
+    return app, engine

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import Collection, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -11,19 +12,19 @@ from fp4dit_ao.serving.schema import ApiError
 
 
 class RequestCounter:
-    """ASGI middleware that counts requests to one path, and times them to the last byte, by status code.
+    """ASGI middleware that counts requests to some paths, and times them to the last byte, by status code.
 
     Args:
         app: the application behind it.
         metrics: its ``requests`` and ``request_seconds`` are updated.
-        path: path of the counted requests.
+        paths: paths of the counted requests.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, path: str):
-        self.app, self.metrics, self.path = app, metrics, path
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]):
+        self.app, self.metrics, self.paths = app, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != self.path:
+        if scope["type"] != "http" or scope["path"] not in self.paths:
             await self.app(scope, receive, send)
             return
         began, code = time.monotonic(), 500
@@ -41,16 +42,19 @@ class RequestCounter:
 
 
 class BodyLimit:
-    """ASGI middleware that answers 413 to a body of more than ``limit`` bytes, before the body is read completely.
+    """ASGI middleware that answers 413 to a body of too many bytes, before the body is read completely.
 
-    Other paths than ``path`` do not read bodies, and answer 404 or 405 to whatever is sent.
+    Args:
+        app: the application behind it.
+        limits: most bytes of a body, by path. Other paths do not read bodies, and answer 404 or 405 to whatever is sent.
     """
 
-    def __init__(self, app: ASGIApp, limit: int, path: str):
-        self.app, self.limit, self.path = app, limit, path
+    def __init__(self, app: ASGIApp, limits: Mapping[str, int]):
+        self.app, self.limits = app, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != self.path:
+        limit = self.limits.get(scope["path"]) if scope["type"] == "http" else None
+        if limit is None:
             await self.app(scope, receive, send)
             return
         messages, size = [], 0
@@ -58,8 +62,8 @@ class BodyLimit:
             message = await receive()
             messages.append(message)
             size += len(message.get("body", b""))
-            if size > self.limit:
-                refusal = answer(ApiError(413, f"the body is larger than {self.limit} bytes", "too_large"))
+            if size > limit:
+                refusal = answer(ApiError(413, f"the body is larger than {limit} bytes", "too_large"))
                 await refusal(scope, receive, send)
                 return
             if not message.get("more_body"):

@@ -2,13 +2,16 @@
 
 import io
 import re
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
+from fastapi.exceptions import RequestValidationError
 from PIL import Image as Pillow
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fp4dit_ao.serving.engine_types import Image
 
+Edited = TypeVar("Edited", bound="EditRequest")
 MAX_SEED = 2**63 - 1
 
 
@@ -44,7 +47,10 @@ class ImageRequest(BaseModel):
     )
     style: Literal["vivid", "natural"] = Field("vivid", description="Ignored.")
     moderation: Literal["auto", "low"] = Field("auto", description="Ignored: nothing is moderated.")
-    stream: Literal[False] = False
+    stream: bool = Field(False, description="Answer with server-sent events, of one image.")
+    partial_images: int = Field(
+        0, ge=0, le=3, description="Previews in a stream; fewer if there are not as many steps."
+    )
     user: str | None = Field(None, description="Ignored.")
 
     @model_validator(mode="before")
@@ -59,6 +65,39 @@ class ImageRequest(BaseModel):
         """Width and height in pixels; None for ``"auto"``."""
         found = re.fullmatch(r"(\d+)x(\d+)", self.size)
         return (int(found[1]), int(found[2])) if found else None
+
+
+class EditRequest(ImageRequest):
+    """Fields of ``POST /v1/images/edits`` besides its files ``image`` and ``mask``. ``strength`` is an extension, too."""
+
+    model_config = ConfigDict(strict=False)  # a form holds text alone
+
+    strength: float = Field(0.8, gt=0, le=1, description="How much is drawn anew; that part of the steps is run.")
+    input_fidelity: Literal["low", "high"] = Field("low", description="Ignored: say strength instead.")
+
+
+def from_form(model: type[Edited], fields: Mapping[str, str]) -> Edited:
+    """The request in the text fields of a form.
+
+    Raises:
+        RequestValidationError: a field is wrong.
+    """
+    try:
+        return model.model_validate(dict(fields))
+    except ValidationError as error:
+        errors = error.errors(include_context=False, include_url=False)
+        raise RequestValidationError([{**found, "loc": ("body", *found["loc"])} for found in errors]) from error
+
+
+def form_schema(model: type[EditRequest]) -> dict[str, Any]:
+    """JSON schema of a form with the fields of ``model`` and its files."""
+    schema = model.model_json_schema()
+    file = {"type": "string", "format": "binary"}
+    image = file | {"description": "PNG, JPEG or WebP to start from."}
+    mask = file | {"description": "Picture that is transparent where the image is to be drawn anew."}
+    schema["properties"] |= {"image": image, "mask": mask}
+    schema["required"] = [*schema.get("required", ()), "image"]
+    return schema
 
 
 class ImageData(BaseModel):

@@ -40,6 +40,13 @@ def file(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "one.safetensors"
 
 
+def test_the_file_is_the_same_bytes_whenever_it_is_written(file: Path, tmp_path: Path) -> None:
+    """The library writes the texts of the header in a random order."""
+    for again in ("first", "second", "third"):
+        export_single_file(file.parent / "t", tmp_path / f"{again}.safetensors")
+        assert (tmp_path / f"{again}.safetensors").read_bytes() == file.read_bytes()
+
+
 def test_by_the_page_alone(model: Any, file: Path) -> None:
     """An independent reading of the layout: header, nibbles, levels, scales."""
     data = file.read_bytes()

@@ -26,7 +26,7 @@ from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.graph_form import load_graph
 from fp4dit_ao.evaluation import fidelity
 from fp4dit_ao.formats import parse
-from fp4dit_ao.kernels import pick
+from fp4dit_ao.kernels import attention, pick
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.util import tensor_state
 from fp4dit_ao.util.locks import only_process
@@ -139,6 +139,25 @@ def test_rounding_on_data_leaves_a_report(folders, method, unit):
     assert not out.with_name(out.name + ".unfinished").exists()
     kept = run("inspect", out).stdout
     assert re.search(r"attn2\.to_q .*name matches '\*attn2\*'", kept)
+
+
+def test_quantize_tells_both_sizes(folders, tmp_path):
+    """As stored, which is what the disk holds, and with 16 bits for what is not quantized, as reports have it."""
+    call = ["--prompts", folders / "prompts.txt", "--out", tmp_path / "q", "--rounding", "nearest", "--recipe", "w4a6"]
+    said = run("quantize", folders / "float", *call).stdout
+    found = re.search(
+        r"transformer: (\S+) MB → (\S+) MB as stored, 4.25 bits per quantized weight and the rest in float32; "
+        r"with 16 bits for that, (\S+) MB → (\S+) MB",
+        said,
+    )
+    assert found, said
+    before, after, halved, at_16_bits = map(float, found.groups())
+    files = [next((path / "transformer").glob("*.safetensors")) for path in (folders / "float", tmp_path / "q")]
+    assert [before, after] == pytest.approx(
+        [file.stat().st_size / 1e6 for file in files], abs=0.03
+    )  # headers are not counted
+    assert halved == pytest.approx(before / 2, abs=0.01)
+    assert at_16_bits < after
 
 
 def test_generate_compares(quantized, folders, tmp_path):
@@ -350,15 +369,16 @@ def test_inspect_names_the_units_that_run_on_this_machine(quantized, monkeypatch
         column = rows[0].index("runs on")
         return {row[0]: row[column] for row in rows if len(row) == len(rows[0])}
 
-    feed_forward = "transformer_blocks.0.ff.net.0.proj"
+    feed_forward, attention_layer = "transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.attn1"
     found = units()
+    assert found[attention_layer].startswith("int8 scores, compiled kernel") == bool(attention.kernels())
     assert found[feed_forward] == str(pick(parse("e3m0"), parse("e2m3"), "cpu"))
     assert ("compiled kernel" in found[feed_forward]) == (native.shared_object() is not None)
     monkeypatch.setattr(native, "shared_object", lambda: None)
     monkeypatch.setattr("fp4dit_ao.kernels.attention.kernels", dict)
     found = units()
     assert found[feed_forward] == "int8, PyTorch operators"
-    assert "PyTorch's attention, rounded values" in found.values()
+    assert found[attention_layer] == "PyTorch's attention, rounded values"
     assert not any("compiled" in unit for unit in found.values())
 
 

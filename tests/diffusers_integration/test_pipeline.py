@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,10 @@ import torch
 
 from fp4dit_ao import AdaRoundConfig, MinifloatTensor, ReconstructionConfig, load_pipeline, quantize_pipeline, w4a6_auto
 from fp4dit_ao.calibration.pipeline_arguments import generation_defaults
+from fp4dit_ao.diffusers_integration.layer_summary import LayerSummary, layer_lines
 from fp4dit_ao.diffusers_integration.pipeline_folder import resolve_folder
+from fp4dit_ao.kernels import attention
+from tests.conftest import ROOT
 from tests.tiny import CALL, tiny_pipeline
 
 PROMPTS = ["a red cat", "a blue dog"]
@@ -97,6 +102,64 @@ def unpacked(pipe: Any) -> list[torch.Tensor]:
     for p in pipe.transformer.graph.parameters():
         parts += [p.qdata, p.scale] if isinstance(p, MinifloatTensor) else [p]
     return parts
+
+
+def test_it_prints_its_layers_formats_and_units(quantized: Any) -> None:
+    head, *lines = repr(quantized.transformer).splitlines()
+    rows = quantized.transformer.summary()
+    count = sum(row.quantized for row in rows)
+    assert head.startswith(
+        f"QuantizedTransformer(PixArtTransformer2DModel: {count} of {len(rows)} layers quantized, 4.25 bits"
+    )
+    assert head.endswith("the rest in float32, on cpu)")
+    found = {line.split()[0]: re.split(r"\s{2,}", line.strip())[1:] for line in lines}
+    assert found.keys() == {row.name for row in rows}
+    linear = quantized.transformer.graph.get_parameter("transformer_blocks.0.attn1.to_q.weight")
+    assert found["transformer_blocks.0.attn1.to_q"] == ["128×128", "e2m1 × e2m3", str(linear.unit())]
+    unit = "int8 scores" if attention.kernels() else "PyTorch's attention"
+    assert found["transformer_blocks.0.attn1"][:2] == ["q, k, v", "e2m3"]
+    assert found["transformer_blocks.0.attn1"][2].startswith(unit)
+    assert found["transformer_blocks.0.attn2.to_q"][1:] == ["float32", "name matches '*attn2*'"]
+
+
+def test_layers_that_differ_in_their_block_alone_share_a_line() -> None:
+    def row(name: str, weight: str = "e2m1") -> LayerSummary:
+        return LayerSummary(name, "linear", weight, None, (2, 2), 2, True, "")
+
+    rows = [row("in"), *(row(f"blocks.{i}.fc.0") for i in (0, 1, 2, 4)), row("blocks.3.fc.0", "nf4"), row("blocks.7")]
+    assert layer_lines(rows, lambda row: "int8") == [
+        "in                    2×2  e2m1  int8",
+        "blocks.{0-2, 4}.fc.0  2×2  e2m1  int8",
+        "blocks.3.fc.0         2×2  nf4   int8",
+        "blocks.7              2×2  e2m1  int8",
+    ]
+
+
+SAVE = """
+import sys
+from fp4dit_ao import quantize_pipeline
+from tests.tiny import CALL, tiny_pipeline
+pipe = tiny_pipeline(layers=1)
+quantized = quantize_pipeline(pipe, prompts=["a red cat"], rounding="nearest", progress=False, **CALL)
+if sys.argv[2] == "draw":
+    quantized("a dog", **(CALL | {"max_sequence_length": 4, "num_inference_steps": 1}))
+quantized.save_pretrained(sys.argv[1])
+"""
+
+
+def test_two_processes_save_the_same_bytes(tmp_path: Path) -> None:
+    """Whatever the order of sets, and whatever was drawn before: tokenizers keep the length of their last call."""
+    runs = []
+    for seed, way in (("1", "save"), ("2", "draw")):
+        command = [sys.executable, "-c", SAVE, str(tmp_path / way), way]
+        runs.append(subprocess.Popen(command, env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}))
+    assert [run.wait(500) for run in runs] == [0, 0]
+    saved, drawn = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "save", tmp_path / "draw")
+    )
+    assert saved.keys() == drawn.keys()
+    assert [name for name in saved if saved[name] != drawn[name]] == []
 
 
 def test_the_report_is_kept(quantized: Any) -> None:

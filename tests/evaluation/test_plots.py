@@ -1,10 +1,12 @@
 """Pictures: the right pixels in the right place, and files that are whole or absent."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from fp4dit_ao.evaluation import plots
+from fp4dit_ao.evaluation import fonts, plots
 from fp4dit_ao.formats import FloatFormat
 
 
@@ -28,12 +30,49 @@ def test_labels_are_drawn():
     assert (with_text < 255).sum() > (without < 255).sum() == 0
 
 
+def shapes(text, font):
+    """What the font draws for each letter; a letter that it lacks is a box, the same for every one."""
+    return [bytes(font.getmask(letter)) for letter in text if not letter.isspace()]
+
+
 @pytest.mark.parametrize("text", ["кошка", "γάτα", "kočka", "−", "→"])
 def test_letters_beyond_latin_1_are_drawn(text):
-    """A letter that the font lacks is a box, the same for every one."""
-    images = np.zeros((1, 128, 128, 3), np.uint8)
-    letter = np.asarray(plots.comparison({"x": images}, [text[0]]))
-    assert (letter != np.asarray(plots.comparison({"x": images}, ["\ufdd0"]))).any()
+    [(shown, font)] = fonts.drawable([text], 14)
+    assert shown == text
+    assert bytes(font.getmask("\ufdd0")) not in shapes(shown, font)
+
+
+@pytest.mark.parametrize("text", ["中国的猫 in a box", "🦊 fox", "a\u200d\ufe0fb", "\ud800"])
+def test_no_label_has_a_box(text, monkeypatch):
+    """Where no installed font has a letter, its number is written."""
+    for installed in (fonts._installed(), []):
+        monkeypatch.setattr(fonts, "_installed", lambda installed=installed: installed)
+        fonts._font.cache_clear()
+        [(shown, font)] = fonts.drawable([text], 14)
+        assert bytes(font.getmask("\ufdd0")) not in shapes(shown, font)
+    fonts._font.cache_clear()
+    written = {"中": r"\u4e2d\u56fd\u7684\u732b in a box", "🦊": r"\U0001f98a fox"}
+    assert shown == written.get(text[0], shown)
+    plots.comparison({text: plain(0)}, [text])
+
+
+def test_the_installed_font_that_has_the_most_letters_is_taken(monkeypatch):
+    known = {Path("own"): {97}, Path("b"): {97, 98}, Path("abc"): {97, 98, 99}}
+    monkeypatch.setattr(fonts, "_own", lambda: Path("own"))
+    monkeypatch.setattr(fonts, "_installed", lambda: [Path("b"), Path("abc")])
+    monkeypatch.setattr(fonts, "_letters", lambda path: frozenset(known[path]))
+    fonts._font.cache_clear()
+    found = {text: fonts._font(frozenset(map(ord, text))) for text in ("a", "ab", "abc", "d")}
+    fonts._font.cache_clear()
+    assert found == {"a": Path("own"), "ab": Path("b"), "abc": Path("abc"), "d": Path("own")}
+
+
+@pytest.mark.parametrize("text", ["a red fox in the snow", "кошка на подоконнике", "W" * 40, ""])
+def test_labels_stay_in_their_place(text):
+    [(shown, font)] = fonts.drawable([text], 14)
+    lines = fonts.wrapped(shown, font, 118)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert all(font.getlength(line) <= 118 for line in lines)
 
 
 def test_large_images_are_made_smaller():

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -66,6 +67,15 @@ def test_linear_by_linear(config) -> None:
         assert (got - expected).abs().max() <= 2e-6 * expected.abs().max() * 4
     assert low_bit == 12
     fast.run(*inputs, False)
+
+
+@torch.no_grad()
+def test_nothing_is_warned_of_that_a_user_cannot_change() -> None:
+    """Copying a graph makes torch warn of a class of its own."""
+    graph, _ = converted(w4a6())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lower(graph)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fp4dit_ao.serving.drawing import Painter
 from fp4dit_ao.serving.engine import Engine
-from fp4dit_ao.serving.engine_types import Abandoned, Batching, Image, NotReady, QueueFull, Style
+from fp4dit_ao.serving.engine_types import Abandoned, Batching, Image, Look, NotReady, Preview, QueueFull, Style
 
 SMALL, LARGE = Style(8, 8, 1), Style(16, 8, 1)
 
@@ -290,6 +290,67 @@ def test_closing_has_a_deadline() -> None:
         running.result(0)
 
 
+# --- previews --------------------------------------------------------------------------------------------------------
+
+
+class Shower:
+    """Draws in ``steps`` steps, each of which can be looked at; the first ``failures`` drawings fail halfway."""
+
+    def __init__(self, failures: int = 0):
+        self.failures, self.looked = failures, []  # type: ignore[var-annotated]
+        self.check: Callable[..., None] = lambda *_: None
+
+    def __call__(self, style: Style, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+        def look(places: Sequence[int]) -> list[Image]:
+            self.looked.append([*places])
+            return [np.full((style.height, style.width, 3), 100 * place + done, np.uint8) for place in places]
+
+        for done in range(1, style.steps + 1):
+            self.check(done, look)
+            if self.failures and done == style.steps // 2:
+                self.failures -= 1
+                raise RuntimeError("out of memory")
+        return [picture(style, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+
+def shown(engine: Engine, count: int, steps: int, others: int = 0) -> list[tuple[int, int]]:
+    """Numbers and values of the previews of one image, drawn behind ``others`` that nobody looks at."""
+    seen: list[tuple[int, int]] = []
+    style = Style(8, 8, steps)
+    if others:
+        engine.submit("other", range(others), style)
+    wish = Preview(count, lambda number, image: seen.append((number, int(image[0, 0, 0]))))
+    engine.submit("looked at", [0], style, preview=wish)[0].result(30)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("count", "steps", "expected"),
+    [(0, 8, []), (1, 8, [(0, 4)]), (3, 8, [(0, 2), (1, 4), (2, 6)]), (3, 20, [(0, 5), (1, 10), (2, 15)]), (3, 1, [])],
+)
+def test_previews_are_spread_over_the_steps(count: int, steps: int, expected: list[tuple[int, int]]) -> None:
+    shower = Shower()
+    with ready(shower) as engine:
+        shower.check = engine.check
+        assert shown(engine, count, steps) == expected
+    assert len(shower.looked) == len(expected)
+
+
+def test_only_what_is_wished_for_is_looked_at() -> None:
+    shower = Shower()
+    with ready(shower, window=0.2) as engine:
+        shower.check = engine.check
+        assert shown(engine, 1, 8, others=2) == [(0, 204)]
+    assert shower.looked == [[2]]
+
+
+def test_a_preview_is_shown_once_though_its_batch_is_drawn_again() -> None:
+    shower = Shower(failures=1)
+    with ready(shower, window=0.2) as engine:
+        shower.check = engine.check
+        assert shown(engine, 3, 8, others=1) == [(0, 102), (1, 104), (2, 6)]
+
+
 # --- with a real pipeline --------------------------------------------------------------------------------------------
 
 
@@ -317,15 +378,33 @@ def test_a_pipeline_is_stopped_between_its_steps(tiny_quantized: Any) -> None:
     painter = Painter(tiny_quantized)
     taken: list[int] = []
 
-    def stop() -> None:
-        taken.append(1)
-        if len(taken) == 3:
+    def stop(done: int, look: Look | None) -> None:
+        taken.append(done)
+        if done == 3:
             raise Abandoned
 
     painter.between_steps = stop
     with pytest.raises(Abandoned):
         painter.draw(Style(32, 32, 10), ["a red cat"], [3])
-    assert len(taken) == 3
+    assert taken == [1, 2, 3]
+
+
+def test_an_image_is_shown_while_it_is_drawn(tiny_quantized: Any) -> None:
+    """The last look at it is the image itself; others are alone in that they are looked at."""
+    painter = Painter(tiny_quantized)
+    assert painter.previews
+    looks: dict[int, list[Image]] = {}
+    painter.between_steps = lambda done, look: looks.update({done: [*look([1])]}) if look else None  # type: ignore[func-returns-value]
+    style = Style(32, 32, 4)
+    images = painter.draw(style, ["a red cat", "a blue dog"], [3, 4])
+    assert [*looks] == [1, 2, 3, 4]
+    np.testing.assert_allclose(
+        looks[4][0].astype(int), images[1].astype(int), atol=1
+    )  # a batch of one sums in another order
+    apart = [float(np.abs(look[0].astype(float) - images[1]).mean()) for look in looks.values()]
+    assert apart[0] > apart[2] > apart[3]
+    painter.between_steps = lambda done, look: None
+    np.testing.assert_array_equal(painter.draw(style, ["a red cat", "a blue dog"], [3, 4]), images)
 
 
 def test_numbers_that_are_no_image_are_an_error(tiny_quantized: Any) -> None:

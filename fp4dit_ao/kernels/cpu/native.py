@@ -62,13 +62,15 @@ def shared_object() -> ctypes.CDLL | None:
 
 
 def _candidates() -> Iterator[Path]:
-    """Paths of the library: beside this file, then in the installed package, for a checkout that was not built in place."""
+    """Paths of the library: beside this file, then in the installed package, for a checkout that was not built in place.
+
+    The newest first, where a checkout holds several, named with and without a version of Python.
+    """
     installed = metadata.distributions(name="fp4dit-ao")
     folders = [Path(__file__).parent, *(Path(str(found.locate_file("fp4dit_ao/kernels/cpu"))) for found in installed)]
     for folder in folders:
-        for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-            if (path := folder / f"_native{suffix}").exists():
-                yield path
+        named = {folder / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES}
+        yield from sorted(filter(Path.exists, named), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def kernels() -> dict[str, int]:
