@@ -1,5 +1,6 @@
 """Observers for the hardware's block formats: every 32 or 16 elements along the last dimension share a low-bit scale."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from fp4dit_ao.observers.four_over_six import four_over_six_scales
 from fp4dit_ao.observers.weight import WeightObserver
 from fp4dit_ao.ops.block_scale import BLOCKS, choose_block_scale, two_level_scale
 
-TWO_LEVEL_SEARCHES = {"absmax": two_level_scale, "four_over_six": four_over_six_scales}
+TWO_LEVEL_SEARCHES: dict[str, Callable[[Tensor, list[int], str], tuple[Tensor, Tensor]]] = {
+    "absmax": two_level_scale,
+    "four_over_six": four_over_six_scales,
+}
 """How the scales of NVFP4's blocks and of the tensor are found, by ``QuantConfig.weight_search``."""
 _OPS = torch.ops.fp4dit_ao
 

@@ -111,7 +111,7 @@ def _corrected(
         (put_out,) = next(node for node in unit.segment.graph.graph.nodes if node.op == "output").args
         for position, node in enumerate(put_out):
             bias = _bias_of(node)
-            if bias in old:
+            if bias is not None and bias in old:
                 error = _mean_error(unit.segment, position, streams, rows)
                 new = nn.Parameter((old[bias].double() + error).to(old[bias].dtype), requires_grad=False)
                 _put(unit.segment.graph, {bias: new})  # the walk goes on with it

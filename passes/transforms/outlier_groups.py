@@ -31,6 +31,8 @@ from fp4dit_ao.passes.transforms.trial_quantization import OutputError
 
 ORDER = "channel_order"
 """Name of the order, int64 ``(in_features,)``: the channel of the float input at each place."""
+LEAST_GAIN = 0.01
+"""Part of the squared error that an order must save, to be worth a gather: sums in another order differ by rounding."""
 _ATEN = torch.ops.aten
 
 
@@ -105,8 +107,10 @@ class OutlierGroups(InputTransform):
             (error.of([weight[:, order] for weight in weights], rows[:, order]), order)
             for order in candidate_orders(inputs, columns)
         ]
-        best = min(tried, key=lambda each: each[0])
-        self.errors[group.names[0]] = (tried[0][0], best[0])
+        first, best = tried[0], min(tried, key=lambda each: each[0])
+        if best[0] > (1 - LEAST_GAIN) * first[0]:
+            best = first
+        self.errors[group.names[0]] = (first[0], best[0])
         return best[1]
 
     # --- applying ----------------------------------------------------------------------------------------------------

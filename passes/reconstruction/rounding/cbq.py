@@ -37,7 +37,7 @@ class LowRankAdaRound(AdaRound):
     def __init__(self, weight: Tensor, grid: Grid):
         super().__init__(weight, grid)
         first = self.alpha.detach()
-        del self._parameters["alpha"]
+        del self.alpha
         self.register_buffer("alpha", first, persistent=False)
         rows, columns = first.shape
         rank = max(1, min(RANK, rows, columns))

@@ -8,7 +8,7 @@ the linear term draws each weight to its nearer neighbour, the divergence of out
 directions of the output than weights, nearly all of them arrive at an end. Steps are those of the authors' code: the gradient
 is
 
-    -(2 y - 1) + clip(rho * gradient of the divergence, -1, 1),
+    -(2 y - 1) + clip(rho * gradient of the divergence, -1/2, 1/2),
 
 Adam's step on it, with a warm-up and then half a cosine, is followed by clipping x to [0, 1], and what is left in between at
 the end goes to the nearer end. x starts at y, where the output is right (the code's default start is random), without decay.
@@ -33,8 +33,9 @@ from fp4dit_ao.passes.reconstruction.rounding.rule import LearnedRounding
 
 RHO = 1.0
 """Weight of the output's error."""
-CLIP = 1.0
-"""Largest part of it in one weight's gradient; that of the linear term is at most 1. The code's is 0.5 to 1."""
+CLIP = 0.5
+"""Its largest part in one weight's gradient, beside at most 1 of the linear term: weights nearer to a neighbour than a quarter
+of the way always go there. The code has 0.5 to 1."""
 LEARNING_RATE = 0.05
 """Of Adam, in widths of the interval between two neighbours."""
 WARM_UP = 1 / 8

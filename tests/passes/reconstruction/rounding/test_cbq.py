@@ -71,4 +71,4 @@ def test_held_out_error_is_less_than_that_of_nearest(recipe, seed) -> None:
     problem = Problem(recipe, seed)
     rounded, report = problem.reconstruct("cbq")
     assert report.rows[0].kept == "learned"
-    assert problem.error(rounded) < 0.95 * problem.error(problem.prepared)
+    assert problem.error(rounded) < 0.97 * problem.error(problem.prepared)
