@@ -149,11 +149,11 @@ def quick(objective: str, iters: int, **settings: Any) -> ReconstructionConfig:
 
 
 @pytest.mark.parametrize(
-    ("objective", "scope"),
-    [("layer_weighted", "window"), ("prediction_difference", "window"), ("prediction_difference", "layer")],
+    ("objective", "scope", "layers"),
+    [("layer_weighted", "window", 2), ("prediction_difference", "window", 2), ("prediction_difference", "layer", 1)],
 )
-def test_learned_rounding_lowers_it_in_every_scope(objective: str, scope: str) -> None:
-    prepared, data, model = prepare(layers=2)
+def test_learned_rounding_lowers_it_in_every_scope(objective: str, scope: str, layers: int) -> None:
+    prepared, data, model = prepare(layers=layers)
     nearest = error(convert_pt2e(copy.deepcopy(prepared)), model, data)
     report = reconstruct(prepared, data, quick(objective, 8, scope=scope), progress=False)
     assert all(row.loss_after <= row.loss_before for row in report.rows)
@@ -190,7 +190,7 @@ def test_a_killed_run_resumes_with_the_same_bits(
 ) -> None:
     whole, data, _ = prepare(layers=2)
     killed = copy.deepcopy(whole)
-    config = quick(objective, 3, scope="window", window=1, overlap=0)
+    config = quick(objective, 2)
     reconstruct(whole, data, config, progress=False)
     done: list[int] = []
     original = engine.round_unit
@@ -213,7 +213,7 @@ def test_values_that_an_objective_needs_are_let_go_of() -> None:
     """Full-precision inputs of one unit at a time, and none without need; the graph is left as it was."""
     peaks = {}
     for objective in ("mse", "layer_weighted"):
-        prepared, data, model = prepare(layers=3)
+        prepared, data, model = prepare(layers=2)
         report = reconstruct(prepared, data, ReconstructionConfig("nearest", objective=objective), progress=False)
         peaks[objective] = report.stream_bytes
         with torch.no_grad():
