@@ -4,7 +4,7 @@
 
 with W^ the rounded weight, X^ the quantized input of the model whose linears before this one are quantized and corrected, and
 the means over all calibration tokens, for each output channel (empirical bias correction: data-free quantization, arXiv
-1906.04721, section 4.2; for minifloats: arXiv 2311.12359). It comes after rounding, whichever it was, because the error depends
+1906.04721; for minifloats: arXiv 2311.12359). It comes after rounding, whichever it was, because the error depends
 on it; and not before quantization, as a graph transform would, because the float model is what rounding is judged by.
 """
 
@@ -142,5 +142,5 @@ def _put(graph: GraphModule, biases: Mapping[str, nn.Parameter]) -> None:
 
 FINE_TUNINGS.register(
     "bias_correction", correct_biases, summary="Takes the mean error of every linear's output out by its bias.",
-    source="arXiv 1906.04721, section 4.2; minifloats: arXiv 2311.12359", cost="some forwards of the model; no training",
+    source="arXiv 1906.04721; minifloats: arXiv 2311.12359", cost="some forwards of the model; no training",
 )  # fmt: skip

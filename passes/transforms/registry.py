@@ -49,7 +49,7 @@ TRANSFORMS.register(
     WeightEqualization.name,
     WeightEqualization,
     summary="Gives value and output projections equal ranges in every channel that one writes and the other reads.",
-    source="arXiv 1906.04721, eq. 11; minifloats: arXiv 2311.12359",
+    source="arXiv 1906.04721; minifloats: arXiv 2311.12359",
     cost="none; no data",
 )
 TRANSFORMS.register(

@@ -40,7 +40,7 @@ class WeightEqualization(GraphTransform):
     """Divides row i of a linear's weight and bias by ``s_i``, and multiplies column i of the next one's weight by it.
 
     ``s_i = sqrt(r1_i / r2_i)`` with ``r1_i`` the largest magnitude of that row and ``r2_i`` that of the column: afterwards both
-    are ``sqrt(r1_i r2_i)`` (data-free quantization, arXiv 1906.04721, equation 11; for minifloats: arXiv 2311.12359). Where
+    are ``sqrt(r1_i r2_i)`` (data-free quantization, arXiv 1906.04721; for minifloats: arXiv 2311.12359). Where
     several linears read the same channels, ``r2`` is the largest of theirs.
 
     What lies between the two must commute with the factors. In a diffusion transformer that is attention, which is linear in

@@ -62,7 +62,7 @@ def test_both_ranges_are_the_geometric_mean_and_the_function_stays(config) -> No
     for block in ("blocks.0.attn", "blocks.1.attn"):
         v, o = (model.get_parameter(f"{block}.{name}.weight").double().numpy() for name in ("to_v", "to_out"))
         r1, r2 = np.abs(v).max(1), np.abs(o).max(0)
-        s = np.sqrt(r1 * r2) / r2  # the paper's equation 11
+        s = np.sqrt(r1 * r2) / r2
         np.testing.assert_allclose(graph.get_parameter(f"{block}.to_v.weight").numpy(), v / s[:, None], rtol=1e-5)
         np.testing.assert_allclose(graph.get_parameter(f"{block}.to_out.weight").numpy(), o * s, rtol=1e-5)
         bias = model.get_parameter(f"{block}.to_v.bias").double().numpy()
