@@ -1,6 +1,6 @@
 """Observers for the hardware's block formats: every 32 or 16 elements along the last dimension share a low-bit scale."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,12 +8,19 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.granularity import PerGroup
 
+from fp4dit_ao.config.scheme_rules import BLOCK_SEARCHES
 from fp4dit_ao.formats import FloatFormat
 from fp4dit_ao.observers.activation import ActivationObserver
 from fp4dit_ao.observers.base import add_buffer
+from fp4dit_ao.observers.four_over_six import four_over_six_scales
 from fp4dit_ao.observers.weight import WeightObserver
 from fp4dit_ao.ops.block_scale import BLOCKS, choose_block_scale, two_level_scale
 
+TWO_LEVEL_SEARCHES: dict[str, Callable[[Tensor, list[int], str], tuple[Tensor, Tensor]]] = {
+    "absmax": two_level_scale,
+    "four_over_six": four_over_six_scales,
+}
+"""How the scales of NVFP4's blocks and of the tensor are found, by ``QuantConfig.weight_search``."""
 _OPS = torch.ops.fp4dit_ao
 
 
@@ -22,29 +29,55 @@ class BlockWeightObserver(WeightObserver):
 
     Args:
         kind: type of the scales, a key of ``block_scales.BLOCKS``, which says how long a block is.
+
+    Attributes:
+        block_scale: float32 ``(out_features, blocks)``, each an E4M3 number, and
+        tensor_scale: a float32 scalar: the factors of ``scale`` with ``"e4m3"``, set with it.
     """
+
+    block_scale: Tensor | None
+    tensor_scale: Tensor | None
 
     def __init__(
         self, fmt: str | FloatFormat | Sequence[str | FloatFormat], kind: str, name: str = "weight", **spec: Any
     ):
         super().__init__(fmt, PerGroup(BLOCKS[kind]), name=name, **spec)
+        if self.search not in BLOCK_SEARCHES[kind]:
+            raise ValueError(
+                f"{name}: search={self.search!r}; {kind!r} blocks take {' or '.join(BLOCK_SEARCHES[kind])}"
+            )
         self.kind = kind
+        self.register_buffer("block_scale", None)
+        self.register_buffer("tensor_scale", None)
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """What is stored of the scale: its two factors, or the powers of two themselves."""
+        found = [x for x in (self.block_scale, self.tensor_scale) if x is not None]
+        return found or [x for x in (self.scale,) if x is not None]
 
     def _search(self, weight: Tensor) -> Tensor:
-        return choose_block_scale(weight, self.block_size(weight), str(self.fmt), self.kind)
+        block_size, fmt = self.block_size(weight), str(self.fmt)
+        if self.kind == "e8m0":
+            return choose_block_scale(weight, block_size, fmt, self.kind)
+        self.block_scale, self.tensor_scale = TWO_LEVEL_SEARCHES[self.search](weight, block_size, fmt)
+        return self.block_scale * self.tensor_scale
 
     def _free_scale(self) -> Tensor | None:
         return None
 
+    def pretend_observed(self, weight: Tensor) -> None:
+        super().pretend_observed(weight)
+        if self.kind != "e8m0":
+            assert self.scale is not None
+            self.block_scale, self.tensor_scale = torch.empty_like(self.scale), torch.empty(())
+
     def scale_node(self, model: GraphModule, weight: Tensor, scale: Tensor) -> Node:
         if self.kind == "e8m0":
             return super().scale_node(model, weight, scale)
-        blocks, tensor = two_level_scale(weight, self.block_size(weight), str(self.fmt))
-        buffers = (
-            add_buffer(model, f"{self.name}_scale", blocks),
-            add_buffer(model, f"{self.name}_tensor_scale", tensor),
-        )
-        return model.graph.call_function(torch.ops.aten.mul.Tensor, buffers)
+        names = (f"{self.name}_scale", f"{self.name}_tensor_scale")
+        buffers = [add_buffer(model, name, x) for name, x in zip(names, self.factors, strict=True)]
+        return model.graph.call_function(torch.ops.aten.mul.Tensor, tuple(buffers))
 
 
 class BlockActivationObserver(ActivationObserver):

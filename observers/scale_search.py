@@ -9,6 +9,8 @@ from torch import Tensor
 from fp4dit_ao.config.quant_config import WEIGHT_SEARCHES
 from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.kernels.candidate_search import best_candidate, squared_error
+from fp4dit_ao.observers.four_over_six import four_over_six
+from fp4dit_ao.observers.outlier_cut import outlier_cut
 from fp4dit_ao.ops import choose_scale, to_scale_dtype
 from fp4dit_ao.util.registry import Registry
 
@@ -82,8 +84,10 @@ __all__ = [
     "SWEEP",
     "ScaleSearch",
     "absmax",
+    "four_over_six",
     "lowbit_fp",
     "mse",
+    "outlier_cut",
     "register_search",
     "squared_error",
 ]
@@ -123,4 +127,18 @@ register_search(
     summary="Of 111 fractions of absmax, from 0.1 on, the one with the least squared error",
     source="LowBit-FP, arXiv 2408.06995",
     cost="seconds a model",
+)
+register_search(
+    "four_over_six",
+    four_over_six,
+    summary="The largest magnitude of a block of E2M1 on 6, the largest value, or on 4, whichever errs less",
+    source="Four over six, arXiv 2512.02010",
+    cost="seconds a model",
+)
+register_search(
+    "outlier_cut",
+    outlier_cut,
+    summary="Absmax, with the weight's outliers truncated where its largest magnitudes come apart",
+    source="CBQ, arXiv 2312.07950, its pre-processing",
+    cost="a sort of each weight",
 )

@@ -94,7 +94,7 @@ def quantize(
     rounding: Annotated[
         str, typer.Option(help="'adaround' learns it; 'gptq' takes minutes, 'nearest' seconds; see docs/methods.md.")
     ] = "adaround",
-    objective: Annotated[str, typer.Option(help="What learned rounding minimises.")] = "mse",
+    objective: Annotated[str, typer.Option(help="What learned rounding minimises, such as 'layer_weighted'.")] = "mse",
     scope: Annotated[str, typer.Option(help="What is rounded together: 'block', 'layer' or 'window'.")] = "block",
     iters: Iterations = None,
     transform: Annotated[
@@ -120,7 +120,9 @@ def quantize(
     budget_bits: Annotated[
         float | None, typer.Option(help="Mean of stored bits per weight that the allocation may spend.")
     ] = None,
-    fine_tuning: Annotated[str | None, typer.Option(help="Fine-tuning after rounding, such as 'scales'.")] = None,
+    fine_tuning: Annotated[
+        str | None, typer.Option(help="Fine-tuning after rounding, 'scales' or 'bias_correction'.")
+    ] = None,
     call: Call = None,
     dtype: Dtype = "stored",
     config: Annotated[

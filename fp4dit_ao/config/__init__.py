@@ -3,10 +3,13 @@
 from fp4dit_ao.config.quant_config import HIGH_PRECISION, RECIPES, Fields, QuantConfig
 from fp4dit_ao.config.recipes import (
     DEFAULT_RECIPE,
+    int_w4a4,
     int_w4a6,
     int_w4a8,
     mxfp4,
     nvfp4,
+    w4a4,
+    w4a4_codebook,
     w4a6,
     w4a6_auto,
     w4a6_codebook,
@@ -17,5 +20,6 @@ from fp4dit_ao.config.reconstruction_config import AdaRoundConfig, Reconstructio
 
 __all__ = [
     "DEFAULT_RECIPE", "HIGH_PRECISION", "RECIPES", "AdaRoundConfig", "Fields", "QuantConfig", "ReconstructionConfig",
-    "int_w4a6", "int_w4a8", "mxfp4", "nvfp4", "w4a6", "w4a6_auto", "w4a6_codebook", "w4a8", "w4a8_codebook",
+    "int_w4a4", "int_w4a6", "int_w4a8", "mxfp4", "nvfp4", "w4a4", "w4a4_codebook", "w4a6", "w4a6_auto", "w4a6_codebook",
+    "w4a8", "w4a8_codebook",
 ]  # fmt: skip

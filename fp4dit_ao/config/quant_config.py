@@ -126,7 +126,7 @@ _WEIGHTS = ("weight", "pre_gelu_weight", "weight_candidates")
 
 _EXAMPLES = {"weight_candidates": ("e2m1", "e3m0"), "skip": ("proj_out*",)}
 
-WEIGHT_SEARCHES = ["absmax", "mse", "lowbit_fp"]
+WEIGHT_SEARCHES = ["absmax", "mse", "lowbit_fp", "four_over_six", "outlier_cut"]
 """Names that ``weight_search`` takes; ``observers.scale_search.register_search`` adds to them."""
 
 _CHOICES: dict[str, Sequence[str]] = {

@@ -56,6 +56,21 @@ def w4a8_codebook() -> QuantConfig:
     return replace(w4a6_codebook(), activation="int8", attention="int8")
 
 
+def w4a4() -> QuantConfig:
+    """E2M1 for weights (groups of 128) and for inputs, token-wise and online; q, k and v stay as they are."""
+    return QuantConfig(activation="e2m1", pre_gelu_weight=None, attention=None)
+
+
+def w4a4_codebook() -> QuantConfig:
+    """As :func:`w4a6_codebook` with E2M1 inputs; q, k and v stay as they are."""
+    return replace(w4a6_codebook(), activation="e2m1", attention=None)
+
+
+def int_w4a4() -> QuantConfig:
+    """The integer baseline of :func:`w4a4`: symmetric INT4 for both."""
+    return QuantConfig(weight="int4", activation="int4", pre_gelu_weight=None, attention=None)
+
+
 def _blocks(fmt: str, scale: Literal["e8m0", "e4m3"]) -> QuantConfig:
     return QuantConfig(
         weight=fmt, activation=fmt, group_size=BLOCKS[scale], pre_gelu_weight=None, attention=None,
@@ -76,9 +91,13 @@ RECIPES |= {
     "w4a8_e4m3": lambda: replace(w4a8(), activation="e4m3fn", attention="e4m3fn"),
     "w4a6_codebook": w4a6_codebook,
     "w4a8_codebook": w4a8_codebook,
+    "w4a4": w4a4,
+    "w4a4_codebook": w4a4_codebook,
+    "int_w4a4": int_w4a4,
     "int_w4a6": int_w4a6,
     "int_w4a8": int_w4a8,
     "nvfp4": nvfp4,
+    "nvfp4_four_over_six": lambda: replace(nvfp4(), weight_search="four_over_six"),
     "mxfp4": mxfp4,
     "mxfp6_e2m3": lambda: _blocks("e2m3", "e8m0"),
     "mxfp6_e3m2": lambda: _blocks("e3m2", "e8m0"),

@@ -12,6 +12,8 @@ from fp4dit_ao.ops.block_scale import BLOCKS, ELEMENTS
 if TYPE_CHECKING:
     from fp4dit_ao.config.quant_config import QuantConfig
 
+BLOCK_SEARCHES = {"e8m0": ("absmax",), "e4m3": ("absmax", "four_over_six")}
+"""Values of ``QuantConfig.weight_search`` by the type of block scales: powers of two are too far apart for the second."""
 FLOAT_SCALES = ("float32", "float16", "bfloat16")
 """Types of scales that are plain floating-point numbers."""
 GROUP_MULTIPLE = 4
@@ -64,8 +66,12 @@ class BlockScaledRules:
             raise ValueError(
                 "QuantConfig: block formats are one for all layers; leave out weight_candidates and pre_gelu_weight"
             )
-        if config.weight_granularity != "group" or config.weight_search != "absmax":
-            raise ValueError("QuantConfig: block formats have weight_granularity='group' and weight_search='absmax'")
+        searches = BLOCK_SEARCHES[config.scale_dtype]
+        if config.weight_granularity != "group" or config.weight_search not in searches:
+            raise ValueError(
+                f"QuantConfig: weight_granularity={config.weight_granularity!r} and weight_search={config.weight_search!r}; "
+                f"blocks with {config.scale_dtype!r} scales have 'group' and {' or '.join(map(repr, searches))}"
+            )
 
 
 class CodebookGroupsRules:
@@ -102,7 +108,13 @@ class GroupedRules:
         return True
 
     def check(self, config: "QuantConfig") -> None:
-        """Accepts all: the fields' choices are independent of each other."""
+        formats = {name for name in (config.weight, config.pre_gelu_weight, *config.weight_candidates) if name}
+        others = ", ".join(sorted(formats - {"e2m1"}))
+        if config.weight_search == "four_over_six" and others:
+            raise ValueError(
+                f"QuantConfig: weight_search='four_over_six' with {others}; only e2m1 has nothing between 4 and 6: choose "
+                "it for all weights (pre_gelu_weight=None), or the search 'mse'"
+            )
 
 
 BLOCK_SCALED, CODEBOOK_GROUPS, GROUPED = BlockScaledRules(), CodebookGroupsRules(), GroupedRules()

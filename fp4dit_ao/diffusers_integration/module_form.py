@@ -93,10 +93,11 @@ def without_data(transforms: Sequence[str | GraphTransform]) -> bool:
         ValueError: an unknown transform, or one that needs calibration data.
     """
     found = [TRANSFORMS.find(t) if isinstance(t, str) else type(t) for t in transforms]
-    other = next((transform.name for transform in found if not issubclass(transform, SplitInputs)), None)
+    other = next((transform for transform in found if not issubclass(transform, SplitInputs)), None)
     if other is not None:
+        needs = "calibration data" if other.needs_data else "the model's graph"
         raise ValueError(
-            f"transform {other!r} needs calibration data; use quantize_pipeline(…, transforms=[{other!r}]), "
+            f"transform {other.name!r} needs {needs}; use quantize_pipeline(…, transforms=[{other.name!r}]), "
             "then load_pipeline(…, form='module')"
         )
     return bool(found)

@@ -20,7 +20,7 @@ BLOCKS = {"e8m0": 32, "e4m3": 16}
 """Elements per block, by the type of the scale."""
 ELEMENTS = {"e8m0": ("e2m1", "e2m3", "e3m2"), "e4m3": ("e2m1",)}
 """Element formats that the standard (OCP MX, NVFP4) defines, by the type of the scale."""
-_E4M3_MIN, _E4M3_MAX = 2.0**-6, 448.0
+E4M3_MIN, E4M3_MAX = 2.0**-6, 448.0
 """Smallest normal and largest number of E4M3, the range of hardware scales."""
 
 
@@ -39,23 +39,29 @@ def power_of_two_above(scale: Tensor) -> Tensor:
     return torch.where(scale == scale, (exponent << 23).view(torch.float32), scale)
 
 
-def two_level_scale(x: Tensor, block_size: Sequence[int], fmt: str) -> tuple[Tensor, Tensor]:
+def two_level_scale(
+    x: Tensor, block_size: Sequence[int], fmt: str, top: float = E4M3_MAX, stretch: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Scales of NVFP4: the largest magnitude of the tensor gets the largest block scale and the largest level.
 
     Args:
         x: float tensor.
         block_size: as in torchao; the blocks that share an E4M3 scale.
         fmt: format of the elements.
+        top: block scale of the largest magnitude: E4M3's largest, or less to leave room.
+        stretch: factor on the scales of the blocks.
 
     Returns:
         Scales of the blocks (float32, each an E4M3 number) and the float32 scale of the tensor. A step is their
         product.
     """
     lattice = FloatFormat.parse(fmt)
-    largest = divided(x.abs().amax().float(), _E4M3_MAX * lattice.lattice_max * unit(lattice))
+    largest = divided(x.abs().amax().float(), top * lattice.lattice_max * unit(lattice))
     tensor = largest.clamp(min=torch.finfo(torch.float32).tiny)
     blocks = choose_scale(x, block_size, fmt, torch.float32) / unit(lattice) / tensor
-    return blocks.clamp(_E4M3_MIN, _E4M3_MAX).to(torch.float8_e4m3fn).float(), tensor * unit(lattice)
+    if stretch != 1:
+        blocks = blocks * stretch
+    return blocks.clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn).float(), tensor * unit(lattice)
 
 
 def choose_block_scale(x: Tensor, block_size: Sequence[int], fmt: str, kind: str) -> Tensor:

@@ -19,7 +19,7 @@ from fp4dit_ao.kernels import block_scaled_linear
 from fp4dit_ao.observers import BlockActivationObserver, BlockWeightObserver, TokenActivationObserver, WeightObserver
 from fp4dit_ao.observers.activation import ActivationObserver
 from fp4dit_ao.ops import quantize
-from fp4dit_ao.ops.block_scale import BLOCKS, two_level_scale, unit
+from fp4dit_ao.ops.block_scale import BLOCKS, unit
 from fp4dit_ao.schemes.graph_patterns import block_wise_input, stored_weight
 from fp4dit_ao.schemes.grouped import repeated
 from fp4dit_ao.schemes.scheme import Arrays, Description, LowBitLinear, ObserverSpec, PlainLinear, describe_format
@@ -44,7 +44,8 @@ class BlockScaledScheme:
         return [1, BLOCKS[config.scale_dtype]]
 
     def weight_observer(self, config: QuantConfig) -> ObserverSpec[WeightObserver]:
-        return ObserverSpec(BlockWeightObserver, {"fmt": (config.weight,), "kind": config.scale_dtype})
+        arguments = {"fmt": (config.weight,), "kind": config.scale_dtype, "search": config.weight_search}
+        return ObserverSpec(BlockWeightObserver, arguments)
 
     def input_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec[ActivationObserver]:
         return ObserverSpec(BlockActivationObserver, {"fmt": fmt, "kind": config.scale_dtype})
@@ -71,10 +72,8 @@ class BlockScaledScheme:
     @torch.no_grad()
     def round_to_nearest(self, name: str, weight: Tensor, config: QuantConfig) -> Tensor:
         observer = self.weight_observer(config).constructor(name=f"{name}.weight")()
-        codes, step = observer.quantized(weight.detach())
-        fmt = str(observer.fmt)
-        factors = two_level_scale(weight, observer.block_size(weight), fmt) if _has_tensor_scale(config) else (step,)
-        return _from_codes(codes, list(factors), fmt, weight.dtype)
+        codes, _ = observer.quantized(weight.detach())
+        return _from_codes(codes, observer.factors, str(observer.fmt), weight.dtype)
 
     def owns(self, weight: Tensor) -> bool:
         return isinstance(weight, MXWeight | NVFP4Weight)

@@ -1,11 +1,11 @@
-"""Fine-tuning: end-to-end training of what quantization left continuous."""
+"""Fine-tuning: what quantization left continuous, fitted to the float model once weights are rounded."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch.fx import GraphModule
 
-from fp4dit_ao.passes.fine_tuning import scale_tuning  # noqa: F401, it registers itself
+from fp4dit_ao.passes.fine_tuning import bias_correction, scale_tuning  # noqa: F401, they register themselves
 from fp4dit_ao.passes.fine_tuning.fine_tune import FINE_TUNINGS, FineTune, FineTuneConfig, FineTuneReport
 
 __all__ = ["FINE_TUNINGS", "FineTune", "FineTuneConfig", "FineTuneReport", "run_fine_tuning"]

@@ -1,4 +1,4 @@
-"""The plug-in point *fine-tuning*: training what quantization left continuous, end to end, with the float graph as teacher."""
+"""The plug-in point *fine-tuning*: fitting what quantization left continuous, with the float graph as teacher."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -65,9 +65,10 @@ class FineTune(Protocol):
     """Trains a prepared graph against the float graph that it was made from.
 
     The prepared graph is both: its observers paused, it is the teacher; its observers set to fake quantization, it is the
-    student. A method changes observers alone (scales, codes), in place, so that ``convert_pt2e`` afterwards stores what was
-    learned, and leaves them observing. It must not change float parameters, and must keep the student that it was given if
-    training does not lower the error over all samples.
+    student. A method changes observers (scales, codes) in place, so that ``convert_pt2e`` afterwards stores what was learned,
+    and leaves them observing. At its end it may give the graph other parameters than weights (biases); it never writes into
+    one, since the captured model shares them. It must keep the student that it was given if the error over all samples is not
+    less than before.
     """
 
     def __call__(

@@ -26,6 +26,7 @@ from fp4dit_ao.observers.fake_quantization import frozen_parameters
 from fp4dit_ao.observers.weight import gram_of, weight_of
 from fp4dit_ao.ops import expand_scale, to_scale_dtype
 from fp4dit_ao.passes.fine_tuning.fine_tune import FINE_TUNINGS, FineTuneConfig, FineTuneReport
+from fp4dit_ao.passes.fine_tuning.model_error import calls_of, loss, teacher, total_error
 from fp4dit_ao.passes.partition import weight_observers
 from fp4dit_ao.util.tensor_state import load_state, save_state
 
@@ -84,22 +85,19 @@ def tune_scales(
     Raises:
         ValueError: no samples; a weight whose scales are no free numbers (block formats); a checkpoint of another run.
     """
-    if not samples:
-        raise ValueError("fine-tuning needs samples; collect_samples(pipe, prompts) records some")
     began = time.monotonic()
+    calls = calls_of(prepared, samples)
     tuned = _tuned_scales(prepared)
-    device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
-    calls = [pytree.tree_map_only(Tensor, lambda x: x.to(device), dict(sample)) for sample in samples]
     store = None
     if checkpoint_dir is not None:
         store = _Store(Path(checkpoint_dir) / "scales.safetensors", _fingerprint(prepared, samples, config))
     with frozen_parameters(prepared), tqdm(total=config.steps, desc="fine-tune scales", disable=not progress) as bar:
-        targets = _teacher(prepared, calls)
+        targets = teacher(prepared, calls)
         set_fake_quantize(prepared, weight=True, activation=True)
         with _in_place(tuned):
-            before = _error(prepared, calls, targets)
+            before = total_error(prepared, calls, targets)
             _optimise(prepared, calls, targets, before, config, list(tuned.values()), store, bar)
-            after = _error(prepared, calls, targets)
+            after = total_error(prepared, calls, targets)
         kept = after < before
         for observer, module in tuned.items():
             if kept:
@@ -138,32 +136,6 @@ def _in_place(tuned: Mapping[WeightObserver, TunedScale]) -> Iterator[None]:
             observer.rounding = None
 
 
-def _outputs(model: GraphModule, call: Mapping[str, object]) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(model(**call)) if isinstance(x, Tensor)]
-
-
-@torch.no_grad()
-def _teacher(prepared: GraphModule, calls: Sequence[Mapping[str, object]]) -> list[list[Tensor]]:
-    """Outputs of the float graph for every sample."""
-    set_fake_quantize(prepared, weight=False, activation=False, paused=True)
-    return [_outputs(prepared, call) for call in calls]
-
-
-def _loss(model: GraphModule, call: Mapping[str, object], target: Sequence[Tensor]) -> Tensor:
-    """Squared error of one sample's outputs, relative to the power of the teacher's."""
-    parts = [
-        nn.functional.mse_loss(y.float(), wanted.float()) / wanted.float().square().mean().clamp_min(1e-30)
-        for y, wanted in zip(_outputs(model, call), target, strict=True)
-    ]
-    return torch.stack(parts).mean()
-
-
-@torch.no_grad()
-def _error(model: GraphModule, calls: Sequence[Mapping[str, object]], targets: Sequence[Sequence[Tensor]]) -> float:
-    pairs = zip(calls, targets, strict=True)
-    return sum(float(_loss(model, call, target)) for call, target in pairs) / len(calls)
-
-
 def _optimise(
     model: GraphModule,
     calls: Sequence[Mapping[str, object]],
@@ -187,7 +159,7 @@ def _optimise(
         optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             for index in chosen:
-                torch.autograd.backward(_loss(model, calls[index], targets[index]) / (before * len(chosen) or 1.0))
+                torch.autograd.backward(loss(model, calls[index], targets[index]) / (before * len(chosen) or 1.0))
         optimizer.step()
         bar.update()
         if store is not None and ((step + 1) % config.save_every == 0 or step + 1 == config.steps):

@@ -7,7 +7,7 @@ weight observers.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,18 +15,19 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from fp4dit_ao.config import AdaRoundConfig, ReconstructionConfig
-from fp4dit_ao.observers import set_fake_quantize
 from fp4dit_ao.observers.fake_quantization import frozen_parameters
 from fp4dit_ao.observers.weight import gram_of, weight_of
-from fp4dit_ao.passes.partition import Segment, weight_observers
+from fp4dit_ao.passes.partition import weight_observers
 from fp4dit_ao.passes.reconstruction import block_checkpoints
+from fp4dit_ao.passes.reconstruction.network_tail import NetworkTail, model_results
 from fp4dit_ao.passes.reconstruction.objectives import OBJECTIVES
 from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
 from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS
-from fp4dit_ao.passes.reconstruction.scopes import SCOPES, Plan, Unit
+from fp4dit_ao.passes.reconstruction.scopes import SCOPES
 from fp4dit_ao.passes.reconstruction.streams import Stream, build
-from fp4dit_ao.passes.reconstruction.unit_error import UnitError, settled
+from fp4dit_ao.passes.reconstruction.unit_error import UnitError
 from fp4dit_ao.passes.reconstruction.unit_rounding import round_unit, steps_of
+from fp4dit_ao.passes.reconstruction.walk import planned_bytes, walk
 
 
 def reconstruct(
@@ -71,18 +72,19 @@ def reconstruct(
         if checkpoint_dir
         else None
     )
-    report = ReconstructionReport([], 0.0, 0)
+    report, results = ReconstructionReport([], 0.0, 0), model_results(prepared)
     total = sum(steps_of(unit.segment, rule, config) for unit in plan.units)
     with frozen_parameters(prepared), tqdm(total=total, desc="reconstruct", disable=not progress) as bar:
-        planned = _planned_bytes(plan, streams, device)
+        planned = planned_bytes(plan, streams, device, objective.needs_layers)
         _check_memory(planned, streams, config)
         for stream in streams:
             stream.move_to(device, offload=_offload(planned, device, config))
-        for index, unit in enumerate(_walk(plan, streams, config.batch_size)):
+        for index, unit in enumerate(walk(plan, streams, config.batch_size, objective.needs_layers)):
             bar.set_postfix_str(unit.segment.name)
             row = store.load(index, unit.segment) if store else None
             if row is None:
-                error = UnitError(unit.segment, streams, objective, config.batch_size)
+                tail = NetworkTail(plan.steps[unit.last + 1 :], results) if objective.needs_tail else None
+                error = UnitError(unit.segment, streams, objective, config.batch_size, tail)
                 row = round_unit(error, rule, config, index, bar)
                 if store:
                     store.save(index, unit.segment, row)
@@ -94,53 +96,6 @@ def reconstruct(
     report.stream_bytes = sum(stream.peak for stream in streams)
     report.seconds = time.monotonic() - began
     return report
-
-
-def _walk(plan: Plan, streams: list[Stream], chunk: int) -> Iterator[Unit]:
-    """Every unit, when quantized values stand before it and full-precision ones behind it; then to the end of the graph.
-
-    Full-precision values run ahead by as many steps as a unit covers. Observers of a unit are set to fake quantization.
-    """
-    full = quantized = 0  # steps that each has taken
-    for unit in (*plan.units, None):
-        first, last = (unit.first, unit.last) if unit else (len(plan.steps), -1)
-        while quantized < first:
-            if full == quantized:
-                _advance_full(plan.steps[full], streams, chunk)
-                full += 1
-            _advance_quantized(plan.steps[quantized], streams, chunk)
-            quantized += 1
-        while full <= last:
-            _advance_full(plan.steps[full], streams, chunk)
-            full += 1
-        if unit:
-            yield unit
-
-
-def _advance_full(segment: Segment, streams: list[Stream], chunk: int) -> None:
-    """Leaves the segment's observers set to fake quantization."""
-    set_fake_quantize(segment.graph, False, False, paused=True)
-    for stream in streams:
-        stream.advance_full(segment, chunk)
-    set_fake_quantize(segment.graph, True, True)
-
-
-def _advance_quantized(segment: Segment, streams: list[Stream], chunk: int) -> None:
-    with settled(segment):
-        for stream in streams:
-            stream.advance_quantized(segment, chunk)
-
-
-def _planned_bytes(plan: Plan, streams: list[Stream], device: torch.device) -> int:
-    """What the streams will take, found by sending one row of each through the whole graph."""
-    total = 0
-    for stream in streams:
-        alone = [stream.first_row()]
-        alone[0].move_to(device)
-        for _ in _walk(plan, alone, 1):
-            pass
-        total += alone[0].peak
-    return total
 
 
 def _offload(planned: int, device: torch.device, config: ReconstructionConfig) -> bool:

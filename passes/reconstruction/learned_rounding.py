@@ -54,7 +54,7 @@ class Learner:
         return Settled(rule.hard_codes(), scale)
 
     def _optimise(self, rules: dict[WeightObserver, LearnedRounding], before: float, bar: tqdm) -> None:
-        config, graph = self.config, self.error.segment.graph
+        config, graph = self.config, self.error.graph
         optimizer = self.rule.optimizer(list(rules.values()), config)
         rates = [group["lr"] for group in optimizer.param_groups]
         sizes = {observer: weight.numel() for observer, weight in self.error.weights.items()}

@@ -10,8 +10,8 @@ class BlockReport:
     Attributes:
         block: fully qualified name of the block or linear; of a window, that of its first and last block.
         layers: quantized linears in it.
-        loss_before: the objective (squared error relative to the output's power) of the unit's output on quantized inputs,
-            with the rounding before: to nearest, or what an earlier window settled.
+        loss_before: the objective (of "mse": squared error relative to the output's power) on quantized inputs, with the
+            rounding before: to nearest, or what an earlier window settled.
         loss_after: the same with the rounding that was kept.
         changed: fraction of its weights whose level differs from that of round-to-nearest.
         kept: ``"learned"`` or ``"solved"`` (closed form); or, where that did not improve the error on all calibration rows,

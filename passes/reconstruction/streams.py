@@ -5,7 +5,7 @@ Two streams run side by side: one full precision, one quantized with what has be
 reads any more are dropped, which bounds the memory to what crosses one cut of the graph.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,8 @@ class Stream:
             self.full[name] = stacked.detach() if isinstance(stacked, Tensor) else stacked
         self.quantized: Values = dict(self.full)
         self._exact = set(self.full)
+        self._held: set[str] = set()
+        self._overdue: set[str] = set()
 
     def move_to(self, device: torch.device, offload: bool = False) -> None:
         """Compute on ``device``, and keep the values there too, or ``offload`` all but the rows in use to host memory."""
@@ -155,6 +157,12 @@ class Stream:
         alone._standing_for = self.rows
         return alone
 
+    def hold(self, names: set[str]) -> None:
+        """Keep full-precision values of these names when nothing reads them any more, and let go of others that were kept."""
+        for name in self._overdue - names:
+            self.full.pop(name, None)
+        self._held, self._overdue = names, self._overdue & names
+
     def advance_full(self, segment: Segment, chunk: int) -> None:
         """Run ``segment`` (observers paused) over all rows, ``chunk`` at a time, and keep what later segments read.
 
@@ -165,7 +173,8 @@ class Stream:
             self._advance([self.full, self.quantized], segment, chunk)
         else:
             self._advance([self.full], segment, chunk)
-        self._drop(self.full, segment)
+        self._drop(self.full, segment, self._held)
+        self._overdue |= self._held.intersection(segment.dead)
 
     def advance_quantized(self, segment: Segment, chunk: int) -> None:
         """Likewise, the quantized stream; :meth:`advance_full` comes first, and may be several segments ahead."""
@@ -177,18 +186,29 @@ class Stream:
     def _advance(self, streams: list[Values], segment: Segment, chunk: int) -> None:
         """Compute a segment from the first of these streams, for all of them."""
         kept = [(i, name) for i, name in enumerate(segment.outputs) if name not in segment.dead]
-        results: Values = {}
-        for rows in self.chunks(chunk):
+
+        def outputs_of(rows: slice) -> list[Any]:
             outputs = segment.graph(*self.select(streams[0], segment.inputs, rows))
-            for position, name in kept:
-                self._store(results, name, outputs[position], rows)
+            return [outputs[position] for position, _ in kept]
+
+        results = self.collected([name for _, name in kept], outputs_of, chunk)
         for values in streams:
             values.update(results)
         self.peak = max(self.peak, self._nbytes())
 
-    def _drop(self, values: Values, segment: Segment) -> None:
+    @torch.no_grad()
+    def collected(self, names: Sequence[str], compute: Callable[[slice], Sequence[Any]], chunk: int) -> Values:
+        """Values of all rows, by name, from what ``compute`` gives for the named ones of a slice of rows."""
+        results: Values = {}
+        for rows in self.chunks(chunk):
+            for name, value in zip(names, compute(rows), strict=True):
+                self._store(results, name, value, rows)
+        return results
+
+    def _drop(self, values: Values, segment: Segment, held: Collection[str] = ()) -> None:
         for name in segment.dead:
-            values.pop(name, None)
+            if name not in held:
+                values.pop(name, None)
 
     def _store(self, results: Values, name: str, value: Any, rows: slice) -> None:
         """Put the value of some rows in its place among all rows, which the first chunk allocates."""

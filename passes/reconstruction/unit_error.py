@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from fp4dit_ao.observers import Grid, WeightObserver
 from fp4dit_ao.observers.weight import weight_of
 from fp4dit_ao.passes.partition import Segment
-from fp4dit_ao.passes.reconstruction.objectives import Objective
-from fp4dit_ao.passes.reconstruction.streams import Stream
+from fp4dit_ao.passes.reconstruction.layer_outputs import LayerOutputs
+from fp4dit_ao.passes.reconstruction.network_tail import NetworkTail
+from fp4dit_ao.passes.reconstruction.objectives import Errors, Objective
+from fp4dit_ao.passes.reconstruction.streams import Stream, Values
 
 
 class Fixed(nn.Module):
@@ -57,23 +59,39 @@ class UnitError:
     Args:
         segment: with observers set to fake quantization.
         streams: their ``quantized`` values are before the segment, its inputs; their ``full`` ones behind it, its targets.
-        objective: the error of one output.
+        objective: what counts as its error.
         batch_size: rows at a time.
+        tail: the rest of the network; None unless the objective needs it.
 
     Attributes:
         weights: the original weight of every observer.
         grids: the values that each can be rounded to.
         rows: calibration rows.
         targets: positions of the outputs that depend on the unit's weights, and that something reads.
+        graph: what a step of learning runs: the segment's, or one that also puts out what its linears do.
     """
 
-    def __init__(self, segment: Segment, streams: list[Stream], objective: Objective, batch_size: int):
+    def __init__(
+        self,
+        segment: Segment,
+        streams: list[Stream],
+        objective: Objective,
+        batch_size: int,
+        tail: NetworkTail | None = None,
+    ):
         self.segment, self.streams, self.objective, self.batch_size = segment, streams, objective, batch_size
         self.weights = {observer: weight_of(segment.graph, node) for node, observer in segment.observers}
         self.grids: dict[WeightObserver, Grid] = {o: o.grid(weight) for o, weight in self.weights.items()}
         self.rows = sum(stream.rows for stream in streams)
         self.targets = self._differentiable()
-        self._power = [self._power_of(segment.outputs[i]) for i in self.targets]
+        self._layers = LayerOutputs(segment) if objective.needs_layers else None
+        self._tail = tail
+        self.graph = self._layers.graph if self._layers else segment.graph
+        full = [stream.full for stream in streams]
+        self._power = [self._power_of(segment.outputs[i], full) for i in self.targets]
+        self._predictions: list[Values] = [tail.originals(stream, batch_size) for stream in streams] if tail else []
+        self._results = self._predicted()
+        self._predicted_power = {name: self._power_of(name, self._predictions) for name in self._results}
 
     def _differentiable(self) -> list[int]:
         stream = self.streams[0]
@@ -85,20 +103,49 @@ class UnitError:
             if isinstance(y, Tensor) and y.requires_grad and name in stream.full and stream.grows(name)
         ]
 
+    def _predicted(self) -> list[str]:
+        """The model's outputs that have an error."""
+        stream = self.streams[0]
+        values = self._predictions[0] if self._predictions else {}
+        return [name for name, y in values.items() if _is_float(y) and stream.grows(name)]
+
     def of(self, number: int, rows: Tensor | slice, run: Callable[..., Sequence[Tensor]]) -> Tensor:
-        """The objective for some rows of stream ``number``, averaged over the outputs.
+        """The objective for some rows of stream ``number``.
 
         Args:
-            run: the segment's graph, or its compiled form.
+            run: :attr:`graph`, or its compiled form.
         """
+        stream, segment = self.streams[number], self.segment
+        # before the pass that is learned on: both are of the same modules
+        layers = self._layers.originals(stream, rows) if self._layers else []
+        outputs = run(*stream.select(stream.quantized, segment.inputs, rows))
+        wanted = stream.select(stream.full, [segment.outputs[i] for i in self.targets], rows)
+        errors = Errors(
+            [
+                self.objective.error(outputs[i], y, power)
+                for i, y, power in zip(self.targets, wanted, self._power, strict=True)
+            ],
+            self._errors_of_layers(outputs, layers),
+            self._errors_of_predictions(number, rows, dict(zip(segment.outputs, outputs, strict=False))),
+        )
+        return self.objective.combined(errors)
+
+    def _errors_of_layers(self, outputs: Sequence[Tensor], wanted: list[Tensor]) -> list[Tensor]:
+        if self._layers is None:
+            return []
+        power = sum(self._power) / len(self._power)
+        return [self.objective.error(y, x, power) for y, x in zip(self._layers.of(outputs), wanted, strict=True)]
+
+    def _errors_of_predictions(self, number: int, rows: Tensor | slice, outputs: dict[str, Tensor]) -> list[Tensor]:
+        if self._tail is None:
+            return []
         stream = self.streams[number]
-        outputs = run(*stream.select(stream.quantized, self.segment.inputs, rows))
-        wanted = stream.select(stream.full, [self.segment.outputs[i] for i in self.targets], rows)
-        parts = [
-            self.objective.error(outputs[i], y, power)
-            for i, y, power in zip(self.targets, wanted, self._power, strict=True)
+        found = dict(zip(self._tail.results, self._tail.outputs(stream, rows, outputs), strict=True))
+        wanted = stream.select(self._predictions[number], self._results, rows)
+        return [
+            self.objective.error(found[name], y, self._predicted_power[name])
+            for name, y in zip(self._results, wanted, strict=True)
         ]
-        return torch.stack(parts).mean()
 
     @torch.no_grad()
     def total(self) -> float:
@@ -109,14 +156,18 @@ class UnitError:
         with settled(self.segment):
             for number, stream in enumerate(self.streams):
                 for rows in stream.chunks(self.batch_size):
-                    total += float(self.of(number, rows, self.segment.graph)) * (rows.stop - rows.start)
+                    total += float(self.of(number, rows, self.graph)) * (rows.stop - rows.start)
         return total / self.rows
 
-    def _power_of(self, name: str) -> float:
-        """The objective's power of a full-precision value, over all rows."""
+    def _power_of(self, name: str, values: list[Values]) -> float:
+        """The objective's power of a full-precision value, over all rows, given the values of each stream."""
         total = 0.0
-        for stream in self.streams:
+        for stream, own in zip(self.streams, values, strict=True):
             for rows in stream.chunks(self.batch_size):
-                (value,) = stream.select(stream.full, [name], rows)
+                (value,) = stream.select(own, [name], rows)
                 total += float(self.objective.power(value)) * (rows.stop - rows.start)
         return max(total / self.rows, torch.finfo(torch.float32).tiny)
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

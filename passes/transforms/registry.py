@@ -7,8 +7,10 @@ from torch.fx import GraphModule
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record, records_of
 from fp4dit_ao.passes.transforms.hadamard import Hadamard
 from fp4dit_ao.passes.transforms.low_rank import LowRank
+from fp4dit_ao.passes.transforms.outlier_groups import OutlierGroups
 from fp4dit_ao.passes.transforms.smoothquant import SmoothQuant
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs
+from fp4dit_ao.passes.transforms.weight_equalization import WeightEqualization
 from fp4dit_ao.util.registry import Registry
 
 TRANSFORMS: Registry[type[GraphTransform]] = Registry("transform")
@@ -41,6 +43,20 @@ TRANSFORMS.register(
     summary="Takes a part of rank 32 out of weights, which stays in high precision, and quantizes the rest.",
     source="SVDQuant, arXiv 2411.05007; the iteration: its code",
     cost="one pass over the samples, then a few trial quantizations of each linear; two small products beside each linear",
+)
+TRANSFORMS.register(
+    WeightEqualization.name,
+    WeightEqualization,
+    summary="Gives value and output projections equal ranges in every channel that one writes and the other reads.",
+    source="arXiv 1906.04721; minifloats: arXiv 2311.12359",
+    cost="none; no data",
+)
+TRANSFORMS.register(
+    OutlierGroups.name,
+    OutlierGroups,
+    summary="Sorts linears' input channels by size, so that like ones share a scale, where that errs less at the output.",
+    source="DGQ, arXiv 2501.04304",
+    cost="one pass over the samples, then 4 trial quantizations of each linear; a gather before each linear",
 )
 
 

@@ -38,7 +38,7 @@ TRACES = {
 """An operator that a unit calls, and no other unit of its table does."""
 
 
-CODEBOOK_RECIPES = ("w4a6_codebook", "w4a8_codebook")
+CODEBOOK_RECIPES = ("w4a4_codebook", "w4a6_codebook", "w4a8_codebook")
 
 
 class Called(TorchDispatchMode):

@@ -11,7 +11,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao import FP4DiTQuantizer, MinifloatTensor, QuantConfig, capture, lower, w4a6, w4a8
 from fp4dit_ao.checkpoint.graph_tensors import flatten
-from fp4dit_ao.config import int_w4a6
+from fp4dit_ao.config import int_w4a4, int_w4a6, w4a4
 from tests.graphs import TinyDiT, tiny_sample
 
 LINEAR = torch.ops.aten.linear.default
@@ -42,9 +42,10 @@ def converted(config: QuantConfig, dtype: torch.dtype = torch.float32) -> tuple[
 
 @pytest.mark.parametrize(
     "config",
-    [w4a6(), w4a8(), int_w4a6(), replace(w4a6(), activation_granularity="tensor"), replace(w4a6(), activation=None),
-     replace(w4a6(), weight_granularity="channel", attention=None), replace(w4a6(), scale_dtype="float16")],
-    ids=["w4a6", "w4a8", "int", "static", "weight-only", "channel", "float16 scales"],
+    [w4a6(), w4a8(), int_w4a6(), w4a4(), int_w4a4(), replace(w4a6(), activation_granularity="tensor"),
+     replace(w4a6(), activation=None), replace(w4a6(), weight_granularity="channel", attention=None),
+     replace(w4a6(), scale_dtype="float16")],
+    ids=["w4a6", "w4a8", "int", "w4a4", "int w4a4", "static", "weight-only", "channel", "float16 scales"],
 )  # fmt: skip
 @torch.no_grad()
 def test_linear_by_linear(config) -> None:

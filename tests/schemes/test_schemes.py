@@ -17,9 +17,11 @@ from fp4dit_ao.schemes import SCHEMES, owner_of, register_scheme, scheme_of
 from fp4dit_ao.schemes.grouped import GroupedScheme
 
 SCHEME_OF = {
+    "w4a4_codebook": "codebook_groups",
     "w4a6_codebook": "codebook_groups",
     "w4a8_codebook": "codebook_groups",
     "nvfp4": "block_scaled",
+    "nvfp4_four_over_six": "block_scaled",
     "mxfp4": "block_scaled",
     "mxfp6_e2m3": "block_scaled",
     "mxfp6_e3m2": "block_scaled",

@@ -32,7 +32,7 @@ from fp4dit_ao.schemes import scheme_of
 from tests.graphs import TinyDiT, tiny_sample
 from tests.tiny import tiny_pipeline
 
-RECIPES = ["w4a6_codebook", "w4a8_codebook"]
+RECIPES = ["w4a6_codebook", "w4a8_codebook", "w4a4_codebook"]
 LINEAR = torch.ops.aten.linear.default
 
 

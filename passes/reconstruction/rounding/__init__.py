@@ -6,6 +6,8 @@ below: a learned rule as the class, a closed form as an instance.
 """
 
 from fp4dit_ao.passes.reconstruction.rounding.adaround import AdaRound, ScaleAwareAdaRound
+from fp4dit_ao.passes.reconstruction.rounding.cbq import LowRankAdaRound
+from fp4dit_ao.passes.reconstruction.rounding.discquant import DiscQuant
 from fp4dit_ao.passes.reconstruction.rounding.flexround import LRQ, FlexRound
 from fp4dit_ao.passes.reconstruction.rounding.gptq import GPTQ
 from fp4dit_ao.passes.reconstruction.rounding.lowbit_fp import LowBitFP
@@ -46,6 +48,14 @@ ROUNDINGS.register(
     "lowbit_fp", LowBitFP, summary="AdaRound with a plain sigmoid and a constant exponent.",
     source="LowBit-FP, arXiv 2408.06995", cost="as adaround",
 )  # fmt: skip
+ROUNDINGS.register(
+    "discquant", DiscQuant, summary="Draws weights to their nearer neighbours, except where the output objects.",
+    source="DiscQuant, arXiv 2501.06417", cost="as adaround",
+)  # fmt: skip
+ROUNDINGS.register(
+    "cbq", LowRankAdaRound, summary="AdaRound with logits that change by a matrix of rank 5.",
+    source="CBQ, arXiv 2312.07950", cost="as adaround, with a fraction of the parameters",
+)  # fmt: skip
 
 __all__ = [
     "GPTQ",
@@ -53,9 +63,11 @@ __all__ = [
     "ROUNDINGS",
     "AdaRound",
     "ClosedFormRounding",
+    "DiscQuant",
     "FlexRound",
     "LearnedRounding",
     "LowBitFP",
+    "LowRankAdaRound",
     "Nearest",
     "RoundingRule",
     "ScaleAwareAdaRound",

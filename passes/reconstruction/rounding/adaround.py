@@ -78,9 +78,13 @@ class AdaRound(LearnedRounding):
         """``relative`` logits a step for the median weight, in the units of ``alpha``."""
         return relative
 
+    def variable(self) -> Tensor:
+        """What stands for :attr:`alpha` in the gates: the parameter itself."""
+        return self.alpha
+
     def gate(self) -> Tensor:
         """h, in [0, 1]."""
-        gate: Tensor = _Gate.apply(self.alpha, self.slope)  # type: ignore[no-untyped-call]
+        gate: Tensor = _Gate.apply(self.variable(), self.slope)  # type: ignore[no-untyped-call]
         return gate
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -99,7 +103,7 @@ class AdaRound(LearnedRounding):
 
     def hard_codes(self) -> Tensor:
         """The learned codes."""
-        return torch.where(self.alpha.detach() >= 0, self.up, self.low)
+        return torch.where(self.variable().detach() >= 0, self.up, self.low)
 
 
 class ScaleAwareAdaRound(AdaRound):

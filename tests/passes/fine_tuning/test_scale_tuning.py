@@ -103,7 +103,7 @@ def test_a_killed_run_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: py
 
 
 def test_what_cannot_be_tuned_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown fine-tuning 'lora'; choose one of scales"):
+    with pytest.raises(ValueError, match="unknown fine-tuning 'lora'; choose one of bias_correction, scales"):
         run_fine_tuning(prepared(), samples(), "lora")
     with pytest.raises(ValueError, match="needs samples"):
         run_fine_tuning(prepared(), [])

@@ -1,0 +1,52 @@
+"""The error of a prepared graph's outputs, as the student, from its own as the teacher."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fp4dit_ao._compat import pytree
+from fp4dit_ao.observers import set_fake_quantize
+
+Call = Mapping[str, Any]
+
+
+def calls_of(prepared: GraphModule, samples: Sequence[Call]) -> list[Call]:
+    """The samples, on the graph's device.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not samples:
+        raise ValueError("fine-tuning needs samples; collect_samples(pipe, prompts) records some")
+    device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+    return [pytree.tree_map_only(Tensor, lambda x: x.to(device), dict(sample)) for sample in samples]
+
+
+@torch.no_grad()
+def teacher(prepared: GraphModule, calls: Sequence[Call]) -> list[list[Tensor]]:
+    """Outputs of the float graph for every sample; observers stay paused."""
+    set_fake_quantize(prepared, weight=False, activation=False, paused=True)
+    return [_outputs(prepared, call) for call in calls]
+
+
+def loss(model: GraphModule, call: Call, target: Sequence[Tensor]) -> Tensor:
+    """Squared error of one sample's outputs, relative to the power of the teacher's."""
+    parts = [
+        nn.functional.mse_loss(y.float(), wanted.float()) / wanted.float().square().mean().clamp_min(1e-30)
+        for y, wanted in zip(_outputs(model, call), target, strict=True)
+    ]
+    return torch.stack(parts).mean()
+
+
+@torch.no_grad()
+def total_error(model: GraphModule, calls: Sequence[Call], targets: Sequence[Sequence[Tensor]]) -> float:
+    """Mean of :func:`loss` over the samples."""
+    pairs = zip(calls, targets, strict=True)
+    return sum(float(loss(model, call, target)) for call, target in pairs) / len(calls)
+
+
+def _outputs(model: GraphModule, call: Call) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(model(**call)) if isinstance(x, Tensor)]

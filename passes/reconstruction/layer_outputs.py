@@ -1,0 +1,64 @@
+"""Outputs of the linears inside a unit: quantized, and the original's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fp4dit_ao.observers import set_fake_quantize
+from fp4dit_ao.passes.partition import Segment
+from fp4dit_ao.passes.reconstruction.streams import Stream
+
+
+class LayerOutputs:
+    """A unit's graph that puts out what its quantized linears do, behind its own outputs.
+
+    The original's outputs of linears are computed again for each minibatch, from full-precision inputs of the unit: kept, they
+    would take many times the memory of the unit's own.
+
+    Args:
+        segment: of the unit; streams keep the full-precision values of its inputs.
+
+    Attributes:
+        graph: shares everything with the segment's.
+    """
+
+    def __init__(self, segment: Segment):
+        self._segment = segment
+        self.graph = _with_linears(segment)
+
+    @torch.no_grad()
+    def originals(self, stream: Stream, rows: Tensor | slice) -> list[Tensor]:
+        """What the linears put out in full precision, on full-precision inputs."""
+        set_fake_quantize(self.graph, False, False, paused=True)
+        try:
+            outputs = self.graph(*stream.select(stream.full, self._segment.inputs, rows))
+        finally:
+            set_fake_quantize(self.graph, True, True)
+        return self.of(outputs)
+
+    def of(self, outputs: Any) -> list[Tensor]:
+        """The linears' among all outputs of :attr:`graph`."""
+        found: list[Tensor] = list(outputs[len(self._segment.outputs) :])
+        return found
+
+
+def linears_of(segment: Segment) -> list[Node]:
+    """The linears of a segment's graph that multiply its quantized weights, in the order of the graph."""
+    found = {
+        user for node, _ in segment.observers for user in node.users if user.target is torch.ops.aten.linear.default
+    }
+    return [node for node in segment.graph.graph.nodes if node in found]
+
+
+def _with_linears(segment: Segment) -> GraphModule:
+    graph, copies = torch.fx.Graph(), dict[Node, Node]()
+    for node in segment.graph.graph.nodes:
+        if node.op == "output":
+            own: Callable[..., Any] = copies.__getitem__
+            graph.output((*map(own, node.args[0]), *map(own, linears_of(segment))))
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return GraphModule(segment.graph, graph)
