@@ -107,11 +107,7 @@ def _ways(features: int, depth: int, count: int, fmt: str) -> dict[str, Callable
         return ways
     ways[PREPACKED] = _compat.prepacked_linear(x, weight, half_bias)
     integers = codebook_linear.decode(qdata, index, codebooks, GROUP)
-    prepacked = torch.ops.onednn.qlinear_prepack(integers, [count, depth])
-    some, ones, zeros = levels[:count], torch.ones(features), torch.zeros(features, dtype=torch.int64)
-    ways[ONEDNN] = lambda: torch.ops.onednn.qlinear_pointwise(
-        some, 1.0, 0, prepacked, ones, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
-    )
+    ways[ONEDNN] = _compat.prepacked_int8_linear(levels[:count], integers, torch.ones(features), torch.bfloat16)
     return ways
 
 

@@ -5,8 +5,8 @@ from torch.fx import GraphModule, Node
 from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat
+from fp4dit_ao.passes.weight_unpacking import refuse_unpacked
 from fp4dit_ao.schemes import owner_of
-from fp4dit_ao.tensors.levels import refuse_unpacked
 
 
 def unwrap(model: GraphModule) -> GraphModule:
@@ -22,7 +22,7 @@ def unwrap(model: GraphModule) -> GraphModule:
     Raises:
         ValueError: its weights were unpacked.
     """
-    refuse_unpacked(model.parameters(), "exporting")
+    refuse_unpacked(model, "exporting")
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     model = _compat.copied(model, shared)
     for node in list(model.graph.nodes):

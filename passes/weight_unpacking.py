@@ -1,47 +1,92 @@
-"""Trades memory for speed: turns packed codes into one byte per weight."""
+"""Trades memory for speed: turns packed codes into one byte per weight, or back into floats where these are faster."""
 
-from typing import TypeVar
+from collections.abc import Collection
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat
 from fp4dit_ao.tensors.codebook import CodebookTensor
-from fp4dit_ao.tensors.levels import LevelTensor
+from fp4dit_ao.tensors.levels import TYPES, LevelTensor
 from fp4dit_ao.tensors.minifloat import MinifloatTensor
 
 Module = TypeVar("Module", bound=nn.Module)
+BFLOAT16 = "bfloat16"
+_UNPACKED = "fp4dit_ao_unpacked"
+"""Attribute of modules one of whose weights was unpacked."""
 
 
-def unpack_weights(model: Module, to: str = "int8") -> Module:
-    """Unpacks every packed weight whose input is quantized to bytes, in place; no value changes.
+def unpack_weights(model: Module, to: str = "int8", layers: Collection[str] | None = None) -> Module:
+    """Unpacks packed weights in place: to a byte each, which changes no value, or to bfloat16.
 
     N weights take N bytes instead of N / 2 (scales stay). Results of ``"int8"`` differ from those of packed weights
     only by the order of sums. ``"fp8"`` runs on FP8 tensor cores; Hopper's accumulate with about 14 bits.
 
+    ``"bfloat16"`` is for layers where it is faster (``fp4dit-ao inspect`` measures which). The weights are rounded to bfloat16
+    and take four times their packed size; tokens that the linear itself would quantize stay as they are.
+
     Args:
         model: a lowered graph, or a quantized pipeline's transformer. Save it before: unpacked weights cannot be saved.
-        to: ``"int8"`` or ``"fp8"``.
+        to: ``"int8"`` or ``"fp8"``, for weights whose input is quantized and that have no block format; or ``"bfloat16"``, for
+            all of a model that runs in bfloat16.
+        layers: names of the linears to unpack; all that can be if None.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: no weight can be unpacked, or the type cannot hold the levels of one exactly; the message names it.
+        ValueError: no weight can be unpacked, one of ``layers`` has none to unpack, or the type cannot hold one; the message
+            names it.
     """
-    found: dict[tuple[nn.Module, str], LevelTensor] = {}
+    if to not in (*TYPES, BFLOAT16):
+        raise ValueError(f"weights can be unpacked to {', '.join(TYPES)} or {BFLOAT16}, not to {to!r}")
+    found: dict[tuple[nn.Module, str], Tensor] = {}
+    paths: set[str] = set()
     for path, owner in model.named_modules():
         for name, parameter in _compat.slots(owner)[0].items():
-            weight = None if parameter is None else parameter.detach()
-            if isinstance(weight, MinifloatTensor | CodebookTensor) and weight.act_fmt is not None:
+            weight: Any = None if parameter is None else parameter.detach()
+            if _can_become(weight, to) and (layers is None or _without_graph(path) in layers):
                 try:
-                    found[owner, name] = LevelTensor.from_packed(weight, to)
+                    found[owner, name] = _in_bfloat16(weight) if to == BFLOAT16 else LevelTensor.from_packed(weight, to)
                 except ValueError as error:
                     raise ValueError(f"{path}.{name}: {error}") from None
-    if not found:
+                paths.add(_without_graph(path))
+    if layers is not None and (missing := sorted(set(layers) - paths)):
+        raise ValueError(f"{missing[0]} has no packed weight to unpack to {to} ({len(missing)} such layers)")
+    if not found and layers is None:
         raise ValueError(
             "no packed weight to unpack: weights of block formats (nvfp4, mxfp4, …) stay as they are, and those of a graph are "
             "packed by lower(converted), with a recipe that quantizes inputs"
         )
-    for (owner, name), weight in found.items():
-        _compat.slots(owner)[0][name] = nn.Parameter(weight, requires_grad=False)
+    for (owner, name), value in found.items():
+        _compat.slots(owner)[0][name] = nn.Parameter(value, requires_grad=False)
+        setattr(owner, _UNPACKED, True)
     return model
+
+
+def refuse_unpacked(model: nn.Module, what: str) -> None:
+    """Raise ``ValueError`` if a weight of ``model`` was unpacked: graphs are rebuilt from packed codes alone."""
+    if any(getattr(module, _UNPACKED, False) for module in model.modules()):
+        raise ValueError(f"{what} needs packed weights, and these were unpacked; do it before unpack_weights()")
+
+
+def _can_become(weight: object, to: str) -> bool:
+    if to == BFLOAT16:
+        return isinstance(weight, TorchAOBaseTensor)
+    return isinstance(weight, MinifloatTensor | CodebookTensor) and weight.act_fmt is not None
+
+
+def _in_bfloat16(weight: Any) -> Tensor:
+    if weight.dtype != torch.bfloat16:
+        raise ValueError(
+            f"the model runs in {weight.dtype}, and bfloat16 is less exact; cast it first: .to(torch.bfloat16)"
+        )
+    values: Tensor = weight.dequantize(torch.bfloat16)
+    return values.contiguous()
+
+
+def _without_graph(path: str) -> str:
+    """A linear's name in the model, which the graph form holds as its submodule ``graph``."""
+    return path.removeprefix("graph.")

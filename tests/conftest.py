@@ -1,6 +1,7 @@
 """What all tests share: what several of them need and is slow to make, and caches of compiled code."""
 
 import hashlib
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch.compiler.config
 
+from fp4dit_ao.util.user_cache import VARIABLE
 from tests.tiny import CALL, tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +26,7 @@ SLOW = (
     "tests/diffusers_integration",
     "tests/families",
     "tests/formats/test_formats.py::test_wild_floats",
+    "tests/graph_capture/test_layer_rows.py",
     "tests/kernels/test_decoded_linear.py::test_choosing_it_breaks_no_graph",
     "tests/kernels/test_decoded_linear.py::test_decoding_looks_every_code_up",
     "tests/kernels/test_native.py::test_the_benchmark_of_tokens_prints_its_table",
@@ -94,6 +97,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     installed = {found.name: found.version for found in metadata.distributions() if found.name in PACKAGES}
     versions = ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)
     terminalreporter.write_line(f"Python {platform.python_version()}, {versions}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _the_users_cache_is_left_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ[VARIABLE] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -554,6 +554,25 @@ def test_prepacked_linears_compute_the_linear() -> None:
     torch.testing.assert_close(_compat.prepacked_linear(x, weight, bias)(), wanted)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_prepacked_int8_linears_compute_the_product_times_the_rows_scales() -> None:
+    tokens, levels = (torch.randint(-60, 61, size, dtype=torch.int8) for size in ((5, 32), (7, 32)))
+    scale = torch.tensor([2.0**-n for n in range(7)])
+    wanted = (tokens.long() @ levels.long().T) * scale
+    found = _compat.prepacked_int8_linear(tokens, levels, scale, torch.float32)()
+    assert torch.equal(found, wanted)
+    assert torch.equal(_compat.prepacked_int8_linear(tokens, levels, scale, torch.bfloat16)(), wanted.bfloat16())
+
+
+def test_sizes_are_known_for_another_call(graph: GraphModule) -> None:
+    values = _compat.symbol_values(graph, sample(7))
+    [linear] = [node for node in graph.graph.nodes if node.target is torch.ops.aten.linear.default]
+    rows = linear.meta["val"].shape[0]
+    assert _compat.symbols_in(rows) <= values.keys() and _compat.symbols_in(4) == set()
+    assert (_compat.size_with(rows, values), _compat.size_with(4, values)) == (7, 4)
+    assert _compat.size_with(rows, {}) == rows.node.hint
+
+
 # --- torchao's prototypes --------------------------------------------------------------------------------------------
 
 

@@ -165,3 +165,30 @@ def is_view(target: object) -> bool:
     """Whether an operator's result may share memory with its arguments; True for what is no operator and may do anything."""
     schema = getattr(target, "_schema", None)
     return schema is None or any(result.alias_info is not None for result in schema.returns)
+
+
+def symbol_values(graph: GraphModule, sample: Mapping[str, Any]) -> dict[str, int]:
+    """What the symbols in a captured graph's sizes stand for when it is called with ``**sample``, by the symbol's name."""
+    found: dict[str, int] = {}
+    values = flat_inputs(graph, sample)
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            symbolic, value = node.meta.get("val"), values[node.name]
+            whole = isinstance(symbolic, Tensor)
+            pairs: list[tuple[Any, int]] = (
+                list(zip(symbolic.shape, value.shape, strict=True)) if whole else [(symbolic, value)]
+            )
+            found |= {str(s.node.expr): int(n) for s, n in pairs if isinstance(s, SymInt) and s.node.expr.is_symbol}
+    return found
+
+
+def symbols_in(size: int | SymInt) -> set[str]:
+    """The names of the symbols that a size depends on."""
+    return {str(symbol) for symbol in size.node.expr.free_symbols} if isinstance(size, SymInt) else set()
+
+
+def size_with(size: int | SymInt, values: Mapping[str, int]) -> int:
+    """A size where symbols stand for ``values``; the captured one if some of its symbols have none."""
+    if not isinstance(size, SymInt):
+        return size
+    return size_at(size, values, 0) if symbols_in(size) <= values.keys() else int(size.node.hint)

@@ -88,6 +88,22 @@ def prepacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable
     return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+def prepacked_int8_linear(tokens: Tensor, levels: Tensor, scale: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """``(tokens @ levels^T) * scale`` on oneDNN, with the weight laid out for that many rows beforehand.
+
+    Args:
+        tokens: int8 ``(rows, in_features)``; oneDNN knows one scale for all of them, which is 1 here.
+        levels: int8 ``(out_features, in_features)``.
+        scale: float32 ``(out_features,)``.
+        dtype: of the result, float32 or bfloat16.
+    """
+    packed = torch.ops.onednn.qlinear_prepack(levels, list(tokens.shape))
+    zeros = torch.zeros(levels.shape[0], dtype=torch.int64)
+    return lambda: torch.ops.onednn.qlinear_pointwise(
+        tokens, 1.0, 0, packed, scale, zeros, None, 1.0, 0, dtype, "none", [], ""
+    )
+
+
 def is_persistent(module: nn.Module, buffer: str) -> bool:
     """Whether a buffer is part of its module's state dict."""
     return buffer not in module._non_persistent_buffers_set

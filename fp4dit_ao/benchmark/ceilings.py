@@ -1,10 +1,12 @@
 """Ceilings of the machine (products and bytes per second), and the least time of a linear that follows from them."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fp4dit_ao import _compat
 from fp4dit_ao.benchmark.worker import Facts, Workload, timed
@@ -26,18 +28,20 @@ class Ceilings(Workload):
         self.device, self.repeats = device, repeats
 
     def prepare(self, **case: object) -> Facts:
-        products = {name: self._products(dtype) for name, dtype in _TYPES.items()}
+        products = {name: self._products(*way) for name, way in _WAYS.items()}
+        if has_onednn(self.device):
+            with contextlib.suppress(RuntimeError):  # not every build of it has int8
+                products[ONEDNN] = self._products(torch.int8, _onednn)
         copies = {str(megabytes): self._copy(int(megabytes * 1e6)) for megabytes in _COPIES_MB}
         return {"products": products, "bytes": copies}
 
-    def _products(self, dtype: torch.dtype) -> float:
+    def _products(self, dtype: torch.dtype, prepared: Callable[[Tensor, Tensor], Callable[[], object]]) -> float:
         """Multiply-adds per second."""
         best = 0.0
         for rows, depth, features in _PRODUCTS:
-            a = torch.ones(rows, depth, dtype=dtype, device=self.device)
-            b = torch.ones(features, depth, dtype=dtype, device=self.device).T
-            multiply = _compat.int8_product if dtype == torch.int8 else torch.mm
-            best = max(best, rows * depth * features / self._seconds(functools.partial(multiply, a, b)))
+            x = torch.ones(rows, depth, dtype=dtype, device=self.device)
+            weight = torch.ones(features, depth, dtype=dtype, device=self.device)
+            best = max(best, rows * depth * features / self._seconds(prepared(x, weight)))
         return best
 
     def _copy(self, size: int) -> float:
@@ -61,7 +65,29 @@ class Ceilings(Workload):
         self.call()
 
 
-_TYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float32": torch.float32}
+ONEDNN = "int8, oneDNN"
+"""oneDNN's int8 product with the weight laid out beforehand, one scale for all tokens and bfloat16 results."""
+
+
+def has_onednn(device: str) -> bool:
+    """Whether oneDNN computes on ``device``."""
+    return torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Callable[[], object]:
+    return _compat.prepacked_int8_linear(x, weight, torch.ones(len(weight)), torch.bfloat16)
+
+
+def _product(x: Tensor, weight: Tensor) -> Callable[[], object]:
+    return functools.partial(torch.mm, x, weight.T)
+
+
+_WAYS: dict[str, tuple[torch.dtype, Callable[[Tensor, Tensor], Callable[[], object]]]] = {
+    "int8": (torch.int8, lambda x, weight: functools.partial(_compat.int8_product, x, weight.T)),
+    "bfloat16": (torch.bfloat16, _product),
+    "float32": (torch.float32, _product),
+}
+"""Types of the products, and what makes a call from tokens and weight."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +95,7 @@ class Roofline:
     """Least time that a linear could take, and what limits it.
 
     Attributes:
-        compute: seconds of its products at the best int8 rate.
+        compute: seconds of its products at the best int8 rate, ``torch._int_mm``'s or oneDNN's.
         memory: seconds of its bytes (weights, tokens in and out) at the bandwidth of a working set of that size.
         call: seconds of a call that computes almost nothing.
     """
@@ -94,9 +120,8 @@ class Roofline:
         out."""
         rows, depth, features = case["tokens"], case["in_features"], case["out_features"]
         moved = weight_bytes + 2 * rows * (depth + features)
-        return Roofline(
-            rows * depth * features / ceilings["products"]["int8"], moved / bandwidth(ceilings, moved), call
-        )
+        rate = max(rate for name, rate in ceilings["products"].items() if name.startswith("int8"))
+        return Roofline(rows * depth * features / rate, moved / bandwidth(ceilings, moved), call)
 
 
 def bandwidth(ceilings: Rates, size: float) -> float:

@@ -1,4 +1,4 @@
-"""Workload: linears of one size, by our recipes, floats, ``torch._int_mm`` or a peer."""
+"""Workload: linears of one size, by our recipes, floats, int8 products of PyTorch and oneDNN, or a peer."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -31,6 +31,9 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
 """Sizes of the attention and feed-forward linears of each model, (out_features, in_features)."""
 INT_MM = Variant("torch._int_mm")
 """Raw int8 product of the same size, int32 out, without scales or quantization: a ceiling, not a peer."""
+ONEDNN = Variant("oneDNN int8, prepacked")
+"""oneDNN's int8 product with the weight laid out beforehand: a scale per row and one for all tokens, bfloat16 out; another
+ceiling, since tokens are quantized already."""
 PRODUCT = ", product alone"
 """Suffix of a recipe whose tokens are quantized before timing starts."""
 _JUDGED_TOKENS = 64
@@ -98,7 +101,7 @@ class Linear(Workload):
     """Linears by one variant; the size may change from case to case.
 
     Args:
-        method: a float type, a recipe (with :data:`PRODUCT` or without), a peer, or ``torch._int_mm``.
+        method: a float type, a recipe (with :data:`PRODUCT` or without), a peer, or one of the ceilings.
         mode: ``"eager"`` or ``"compiled"``, with a dynamic number of tokens as in models.
         device: such as ``"cpu"``.
         threads: CPU threads.
@@ -120,6 +123,15 @@ class Linear(Workload):
             self.call = lambda: [_compat.int8_product(x, weight) for x, weight in products]
             self.call()
             return {"bits": 8.0}
+        if self.method == ONEDNN.method:
+            scale = torch.ones(case["out_features"])
+            linears = [
+                _compat.prepacked_int8_linear(_to_int8(x), _to_int8(weight), scale, torch.bfloat16)
+                for weight, x in pairs
+            ]
+            self.call = lambda: [linear() for linear in linears]
+            self.call()
+            return {"bits": 8.0 + 32 / case["in_features"]}
         if self.method.endswith(PRODUCT):
             return self._product(pairs)
         if self._made is None or self._made[0] != (*size, self.per_run):  # converted once for all numbers of tokens

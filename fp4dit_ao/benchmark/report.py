@@ -8,6 +8,7 @@ from fp4dit_ao.benchmark.ceilings import Rates, Roofline
 from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.sections import BASE, CALL_SIZE
 from fp4dit_ao.benchmark.turns import Measured
+from fp4dit_ao.benchmark.verdict import verdict
 from fp4dit_ao.benchmark.worker import Case
 from fp4dit_ao.evaluation.environment import describe
 from fp4dit_ao.util.markdown import markdown_table
@@ -27,8 +28,8 @@ def to_dict(results: Results) -> dict[str, object]:
     }
     bars = [dict(zip(("where", "bar", "measured", "met"), bar.row(results), strict=True)) for bar in BARS]
     return {
-        "settings": results.settings, "environment": results.environment, "bars": bars, "ceilings": results.ceilings,
-        **lists,
+        "settings": results.settings, "environment": results.environment, "verdict": verdict(results), "bars": bars,
+        "ceilings": results.ceilings, **lists,
     }  # fmt: skip
 
 
@@ -112,8 +113,9 @@ def _ceilings(ceilings: Rates) -> str:
     products = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in ceilings["products"].items())
     copies = ", ".join(f"{rate / 1e9:.0f} at {size} MB" for size, rate in ceilings["bytes"].items())
     return (
-        f"Best of PyTorch's own large products, in 10⁹ a second: {products} (int8 is `torch._int_mm`). Copies, in GB/s read "
-        f"and written, by working set: {copies}. A linear cannot take less than its products at the int8 rate, or than its "
+        f"Best of PyTorch's own large products, in 10⁹ a second: {products} (int8 is `torch._int_mm`; oneDNN's has its "
+        "weight laid out beforehand and one scale for all tokens). Copies, in GB/s read and written, by working set: "
+        f"{copies}. A linear cannot take less than its products at the best int8 rate, or than its "
         "packed weight and bfloat16 tokens (in and out) at the bandwidth of a working set that large, plus what a call costs "
         f"(ours at {CALL_SIZE['out_features']} x {CALL_SIZE['in_features']}, one token):"
     )
@@ -126,7 +128,7 @@ def _rooflines(results: Results) -> str:
     for m in {_size(m): m for m in results.of(results.linears) if m.case != CALL_SIZE}.values():
         roof = Roofline.of(m.case, m.facts["bytes"], results.ceilings, call)
         product = alone.get(_size(m))
-        ratios = [m.ratio(base) for base in (linears.INT_MM.label, "bfloat16", "float32")]
+        ratios = [m.ratio(base) for base in (linears.INT_MM.label, linears.ONEDNN.label, "bfloat16", "float32")]
         count = m.case["out_features"] * m.case["in_features"] * m.case["tokens"]
         rows.append(
             [f"{m.case['out_features']} x {m.case['in_features']}", str(m.case["tokens"]),
@@ -134,7 +136,8 @@ def _rooflines(results: Results) -> str:
              str(product.ratio(linears.INT_MM.label) or "") if product else "", f"{m.median * 1e3:.3g}",
              f"{count / m.median / 1e9:.0f}", f"{roof.seconds * 1e3:.3g}", f"{roof.seconds / m.median:.0%}", roof.bound]
         )  # fmt: skip
-    head = ["weight", "tokens", "speed / _int_mm", "speed / bfloat16", "speed / float32", "product alone / _int_mm", "ms",
+    head = ["weight", "tokens", "speed / _int_mm", "speed / oneDNN int8", "speed / bfloat16", "speed / float32",
+            "product alone / _int_mm", "ms",
             "10⁹ products / s", "least ms", "reached", "bound by"]  # fmt: skip
     return markdown_table(head, rows) if rows else ""
 

@@ -13,6 +13,7 @@ from fp4dit_ao.benchmark.bars import Results
 from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.sections import Settings, StepCase
 from fp4dit_ao.benchmark.turns import Measured
+from fp4dit_ao.benchmark.verdict import verdict
 from fp4dit_ao.calibration import read_prompts
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
@@ -96,6 +97,8 @@ def benchmark(
             write_text(out, json.dumps(report.to_dict(results), indent=1) + "\n")
             write_text(out.with_suffix(".md"), text)
             print(f"every time: {out}; this report: {out.with_suffix('.md')}")
+            if sentence := verdict(results):
+                print(sentence)
 
 
 def _known(kind: str, names: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -1,22 +1,46 @@
-"""``fp4dit-ao inspect``: layer by layer, what became of a quantized pipeline."""
+"""``fp4dit-ao inspect``: layer by layer, what became of a quantized pipeline, and what that is worth on this machine."""
 
+import math
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer, load_graph
 from fp4dit_ao.diffusers_integration.layer_summary import LowBitWeight, unit_of
-from fp4dit_ao.evaluation import plots
+from fp4dit_ao.diffusers_integration.weight_forms import low_bit_weights, measured
+from fp4dit_ao.evaluation import plots, slow_layers
+from fp4dit_ao.evaluation.certificate import Certificate, MeasuredLinear
+from fp4dit_ao.evaluation.environment import one_line
+from fp4dit_ao.evaluation.layer_timing import LayerSpeed
+from fp4dit_ao.graph_capture.layer_rows import LayerRows
 from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.schemes import owner_of
 from fp4dit_ao.util.markdown import markdown_table
 
 
-def inspect(model: str, against: str | None, out: Path | None, device: str | None = None) -> None:
+@dataclass(frozen=True)
+class Measuring:
+    """How layers are measured.
+
+    Attributes:
+        tokens: image tokens of a call; those of the captured sample if None.
+        again: measure what the user's cache knows.
+    """
+
+    tokens: int | None = None
+    again: bool = False
+
+
+def inspect(
+    model: str, against: str | None, out: Path | None, device: str | None = None, measuring: Measuring | None = None
+) -> None:
     """Print the layers of ``model`` as Markdown, with ``against`` the error of each weight; draw the levels they use.
 
     Args:
@@ -24,6 +48,7 @@ def inspect(model: str, against: str | None, out: Path | None, device: str | Non
         against: the float pipeline that it was made from.
         out: PNG of the levels that the weights use.
         device: where the layers would run, such as ``"cuda"``; None takes the GPU, if there is one.
+        measuring: measure each layer against bfloat16 on the device; None does not.
 
     Raises:
         ValueError: ``model`` is not quantized, ``against`` is, or this machine has no such device.
@@ -35,48 +60,83 @@ def inspect(model: str, against: str | None, out: Path | None, device: str | Non
         )
     transformer = load_graph(Path(named_models.folder_of(model)) / "transformer")
     originals = _transformed(_float_weights(against), transformer) if against else {}
-    print(layer_table(transformer, originals, place))
+    speeds, rows = _measured(transformer, place, measuring)
+    print(layer_table(transformer, originals, place, speeds, rows))
     print()
     print(kept_table(transformer))
     print()
     print(footprint(transformer))
+    if rows is not None and speeds:
+        print(f"\n{certified(transformer, speeds, rows, model)}")
     if out is not None:
         codes = {name: (w.fmt, w.codes.numpy()) for name, w in low_bit_weights(transformer).items()}
         plots.save(plots.level_usage(codes), out)
         print(f"levels that the weights use: {out}")
 
 
-def low_bit_weights(transformer: QuantizedTransformer) -> dict[str, LowBitWeight]:
-    """The quantized weight of every linear, by the linear's name."""
-    found: dict[str, LowBitWeight] = {}
-    for name, parameter in transformer.graph.named_parameters():
-        weight = parameter.detach()
-        if isinstance(weight, TorchAOBaseTensor):
-            found[name.removesuffix(".weight")] = weight
-    return found
+def _measured(
+    transformer: QuantizedTransformer, device: torch.device, measuring: Measuring | None
+) -> tuple[dict[str, LayerSpeed], LayerRows | None]:
+    if measuring is None:
+        return {}, None
+    with tqdm(bar_format="{elapsed} {desc}", leave=False) as bar:
+        return measured(transformer, device, measuring.tokens, again=measuring.again, progress=bar.set_description_str)
 
 
-def layer_table(transformer: QuantizedTransformer, originals: dict[str, Tensor], device: torch.device) -> str:
-    """One row per quantized layer: formats, unit on ``device``, bytes and, with ``originals``, the weight's error."""
-    weights = low_bit_weights(transformer)
-    head = [
-        "layer",
-        "shape",
-        "weight",
-        "input",
-        "runs on",
-        "bytes",
-        *(["SQNR, dB", "not nearest"] if originals else []),
+def certified(transformer: QuantizedTransformer, speeds: Mapping[str, LayerSpeed], rows: LayerRows, model: str) -> str:
+    """What the quantized linears are worth together: how they were measured, a row for each form, and a sentence."""
+    sizes = {row.name: row for row in transformer.summary()}
+    layers = [
+        MeasuredLinear(name, speed, sizes[name].bytes, math.prod(sizes[name].shape or ()))
+        for name, speed in speeds.items()
+        if name in sizes
     ]
+    cast = "" if transformer.dtype == torch.bfloat16 else " --dtype bfloat16"
+    command = f'`fp4dit-ao generate {model} --weights auto{cast} --prompt "…"`'
+    certificate = Certificate(layers, command)
+    how = (
+        f"Measured with bfloat16 tokens in and out{', though this model runs in ' + str(transformer.dtype) if cast else ''}, "
+        f"at {rows.tokens} image tokens a call (captured with {rows.source}; --tokens takes other numbers, --measure-again "
+        f"repeats it), on {one_line()}"
+    )
+    return f"{how}\n\n{certificate.table()}\n\n{certificate.sentence()}"
+
+
+def layer_table(
+    transformer: QuantizedTransformer,
+    originals: dict[str, Tensor],
+    device: torch.device,
+    speeds: Mapping[str, LayerSpeed] | None = None,
+    tokens: LayerRows | None = None,
+) -> str:
+    """One row per quantized layer: formats, unit on ``device``, bytes, what is measured, and the weight's error.
+
+    Args:
+        transformer: the model.
+        originals: float weights by name, as they were before rounding; none leaves errors out.
+        device: where the layers would run.
+        speeds: of the linears, by name; with ``tokens``, the rows that they were measured at.
+    """
+    weights = low_bit_weights(transformer)
+    head = ["layer", "shape", "weight", "input", "runs on", "bytes"]
+    head += ["tokens", "ms", "speed / bfloat16"] if speeds else []
+    head += ["SQNR, dB", "not nearest"] if originals else []
+    head += ["why not faster"] if speeds else []
     rows = []
     for row in transformer.summary():
         if row.quantized:
             cells = [row.name, "×".join(map(str, row.shape or ())) or "q, k, v", row.weight or "", row.activation or ""]
             weight = weights.get(row.name)
             cells += [unit_of(row, weight, device), f"{row.bytes:,}" if row.bytes else ""]
+            speed = (speeds or {}).get(row.name)
+            seen = tokens.rows[row.name] if speed and tokens else 0
+            if speeds:
+                cells += [str(seen), f"{speed.seconds * 1e3:.3g}", f"{speed.speed:.2f}"] if speed else [""] * 3
             original = originals.get(f"{row.name}.weight")
             if originals:
                 cells += ["", ""] if weight is None or original is None else _errors(weight, original)
+            if speeds:
+                cells.append(slow_layers.reason(weight, device, seen, speed) if speed else "")
             rows.append(cells)
     return markdown_table(head, rows)
 

@@ -42,8 +42,8 @@ from fp4dit_ao.passes import compilation
 from fp4dit_ao.passes.device_placement import convert_tensors, move_to
 from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
 from fp4dit_ao.passes.transforms.registry import applied_transforms
+from fp4dit_ao.passes.weight_unpacking import refuse_unpacked
 from fp4dit_ao.quantizer import Decision
-from fp4dit_ao.tensors.levels import refuse_unpacked
 
 __all__ = ["LayerSummary", "QuantizedTransformer", "load_graph"]
 
@@ -222,7 +222,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.to(torch.float32)
 
     def _recapture(self, dtype: torch.dtype) -> None:
-        refuse_unpacked(graph_tensors.state_of(self.graph).values(), f"changing the type to {dtype}")
+        refuse_unpacked(self.graph, f"changing the type to {dtype}")
         stored: dict[str, Tensor] = {}
         for name, x in graph_tensors.state_of(self.graph).items():
             quantized = isinstance(x, TorchAOBaseTensor)
@@ -311,6 +311,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def to_modules(self) -> nn.Module:
         """Converts to the module form, for LoRA, offloading and all else that needs the model's modules; tensors are
         shared."""
+        refuse_unpacked(self.graph, "to_modules()")
         model: nn.Module = from_graph(self.quantization_record(), self.tensors_to_save())
         return model
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao.checkpoint import graph_tensors
 from fp4dit_ao.formats import parse
@@ -64,6 +65,8 @@ def layer_summaries(decisions: Iterable[Decision], weights: Mapping[str, Tensor]
             size = sum(part.nbytes for part in graph_tensors.flatten("", weight.detach()).values())
         fmt, activation = (config.weight, config.activation) if config else (kept, None)
         quantized, reason = config is not None, decision.reason
+        if fmt is not None and quantized and weight is not None and not isinstance(weight.detach(), TorchAOBaseTensor):
+            fmt, activation, quantized, reason = kept, None, False, f"unpacked from {fmt}"
         rows.append(LayerSummary(decision.name, decision.kind, fmt, activation, shape, size, quantized, reason))
     return rows
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.passes.transforms.scaled_linear import INPUT_SCALE
 from fp4dit_ao.passes.transforms.split_inputs import SplitLinear, part_name, whole_name
+from fp4dit_ao.passes.weight_unpacking import refuse_unpacked
 from fp4dit_ao.schemes import scheme_of
-from fp4dit_ao.tensors.levels import refuse_unpacked
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -48,7 +48,7 @@ def fuse_lora(
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    refuse_unpacked((x for _, x in model.named_parameters()), "fusing a LoRA")
+    refuse_unpacked(model, "fusing a LoRA")
     layers: list[tuple[str, Any]] = [
         (n, layer) for n, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)
     ]

@@ -19,12 +19,13 @@ from fp4dit_ao.checkpoint.tensor_files import first_line
 from fp4dit_ao.diffusers_integration.call_defaults import with_call_defaults
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer, load_graph
 from fp4dit_ao.diffusers_integration.module_conversion import load_modules
+from fp4dit_ao.diffusers_integration.weight_forms import keep_fastest
 from fp4dit_ao.passes.weight_unpacking import unpack_weights
 from fp4dit_ao.util.atomic_files import whole_folder
 
 INDEX = "model_index.json"
 
-Weights = Literal["packed", "int8", "fp8"]
+Weights = Literal["packed", "int8", "fp8", "auto"]
 """Forms of quantized weights in memory; see :func:`load_pipeline`."""
 
 _HUB = ("push_to_hub", "repo_id", "commit_message", "private", "create_pr", "token")
@@ -81,8 +82,9 @@ def load_pipeline(
         form: ``"graph"``: a ``QuantizedTransformer``. ``"module"``: the original diffusers model with quantized
             weights, for LoRA and offloading; see :mod:`fp4dit_ao.diffusers_integration.module_form`.
         weights: ``"packed"`` keeps the stored codes. ``"int8"`` and ``"fp8"`` take a byte per 4-bit weight and are
-            faster (:func:`fp4dit_ao.unpack_weights`); results differ in the last bits, and the pipeline cannot be
-            saved.
+            faster (:func:`fp4dit_ao.unpack_weights`); results differ in the last bits. ``"auto"`` holds in bfloat16 what
+            is faster so on ``device`` (measured for some seconds, then kept in the user's cache), in a model that runs in
+            bfloat16 and in the graph form. A pipeline whose weights are not packed cannot be saved.
 
     Raises:
         FileNotFoundError: there is no such folder, or a file is missing from it.
@@ -99,12 +101,16 @@ def load_pipeline(
         raise ValueError(f"form={form!r}; choose one of {', '.join(_LOADERS)}")
     if weights not in get_args(Weights):
         raise ValueError(f"weights={weights!r}; choose one of {', '.join(get_args(Weights))}")
+    if weights == "auto" and form != "graph":
+        raise ValueError("weights='auto' reads from a graph how many tokens each layer sees; load it with form='graph'")
     found = {path.name for path in folder.glob("transformer*") if transformer_folder.is_quantized(path)}
     transformers = {name: _LOADERS[form](folder / name) for name in sorted(found)}
     for transformer in transformers.values():
         if dtype is not None:
             transformer.to(dtype)
-        if weights != "packed":
+        if weights == "auto" and isinstance(transformer, QuantizedTransformer):
+            keep_fastest(transformer, torch.device(device or "cpu"))
+        elif weights != "packed":
             unpack_weights(transformer, weights)
     dtypes = stored_dtypes(folder, leave=sorted(found)) if dtype is None else dtype
     component_checksums.check(folder)

@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from fp4dit_ao.checkpoint import transformer_folder
 from fp4dit_ao.checkpoint.quantization_record import Record
 from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
-from fp4dit_ao.tensors.levels import refuse_unpacked
+from fp4dit_ao.passes.weight_unpacking import refuse_unpacked
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 
 def refuse_unsaveable(model: nn.Module) -> None:
-    """Raises ``ValueError`` if ``model`` carries a LoRA, or weights that were unpacked to bytes."""
+    """Raises ``ValueError`` if ``model`` carries a LoRA, or weights that were unpacked."""
     adapters = sorted(name for name, _ in model.named_parameters() if ".lora_" in name)
     if adapters:
         raise ValueError(
             f"the transformer carries a LoRA ({adapters[0]}), which is saved by itself; unload it first, or save it with "
             "save_lora_adapter"
         )
-    refuse_unpacked((x for _, x in model.named_parameters()), "saving")
+    refuse_unpacked(model, "saving")
 
 
 def save_pretrained(

@@ -61,9 +61,12 @@ BLOCK_SCALED_LINEAR: UnitTable[BlockOperands] = UnitTable(
             "block-scaled, Blackwell", lambda o: o.fmt == "e2m1" and capability(o.device) >= NATIVE, _on_blackwell
         ),  # torchao has no native product of MXFP6
         Unit(
-            "block-scaled, emulated in bfloat16", lambda o: exact_type(o.device, o.dtype) == torch.bfloat16, _emulated
+            "block-scaled, emulated in bfloat16",
+            lambda o: exact_type(o.device, o.dtype) == torch.bfloat16,
+            _emulated,
+            low_bit=False,
         ),
-        Unit("block-scaled, emulated in float32", lambda o: True, _emulated),
+        Unit("block-scaled, emulated in float32", lambda o: True, _emulated, low_bit=False),
     ],
 )
 

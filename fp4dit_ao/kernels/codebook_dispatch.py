@@ -129,7 +129,7 @@ CODEBOOK_LINEAR: UnitTable[CodebookOperands] = UnitTable(
         Unit("FP8, decoded by Triton, row-wise product", _decoded_fp8, _on_decoded_fp8),
         Unit("int8, decoded by Triton, PyTorch's product", _decoded_int8, _on_decoded_int8),
         Unit("int8, PyTorch operators", _int8, _on_int8),
-        Unit("float32, dequantized", lambda o: True, _on_floats),
+        Unit("float32, dequantized", lambda o: True, _on_floats, low_bit=False),
     ],
 )
 """Units for linears with codebook groups. With int8 tokens all of them compute one product of integers over all inputs, exact

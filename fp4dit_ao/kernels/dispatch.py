@@ -59,7 +59,7 @@ LINEAR: UnitTable[LinearOperands] = UnitTable(
             int8_linear.on_packed_codes,
         ),
         Unit("int8, PyTorch operators", _int8, int8_linear.on_operators),
-        Unit("float32, dequantized", lambda o: True, reference.linear),
+        Unit("float32, dequantized", lambda o: True, reference.linear, low_bit=False),
     ],
 )
 

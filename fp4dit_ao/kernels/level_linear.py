@@ -89,7 +89,7 @@ LEVEL_LINEAR: UnitTable[LevelOperands] = UnitTable(
         Unit("int8, Triton", lambda o: o.levels == torch.int8 and _triton(o), _on_triton),
         Unit("FP8, Triton", lambda o: _fp8_units(o) and _triton(o), _on_triton),
         Unit("int8, PyTorch operators", lambda o: o.levels == torch.int8, _on_int8_operators),
-        Unit("float32, FP8 levels widened", lambda o: True, _on_float_operators),
+        Unit("float32, FP8 levels widened", lambda o: True, _on_float_operators, low_bit=False),
     ],
 )
 

@@ -21,12 +21,14 @@ class Unit(Generic[Operands]):
         supports: whether it computes the operation for these operands, exactly as the specification says.
         run: computes it; the signature is the same for all units of a table.
         detail: what differs from machine to machine, such as the instruction set; shown in parentheses.
+        low_bit: whether it multiplies numbers of at most 8 bits; False for floats, which packed weights become first.
     """
 
     name: str
     supports: Callable[[Operands], bool]
     run: Callable[..., Any]
     detail: Callable[[], str] | None = None
+    low_bit: bool = True
 
     def __str__(self) -> str:
         return self.name if self.detail is None else f"{self.name} ({self.detail()})"

@@ -3,7 +3,6 @@
 It takes twice the memory of 4-bit codes and needs no look-up. The values are the same: the conversion is exact or refused.
 """
 
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -126,12 +125,6 @@ class LevelTensor(QuantizedWeight):
 
     def _quantization_type(self) -> str:
         return f"levels={self.qdata.dtype}, fmt={self.fmt}, act_fmt={self.act_fmt}, shape={tuple(self.shape)}"
-
-
-def refuse_unpacked(tensors: Iterable[object], what: str) -> None:
-    """Raise ``ValueError`` if one of ``tensors`` was unpacked: graphs are rebuilt from packed codes alone."""
-    if any(isinstance(x.detach(), LevelTensor) for x in tensors if isinstance(x, Tensor)):
-        raise ValueError(f"{what} needs packed weights, and these were unpacked; do it before unpack_weights()")
 
 
 torch.serialization.add_safe_globals([LevelTensor])

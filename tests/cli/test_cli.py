@@ -1,6 +1,7 @@
 """The command line: what works on a small pipeline, and wrong input, each case one sentence, non-zero, nothing left behind."""
 
 import errno
+import functools
 import inspect
 import json
 import re
@@ -22,14 +23,17 @@ from fp4dit_ao.cli import app as cli_app
 from fp4dit_ao.cli.app import app
 from fp4dit_ao.cli.call_options import call_options
 from fp4dit_ao.config import DEFAULT_RECIPE
-from fp4dit_ao.diffusers_integration import named_models
+from fp4dit_ao.diffusers_integration import named_models, weight_forms
 from fp4dit_ao.diffusers_integration.graph_form import load_graph
 from fp4dit_ao.evaluation import fidelity
+from fp4dit_ao.evaluation.layer_speed import layer_speeds
+from fp4dit_ao.evaluation.layer_timing import LayerSpeed
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import attention, pick
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.util import tensor_state
 from fp4dit_ao.util.locks import only_process
+from fp4dit_ao.util.user_cache import VARIABLE
 from tests.tiny import CALL, tiny_pipeline
 
 
@@ -137,7 +141,7 @@ def test_rounding_on_data_leaves_a_report(folders, method, unit):
     assert result.exit_code == 0, result.output
     assert unit in (out / "reconstruction.md").read_text()
     assert not out.with_name(out.name + ".unfinished").exists()
-    kept = run("inspect", out).stdout
+    kept = run("inspect", out, "--no-measure").stdout
     assert re.search(r"attn2\.to_q .*name matches '\*attn2\*'", kept)
 
 
@@ -312,7 +316,7 @@ def test_a_quantized_pipeline_on_the_hub_is_as_good_as_its_folder(quantized, tmp
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", downloaded)
     monkeypatch.setattr("huggingface_hub.snapshot_download", downloaded)
-    assert run("inspect", "me/q").stdout == run("inspect", quantized).stdout
+    assert run("inspect", "me/q", "--no-measure").stdout == run("inspect", quantized, "--no-measure").stdout
     loaded = []
     monkeypatch.setattr("fp4dit_ao.evaluation.fidelity.generate", spy(fidelity.generate, loaded))
     for model in (quantized, "me/q"):
@@ -351,7 +355,9 @@ def test_evaluate_prints_a_table_and_writes_json(quantized, folders, tmp_path):
 
 
 def test_inspect_says_formats_errors_and_reasons(quantized, folders, tmp_path):
-    result = run("inspect", quantized, "--against", folders / "float", "--picture", tmp_path / "levels.png")
+    result = run(
+        "inspect", quantized, "--against", folders / "float", "--picture", tmp_path / "levels.png", "--no-measure"
+    )
     assert result.exit_code == 0, result.output
     row = next(line for line in result.stdout.splitlines() if "transformer_blocks.0.ff.net.0.proj" in line)
     assert "e3m0" in row
@@ -363,7 +369,7 @@ def test_inspect_says_formats_errors_and_reasons(quantized, folders, tmp_path):
 
 def test_inspect_names_the_units_that_run_on_this_machine(quantized, monkeypatch):
     def units() -> dict[str, str]:
-        result = run("inspect", quantized, "--device", "cpu")
+        result = run("inspect", quantized, "--device", "cpu", "--no-measure")
         assert result.exit_code == 0, result.output
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines() if "|" in line]
         column = rows[0].index("runs on")
@@ -382,6 +388,49 @@ def test_inspect_names_the_units_that_run_on_this_machine(quantized, monkeypatch
     assert not any("compiled" in unit for unit in found.values())
 
 
+def test_inspect_is_a_certificate_for_this_machine(quantized, folders, monkeypatch):
+    asked = []
+
+    def measurer(weights, rows, device, seconds):
+        asked.append((*weights[0].shape, rows))
+        speed = 0.5 if rows < 100 else 2.0
+        return LayerSpeed(1e-3 / speed, 1e-3, speed)
+
+    monkeypatch.setenv(VARIABLE, str(folders / "cache"))
+    monkeypatch.setattr(weight_forms, "layer_speeds", functools.partial(layer_speeds, measurer=measurer))
+    monkeypatch.setattr("fp4dit_ao.cli.inspect.load_graph", functools.cache(load_graph))
+
+    def rows_and_end(*options):
+        result = run("inspect", quantized, "--device", "cpu", *options)
+        assert result.exit_code == 0, result.output
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines() if "|" in line]
+        return [dict(zip(rows[0], row, strict=True)) for row in rows if len(row) == len(rows[0])], result.stdout
+
+    rows, text = rows_and_end()
+    found = {row["layer"]: row for row in rows}
+    wide, text_keys = found["transformer_blocks.0.ff.net.0.proj"], found["transformer_blocks.0.attn2.to_k"]
+    assert (wide["tokens"], wide["ms"], wide["speed / bfloat16"]) == ("32", "2", "0.50")
+    assert text_keys["tokens"] == "16"
+    assert wide["why not faster"]
+    assert "at 32 image tokens a call (captured with hidden_states 2×4×8×8;" in text
+    assert f"`fp4dit-ao generate {quantized} --weights auto --dtype bfloat16" in text
+    assert "No linear of this model is faster than bfloat16 on this machine" in text
+    assert len(asked) == len(set(asked)) == 4
+    count = len(asked)
+    assert rows_and_end()[1] == text and len(asked) == count
+    rows, text = rows_and_end("--tokens", 4096)
+    found = {row["layer"]: row for row in rows}
+    assert found["transformer_blocks.0.ff.net.0.proj"]["tokens"] == "4096"
+    assert found["transformer_blocks.0.ff.net.0.proj"]["why not faster"] == ""
+    assert found["transformer_blocks.0.attn2.to_k"]["tokens"] == "16"
+    assert "quantized linears are slower than bfloat16 here" in text
+    asked.clear()
+    rows_and_end("--measure-again")
+    assert len(asked) == count
+    text = rows_and_end("--no-measure")[1]
+    assert "image tokens" not in text and "why not faster" not in text
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which inspect takes")
 def test_inspect_refuses_a_device_that_is_not_there(quantized):
     refused(run("inspect", quantized, "--device", "cuda"), "this machine has no CUDA device; choose 'cpu'")
@@ -395,8 +444,13 @@ def test_benchmark_times_in_turns(tmp_path, monkeypatch):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "b.json").read_text())
+    assert result.stdout.splitlines()[-1] == data["verdict"]
+    assert data["verdict"].startswith("On this machine a linear in w4a6 is (median of 2) ")
     variants = {m["variant"]: m for m in data["linears"] if m["case"]["tokens"] == 17}
-    assert list(variants)[:4] == ["torch._int_mm", "float32", "bfloat16", "w4a6, compiled"]
+    ceiling = ["oneDNN int8, prepacked"] if torch.backends.mkldnn.is_available() else []
+    assert list(variants)[: 4 + len(ceiling)] == [
+        "torch._int_mm", "float32", "bfloat16", *ceiling, "w4a6, compiled",
+    ]  # fmt: skip
     assert all(m["error"] is None and len(m["seconds"]) == 2 for m in variants.values())
     assert len({m["facts"].get("bits") for m in variants.values()} & {4.25, 8.0, 16.0, 32.0}) == 4
     assert "| w4a6, compiled" in result.stdout and "### Bars" in result.stdout

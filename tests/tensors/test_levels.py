@@ -110,7 +110,7 @@ def test_what_a_byte_does_not_hold_is_refused_and_named() -> None:
         unpack_weights(lowered, "int8")
     with pytest.raises(ValueError, match="int8 does not hold every level of e3m4"):
         unpack_weights(lower(converted(w4a8())[0]), "int8")
-    with pytest.raises(ValueError, match="int8 or fp8, not to 'int4'"):
+    with pytest.raises(ValueError, match="int8, fp8 or bfloat16, not to 'int4'"):
         unpack_weights(lower(graph), "int4")
 
 
@@ -161,7 +161,7 @@ def test_memory_or_speed_is_chosen_when_a_pipeline_is_loaded(tiny_quantized, tmp
             assert flatten("", p)[".qdata"].nbytes == 2 * packed[name].qdata.nbytes
         with torch.no_grad():
             assert (fast(**sample).sample - expected).norm() < 0.02 * expected.norm()
-    with pytest.raises(ValueError, match="weights='int4'; choose one of packed, int8, fp8"):
+    with pytest.raises(ValueError, match="weights='int4'; choose one of packed, int8, fp8, auto"):
         load_pipeline(tmp_path / "pipe", form=form, weights="int4")
 
 

@@ -1,0 +1,172 @@
+"""Times linears with low-bit weights against bfloat16, in turns, so that load on the machine affects both alike.
+
+Ours are the operators that a compiled graph calls, with the quantization of tokens in the time. bfloat16 is ``F.linear``, on
+CPUs also oneDNN with the weight laid out beforehand, as in Inductor's frozen graphs; in every round the quicker one counts.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp4dit_ao import _compat
+
+MOST_WEIGHTS, MOST_BYTES = 8, 1 << 28
+"""Most weights that are called one after the other, as in a model, where none of them waits in a cache; and most bytes of
+them in bfloat16."""
+LONG_CALL = 0.02
+"""Seconds of a call from which on one weight is enough: it does not stay in a cache either way."""
+TURN_SECONDS = 0.0005
+"""Least duration of a turn; shorter calls are repeated. Short turns are seldom interrupted by other work."""
+LEAST_ROUNDS, MOST_ROUNDS = 3, 101
+STEADY = 2.0
+OURS, WARM_UP = "ours", 2
+
+Way = Callable[[], Any]
+
+
+class LayerSpeed(NamedTuple):
+    """One linear against bfloat16.
+
+    Attributes:
+        seconds: of ours, the median over the rounds.
+        bfloat16: of bfloat16 likewise.
+        speed: how many times as fast as bfloat16 ours is, the median of the rounds' ratios.
+        steady: whether neither median is above :data:`STEADY` times the least time; else the machine was busy.
+    """
+
+    seconds: float
+    bfloat16: float
+    speed: float
+    steady: bool = True
+
+
+@torch.no_grad()
+def measure(weights: Sequence[Any], rows: int, device: torch.device, seconds: float) -> LayerSpeed:
+    """Times linears of one size and format, ``rows`` bfloat16 tokens each, for about so many seconds.
+
+    Args:
+        weights: low-bit weights of one size and format; as many as :data:`MOST_WEIGHTS` and :data:`MOST_BYTES` allow.
+        rows: tokens of a call.
+        device: where they run.
+        seconds: of measuring, after the warm-up; :data:`LEAST_ROUNDS` rounds are taken in any case.
+    """
+    features, depth = weights[0].shape
+    weights = weights[: max(1, min(MOST_WEIGHTS, MOST_BYTES // (2 * features * depth)))]
+    x = torch.randn(rows, depth, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    first = _ways(x, weights[:1], device)
+    took = [_warmed(way, device) for way in first.values()]
+    every = first if max(took) > LONG_CALL or len(weights) == 1 else _ways(x, weights, device)
+    count = 1 if every is first else len(weights)
+    timers = {name: _timer(way, device, count) for name, way in every.items()}
+    return summary(in_turns(timers, seconds))
+
+
+def in_turns(
+    timers: Mapping[str, Callable[[], float]], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> list[dict[str, float]]:
+    """Rounds in which every timer has its turn, for so many seconds, but :data:`LEAST_ROUNDS` to :data:`MOST_ROUNDS`.
+
+    Rounds before them warm up and do not count.
+    """
+    for _ in range(WARM_UP):
+        for timer in timers.values():
+            timer()
+    began, rounds = clock(), list[dict[str, float]]()
+    while len(rounds) < LEAST_ROUNDS or (len(rounds) < MOST_ROUNDS and clock() - began < seconds):
+        rounds.append({name: timer() for name, timer in timers.items()})
+    return rounds
+
+
+def summary(rounds: Sequence[Mapping[str, float]]) -> LayerSpeed:
+    """Medians over the rounds; the quickest way of bfloat16 counts in each."""
+    others = [min(took for name, took in turn.items() if name != OURS) for turn in rounds]
+    ours = [turn[OURS] for turn in rounds]
+    speed = statistics.median(other / own for other, own in zip(others, ours, strict=True))
+    steady = all(statistics.median(took) <= STEADY * min(took) for took in (ours, others))
+    return LayerSpeed(statistics.median(ours), statistics.median(others), speed, steady)
+
+
+def _ways(x: Tensor, weights: Sequence[Any], device: torch.device) -> dict[str, Way]:
+    """Functions that call all of ``weights`` with ``x``, by name."""
+    held = [weight.to(device) for weight in weights]
+    floats = [weight.dequantize(torch.bfloat16).contiguous() for weight in held]
+    ours: list[Way] = [functools.partial(weight.stored_linear, x, None) for weight in held]
+    if device.type == "cuda":  # where quantizing tokens is many small operators, unless it is compiled
+        compiled = torch.compile(lambda x, weight: F.linear(x, weight))
+        ours = [functools.partial(compiled, x, weight) for weight in held]
+    ways: dict[str, list[Way]] = {OURS: ours, "bfloat16": [functools.partial(F.linear, x, w) for w in floats]}
+    if device.type == "cpu" and (prepacked := _prepacked(x, floats)):
+        ways["bfloat16, prepacked"] = prepacked
+    return {name: functools.partial(_all, calls) for name, calls in ways.items()}
+
+
+def _prepacked(x: Tensor, weights: Sequence[Tensor]) -> list[Way]:
+    """Calls on oneDNN; none where that has no bfloat16."""
+    if not torch.backends.mkldnn.is_available():
+        return []
+    try:
+        calls: list[Way] = [_compat.prepacked_linear(x, weight, None) for weight in weights]
+        calls[0]()
+    except RuntimeError:  # an old processor
+        return []
+    return calls
+
+
+def _all(calls: Sequence[Way]) -> None:
+    for call in calls:
+        call()
+
+
+def _warmed(way: Way, device: torch.device) -> float:
+    """Least seconds of a call after the first one, which makes what later ones keep."""
+    took = []
+    for _ in range(4):
+        began = time.perf_counter()
+        way()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took.append(time.perf_counter() - began)
+        if took[-1] > LONG_CALL and len(took) > 1:
+            break
+    return min(took[1:])
+
+
+def _timer(way: Way, device: torch.device, count: int) -> Callable[[], float]:
+    """Function that runs ``way`` for a turn and returns the seconds of one of the ``count`` linears in it."""
+    repeats = max(1, round(TURN_SECONDS / max(1e-7, _warmed(way, device))))
+    if device.type == "cuda":
+        return _on_gpu(way, repeats * count, repeats)
+
+    def turn() -> float:
+        began = time.perf_counter()
+        for _ in range(repeats):
+            way()
+        return (time.perf_counter() - began) / (repeats * count)
+
+    return turn
+
+
+def _on_gpu(way: Way, linears: int, repeats: int) -> Callable[[], float]:
+    """As a CUDA graph, so that launches from Python, which a compiled model has not, are not timed."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            way()
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def turn() -> float:
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3 / linears
+
+    turn.keeps = way  # type: ignore[attr-defined]  # a graph reads memory that the calls' tensors own
+    return turn

@@ -1,0 +1,88 @@
+"""Timing of linears: turns and rounds are counted on a made-up clock, and all ways compute the same linear."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fp4dit_ao import MinifloatTensor
+from fp4dit_ao.evaluation import layer_timing
+from fp4dit_ao.evaluation.layer_timing import LEAST_ROUNDS, MOST_ROUNDS, OURS, WARM_UP, LayerSpeed, in_turns, summary
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Time that passes only where a timer says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.diary: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def timer(self, name: str, seconds: float):
+        def turn() -> float:
+            self.diary.append(name)
+            self.now += seconds
+            return seconds
+
+        return turn
+
+
+@pytest.mark.parametrize(
+    ("each", "seconds", "rounds"), [(0.5, 4.0, 4), (0.5, 0.1, LEAST_ROUNDS), (0.001, 1000.0, MOST_ROUNDS)]
+)
+def test_ways_take_turns_until_the_time_is_used(each, seconds, rounds) -> None:
+    clock = Clock()
+    found = in_turns({name: clock.timer(name, each) for name in "ab"}, seconds, clock)
+    assert len(found) == rounds
+    assert "".join(clock.diary) == "ab" * (WARM_UP + rounds)
+    assert found[0] == {"a": each, "b": each}
+
+
+def test_the_quicker_way_of_bfloat16_counts_in_every_round() -> None:
+    rounds = [{OURS: 1.0, "x": 3.0, "y": 2.0}, {OURS: 2.0, "x": 3.0, "y": 4.0}, {OURS: 1.0, "x": 4.0, "y": 9.0}]
+    assert summary(rounds) == LayerSpeed(seconds=1.0, bfloat16=3.0, speed=2.0, steady=True)
+
+
+def test_load_on_the_machine_cancels_and_is_noticed() -> None:
+    rounds = [{OURS: load, "x": 1.5 * load} for load in (1.0, 7.0, 0.3)]
+    assert summary(rounds).speed == pytest.approx(1.5)
+    assert not summary(rounds).steady
+    assert summary([{OURS: load, "x": load} for load in (1.0, 1.9, 9.0)]).steady
+    assert not summary([{OURS: 1.0, "x": load} for load in (1.0, 2.1, 9.0)]).steady
+
+
+@torch.no_grad()
+def test_all_ways_call_every_weight_with_the_same_tokens(monkeypatch) -> None:
+    weights = [MinifloatTensor.from_hp(torch.randn(48, 64), [1, 32], "e2m1", "e2m3") for _ in range(3)]
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(layer_timing, "_all", lambda calls: seen.append(torch.stack([call() for call in calls])))
+    x = torch.randn(5, 64).bfloat16()
+    ways = layer_timing._ways(x, weights, CPU)
+    assert next(iter(ways)) == OURS and len(ways) == 2 + bool(
+        layer_timing._prepacked(x, [torch.ones(48, 64).bfloat16()])
+    )
+    for way in ways.values():
+        way()
+    ours, *others = seen
+    for found in seen:
+        assert found.shape == (3, 5, 48) and found.dtype == torch.bfloat16
+    assert torch.equal(ours, torch.stack([F.linear(x, weight) for weight in weights]))
+    for other in others:
+        exact = torch.stack([F.linear(x.float(), weight.dequantize(torch.float32)) for weight in weights])
+        assert (other.float() - exact).norm() < 0.01 * exact.norm()
+
+
+def test_a_measurement_is_positive_and_takes_no_more_weights_than_allowed(monkeypatch) -> None:
+    weights = [MinifloatTensor.from_hp(torch.randn(16, 32), [1, 32], "e2m1", "e2m3") for _ in range(3)]
+    counts = []
+    monkeypatch.setattr(layer_timing, "MOST_BYTES", 2 * 2 * 16 * 32)
+    original = layer_timing._ways
+    monkeypatch.setattr(
+        layer_timing, "_ways", lambda x, some, device: counts.append((*x.shape, len(some))) or original(x, some, device)
+    )
+    found = layer_timing.measure(weights, 7, CPU, 0.0)
+    assert counts[-1] == (7, 32, 2)
+    assert min(found[:3]) > 0
