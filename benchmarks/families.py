@@ -1,16 +1,18 @@
 """All families at small width, through the whole flow: ``python -m benchmarks.families``.
 
-Prints one Markdown table and writes ``families.json``. Weights are random: errors show that a family's graph is
-quantized correctly, and how families compare at equal width, but nothing about images. ``--compile`` adds
-``torch.compile``. A family that fails is listed as such, and the exit status is 1.
+Prints two Markdown tables, of the families that the package knows and of all transformers of diffusers, and writes
+``families.json``. Weights are random: errors show that a graph is quantized correctly, and how families compare at equal
+width, but nothing about images. ``--compile`` adds ``torch.compile``; ``--all`` captures all transformers as graphs. What
+fails is listed as such; the exit status is 1 if it is a family, or the module form of any transformer.
 """
 
 import copy
+import dataclasses
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +23,10 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from benchmarks.small_transformers import randomize
+from benchmarks import transformer_forms
+from benchmarks.small_transformers import SMALL_TRANSFORMERS, randomize, transformer_classes
 from benchmarks.small_transformers.known import KNOWN as SMALL
+from benchmarks.transformer_forms import Outcome
 from fp4dit_ao import QuantConfig, QuantizedTransformer, capture, lower, quantizer_for
 from fp4dit_ao.checkpoint import graph_rebuilding
 from fp4dit_ao.evaluation.environment import environment, one_line
@@ -200,10 +204,47 @@ def table(rows: dict[str, dict[str, Any]], compile: bool = False) -> str:
     return markdown_table(head, [cells(name, row, compile) for name, row in rows.items()])
 
 
+def forms_of(
+    kinds: Iterable[str], rows: dict[str, dict[str, Any]], recipe: str, every: bool
+) -> dict[str, dict[str, Outcome]]:
+    """Outcomes of classes by form; of graphs, those of families that were measured, unless ``every`` one is to be.
+
+    Args:
+        kinds: names of classes; one without a small model stays untried.
+        rows: measured rows of :data:`SMALL`.
+        recipe: name of a recipe.
+        every: also capture classes that are no family of the table.
+    """
+    known = {kind: rows[name] for name, (kind, _) in reversed(SMALL.items()) if name in rows}
+    found: dict[str, dict[str, Outcome]] = {}
+    for kind in tqdm(kinds, desc="transformers"):
+        found[kind] = {}
+        if kind not in SMALL_TRANSFORMERS:
+            continue
+        found[kind]["modules"] = transformer_forms.measure(kind, "modules", recipe)
+        if kind in known:
+            found[kind]["graph"] = _measured(known[kind])
+        elif every:
+            found[kind]["graph"] = transformer_forms.measure(kind, "graph", recipe)
+    return found
+
+
+def _measured(row: dict[str, Any]) -> Outcome:
+    linears = [layer for layer in row.get("layers", ()) if layer["kind"] == "linear"]
+    return Outcome(
+        row.get("error"), sum(layer["quantized"] for layer in linears), len(linears), failed=row.get("failed")
+    )
+
+
 def main(
     recipe: str = "w4a6",
     compile: Annotated[bool, typer.Option(help="Also run each under torch.compile: a minute or two a family.")] = False,
-    names: Annotated[str, typer.Option(help="Separated by semicolons; all if empty.")] = "",
+    names: Annotated[
+        str, typer.Option(help="Families, separated by semicolons; all, and all transformers, if empty.")
+    ] = "",
+    every: Annotated[
+        bool, typer.Option("--all", help="Capture every transformer as a graph, too: many minutes.")
+    ] = False,
     out: Path = Path("benchmarks/results"),
 ) -> None:
     """Measures and prints."""
@@ -223,6 +264,17 @@ def main(
     failed = {name: row["failed"] for name, row in rows.items() if "failed" in row}
     for name, reason in failed.items():
         print(f"\n{name} failed: {reason}")
+    if not names:
+        forms = forms_of(transformer_classes(), rows, recipe, every)
+        result["transformers"] = {
+            kind: {form: dataclasses.asdict(found) for form, found in outcomes.items()}
+            for kind, outcomes in forms.items()
+        }
+        write_text(out / "families.json", json.dumps(result, indent=1) + "\n")
+        print(f"\n{transformer_forms.forms_table(forms)}\n\n{transformer_forms.summary(forms)}")
+        failed |= {
+            kind: found["modules"].failed for kind, found in forms.items() if found.get("modules", Outcome()).failed
+        }
     if failed:
         raise typer.Exit(1)
 

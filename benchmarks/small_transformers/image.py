@@ -262,7 +262,7 @@ IMAGE: dict[str, Small] = {
         lambda r: {"hidden_states": r.normal(4, 32, 8, 8), "num_frames": 2},
     ),
     "ZImageTransformer2DModel": Small({
-        "dim": 64, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 64,
+        "dim": 96, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": 64,
         "axes_dims": list(AXES), "axes_lens": [256, 32, 32],
     }, _z_image),
 }  # fmt: skip

@@ -228,11 +228,12 @@ VIDEO: dict[str, Small] = {
         lambda r: _anyflow(r) | {"chunk_partition": [2, 2]},
     ),
     "ChronoEditTransformer3DModel": Small(_WAN | {"rope_max_seq_len": 64}, lambda r: video(r, 4)),
-    "ConsisIDTransformer3DModel": Small(WIDE | {
-        "in_channels": 4, "out_channels": 4, "time_embed_dim": 64, "text_embed_dim": 64, "num_layers": 1, "sample_width": 8,
-        "sample_height": 8, "sample_frames": 8, "max_text_seq_length": 8, "is_train_face": True, "cross_attn_interval": 1,
+    "ConsisIDTransformer3DModel": Small({
+        "num_attention_heads": 3, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "time_embed_dim": 64,
+        "text_embed_dim": 64, "num_layers": 1, "sample_width": 8, "sample_height": 8,
+        "sample_frames": 8, "max_text_seq_length": 8, "is_train_face": True, "cross_attn_interval": 1,
         "cross_attn_dim_head": 32, "cross_attn_num_heads": 2, "LFE_id_dim": 64, "LFE_vit_dim": 64, "LFE_depth": 1,
-        "LFE_dim_head": 32, "LFE_num_heads": 2, "LFE_num_id_token": 1, "LFE_num_querie": 4, "LFE_output_dim": 42,
+        "LFE_dim_head": 32, "LFE_num_heads": 2, "LFE_num_id_token": 1, "LFE_num_querie": 4, "LFE_output_dim": 64,
         "LFE_ff_mult": 1, "LFE_num_scale": 1,
     }, _consis),
     "CosmosTransformer3DModel": Small(WIDE | {
@@ -277,8 +278,9 @@ VIDEO: dict[str, Small] = {
         "audio_in_channels": 16, "text_dim": 64, "freq_dim": 64, "time_embed_hidden_dim": 64, "time_embed_dim": 64,
         "rope_freq_dim": 4,
     }, _minimax),
-    "MochiTransformer3DModel": Small(WIDE | {
-        "num_layers": 2, "pooled_projection_dim": 64, "in_channels": 4, "text_embed_dim": 64, "time_embed_dim": 64,
+    "MochiTransformer3DModel": Small({
+        "num_attention_heads": 3, "attention_head_dim": 32, "num_layers": 2, "pooled_projection_dim": 96, "in_channels": 4,
+        "text_embed_dim": 64, "time_embed_dim": 64,
     }, lambda r: video(r, 4) | {"encoder_attention_mask": r.mask(2, 8).bool()}),
     "MotifVideoTransformer3DModel": Small(WIDE | {
         "in_channels": 33, "out_channels": 16, "num_layers": 1, "num_single_layers": 1, "mlp_ratio": 2.0,

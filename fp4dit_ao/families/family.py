@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fp4dit_ao.config import HIGH_PRECISION
 from fp4dit_ao.families.forward_rewrites import Method
+from fp4dit_ao.families.patterns import KEPT, MODULATION
 from fp4dit_ao.families.sample_inputs import Inputs
+
+EIGHT_BIT_MODULATION = {glob: {"activation": "int8"} for glob in MODULATION}
+"""8-bit inputs cost modulation linears little, since there is one vector per image."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +20,12 @@ class Family:
     """Name of the family, for reports."""
     transformer: str
     """Name of the diffusers class of its transformer."""
-    skip: tuple[str, ...] = HIGH_PRECISION
-    """Globs over module names that stay in high precision."""
+    skip: tuple[str, ...] = KEPT
+    """Globs over module names that stay in high precision, beside linears outside of numbered blocks."""
     paper: Mapping[str, Any] = field(default_factory=dict)
     """Fields of ``QuantConfig`` that replace those of the paper's recipes."""
-    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Fields of ``QuantConfig`` that replace those of every recipe, by glob over module names."""
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: EIGHT_BIT_MODULATION)
+    """Fields of ``QuantConfig`` that replace those of every recipe, by glob over module names that are not skipped."""
     when: Callable[[Any], bool] = lambda config: True
     """Whether a model with this config belongs to the family; tells families of one class apart."""
     sample: Inputs | None = None

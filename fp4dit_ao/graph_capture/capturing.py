@@ -59,7 +59,7 @@ def capture(model: nn.Module, sample: Mapping[str, Any]) -> GraphModule:
         sample: keyword arguments of one forward call, as the pipeline makes it.
 
     Raises:
-        ValueError: the sample's keys do not match ``forward``.
+        ValueError: the sample's keys do not match ``forward``, or ``torch.export`` cannot record it.
     """
     model.eval()
     kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().contiguous(), bind(model, sample))
@@ -74,12 +74,24 @@ def capture(model: nn.Module, sample: Mapping[str, Any]) -> GraphModule:
         _compat.distinct_sizes(),
         _compat.sizes_of_repeats(),
     ):
-        exported = torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
+        exported = _exported(model, kwargs, shapes)
     defaults = {name: value for name, value in _defaults(model).items() if name in kwargs}
     graph = _compat.exported_graph(exported, defaults)
     _drop_asserts(graph)
     make_functional(graph)
     return graph
+
+
+def _exported(model: nn.Module, kwargs: dict[str, Any], shapes: dict[str, Any]) -> torch.export.ExportedProgram:
+    """``torch.export`` of ``model``; raises ``ValueError`` with the remedy where it fails."""
+    try:
+        return torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise ValueError(
+            f"{type(model).__name__} cannot be captured as a graph ({type(error).__name__}: {reason[:200]}); use the module "
+            "form, which needs none: quantize_modules(model)"
+        ) from error
 
 
 def _defaults(model: nn.Module) -> dict[str, object]:

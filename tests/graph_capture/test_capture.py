@@ -102,3 +102,16 @@ def test_a_module_without_defaults() -> None:
     graph = capture(model, {"x": x, "y": x})
     assert torch.equal(graph(x, x), model(x, x))
     assert torch.equal(graph(torch.ones(5, 4), y=torch.ones(5, 4)), model(torch.ones(5, 4), torch.ones(5, 4)))
+
+
+class DataDependent(TinyDiT):
+    """Takes as many tokens as a tensor says."""
+
+    def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor]:
+        tokens = int(shift.sum())
+        return super().forward(hidden_states[:, :tokens] if tokens > 3 else hidden_states, shift)
+
+
+def test_a_model_that_cannot_be_captured_names_the_module_form() -> None:
+    with pytest.raises(ValueError, match=r"^DataDependent cannot be captured as a graph \(.+\); use the module form"):
+        capture(DataDependent(), tiny_sample())
