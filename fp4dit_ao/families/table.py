@@ -1,10 +1,9 @@
-"""Table of model families: modules kept in high precision, differing recipes, example inputs, methods rewritten for
-export.
+"""Table of model families: modules kept in high precision, differing recipes, example inputs.
 
 Models of other families are quantized with safe defaults; see :func:`fp4dit_ao.families.family_of`.
 """
 
-from fp4dit_ao.families import forward_rewrites, sample_inputs
+from fp4dit_ao.families import sample_inputs
 from fp4dit_ao.families.family import Family
 
 E2M1_THROUGHOUT = {"pre_gelu_weight": None}
@@ -12,8 +11,6 @@ E2M1_THROUGHOUT = {"pre_gelu_weight": None}
 
 _MODULATION = {"activation": "int8"}
 """Modulation linears see one vector per image, so 8-bit inputs cost little; an error there would reach every token."""
-
-_POSITIONS = {"PatchEmbed.forward": forward_rewrites.patch_embed}
 
 _ADALN_EMBEDDERS = ("time_text_embed*", "context_embedder", "norm_out*", "proj_out*")
 
@@ -26,14 +23,12 @@ FAMILIES: tuple[Family, ...] = (
         # Σ's configs, converted from the original code, set both fields; α's set neither
         when=lambda config: config.use_additional_conditions is False and config.interpolation_scale is not None,
         sample=sample_inputs.pixart,
-        rewrites=_POSITIONS,
     ),
     Family(
         "PixArt-α",
         "PixArtTransformer2DModel",
         skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out*"),
         sample=sample_inputs.pixart,
-        rewrites=_POSITIONS,
     ),
     Family(
         "Hunyuan-DiT",
@@ -50,7 +45,6 @@ FAMILIES: tuple[Family, ...] = (
         paper=E2M1_THROUGHOUT,
         layers={"*.norm1.linear": _MODULATION},
         sample=sample_inputs.dit,
-        rewrites={"DiTTransformer2DModel.forward": forward_rewrites.dit, **_POSITIONS},
     ),
     Family(
         "SD3",
@@ -83,7 +77,6 @@ FAMILIES: tuple[Family, ...] = (
         paper=E2M1_THROUGHOUT,
         layers={"*.norm1.linear": _MODULATION},
         sample=sample_inputs.lumina2,
-        rewrites={"Lumina2Transformer2DModel.forward": forward_rewrites.lumina2},
     ),
     Family(
         "AuraFlow",
@@ -101,7 +94,6 @@ FAMILIES: tuple[Family, ...] = (
         layers={"*.norm?.linear": _MODULATION},
         sample=sample_inputs.cogvideox,
         shared=("image_rotary_emb", "ofs"),
-        rewrites={"CogVideoXPatchEmbed._get_positional_embeddings": forward_rewrites.cogvideox_positions},
     ),
     Family(
         "Wan",

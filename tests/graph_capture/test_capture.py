@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4dit_ao import capture
+from fp4dit_ao.graph_capture import capturing
 from tests.graphs import TinyDiT, tiny_sample
 
 
@@ -102,3 +103,11 @@ def test_a_module_without_defaults() -> None:
     graph = capture(model, {"x": x, "y": x})
     assert torch.equal(graph(x, x), model(x, x))
     assert torch.equal(graph(torch.ones(5, 4), y=torch.ones(5, 4)), model(torch.ones(5, 4), torch.ones(5, 4)))
+
+
+def test_tables_beside_the_buffers_are_where_the_parameters_are_while_a_graph_is_made() -> None:
+    model, table = nn.Linear(2, 2, device="meta"), torch.ones(3)
+    model.table, model.tables = table, [table, table]
+    with capturing._tables_placed(model):
+        assert {x.device.type for x in (model.table, *model.tables)} == {"meta"}
+    assert model.table is table and model.tables[1] is table
