@@ -18,6 +18,7 @@ from fp4dit_ao._compat.diffusers import (
     after_from_pretrained,
     kept_in_float32,
     name_repeated_blocks,
+    packed_history,
     progress_bar_config,
     replace_apply,
     replace_config,
@@ -64,7 +65,7 @@ __all__ = [
     "create_buffer_node", "distinct_sizes", "exported_graph", "fake_like", "fake_mode", "flat_inputs", "forget_graphs",
     "fp8_product", "input_names", "int8_product", "is_persistent", "is_traced", "is_view", "is_view_of_another",
     "kept_in_float32", "lerp_", "load_package", "make_buffers_persistent", "make_buffers_transient", "mark_static",
-    "name_repeated_blocks", "parse_to", "parts", "prepacked_linear", "progress_bar_config", "pytree", "replace_apply",
-    "replace_config", "size_at", "size_hint", "size_relations", "size_text", "sizes_of_repeats", "slots",
+    "name_repeated_blocks", "packed_history", "parse_to", "parts", "prepacked_linear", "progress_bar_config", "pytree",
+    "replace_apply", "replace_config", "size_at", "size_hint", "size_relations", "size_text", "sizes_of_repeats", "slots",
     "types_in_packages", "varying_numbers", "version", "without_guards", "without_modes", "wrapper_tensor",
 ]  # fmt: skip

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 
 def progress_bar_config(pipe: Any) -> dict[str, Any]:
     """The settings that ``pipe.set_progress_bar_config`` was last called with; calling it with them restores them."""
@@ -46,3 +48,9 @@ def after_from_pretrained(cls: type[Any], change: Callable[[Any], Any]) -> None:
 
     from_pretrained._changed_by = change  # type: ignore[attr-defined]
     cls.from_pretrained = classmethod(from_pretrained)  # type: ignore[attr-defined]
+
+
+def packed_history(framepack: Any, *parts: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Tokens of a video behind those of its history, and the rotations of both, as Framepack's transformer packs them."""
+    packed: tuple[Tensor, tuple[Tensor, Tensor]] = framepack._pack_history_states(*parts)
+    return packed

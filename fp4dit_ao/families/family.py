@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fp4dit_ao.families.forward_rewrites import Method
 from fp4dit_ao.families.patterns import KEPT, MODULATION
+from fp4dit_ao.families.rewrites import Method
 from fp4dit_ao.families.sample_inputs import Inputs
 
 EIGHT_BIT_MODULATION = {glob: {"activation": "int8"} for glob in MODULATION}
@@ -33,4 +33,5 @@ class Family:
     shared: tuple[str, ...] = ()
     """Arguments of ``forward`` that all rows of a batch share, so that their first dimension is not the batch."""
     rewrites: Mapping[str, Method] = field(default_factory=dict)
-    """Functions that replace methods while the model is captured, by ``"Class.method"``."""
+    """Functions that replace methods while the model is captured, by ``"Class.method"``, beside those of
+    ``families.rewrites.REWRITES``."""

@@ -1,16 +1,14 @@
-"""Table of model families: modules kept in high precision, differing recipes, example inputs, methods rewritten for
-export.
+"""Table of model families: modules kept in high precision, differing recipes, example inputs.
 
 Models of other families are quantized with safe defaults; see :func:`fp4dit_ao.families.family_of`.
 """
 
-from fp4dit_ao.families import forward_rewrites, sample_inputs
+from fp4dit_ao.families import sample_inputs
 from fp4dit_ao.families.family import EIGHT_BIT_MODULATION, Family
 
 E2M1_THROUGHOUT = {"pre_gelu_weight": None}
 """Recipe of families that the paper does not cover: its E3M0 before GELU lost accuracy in every family measured."""
 
-_POSITIONS = {"PatchEmbed.forward": forward_rewrites.patch_embed}
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -20,13 +18,11 @@ FAMILIES: tuple[Family, ...] = (
         # Σ's configs, converted from the original code, set both fields; α's set neither
         when=lambda config: config.use_additional_conditions is False and config.interpolation_scale is not None,
         sample=sample_inputs.pixart,
-        rewrites=_POSITIONS,
     ),
     Family(
         "PixArt-α",
         "PixArtTransformer2DModel",
         sample=sample_inputs.pixart,
-        rewrites=_POSITIONS,
     ),
     Family(
         "Hunyuan-DiT",
@@ -40,7 +36,6 @@ FAMILIES: tuple[Family, ...] = (
         "DiTTransformer2DModel",
         paper=E2M1_THROUGHOUT,
         sample=sample_inputs.dit,
-        rewrites={"DiTTransformer2DModel.forward": forward_rewrites.dit, **_POSITIONS},
     ),
     Family(
         "SD3",
@@ -67,7 +62,6 @@ FAMILIES: tuple[Family, ...] = (
         "Lumina2Transformer2DModel",
         paper=E2M1_THROUGHOUT,
         sample=sample_inputs.lumina2,
-        rewrites={"Lumina2Transformer2DModel.forward": forward_rewrites.lumina2},
     ),
     Family(
         "AuraFlow",
@@ -81,7 +75,6 @@ FAMILIES: tuple[Family, ...] = (
         paper=E2M1_THROUGHOUT,
         sample=sample_inputs.cogvideox,
         shared=("image_rotary_emb", "ofs"),
-        rewrites={"CogVideoXPatchEmbed._get_positional_embeddings": forward_rewrites.cogvideox_positions},
     ),
     Family(
         "Wan",
