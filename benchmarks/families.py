@@ -1,16 +1,18 @@
 """All families at small width, through the whole flow: ``python -m benchmarks.families``.
 
-Prints one Markdown table and writes ``families.json``. Weights are random: errors show that a family's graph is
-quantized correctly, and how families compare at equal width, but nothing about images. ``--compile`` adds
-``torch.compile``. A family that fails is listed as such, and the exit status is 1.
+Prints two Markdown tables, of the families that the package knows and of all transformers of diffusers, and writes
+``families.json``. Weights are random: errors show that a graph is quantized correctly, and how families compare at equal
+width, but nothing about images. ``--compile`` adds ``torch.compile``; ``--all`` captures all transformers as graphs. What
+fails is listed as such; the exit status is 1 if it is a family, or the module form of any transformer.
 """
 
 import copy
+import dataclasses
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +23,10 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from benchmarks import transformer_forms
+from benchmarks.small_transformers import SMALL_TRANSFORMERS, randomize, transformer_classes
+from benchmarks.small_transformers.known import KNOWN as SMALL
+from benchmarks.transformer_forms import Outcome
 from fp4dit_ao import QuantConfig, QuantizedTransformer, capture, lower, quantizer_for
 from fp4dit_ao.checkpoint import graph_rebuilding
 from fp4dit_ao.evaluation.environment import environment, one_line
@@ -30,64 +36,6 @@ from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.util.atomic_files import write_text
 from fp4dit_ao.util.markdown import markdown_table
-
-_HEADS = {"num_attention_heads": 2, "attention_head_dim": 64}
-
-SMALL: dict[str, tuple[str, dict[str, Any]]] = {
-    "PixArt-α": ("PixArtTransformer2DModel", {
-        "num_attention_heads": 6, "attention_head_dim": 64, "cross_attention_dim": 384, "num_layers": 1, "sample_size": 16,
-        "caption_channels": 96, "use_additional_conditions": True,
-    }),
-    "PixArt-Σ": ("PixArtTransformer2DModel", _HEADS | {
-        "cross_attention_dim": 128, "num_layers": 2, "sample_size": 16, "caption_channels": 96, "interpolation_scale": 2,
-        "use_additional_conditions": False,
-    }),
-    "Hunyuan-DiT": ("HunyuanDiT2DModel", _HEADS | {
-        "in_channels": 4, "patch_size": 2, "sample_size": 16, "hidden_size": 128, "num_layers": 4, "cross_attention_dim": 64,
-        "cross_attention_dim_t5": 96, "pooled_projection_dim": 64, "text_len": 7, "text_len_t5": 9,
-    }),
-    "DiT": ("DiTTransformer2DModel", _HEADS | {"out_channels": 8, "num_layers": 1, "sample_size": 16}),
-    "SD3": ("SD3Transformer2DModel", _HEADS | {
-        "sample_size": 16, "num_layers": 2, "joint_attention_dim": 96, "caption_projection_dim": 128,
-        "pooled_projection_dim": 64, "pos_embed_max_size": 24, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
-    }),
-    "FLUX.1": ("FluxTransformer2DModel", {
-        "num_attention_heads": 1, "attention_head_dim": 128, "num_layers": 1, "num_single_layers": 1,
-        "joint_attention_dim": 96, "pooled_projection_dim": 64, "guidance_embeds": True,
-    }),
-    "Sana": ("SanaTransformer2DModel", {
-        "num_attention_heads": 7, "attention_head_dim": 32, "num_cross_attention_heads": 2, "cross_attention_head_dim": 112,
-        "cross_attention_dim": 224, "num_layers": 1, "caption_channels": 96, "sample_size": 16,
-    }),
-    "Lumina 2": ("Lumina2Transformer2DModel", {
-        "hidden_size": 192, "num_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1,
-        "multiple_of": 128, "cap_feat_dim": 96,
-    }),
-    "AuraFlow": ("AuraFlowTransformer2DModel", _HEADS | {
-        "sample_size": 16, "num_mmdit_layers": 1, "num_single_dit_layers": 1, "joint_attention_dim": 96,
-        "caption_projection_dim": 128, "pos_embed_max_size": 256,
-    }),
-    "CogVideoX": ("CogVideoXTransformer3DModel", _HEADS | {
-        "time_embed_dim": 64, "text_embed_dim": 96, "num_layers": 1, "sample_width": 16, "sample_height": 16,
-        "sample_frames": 9, "max_text_seq_length": 10,
-    }),
-    "CogVideoX, rotary": ("CogVideoXTransformer3DModel", _HEADS | {
-        "time_embed_dim": 64, "text_embed_dim": 96, "num_layers": 1, "sample_width": 16, "sample_height": 16,
-        "sample_frames": 9, "max_text_seq_length": 10, "use_rotary_positional_embeddings": True, "patch_size_t": 2,
-        "ofs_embed_dim": 64,
-    }),
-    "Wan": ("WanTransformer3DModel", {
-        "num_attention_heads": 1, "attention_head_dim": 128, "text_dim": 96, "freq_dim": 64, "ffn_dim": 256, "num_layers": 1,
-    }),
-    "Wan, image to video": ("WanTransformer3DModel", {
-        "num_attention_heads": 1, "attention_head_dim": 128, "text_dim": 96, "freq_dim": 64, "ffn_dim": 256, "num_layers": 1,
-        "in_channels": 36, "image_dim": 80, "added_kv_proj_dim": 128,
-    }),
-    "LTX-Video": ("LTXVideoTransformer3DModel", _HEADS | {
-        "cross_attention_dim": 128, "num_layers": 1, "caption_channels": 96,
-    }),
-}  # fmt: skip
-"""Class and config of a narrow, shallow model of each family, and of variants with other inputs."""
 
 OTHER = Size(batch=3, height=12, width=20, frames=5, text=7)
 """Sizes that differ from the captured ones: even, for patches, and not square."""
@@ -99,11 +47,7 @@ def small_model(name: str, seed: int = 0) -> nn.Module:
 
     kind, config = SMALL[name]
     torch.manual_seed(seed)
-    model: nn.Module = getattr(diffusers, kind)(**config)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
-    return model.eval().requires_grad_(False)
+    return randomize(getattr(diffusers, kind)(**config))
 
 
 def other_size(name: str) -> Size:
@@ -260,10 +204,47 @@ def table(rows: dict[str, dict[str, Any]], compile: bool = False) -> str:
     return markdown_table(head, [cells(name, row, compile) for name, row in rows.items()])
 
 
+def forms_of(
+    kinds: Iterable[str], rows: dict[str, dict[str, Any]], recipe: str, every: bool
+) -> dict[str, dict[str, Outcome]]:
+    """Outcomes of classes by form; of graphs, those of families that were measured, unless ``every`` one is to be.
+
+    Args:
+        kinds: names of classes; one without a small model stays untried.
+        rows: measured rows of :data:`SMALL`.
+        recipe: name of a recipe.
+        every: also capture classes that are no family of the table.
+    """
+    known = {kind: rows[name] for name, (kind, _) in reversed(SMALL.items()) if name in rows}
+    found: dict[str, dict[str, Outcome]] = {}
+    for kind in tqdm(kinds, desc="transformers"):
+        found[kind] = {}
+        if kind not in SMALL_TRANSFORMERS:
+            continue
+        found[kind]["modules"] = transformer_forms.measure(kind, "modules", recipe)
+        if kind in known:
+            found[kind]["graph"] = _measured(known[kind])
+        elif every:
+            found[kind]["graph"] = transformer_forms.measure(kind, "graph", recipe)
+    return found
+
+
+def _measured(row: dict[str, Any]) -> Outcome:
+    linears = [layer for layer in row.get("layers", ()) if layer["kind"] == "linear"]
+    return Outcome(
+        row.get("error"), sum(layer["quantized"] for layer in linears), len(linears), failed=row.get("failed")
+    )
+
+
 def main(
     recipe: str = "w4a6",
     compile: Annotated[bool, typer.Option(help="Also run each under torch.compile: a minute or two a family.")] = False,
-    names: Annotated[str, typer.Option(help="Separated by semicolons; all if empty.")] = "",
+    names: Annotated[
+        str, typer.Option(help="Families, separated by semicolons; all, and all transformers, if empty.")
+    ] = "",
+    every: Annotated[
+        bool, typer.Option("--all", help="Capture every transformer as a graph, too: many minutes.")
+    ] = False,
     out: Path = Path("benchmarks/results"),
 ) -> None:
     """Measures and prints."""
@@ -283,6 +264,17 @@ def main(
     failed = {name: row["failed"] for name, row in rows.items() if "failed" in row}
     for name, reason in failed.items():
         print(f"\n{name} failed: {reason}")
+    if not names:
+        forms = forms_of(transformer_classes(), rows, recipe, every)
+        result["transformers"] = {
+            kind: {form: dataclasses.asdict(found) for form, found in outcomes.items()}
+            for kind, outcomes in forms.items()
+        }
+        write_text(out / "families.json", json.dumps(result, indent=1) + "\n")
+        print(f"\n{transformer_forms.forms_table(forms)}\n\n{transformer_forms.summary(forms)}")
+        failed |= {
+            kind: found["modules"].failed for kind, found in forms.items() if found.get("modules", Outcome()).failed
+        }
     if failed:
         raise typer.Exit(1)
 

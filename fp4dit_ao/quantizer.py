@@ -33,6 +33,8 @@ _TRANSPARENT = (
     _ATEN.view.default, _ATEN.reshape.default, _ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.slice.Tensor,
 )  # fmt: skip
 _PRODUCTS = (_ATEN.matmul.default, _ATEN.bmm.default)
+EXPERTS = "one tensor holds the weights of all its experts"
+"""Why a mixture of experts is left in high precision that keeps no linear for each."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         self._rules.append(("name", glob, config))
         return self
 
+    def set_module_pattern(self, glob: str, config: QuantConfig) -> "FP4DiTQuantizer":
+        """Use ``config`` for modules whose name matches ``glob``, if there are any, and that its own ``skip`` globs do not
+        name: what is known of many models, where :meth:`set_module_name` is said of one."""
+        self._rules.append(("pattern", glob, config))
+        return self
+
     def set_module_type(self, module_type: type[nn.Module], config: QuantConfig | None) -> "FP4DiTQuantizer":
         """Use ``config`` for modules of that type and everything inside them."""
         self._rules.append(("type", f"{module_type.__module__}.{module_type.__qualname__}", config))
@@ -102,6 +110,8 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
             elif node.target in _CONVOLUTIONS:
                 name = _linear_name(node)
                 self.decisions[name] = Decision(name, "convolution", None, "convolutions are not quantized")
+            elif (experts := _experts(node)) is not None:
+                self.decisions[experts] = Decision(experts, "linear", None, EXPERTS)
             elif _is_other_attention(node):
                 name = _module_name(node)
                 self.decisions[name] = Decision(name, "attention", None, "its products are no softmax attention")
@@ -127,11 +137,14 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
                 return config, f"name matches {key!r}"
             if kind == "type" and key not in types:
                 continue
-            if kind in ("global", "type"):
+            if kind == "pattern" and not any(fnmatchcase(name, key) for name in names):
+                continue
+            if kind in ("global", "type", "pattern"):
+                rule = f"name matches {key!r}" if kind == "pattern" else f"{kind} rule"
                 if config is None:
-                    return None, f"{kind} rule"
+                    return None, rule
                 glob = next((glob for glob in config.skip if any(fnmatchcase(name, glob) for name in names)), None)
-                return (None, f"recipe keeps {glob!r}") if glob else (config, f"{kind} rule")
+                return (None, f"recipe keeps {glob!r}") if glob else (config, rule)
         return None, "no rule"
 
     def _splits(self, node: Node) -> bool:
@@ -259,8 +272,18 @@ def _named(model: GraphModule) -> Iterator[Node]:
     """The nodes that get a decision."""
     kinds = (_ATEN.linear.default, _ATEN.scaled_dot_product_attention.default, *_CONVOLUTIONS)
     for node in model.graph.nodes:
-        if node.target in kinds or _is_other_attention(node):
+        if node.target in kinds or _experts(node) is not None or _is_other_attention(node):
             yield node
+
+
+def _experts(node: Node) -> str | None:
+    """Name of the module whose stored weights of several experts, (experts, in, out), a node multiplies with; else None."""
+    for source in node.all_input_nodes if node.target in _PRODUCTS else ():
+        if source.target is _ATEN.select.int:
+            source = source.all_input_nodes[0]
+        if source.op == "get_attr" and source.meta["val"].ndim == 3:
+            return str(source.target).rpartition(".")[0]
+    return None
 
 
 def _is_other_attention(node: Node) -> bool:
@@ -283,6 +306,8 @@ def _module_name(node: Node) -> str:
 
 def _linear_name(node: Node) -> str:
     """Name of the module that owns the node's weight; unlike the module stack it survives weight sharing."""
+    if (experts := _experts(node)) is not None:
+        return experts
     weight = node.args[1]
     if isinstance(weight, Node) and weight.op == "get_attr":
         return str(weight.target).rpartition(".")[0] or str(weight.target)

@@ -50,6 +50,46 @@ def test_an_explicit_name_overrides_the_recipes_skip_list() -> None:
     assert formats(quantizer, graph())["proj_out"] == "e2m1"
 
 
+def test_a_pattern_leaves_what_the_recipe_skips_and_may_match_nothing() -> None:
+    config = replace(w4a6(), activation="int8", pre_gelu_weight=None)
+    quantizer = FP4DiTQuantizer().set_global(w4a6()).set_module_pattern("*.to_q", config)
+    quantizer.set_module_pattern("proj_out", config).set_module_pattern("nowhere", config)
+    found = formats(quantizer, graph())
+    assert found["proj_out"] is None
+    assert quantizer.decisions["proj_out"].reason == "recipe keeps 'proj_out*'"
+    decided = {name: found.config.activation for name, found in quantizer.decisions.items() if found.config}
+    assert {name for name, fmt in decided.items() if fmt == "int8"} == {"blocks.0.attn.to_q"}
+
+
+class Experts(nn.Module):
+    """Two experts in one parameter, used one by one or at once."""
+
+    def __init__(self, at_once: bool):
+        super().__init__()
+        self.num_experts, self.at_once = 2, at_once
+        self.weights = nn.Parameter(torch.randn(2, 128, 128))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.at_once:
+            return x @ self.weights
+        return torch.stack([x[i] @ self.weights[i] for i in range(2)])
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_experts_in_one_tensor_are_listed_as_left(at_once: bool) -> None:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts, self.out = Experts(at_once), nn.Linear(128, 128)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.experts(x))
+
+    quantizer = FP4DiTQuantizer().set_global(w4a6()).set_module_name("experts", None)  # which is a name that it has
+    assert formats(quantizer, capture(Mixture(), {"x": torch.randn(2, 3, 128)})) == {"experts": None, "out": "e2m1"}
+    assert quantizer.decisions["experts"].reason == "one tensor holds the weights of all its experts"
+
+
 def test_set_module_type_takes_linears() -> None:
     quantizer = FP4DiTQuantizer().set_module_type(nn.Linear, replace(w4a6(), skip=(), indivisible="keep"))
     found = formats(quantizer, graph())

@@ -4,8 +4,10 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
+from torch import Tensor
+
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers import DiffusionPipeline, HunyuanVideoFramepackTransformer3DModel, ModelMixin
 
 Pipe = TypeVar("Pipe", bound="DiffusionPipeline")
 
@@ -51,3 +53,11 @@ def after_from_pretrained(cls: type["DiffusionPipeline"], change: Callable[[Pipe
 
     from_pretrained._changed_by = change  # type: ignore[attr-defined]
     cls.from_pretrained = classmethod(from_pretrained)  # type: ignore[attr-defined]
+
+
+def packed_history(
+    framepack: "HunyuanVideoFramepackTransformer3DModel", *parts: object
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Tokens of a video behind those of its history, and the rotations of both, as Framepack's transformer packs them."""
+    packed: tuple[Tensor, tuple[Tensor, Tensor]] = framepack._pack_history_states(*parts)
+    return packed

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch.utils._pytree as pytree
 from torch import SymInt, Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
@@ -66,8 +67,32 @@ def input_names(graph: GraphModule) -> list[str]:
 
 
 def varying_numbers(graph: GraphModule) -> set[str]:
-    """The whole numbers among a captured graph's arguments that need not be those it was captured with."""
-    return {n.name for n in graph.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), SymInt)}
+    """The whole numbers among a captured graph's arguments that need not be those it was captured with, as paths: ``rows``,
+    ``shapes[0][1]``."""
+    values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
+    codegen = graph.graph._codegen
+    if not isinstance(codegen, _PyTreeCodeGen):
+        return {name for name, value in zip(input_names(graph), values, strict=True) if _varies(value)}
+    args, kwargs = pytree.tree_unflatten(values, codegen.pytree_info.in_spec)
+    arguments = dict(zip(input_names(graph), args, strict=False)) | kwargs
+    return {path for path, value in _leaves(arguments) if _varies(value)}
+
+
+def _varies(value: Any) -> bool:
+    """Whether a placeholder's value is a number that no guard has made a constant."""
+    return isinstance(value, SymInt) and not value.node.expr.is_number
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Paths and values of what dicts, lists and tuples hold."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{i}]")
+    else:
+        yield path, value
 
 
 def flat_inputs(graph: GraphModule, sample: Mapping[str, object]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.calibration.sample_cache import Sample
+from fp4dit_ao.families.calls import call_of
 from fp4dit_ao.graph_capture.sample_description import difference_of_kind
 
 
@@ -29,6 +30,7 @@ class Recorder:
     def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         sample = dict(zip(self.names, args, strict=False)) | kwargs
         sample.pop("return_dict", None)
+        sample = call_of(type(module).__name__).adapt(sample)
         self._check_kind(module, self.defaults | sample)
         if self.wanted is not None and self.calls > max(self.wanted, default=-1):
             raise Enough

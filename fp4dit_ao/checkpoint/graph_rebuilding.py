@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao import _compat
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import capture
@@ -125,6 +126,15 @@ def _fake(
                 own = dtypes.get(name, dtype if x.is_floating_point() else x.dtype)
                 fake = _compat.fake_like(x, mode, own)
                 slots[leaf] = nn.Parameter(fake, requires_grad=False) if isinstance(x, nn.Parameter) else fake
+        # tables of positions that are no buffers, such as Qwen-Image's, or lists of them; export records no fake ones
+        for leaf, value in vars(module).items():
+            if isinstance(value, Tensor | list | tuple):
+                with _compat.without_modes():
+                    vars(module)[leaf] = pytree.tree_map_only(Tensor, _empty_table, value)
+
+
+def _empty_table(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=x.dtype, device="cpu")
 
 
 def _pretend_calibrated(prepared: GraphModule) -> None:

@@ -36,6 +36,7 @@ from fp4dit_ao.diffusers_integration.layer_summary import (
 from fp4dit_ao.diffusers_integration.module_conversion import from_graph
 from fp4dit_ao.diffusers_integration.module_form import memory_footprint
 from fp4dit_ao.diffusers_integration.saving import refuse_unsaveable, save_pretrained
+from fp4dit_ao.families.calls import call_of
 from fp4dit_ao.families.dtypes import is_kept, main_dtype
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.passes import compilation
@@ -118,6 +119,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return_dict = arguments.pop("return_dict", True)
         if len(args) > len(names):
             raise ValueError(f"{self._class} takes {len(names)} arguments, found {len(args)}")
+        arguments = call_of(self._class).adapt(arguments)
         sample_description.check(self.description, defaults | arguments, f"quantized {self._class}", varying)
         if (
             torch.compiler.is_compiling()

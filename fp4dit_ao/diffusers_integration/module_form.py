@@ -33,7 +33,7 @@ from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.registry import TRANSFORMS, applied_transforms
 from fp4dit_ao.passes.transforms.scaled_linear import unscale_modules
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs, SplitLinear, join_modules, whole_name
-from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer, fit_group
+from fp4dit_ao.quantizer import EXPERTS, Decision, FP4DiTQuantizer, fit_group
 from fp4dit_ao.schemes import scheme_of
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def _decisions_by_name(model: "ModelMixin", quantizer: FP4DiTQuantizer) -> list[
     rules."""
     decisions = []
     for name, module in model.named_modules():
+        if _holds_experts(module):
+            decisions.append(Decision(name, "linear", None, EXPERTS))
         kind: Literal["linear", "attention"] | None = (
             "linear" if isinstance(module, nn.Linear) else "attention" if hasattr(module, "processor") else None
         )
@@ -123,6 +125,12 @@ def _decisions_by_name(model: "ModelMixin", quantizer: FP4DiTQuantizer) -> list[
             config, reason = fit_group(name, module.in_features, config, reason)
         decisions.append(Decision(name, kind, config, reason))
     return graph_rebuilding.resolve(decisions, nn.Module())
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether ``module`` has one parameter, (experts, in, out), for the linears of several experts."""
+    experts = getattr(module, "num_experts", None)
+    return any(x.ndim == 3 and x.shape[0] == experts for x in module.parameters(recurse=False))
 
 
 def quantize_linear(model: "ModelMixin", name: str, config: QuantConfig) -> None:

@@ -1,7 +1,6 @@
 """Looks up a model's family, and the recipe, quantizer and example inputs that follow from it."""
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -10,10 +9,11 @@ import torch
 from torch import nn
 
 from fp4dit_ao import _compat
-from fp4dit_ao.config import DEFAULT_RECIPE, HIGH_PRECISION, Fields, QuantConfig
+from fp4dit_ao.config import DEFAULT_RECIPE, Fields, QuantConfig
 from fp4dit_ao.families import sample_inputs
 from fp4dit_ao.families.dtypes import main_dtype
 from fp4dit_ao.families.family import Family
+from fp4dit_ao.families.patterns import outside_blocks
 from fp4dit_ao.families.table import E2M1_THROUGHOUT, FAMILIES
 from fp4dit_ao.quantizer import FP4DiTQuantizer
 from fp4dit_ao.schemes import scheme_of
@@ -25,19 +25,18 @@ _PAPER = ("w4a6", "w4a8", "w4a6_static", "w4a6_mse")
 def family_of(model: nn.Module) -> Family:
     """Family of ``model``; if the table has none, one with safe defaults, named after the model's class.
 
-    The defaults keep in high precision every linear outside numbered blocks and every module in :data:`HIGH_PRECISION`.
+    In every family, linears outside of numbered blocks stay in high precision.
     """
-    config = getattr(model, "config", None)
     kind = type(model).__name__
-    for family in FAMILIES:
-        if family.transformer == kind and family.when(config):
-            return family
-    outside = tuple(name for name, x in model.named_modules() if isinstance(x, nn.Linear) and not _in_block(name))
-    return Family(kind, kind, skip=HIGH_PRECISION + outside, paper=E2M1_THROUGHOUT)
+    family = _row_of(model) or Family(kind, kind, paper=E2M1_THROUGHOUT)
+    outside = outside_blocks(model)
+    return dataclasses.replace(family, skip=family.skip + outside) if outside else family
 
 
-def _in_block(name: str) -> bool:
-    return re.search(r"(^|\.)\d+\.", name) is not None
+def _row_of(model: nn.Module) -> Family | None:
+    """Row of the table that fits ``model``."""
+    kind, config = type(model).__name__, getattr(model, "config", None)
+    return next((family for family in FAMILIES if family.transformer == kind and family.when(config)), None)
 
 
 def recipe_for(
@@ -102,20 +101,24 @@ def quantizer_for(
 def _set_family_rules(quantizer: FP4DiTQuantizer, model: nn.Module, config: QuantConfig) -> None:
     """Adds the rules that every recipe has for some layers of ``model``'s family; warns if the family is unknown."""
     family = family_of(model)
-    names = [name for name, _ in model.named_modules()]
     for glob, fields in family.layers.items():
         if "activation" in fields and (config.activation is None or scheme_of(config).one_format):
             continue  # a recipe for weights alone, or of a block format, which is one for all layers
-        if any(fnmatchcase(name, glob) for name in names):
-            quantizer.set_module_name(glob, dataclasses.replace(config, **fields))
-    if family not in FAMILIES:
-        outside = family.skip[len(HIGH_PRECISION) :]
+        quantizer.set_module_pattern(glob, dataclasses.replace(config, **fields))
+    if _row_of(model) is None:
+        outside = _kept_linears(model, family)
         warnings.warn(
             f"{family.name} is no family that fp4dit_ao knows; quantizing the linears of its numbered blocks, weights "
             f"{config.weight} in groups of {config.group_size} or the largest divisor, and leaving {len(outside)} linears "
-            f"outside of them as they are ({', '.join(outside[:4]) or 'none'}{', …' if len(outside) > 4 else ''})",
+            f"as they are ({', '.join(outside[:4]) or 'none'}{', …' if len(outside) > 4 else ''})",
             stacklevel=3,
         )
+
+
+def _kept_linears(model: nn.Module, family: Family) -> list[str]:
+    """Names of ``model``'s linears that its family keeps in high precision."""
+    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [name for name in linears if any(fnmatchcase(name, glob) for glob in family.skip)]
 
 
 def example_inputs(

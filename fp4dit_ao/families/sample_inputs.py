@@ -70,7 +70,11 @@ def pixart(config: "FrozenDict", size: Size, random: Random) -> dict[str, object
         micro = config.sample_size == 128
     return {
         "hidden_states": random.normal(size.batch, config.in_channels, size.height, size.width),
-        "encoder_hidden_states": random.normal(size.batch, size.text, config.caption_channels),
+        "encoder_hidden_states": random.normal(
+            size.batch,
+            size.text,
+            config.caption_channels or config.cross_attention_dim,  # without: text as wide as its keys
+        ),
         "timestep": random.whole(0, 1000, 1).expand(size.batch),
         "encoder_attention_mask": random.mask(size.batch, size.text),
         "added_cond_kwargs": {

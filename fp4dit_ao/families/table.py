@@ -1,44 +1,32 @@
-"""Table of model families: modules kept in high precision, differing recipes, example inputs, methods rewritten for
-export.
+"""Table of model families: modules kept in high precision, differing recipes, example inputs.
 
 Models of other families are quantized with safe defaults; see :func:`fp4dit_ao.families.family_of`.
 """
 
-from fp4dit_ao.families import forward_rewrites, sample_inputs
-from fp4dit_ao.families.family import Family
+from fp4dit_ao.families import sample_inputs
+from fp4dit_ao.families.family import EIGHT_BIT_MODULATION, Family
 
 E2M1_THROUGHOUT = {"pre_gelu_weight": None}
 """Recipe of families that the paper does not cover: its E3M0 before GELU lost accuracy in every family measured."""
 
-_MODULATION = {"activation": "int8"}
-"""Modulation linears see one vector per image, so 8-bit inputs cost little; an error there would reach every token."""
-
-_POSITIONS = {"PatchEmbed.forward": forward_rewrites.patch_embed}
-
-_ADALN_EMBEDDERS = ("time_text_embed*", "context_embedder", "norm_out*", "proj_out*")
 
 FAMILIES: tuple[Family, ...] = (
     Family(
         "PixArt-Σ",
         "PixArtTransformer2DModel",
-        skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out*"),
         paper={"weight": "e1m2"},
         # Σ's configs, converted from the original code, set both fields; α's set neither
         when=lambda config: config.use_additional_conditions is False and config.interpolation_scale is not None,
         sample=sample_inputs.pixart,
-        rewrites=_POSITIONS,
     ),
     Family(
         "PixArt-α",
         "PixArtTransformer2DModel",
-        skip=("pos_embed*", "adaln_single*", "caption_projection*", "proj_out*"),
         sample=sample_inputs.pixart,
-        rewrites=_POSITIONS,
     ),
     Family(
         "Hunyuan-DiT",
         "HunyuanDiT2DModel",
-        skip=("pos_embed*", "time_extra_emb*", "text_embedder*", "norm_out*", "proj_out*"),
         layers={"*.skip_linear": {"split_inputs": True}},
         sample=sample_inputs.hunyuan,
         shared=("image_rotary_emb",),
@@ -46,74 +34,57 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "DiT",
         "DiTTransformer2DModel",
-        skip=("pos_embed*", "*.norm1.emb.*", "proj_out*"),
         paper=E2M1_THROUGHOUT,
-        layers={"*.norm1.linear": _MODULATION},
         sample=sample_inputs.dit,
-        rewrites={"DiTTransformer2DModel.forward": forward_rewrites.dit, **_POSITIONS},
     ),
     Family(
         "SD3",
         "SD3Transformer2DModel",
-        skip=("pos_embed*", *_ADALN_EMBEDDERS),
         paper=E2M1_THROUGHOUT,
-        layers={"*.norm1*.linear": _MODULATION},
         sample=sample_inputs.sd3,
     ),
     Family(
         "FLUX.1",
         "FluxTransformer2DModel",
-        skip=("x_embedder", *_ADALN_EMBEDDERS),
         paper=E2M1_THROUGHOUT,
-        layers={"*.norm*.linear": _MODULATION, "single_transformer_blocks.*.proj_out": {"split_inputs": True}},
+        layers=EIGHT_BIT_MODULATION | {"single_transformer_blocks.*.proj_out": {"split_inputs": True}},
         sample=sample_inputs.flux,
         shared=("img_ids", "txt_ids"),
     ),
     Family(
         "Sana",
         "SanaTransformer2DModel",
-        skip=("patch_embed*", "time_embed*", "caption_projection*", "proj_out*"),
         paper=E2M1_THROUGHOUT,
         sample=sample_inputs.sana,
     ),
     Family(
         "Lumina 2",
         "Lumina2Transformer2DModel",
-        skip=("x_embedder", "time_caption_embed*", "norm_out*"),
         paper=E2M1_THROUGHOUT,
-        layers={"*.norm1.linear": _MODULATION},
         sample=sample_inputs.lumina2,
-        rewrites={"Lumina2Transformer2DModel.forward": forward_rewrites.lumina2},
     ),
     Family(
         "AuraFlow",
         "AuraFlowTransformer2DModel",
-        skip=("pos_embed*", "time_step_*", "context_embedder", "norm_out*", "proj_out*"),
         paper=E2M1_THROUGHOUT,
-        layers={"*.norm1*.linear": _MODULATION},
         sample=sample_inputs.auraflow,
     ),
     Family(
         "CogVideoX",
         "CogVideoXTransformer3DModel",
-        skip=("patch_embed*", "time_embedding*", "ofs_embedding*", "norm_out*", "proj_out*"),
         paper=E2M1_THROUGHOUT,
-        layers={"*.norm?.linear": _MODULATION},
         sample=sample_inputs.cogvideox,
         shared=("image_rotary_emb", "ofs"),
-        rewrites={"CogVideoXPatchEmbed._get_positional_embeddings": forward_rewrites.cogvideox_positions},
     ),
     Family(
         "Wan",
         "WanTransformer3DModel",
-        skip=("patch_embedding", "condition_embedder*", "proj_out*"),
         paper=E2M1_THROUGHOUT,
         sample=sample_inputs.wan,
     ),
     Family(
         "LTX-Video",
         "LTXVideoTransformer3DModel",
-        skip=("proj_in", "time_embed*", "caption_projection*", "proj_out*"),
         paper=E2M1_THROUGHOUT,
         sample=sample_inputs.ltx,
     ),

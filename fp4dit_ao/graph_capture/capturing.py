@@ -1,6 +1,7 @@
 """``torch.export`` of a diffusion transformer into one aten graph, dynamic in batch, image size and text length."""
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,17 +13,21 @@ from torch.fx import GraphModule
 from fp4dit_ao import _compat
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.families import family_of
-from fp4dit_ao.families.forward_rewrites import methods_replaced
+from fp4dit_ao.families.calls import Call, call_of
+from fp4dit_ao.families.rewrites import REWRITES, methods_replaced
+from fp4dit_ao.graph_capture.symbolic_numbers import numbers_kept_symbolic
 from fp4dit_ao.passes.functional_writes import make_functional
 
 _CONSTANTS = (type(None), bool, int, float, str)
 
 
 def bind(model: nn.Module, sample: Mapping[str, object]) -> dict[str, object]:
-    """Keyword arguments of ``model.forward`` from ``sample``: in the order of its signature, with defaults filled in.
+    """Keyword arguments of ``model.forward`` from ``sample``: in the order of its signature, with defaults filled in, and
+    in the form that graphs take.
 
     Raises:
-        ValueError: ``sample`` has a key that ``forward`` does not take, or lacks one that it needs.
+        ValueError: ``sample`` has a key that ``forward`` does not take, lacks one that it needs, or has a value that no
+            graph takes.
     """
     signature = inspect.signature(model.forward)
     accepted = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -41,6 +46,7 @@ def bind(model: nn.Module, sample: Mapping[str, object]) -> dict[str, object]:
             f"the sample does not match {type(model).__name__}.forward: {wrong}; "
             f"give a dict with keys among {', '.join(accepted)}"
         )
+    sample = call_of(type(model).__name__).adapt(dict(sample))
     bound = {name: sample.get(name, parameter.default) for name, parameter in accepted.items()}
     if "return_dict" in bound:
         bound["return_dict"] = False
@@ -58,34 +64,68 @@ def capture(model: nn.Module, sample: Mapping[str, object]) -> GraphModule:
         sample: keyword arguments of one forward call, as the pipeline makes it.
 
     Raises:
-        ValueError: the sample's keys do not match ``forward``.
+        ValueError: the sample's keys do not match ``forward``, or the model cannot be captured with it.
     """
     model.eval()
     kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().contiguous(), bind(model, sample))
+    _check_leaves(model, kwargs)
     family = family_of(model)
-    kwargs = _unspecialised(kwargs, family.shared)
-    shapes = pytree.tree_map(_dynamic, kwargs)
-    rewritten = methods_replaced(model, family.rewrites)
+    kwargs = _unspecialised(kwargs, call_of(type(model).__name__), family.shared)
+    defaults = _defaults(model)
+    # a whole number that is the argument's default, such as a patch size, is a constant
+    shapes = {
+        name: None if type(x) is int and x == defaults.get(name) else pytree.tree_map(_dynamic, x)
+        for name, x in kwargs.items()
+    }
+    rewritten = methods_replaced(model, REWRITES, family.rewrites)
     with (
         torch.no_grad(),
         rewritten,
+        numbers_kept_symbolic(model),
         _positions_computed(model),
+        _tables_placed(model),
         _compat.distinct_sizes(),
         _compat.sizes_of_repeats(),
     ):
-        exported = torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
-    defaults = {name: value for name, value in _defaults(model).items() if name in kwargs}
-    graph = _compat.exported_graph(exported, defaults)
+        exported = _exported(model, kwargs, shapes)
+    graph = _compat.exported_graph(exported, {name: value for name, value in defaults.items() if name in kwargs})
     _drop_asserts(graph)
     make_functional(graph)
     return graph
 
 
+def _exported(model: nn.Module, kwargs: dict[str, object], shapes: dict[str, object]) -> torch.export.ExportedProgram:
+    """``torch.export`` of ``model``; raises ``ValueError`` with the remedy where it fails."""
+    try:
+        return torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise ValueError(
+            f"{type(model).__name__} cannot be captured as a graph ({type(error).__name__}: {reason[:200]}); use the module "
+            "form, which needs none: quantize_modules(model)"
+        ) from error
+
+
+def _check_leaves(model: nn.Module, kwargs: Mapping[str, object]) -> None:
+    """Refuses arguments that are neither tensors and constants nor made of them."""
+    for name, value in kwargs.items():
+        other = next((x for x in pytree.tree_leaves(value) if not isinstance(x, (Tensor, *_CONSTANTS))), None)
+        if other is not None:
+            raise ValueError(
+                f"{name} of {type(model).__name__} holds a {type(other).__name__}, which a graph cannot take; leave it out, or "
+                "use the module form: quantize_modules(model)"
+            )
+
+
 def _defaults(model: nn.Module) -> dict[str, object]:
-    """Defaults of ``forward`` that are constants; ``return_dict`` is False in graphs."""
+    """Defaults of ``forward`` that are constants, or tuples of them; ``return_dict`` is False in graphs."""
     parameters = inspect.signature(model.forward).parameters.values()
-    defaults: dict[str, object] = {p.name: p.default for p in parameters if isinstance(p.default, _CONSTANTS)}
+    defaults: dict[str, object] = {p.name: p.default for p in parameters if _is_constant(p.default)}
     return defaults | ({"return_dict": False} if "return_dict" in defaults else {})
+
+
+def _is_constant(x: object) -> bool:
+    return isinstance(x, _CONSTANTS) or (isinstance(x, tuple) and all(map(_is_constant, x)))
 
 
 def _dynamic(x: object) -> object:
@@ -126,19 +166,43 @@ def _positions_computed(model: nn.Module) -> Iterator[None]:
             setattr(module, size, value)
 
 
-def _unspecialised(kwargs: dict[str, object], shared: Sequence[str]) -> dict[str, object]:
+@contextlib.contextmanager
+def _tables_placed(model: nn.Module) -> Iterator[None]:
+    """Context in which tensors that modules keep beside their buffers, such as Qwen-Image's rotary tables, are where the
+    parameters are: a graph that holds them can be prepared on one device alone."""
+    device = next((x.device for x in model.parameters()), torch.device("cpu"))
+    away = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor | list | tuple)
+        and any(isinstance(x, Tensor) and x.device != device for x in pytree.tree_leaves(value))
+    ]
+    try:
+        for module, name, value in away:
+            vars(module)[name] = pytree.tree_map_only(Tensor, lambda x: x.to(device), value)
+        yield
+    finally:
+        for module, name, value in away:
+            vars(module)[name] = value
+
+
+def _unspecialised(kwargs: dict[str, object], call: Call, shared: Sequence[str]) -> dict[str, object]:
     """Sample with a batch of at least two, since export takes a size of one for a constant. ``shared`` arguments
     stay."""
     tensors = [x for x in pytree.tree_leaves(kwargs) if isinstance(x, Tensor) and x.ndim]
-    if not tensors or tensors[0].shape[0] != 1:
+    if not tensors or tensors[0].shape[0] != 1 or kwargs.get(call.one_a_row or "") is not None:
         return kwargs
     return {
-        name: value if name in shared else pytree.tree_map_only(Tensor, _twice, value) for name, value in kwargs.items()
+        name: value
+        if name in (*shared, *call.shared)
+        else pytree.tree_map_only(Tensor, functools.partial(_twice, dim=call.batch.get(name, 0)), value)
+        for name, value in kwargs.items()
     }
 
 
-def _twice(x: Tensor) -> Tensor:
-    return torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x
+def _twice(x: Tensor, dim: int) -> Tensor:
+    return torch.cat([x, x], dim) if x.ndim > dim and x.shape[dim] == 1 else x
 
 
 _ASSERTS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default)

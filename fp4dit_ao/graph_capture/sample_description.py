@@ -115,10 +115,11 @@ def tensors(value: object, where: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors(item, f"{where}[{i}]")
 
 
-def difference(description: Description, value: object, where: str) -> str | None:
+def difference(description: Description, value: object, where: str, varying: Collection[str] = ()) -> str | None:
     """Reason why a captured graph cannot take ``value`` for the argument in ``description``; None if it can.
 
-    Tensors may have other sizes, but not another rank; constants are part of the graph and must be equal.
+    Tensors may have other sizes, but not another rank; constants are part of the graph and must be equal, but for whole
+    numbers at the paths in ``varying``.
     """
     ((kind, spec),) = description.items()
     if kind == "tensor":
@@ -128,7 +129,7 @@ def difference(description: Description, value: object, where: str) -> str | Non
             return f"{where} must have {len(spec['shape'])} dimensions, found shape {tuple(value.shape)}"
         return None
     if kind == "constant":
-        same = type(value) is type(spec) and value == spec
+        same = type(value) is type(spec) and (value == spec or (where in varying and type(value) is int))
         return None if same else f"{where} is fixed to {spec!r}, found {_brief(value)}"
     if kind == "dict":
         if not isinstance(value, Mapping) or set(value) != set(spec):
@@ -138,7 +139,7 @@ def difference(description: Description, value: object, where: str) -> str | Non
         if not isinstance(value, list | tuple) or len(value) != len(spec):
             return f"{where} must hold {len(spec)} items, found {_brief(value)}"
         pairs = [(item, value[i], f"{where}[{i}]") for i, item in enumerate(spec)]
-    return next((found for pair in pairs if (found := difference(*pair)) is not None), None)
+    return next((found for pair in pairs if (found := difference(*pair, varying)) is not None), None)
 
 
 def difference_of_kind(first: Mapping[str, object], other: Mapping[str, object]) -> str | None:
@@ -166,7 +167,7 @@ def check(description: Description, arguments: Mapping[str, object], who: str, v
         description: the captured arguments. ``return_dict`` is ignored: it does not change the computation.
         arguments: arguments of the call; a missing one counts as None.
         who: the beginning of the message.
-        varying: names of whole numbers that may differ from the captured ones.
+        varying: paths (``rows``, ``shapes[0][1]``) of whole numbers that may differ from the captured ones.
 
     Raises:
         ValueError: an argument is unknown, has another rank, or differs from the captured constant.
@@ -176,10 +177,7 @@ def check(description: Description, arguments: Mapping[str, object], who: str, v
     if unknown:
         raise ValueError(f"{who}: no argument {', '.join(unknown)}; it takes {', '.join(captured)}")
     for name, spec in captured.items():
-        value = arguments.get(name)
-        if name in varying and type(value) is int:
-            continue
-        if wrong := difference(spec, value, name):
+        if wrong := difference(spec, arguments.get(name), name, varying):
             raise ValueError(
                 f"{who}: {wrong}; quantize again with a call like this one to change it, or use the module form"
             )

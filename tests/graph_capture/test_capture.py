@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4dit_ao import capture
+from fp4dit_ao.graph_capture import capturing
 from tests.graphs import TinyDiT, tiny_sample
 
 
@@ -102,3 +103,24 @@ def test_a_module_without_defaults() -> None:
     graph = capture(model, {"x": x, "y": x})
     assert torch.equal(graph(x, x), model(x, x))
     assert torch.equal(graph(torch.ones(5, 4), y=torch.ones(5, 4)), model(torch.ones(5, 4), torch.ones(5, 4)))
+
+
+class DataDependent(TinyDiT):
+    """Takes as many tokens as a tensor says."""
+
+    def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor]:
+        tokens = int(shift.sum())
+        return super().forward(hidden_states[:, :tokens] if tokens > 3 else hidden_states, shift)
+
+
+def test_a_model_that_cannot_be_captured_names_the_module_form() -> None:
+    with pytest.raises(ValueError, match=r"^DataDependent cannot be captured as a graph \(.+\); use the module form"):
+        capture(DataDependent(), tiny_sample())
+
+
+def test_tables_beside_the_buffers_are_where_the_parameters_are_while_a_graph_is_made() -> None:
+    model, table = nn.Linear(2, 2, device="meta"), torch.ones(3)
+    model.table, model.tables = table, [table, table]
+    with capturing._tables_placed(model):
+        assert {x.device.type for x in (model.table, *model.tables)} == {"meta"}
+    assert model.table is table and model.tables[1] is table
