@@ -220,7 +220,7 @@ def create_app(
         """Draws ``n`` images that start from another one, or, with a mask, fill in a part of it."""
         if not abilities.edits:
             raise ApiError(400, f"{name} draws from text alone: diffusers has no image-to-image form of it", "no_edits")
-        fields, files = uploads.form(request.headers.get("content-type", ""), await request.body())
+        fields, files = await uploads.form(request)
         asked: EditRequest = from_form(asked_edit, fields)
         if "image" not in files or set(files) - {"image", "mask"}:
             raise ApiError(400, "give one file named image, and one named mask if you like", "invalid_form", "image")

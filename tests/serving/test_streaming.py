@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -181,6 +182,30 @@ def test_edits_that_are_refused(
     error = answer.json()["error"]
     assert message in error["message"] and error["param"] == param
     assert not artist.styles
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "message"),
+    [
+        ("multipart/form-data", b"--x\r\n", "the form cannot be read: .*boundary"),
+        ("multipart/form-data; boundary=x", b"nothing of the kind", "the form cannot be read"),
+        (
+            "multipart/form-data; boundary=x",
+            b"--x\r\nContent-Disposition: form-data\r\n\r\n1\r\n--x--\r\n",
+            "cannot be read",
+        ),
+        (
+            "multipart/form-data; boundary=x",
+            b"".join(b'--x\r\nContent-Disposition: form-data; name="n"\r\n\r\n1\r\n' for _ in range(2)) + b"--x--\r\n",
+            "the form gives n twice",
+        ),
+    ],
+    ids=["no boundary", "no form", "no name", "twice"],
+)
+def test_forms_that_cannot_be_read(client: TestClient, kind: str, body: bytes, message: str) -> None:
+    answer = client.post(EDITS, content=body, headers={"Content-Type": kind})
+    assert answer.status_code == 400, answer.text
+    assert re.search(message, answer.json()["error"]["message"])
 
 
 @pytest.mark.parametrize(
