@@ -22,6 +22,7 @@ PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 NOT_IMPORTED = {
     "openai": "a client in tests/serving, imported by name if it is there",
+    "python-multipart": "starlette reads forms with it",
     "sentencepiece": "transformers reads T5's tokenizers with it",
     "pytest-timeout": "pytest's option timeout",
     "pytest-xdist": "pytest's option -n",
