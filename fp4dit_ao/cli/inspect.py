@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer, load_graph
