@@ -21,7 +21,7 @@ import typer
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from benchmarks import transformer_forms
 from benchmarks.small_transformers import SMALL_TRANSFORMERS, randomize, transformer_classes

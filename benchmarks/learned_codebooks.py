@@ -15,7 +15,7 @@ import torch
 import typer
 from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from fp4dit_ao import reference
 from fp4dit_ao.formats import CODEBOOK_SETS, CodebookSet

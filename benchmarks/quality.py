@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import torch
 import typer
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from fp4dit_ao import QuantConfig, ReconstructionConfig, collect_samples, quantize_pipeline, reference
 from fp4dit_ao.config import RECIPES

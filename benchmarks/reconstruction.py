@@ -24,7 +24,7 @@ import typer
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from benchmarks.eager_reconstruction import EagerLoop
 from fp4dit_ao import AdaRoundConfig, capture, collect_samples, quantizer_for, reconstruct, reference

@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import typer
 from safetensors import safe_open
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from fp4dit_ao import reference
 from fp4dit_ao.config import QuantConfig

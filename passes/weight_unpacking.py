@@ -1,7 +1,7 @@
 """Trades memory for speed: turns packed codes into one byte per weight, or back into floats where these are faster."""
 
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +46,14 @@ def unpack_weights(model: Module, to: str = "int8", layers: Collection[str] | No
     paths: set[str] = set()
     for path, owner in model.named_modules():
         for name, parameter in _compat.slots(owner)[0].items():
-            weight: Any = None if parameter is None else parameter.detach()
-            if _can_become(weight, to) and (layers is None or _without_graph(path) in layers):
-                try:
-                    found[owner, name] = _in_bfloat16(weight) if to == BFLOAT16 else LevelTensor.from_packed(weight, to)
-                except ValueError as error:
-                    raise ValueError(f"{path}.{name}: {error}") from None
+            if parameter is None or (layers is not None and _without_graph(path) not in layers):
+                continue
+            try:
+                weight = _unpacked(parameter.detach(), to)
+            except ValueError as error:
+                raise ValueError(f"{path}.{name}: {error}") from None
+            if weight is not None:
+                found[owner, name] = weight
                 paths.add(_without_graph(path))
     if layers is not None and (missing := sorted(set(layers) - paths)):
         raise ValueError(f"{missing[0]} has no packed weight to unpack to {to} ({len(missing)} such layers)")
@@ -72,13 +74,16 @@ def refuse_unpacked(model: nn.Module, what: str) -> None:
         raise ValueError(f"{what} needs packed weights, and these were unpacked; do it before unpack_weights()")
 
 
-def _can_become(weight: object, to: str) -> bool:
+def _unpacked(weight: Tensor, to: str) -> Tensor | None:
+    """A packed weight in another form; None for weights that have none."""
     if to == BFLOAT16:
-        return isinstance(weight, TorchAOBaseTensor)
-    return isinstance(weight, MinifloatTensor | CodebookTensor) and weight.act_fmt is not None
+        return _in_bfloat16(weight) if isinstance(weight, TorchAOBaseTensor) else None
+    if isinstance(weight, MinifloatTensor | CodebookTensor) and weight.act_fmt is not None:
+        return LevelTensor.from_packed(weight, to)
+    return None
 
 
-def _in_bfloat16(weight: Any) -> Tensor:
+def _in_bfloat16(weight: TorchAOBaseTensor) -> Tensor:
     if weight.dtype != torch.bfloat16:
         raise ValueError(
             f"the model runs in {weight.dtype}, and bfloat16 is less exact; cast it first: .to(torch.bfloat16)"

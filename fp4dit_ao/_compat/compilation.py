@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -76,7 +76,8 @@ def types_in_packages() -> Iterator[None]:
 def _numbers_of_cpp() -> Iterator[None]:
     from torch._export.serde import serialize
 
-    numbers: dict[torch.dtype, Any] = serialize._TORCH_TO_SERIALIZE_DTYPE
+    module: ModuleType = serialize
+    numbers: dict[torch.dtype, int] = module._TORCH_TO_SERIALIZE_DTYPE
     own = dict(numbers)
     numbers.update(_CPP_TYPES)
     try:
@@ -87,9 +88,10 @@ def _numbers_of_cpp() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _header_of_fp8() -> Iterator[None]:
-    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.codegen import cpp_wrapper_cpu
 
-    wrapper: Any = CppWrapperCpu
+    module: ModuleType = cpp_wrapper_cpu
+    wrapper = module.CppWrapperCpu
     include = wrapper.get_device_include_path
     wrapper.get_device_include_path = staticmethod(lambda device: f"{include(device)}\n{_FP8_HEADER}")
     try:

@@ -78,12 +78,12 @@ def varying_numbers(graph: GraphModule) -> set[str]:
     return {path for path, value in _leaves(arguments) if _varies(value)}
 
 
-def _varies(value: Any) -> bool:
+def _varies(value: object) -> bool:
     """Whether a placeholder's value is a number that no guard has made a constant."""
     return isinstance(value, SymInt) and not value.node.expr.is_number
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
     """Paths and values of what dicts, lists and tuples hold."""
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -192,7 +192,7 @@ def is_view(target: object) -> bool:
     return schema is None or any(result.alias_info is not None for result in schema.returns)
 
 
-def symbol_values(graph: GraphModule, sample: Mapping[str, Any]) -> dict[str, int]:
+def symbol_values(graph: GraphModule, sample: Mapping[str, object]) -> dict[str, int]:
     """What the symbols in a captured graph's sizes stand for when it is called with ``**sample``, by the symbol's name."""
     found: dict[str, int] = {}
     values = flat_inputs(graph, sample)
@@ -200,7 +200,7 @@ def symbol_values(graph: GraphModule, sample: Mapping[str, Any]) -> dict[str, in
         if node.op == "placeholder":
             symbolic, value = node.meta.get("val"), values[node.name]
             whole = isinstance(symbolic, Tensor)
-            pairs: list[tuple[Any, int]] = (
+            pairs: list[tuple[object, int]] = (
                 list(zip(symbolic.shape, value.shape, strict=True)) if whole else [(symbolic, value)]
             )
             found |= {str(s.node.expr): int(n) for s, n in pairs if isinstance(s, SymInt) and s.node.expr.is_symbol}

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.graph_capture.capturing import bind

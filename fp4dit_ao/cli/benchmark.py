@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 
 from fp4dit_ao.benchmark import attention, linears, report, sections
 from fp4dit_ao.benchmark.bars import Results

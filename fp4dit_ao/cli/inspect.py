@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer, load_graph
-from fp4dit_ao.diffusers_integration.layer_summary import LowBitWeight, unit_of
+from fp4dit_ao.diffusers_integration.layer_summary import unit_of
 from fp4dit_ao.diffusers_integration.weight_forms import low_bit_weights, measured
 from fp4dit_ao.evaluation import plots, slow_layers
 from fp4dit_ao.evaluation.certificate import Certificate, MeasuredLinear
@@ -22,6 +22,7 @@ from fp4dit_ao.evaluation.layer_timing import LayerSpeed
 from fp4dit_ao.graph_capture.layer_rows import LayerRows
 from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.schemes import owner_of
+from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
 from fp4dit_ao.util.markdown import markdown_table
 
 
@@ -136,7 +137,7 @@ def layer_table(
             if originals:
                 cells += ["", ""] if weight is None or original is None else _errors(weight, original)
             if speeds:
-                cells.append(slow_layers.reason(weight, device, seen, speed) if speed else "")
+                cells.append(slow_layers.reason(weight, device, seen, speed) if speed and weight is not None else "")
             rows.append(cells)
     return markdown_table(head, rows)
 

@@ -26,7 +26,6 @@ from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration.layer_summary import (
     LayerSummary,
-    LowBitWeight,
     beside_weights,
     bits_per_weight,
     layer_lines,
@@ -45,6 +44,7 @@ from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
 from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.passes.weight_unpacking import refuse_unpacked
 from fp4dit_ao.quantizer import Decision
+from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
 
 __all__ = ["LayerSummary", "QuantizedTransformer", "load_graph"]
 

@@ -13,10 +13,7 @@ from fp4dit_ao.checkpoint import graph_tensors
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels.attention import ATTENTION, LARGEST_HEAD, AttentionOperands
 from fp4dit_ao.quantizer import Decision
-from fp4dit_ao.tensors.block_scaled import MXWeight, NVFP4Weight
-from fp4dit_ao.tensors.quantized_weight import QuantizedWeight
-
-LowBitWeight = QuantizedWeight | MXWeight | NVFP4Weight
+from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
 
 
 @dataclass(frozen=True)

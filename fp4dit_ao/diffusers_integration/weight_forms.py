@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
-from fp4dit_ao.diffusers_integration.layer_summary import LowBitWeight
 from fp4dit_ao.evaluation.layer_speed import better_in_bfloat16, layer_speeds
 from fp4dit_ao.evaluation.layer_timing import LayerSpeed
 from fp4dit_ao.graph_capture.layer_rows import LayerRows, layer_rows
 from fp4dit_ao.passes.weight_unpacking import unpack_weights
+from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
 
 
 def low_bit_weights(transformer: QuantizedTransformer) -> dict[str, LowBitWeight]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from fp4dit_ao import __version__, _compat
 from fp4dit_ao.evaluation.environment import environment
 from fp4dit_ao.evaluation.layer_timing import LayerSpeed, measure
 from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
 from fp4dit_ao.util.user_cache import cache_folder, read_json, write_json
 
 BUDGET_SECONDS = 6.0
@@ -21,12 +22,12 @@ BUDGET_SECONDS = 6.0
 _NUMBERS = 3
 """Leading fields of a speed that are kept."""
 
-Measurer = Callable[[Sequence[Any], int, torch.device, float], LayerSpeed]
+Measurer = Callable[[Sequence[LowBitWeight], int, torch.device, float], LayerSpeed]
 """Signature of :func:`fp4dit_ao.evaluation.layer_timing.measure`."""
 
 
 def layer_speeds(
-    weights: Mapping[str, Any],
+    weights: Mapping[str, LowBitWeight],
     rows: Mapping[str, int],
     device: torch.device,
     *,
@@ -85,7 +86,7 @@ def better_in_bfloat16(speeds: Mapping[str, LayerSpeed], dtype: torch.dtype) -> 
     return slower if dtype == torch.bfloat16 else []
 
 
-def kind_of(weight: Any, rows: int, device: torch.device) -> str:
+def kind_of(weight: LowBitWeight, rows: int, device: torch.device) -> str:
     """What decides a linear's speed on one machine: how its weight is stored, what computes it, and tokens of a call."""
     parts = {name: getattr(weight, name) for name in _compat.parts(type(weight))}
     shown = ", ".join(f"{k} {tuple(v.shape) if isinstance(v, Tensor) else v}" for k, v in parts.items() if k != "dtype")
@@ -101,7 +102,7 @@ def this_machine(device: torch.device) -> dict[str, str]:
     return {key: found[key] for key in kept} | place | {"fp4dit-ao": __version__, "library": library}
 
 
-def _known(path: Any, machine: Mapping[str, str]) -> dict[str, LayerSpeed]:
+def _known(path: Path, machine: Mapping[str, str]) -> dict[str, LayerSpeed]:
     """Results in a cache's file; none if it is damaged or another machine's."""
     stored = read_json(path)
     measured = stored.get("measured")
@@ -110,9 +111,10 @@ def _known(path: Any, machine: Mapping[str, str]) -> dict[str, LayerSpeed]:
     return {kind: LayerSpeed(*numbers) for kind, numbers in measured.items() if _is_speed(numbers)}
 
 
-def _is_speed(numbers: Any) -> bool:
-    fits = isinstance(numbers, list) and len(numbers) == _NUMBERS
-    return fits and all(isinstance(n, float) and 0 < n < float("inf") for n in numbers)
+def _is_speed(numbers: object) -> bool:
+    if not isinstance(numbers, list) or len(numbers) != _NUMBERS:
+        return False
+    return all(isinstance(n, float) and 0 < n < float("inf") for n in numbers)
 
 
 def _digest(parts: Mapping[str, str]) -> str:

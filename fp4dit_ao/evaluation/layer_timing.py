@@ -8,13 +8,14 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fp4dit_ao import _compat
+from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
 
 MOST_WEIGHTS, MOST_BYTES = 8, 1 << 28
 """Most weights that are called one after the other, as in a model, where none of them waits in a cache; and most bytes of
@@ -27,7 +28,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 101
 STEADY = 2.0
 OURS, WARM_UP = "ours", 2
 
-Way = Callable[[], Any]
+Way = Callable[[], object]
 
 
 class LayerSpeed(NamedTuple):
@@ -47,7 +48,7 @@ class LayerSpeed(NamedTuple):
 
 
 @torch.no_grad()
-def measure(weights: Sequence[Any], rows: int, device: torch.device, seconds: float) -> LayerSpeed:
+def measure(weights: Sequence[LowBitWeight], rows: int, device: torch.device, seconds: float) -> LayerSpeed:
     """Times linears of one size and format, ``rows`` bfloat16 tokens each, for about so many seconds.
 
     Args:
@@ -92,7 +93,7 @@ def summary(rounds: Sequence[Mapping[str, float]]) -> LayerSpeed:
     return LayerSpeed(statistics.median(ours), statistics.median(others), speed, steady)
 
 
-def _ways(x: Tensor, weights: Sequence[Any], device: torch.device) -> dict[str, Way]:
+def _ways(x: Tensor, weights: Sequence[LowBitWeight], device: torch.device) -> dict[str, Way]:
     """Functions that call all of ``weights`` with ``x``, by name."""
     held = [weight.to(device) for weight in weights]
     floats = [weight.dequantize(torch.bfloat16).contiguous() for weight in held]

@@ -1,7 +1,7 @@
 """Why a linear is not faster than bfloat16 on a machine, in plain words."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +11,7 @@ from fp4dit_ao.kernels import codebook_linear
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.token_quantization import digits
 from fp4dit_ao.kernels.units import Unit
+from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
 
 FEW_TOKENS = 64
 """Tokens up to which a linear is bound by its call and its weight rather than by its products."""
@@ -31,14 +32,14 @@ class SlowLinear(NamedTuple):
         speed: as measured.
     """
 
-    weight: Any
-    unit: Unit[Any]
+    weight: LowBitWeight
+    unit: Unit[object]
     device: torch.device
     rows: int
     speed: LayerSpeed
 
 
-def reason(weight: Any, device: torch.device, rows: int, speed: LayerSpeed) -> str:
+def reason(weight: LowBitWeight, device: torch.device, rows: int, speed: LayerSpeed) -> str:
     """Why a linear is not faster than bfloat16; empty if it is."""
     if not speed.steady:
         return "not known: other work disturbed the measuring"

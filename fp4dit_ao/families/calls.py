@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-Arguments = dict[str, Any]
+from fp4dit_ao._compat import Keywords
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Call:
     """Dimension of the batch, by argument, where it is not the first."""
     one_a_row: str | None = None
     """Argument that is a list with one item for each row of a batch: a graph has as many rows as the example."""
-    adapt: Callable[[Arguments], Arguments] = dict
+    adapt: Callable[[Keywords], Keywords] = dict
     """Gives arguments the form that graphs take, equal for all calls that mean the same; raises ``ValueError`` for those
     that no graph takes."""
 
@@ -27,10 +26,10 @@ def call_of(kind: str) -> Call:
     return CALLS.get(kind, Call())
 
 
-def _first(name: str) -> Callable[[Arguments], Arguments]:
+def _first(name: str) -> Callable[[Keywords], Keywords]:
     """Replaces the list ``name``, with one equal item for each row of a batch, by its first."""
 
-    def adapt(arguments: Arguments) -> Arguments:
+    def adapt(arguments: Keywords) -> Keywords:
         items = arguments.get(name)
         if not isinstance(items, list) or not items:
             return arguments
@@ -44,7 +43,7 @@ def _first(name: str) -> Callable[[Arguments], Arguments]:
     return adapt
 
 
-def _without_caches(arguments: Arguments) -> Arguments:
+def _without_caches(arguments: Keywords) -> Keywords:
     """Leaves out caches of keys and values that are neither written nor read."""
     caches = arguments.get("kv_caches")
     if caches is None:
@@ -57,7 +56,7 @@ def _without_caches(arguments: Arguments) -> Arguments:
     return arguments | {"kv_caches": None}
 
 
-def _uncached(arguments: Arguments) -> Arguments:
+def _uncached(arguments: Keywords) -> Keywords:
     if arguments.get("kv_cache") is not None:
         raise ValueError(
             "kv_cache holds keys and values of earlier calls, which a graph cannot; call the pipeline with "
@@ -66,7 +65,7 @@ def _uncached(arguments: Arguments) -> Arguments:
     return _first("img_shapes")(arguments)
 
 
-def _one_image_a_row(arguments: Arguments) -> Arguments:
+def _one_image_a_row(arguments: Keywords) -> Keywords:
     """Refuses calls with several images a row, which are told apart by lists of numbers as long as they are."""
     if any(isinstance(images, list) for images in arguments.get("x", ())):
         raise ValueError(
@@ -75,8 +74,8 @@ def _one_image_a_row(arguments: Arguments) -> Arguments:
     return arguments
 
 
-def _refused(why: str) -> Callable[[Arguments], Arguments]:
-    def adapt(arguments: Arguments) -> Arguments:
+def _refused(why: str) -> Callable[[Keywords], Keywords]:
+    def adapt(arguments: Keywords) -> Keywords:
         raise ValueError(f"{why}, which a graph cannot; use the module form: quantize_modules(pipe.transformer)")
 
     return adapt

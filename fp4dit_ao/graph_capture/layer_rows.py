@@ -1,7 +1,6 @@
 """How many rows each linear of a captured graph multiplies in one call: image tokens, text tokens, or one vector an image."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +62,6 @@ def layer_rows(graph: GraphModule, description: sample_description.Description, 
 
 def _image_symbols(graph: GraphModule) -> set[str]:
     """Symbols in the sizes of the first input, which holds the image, but for its batch."""
-    inputs: list[Any] = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
+    inputs: list[object] = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
     first = next(x for x in inputs if isinstance(x, Tensor))
     return set().union(*(_compat.symbols_in(size) for size in first.shape[1:]))

@@ -4,12 +4,17 @@ import builtins
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import TypeAlias
 
 import torch
 from torch import SymFloat, SymInt, Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from fp4dit_ao._compat import Arguments, Keywords, Operator
+
+_Numbers: TypeAlias = "float | list[_Numbers] | tuple[_Numbers, ...]"
+"""Numbers as ``torch.tensor`` takes them; a symbol counts as the number that it stands for."""
 
 
 @contextlib.contextmanager
@@ -37,25 +42,31 @@ class _IntType(type):
     def __instancecheck__(cls, x: object) -> bool:
         return isinstance(x, builtins.int)
 
-    def __call__(cls, x: Any = 0, *base: Any) -> Any:
+    def __call__(cls, x: object = 0, *base: object) -> object:
         if isinstance(x, SymInt | SymFloat):
             return torch.sym_int(x)
-        return builtins.int(x, *base)
+        own: Callable[..., int] = builtins.int
+        return own(x, *base)
 
 
 class _Int(metaclass=_IntType):
     """``int``, but for numbers that are symbols."""
 
 
-def _len(x: Any) -> Any:
+def _len(x: Sized) -> int:
     return x.shape[0] if isinstance(x, Tensor) and x.ndim else len(x)
 
 
-def _extreme(plain: Callable[..., Any], symbolic: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+def _extreme(plain: Callable[..., object], symbolic: Callable[[object, object], object]) -> Callable[..., object]:
     """``max`` or ``min``, without a comparison where a number is a symbol."""
 
-    def extreme(*args: Any, **options: Any) -> Any:
-        items = args if len(args) > 1 else list(args[0])
+    def extreme(first: object, *others: object, **options: object) -> object:
+        if others:
+            items = [first, *others]
+        elif isinstance(first, Iterable):
+            items = list(first)
+        else:
+            return plain(first, **options)  # which refuses it
         if any(isinstance(x, SymInt) for x in items) and not options:
             return functools.reduce(symbolic, items)
         return plain(items, **options)
@@ -66,19 +77,21 @@ def _extreme(plain: Callable[..., Any], symbolic: Callable[[Any, Any], Any]) -> 
 class _SizesInTensors(TorchFunctionMode):
     """``torch.tensor`` and ``as_tensor`` of numbers that are symbols record them."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Operator, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         if func in (torch.tensor, torch.as_tensor) and args and _holds_symbol(args[0]):
             return _tensor(args[0], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def _holds_symbol(data: Any) -> bool:
+def _holds_symbol(data: object) -> bool:
     if isinstance(data, list | tuple):
         return any(_holds_symbol(item) for item in data)
     return isinstance(data, SymInt)
 
 
-def _tensor(data: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+def _tensor(data: _Numbers, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
     if isinstance(data, list | tuple):
         return torch.stack([_tensor(item, dtype, device) for item in data])
     return torch.full((), data, dtype=dtype or torch.int64, device=device)

@@ -14,7 +14,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from scipy import stats  # type: ignore[import-untyped]
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from fp4dit_ao import reference
 

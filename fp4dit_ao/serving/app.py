@@ -10,6 +10,7 @@ from typing import Any, cast
 from fastapi import FastAPI, Request, Response
 from pydantic import Field, create_model
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import StreamingResponse
 
 from fp4dit_ao.serving import uploads
 from fp4dit_ao.serving.engine import Engine
@@ -39,7 +40,7 @@ _LAST_STEP = 5.0
 _BODY_BYTES, _BODY_REST = 12, 4096
 """Allowed bytes of a request's body: per character of the longest prompt (JSON may escape one as 12 bytes), and for all
 other fields."""
-_STREAMED: dict[int | str, dict[str, Any]] = {
+_STREAMED: dict[int | str, dict[str, object]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Images, or events of one."}
 }
 """What a request may be answered with besides JSON."""
@@ -194,14 +195,14 @@ def create_app(
         "n": (int, Field(1, ge=1, le=limits.n, description="How many images, of seeds seed, seed + 1, …")),
         "steps": (int | None, Field(None, ge=1, le=limits.steps, description="Denoising steps.")),
     }
-    asked_image: Any = create_model("ImageRequest", __base__=ImageRequest, **bounds)
-    asked_edit: Any = create_model("EditRequest", __base__=EditRequest, **bounds)
+    asked_image: type[ImageRequest] = create_model("ImageRequest", __base__=ImageRequest, **bounds)
+    asked_edit: type[EditRequest] = create_model("EditRequest", __base__=EditRequest, **bounds)
     studio = Studio(engine, stored, limits.timeout, abilities.previews)
 
     @app.post(
         GENERATIONS, responses=refusals | _STREAMED, response_model=ImageResponse, response_model_exclude_none=True
     )
-    async def generations(body: asked_image, request: Request) -> Any:  # type: ignore[valid-type]
+    async def generations(body: asked_image, request: Request) -> ImageResponse | StreamingResponse:  # type: ignore[valid-type]
         """Draws ``n`` images of a prompt; with ``stream``, shows one while it is drawn."""
         asked = cast(ImageRequest, body)
         style = _style(asked, asked.dimensions() or (default.width, default.height), name, default, multiple, limits)
@@ -216,7 +217,7 @@ def create_app(
         response_model_exclude_none=True,
         openapi_extra=form,
     )
-    async def edits(request: Request) -> Any:
+    async def edits(request: Request) -> ImageResponse | StreamingResponse:
         """Draws ``n`` images that start from another one, or, with a mask, fill in a part of it."""
         if not abilities.edits:
             raise ApiError(400, f"{name} draws from text alone: diffusers has no image-to-image form of it", "no_edits")

@@ -1,11 +1,11 @@
 """Pipelines that start from an image, made from a text-to-image pipeline by diffusers' AutoPipeline classes."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image as Pillow
 
-from fp4dit_ao.calibration.pipeline_arguments import accepted
+from fp4dit_ao.calibration.pipeline_arguments import CallArguments, accepted
 from fp4dit_ao.serving.engine_types import Edit
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ def derived(pipe: "DiffusionPipeline") -> "dict[str, DiffusionPipeline]":
 
 
 def arguments(
-    pipelines: "Mapping[str, DiffusionPipeline]", edit: Edit, call: Mapping[str, Any], count: int
-) -> "tuple[DiffusionPipeline, dict[str, Any]]":
+    pipelines: "Mapping[str, DiffusionPipeline]", edit: Edit, call: Mapping[str, object], count: int
+) -> "tuple[DiffusionPipeline, CallArguments]":
     """The pipeline for an edit, and the arguments of its call.
 
     Args:

@@ -89,7 +89,7 @@ def from_form(model: type[Edited], fields: Mapping[str, str]) -> Edited:
         raise RequestValidationError([{**found, "loc": ("body", *found["loc"])} for found in errors]) from error
 
 
-def form_schema(model: type[EditRequest]) -> dict[str, Any]:
+def form_schema(model: type[EditRequest]) -> dict[str, object]:
     """JSON schema of a form with the fields of ``model`` and its files."""
     schema = model.model_json_schema()
     file = {"type": "string", "format": "binary"}

@@ -3,10 +3,9 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 from fp4dit_ao.serving.engine_types import Image, Preview
 from fp4dit_ao.serving.error_responses import failed
@@ -48,7 +47,7 @@ class Stream:
 
     kind: str
     picture: Callable[[Image], str]
-    facts: dict[str, Any]
+    facts: Mapping[str, object]
     timeout: float
 
     async def events(self, future: "Future[Image]", previews: Previews) -> AsyncIterator[str]:
@@ -59,7 +58,7 @@ class Stream:
         try:
             while not drawn.done() or not previews.arrived.empty():
                 waiting = asyncio.ensure_future(previews.arrived.get())
-                either: set[asyncio.Future[Any]] = {waiting, drawn}
+                either: set[asyncio.Future[tuple[int, Image]] | asyncio.Future[Image]] = {waiting, drawn}
                 await asyncio.wait(either, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
                 if waiting.done():
                     number, image = waiting.result()
@@ -74,17 +73,11 @@ class Stream:
         finally:
             future.cancel()
 
-    async def _event(self, name: str, image: Image, more: dict[str, Any]) -> str:
-        encoded = await asyncio.to_thread(self.picture, image)
-        data = {
-            "type": f"{self.kind}.{name}",
-            "b64_json": encoded,
-            "created_at": int(time.time()),
-            **self.facts,
-            **more,
-        }
-        return _text(data["type"], data)
+    async def _event(self, name: str, image: Image, more: Mapping[str, object]) -> str:
+        event, encoded = f"{self.kind}.{name}", await asyncio.to_thread(self.picture, image)
+        data = {"type": event, "b64_json": encoded, "created_at": int(time.time()), **self.facts, **more}
+        return _text(event, data)
 
 
-def _text(event: str, data: dict[str, Any]) -> str:
+def _text(event: str, data: Mapping[str, object]) -> str:
     return f"event: {event}\ndata: {json.dumps(data)}\n\n"

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import Request
 from starlette.responses import StreamingResponse
@@ -115,7 +114,7 @@ class Studio:
         )  # looked at, so asyncio does not log it
         gone = asyncio.ensure_future(_disconnected(request))
         try:
-            waited: set[asyncio.Future[Any]] = {together, gone}
+            waited: set[asyncio.Future[list[Image]] | asyncio.Future[None]] = {together, gone}
             await asyncio.wait(waited, timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED)
             if together.done():
                 return await together

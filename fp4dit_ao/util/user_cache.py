@@ -5,7 +5,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 from fp4dit_ao.util.atomic_files import write_text
 
@@ -25,7 +24,7 @@ def cache_folder() -> Path:
     return places.get(sys.platform, Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")) / "fp4dit-ao"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """The JSON object in ``path``; an empty one if the file is missing, damaged or holds something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -34,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, object]) -> None:
     """Writes ``value`` to ``path``; warns if it cannot, since nothing depends on it."""
     try:
         write_text(path, json.dumps(value, indent=1) + "\n")

@@ -11,12 +11,11 @@ on it; and not before quantization, as a graph transform would, because the floa
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from fp4dit_ao.config import ReconstructionConfig
 from fp4dit_ao.observers import set_fake_quantize
@@ -33,7 +32,7 @@ from fp4dit_ao.passes.reconstruction.walk import walk
 
 def correct_biases(
     prepared: GraphModule,
-    samples: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, object]],
     config: FineTuneConfig,
     *,
     checkpoint_dir: str | Path | None = None,
@@ -95,7 +94,7 @@ def _bias_of(node: Node) -> str | None:
 
 def _corrected(
     prepared: GraphModule,
-    samples: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, object]],
     old: Mapping[str, nn.Parameter],
     rows: int,
     progress: bool,

@@ -1,7 +1,6 @@
 """The error of a prepared graph's outputs, as the student, from its own as the teacher."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.fx import GraphModule
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.observers import set_fake_quantize
 
-Call = Mapping[str, Any]
+Call = Mapping[str, object]
 
 
 def calls_of(prepared: GraphModule, samples: Sequence[Call]) -> list[Call]:

@@ -1,15 +1,16 @@
 """The config that names of methods, given one by one, stand for: what ``quantize_pipeline`` and the command line take."""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
 
 from fp4dit_ao.config import AdaRoundConfig, ReconstructionConfig
 from fp4dit_ao.passes.reconstruction.objectives import OBJECTIVES
 from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS
 from fp4dit_ao.passes.reconstruction.scopes import SCOPES
-from fp4dit_ao.util.registry import Registry
 
-_REGISTRIES: dict[str, Registry[Any]] = {"rounding": ROUNDINGS, "objective": OBJECTIVES, "scope": SCOPES}
+_FIND: dict[str, Callable[[str], object]] = {
+    "rounding": ROUNDINGS.find, "objective": OBJECTIVES.find, "scope": SCOPES.find,
+}  # fmt: skip
 
 
 def chosen_config(
@@ -34,9 +35,9 @@ def chosen_config(
     if adaround is not None and reconstruction is not None:
         raise ValueError("adaround and reconstruction both say how weights are rounded; give one of the two")
     names = {"rounding": rounding, "objective": objective, "scope": scope}
-    given: dict[str, Any] = {name: value for name, value in names.items() if value is not None}
+    given = {name: value for name, value in names.items() if value is not None}
     for name, value in given.items():
-        _REGISTRIES[name].find(value)
+        _FIND[name](value)
     if reconstruction is not None:
         for name, value in given.items():
             if value != getattr(reconstruction, name):
@@ -52,7 +53,12 @@ def chosen_config(
         del given["rounding"]
     base = reconstruction or adaround or AdaRoundConfig()
     config = ReconstructionConfig(**{f.name: getattr(base, f.name) for f in fields(ReconstructionConfig)})
-    config = replace(config, **given)
-    for name, registry in _REGISTRIES.items():
-        registry.find(getattr(config, name))
+    config = replace(
+        config,
+        rounding=given.get("rounding", config.rounding),
+        objective=given.get("objective", config.objective),
+        scope=given.get("scope", config.scope),
+    )
+    for name, find in _FIND.items():
+        find(getattr(config, name))
     return config

@@ -1,7 +1,6 @@
 """Outputs of the linears inside a unit: quantized, and the original's."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ class LayerOutputs:
             set_fake_quantize(self.graph, True, True)
         return self.of(outputs)
 
-    def of(self, outputs: Any) -> list[Tensor]:
+    def of(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The linears' among all outputs of :attr:`graph`."""
         found: list[Tensor] = list(outputs[len(self._segment.outputs) :])
         return found
@@ -57,7 +56,7 @@ def _with_linears(segment: Segment) -> GraphModule:
     graph, copies = torch.fx.Graph(), dict[Node, Node]()
     for node in segment.graph.graph.nodes:
         if node.op == "output":
-            own: Callable[..., Any] = copies.__getitem__
+            own: Callable[[Node], Node] = copies.__getitem__
             graph.output((*map(own, node.args[0]), *map(own, linears_of(segment))))
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)

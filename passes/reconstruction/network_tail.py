@@ -32,7 +32,7 @@ class NetworkTail:
         for step in steps:
             set_fake_quantize(step.graph, False, False, paused=True)
 
-    def outputs(self, stream: Stream, rows: Tensor | slice, unit: Mapping[str, Any]) -> list[Any]:
+    def outputs(self, stream: Stream, rows: Tensor | slice, unit: Mapping[str, object]) -> list[Any]:
         """The model's outputs for some rows.
 
         Args:
@@ -57,7 +57,7 @@ def model_results(model: GraphModule) -> list[str]:
     return [node.name for node in next(n for n in model.graph.nodes if n.op == "output").all_input_nodes]
 
 
-def _run(graph: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+def _run(graph: Callable[..., Sequence[object]], arguments: Sequence[object]) -> Sequence[object]:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
         return checkpoint(graph, *arguments, use_reentrant=False, preserve_rng_state=False)
     return graph(*arguments)

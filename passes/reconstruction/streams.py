@@ -187,7 +187,7 @@ class Stream:
         """Compute a segment from the first of these streams, for all of them."""
         kept = [(i, name) for i, name in enumerate(segment.outputs) if name not in segment.dead]
 
-        def outputs_of(rows: slice) -> list[Any]:
+        def outputs_of(rows: slice) -> list[object]:
             outputs = segment.graph(*self.select(streams[0], segment.inputs, rows))
             return [outputs[position] for position, _ in kept]
 
@@ -197,7 +197,7 @@ class Stream:
         self.peak = max(self.peak, self._nbytes())
 
     @torch.no_grad()
-    def collected(self, names: Sequence[str], compute: Callable[[slice], Sequence[Any]], chunk: int) -> Values:
+    def collected(self, names: Sequence[str], compute: Callable[[slice], Sequence[object]], chunk: int) -> Values:
         """Values of all rows, by name, from what ``compute`` gives for the named ones of a slice of rows."""
         results: Values = {}
         for rows in self.chunks(chunk):

@@ -5,7 +5,7 @@ from typing import ClassVar, Protocol
 
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantizer import Quantizer
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from fp4dit_ao.passes.transforms.annotated_linears import AnnotatedLinear, annotated_linears
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class OutlierGroups(InputTransform):
         self.groups = []
 
     @torch.no_grad()
-    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, Any]]) -> None:
+    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, object]]) -> None:
         """Choose an order for every linear that the quantizer quantizes.
 
         Raises:
@@ -187,13 +187,13 @@ def _in_place(weight: Tensor) -> Tensor:
 
 
 class _Reordering:
-    def before(self, module: Any, x: Tensor) -> Tensor:
+    def before(self, module: nn.Module, x: Tensor) -> Tensor:
         return torch.index_select(x, -1, getattr(module, ORDER))
 
-    def beside(self, module: Any, x: Tensor) -> None:
+    def beside(self, module: nn.Module, x: Tensor) -> None:
         return None
 
-    def undone(self, module: Any, weight: Tensor) -> Tensor:
+    def undone(self, module: nn.Module, weight: Tensor) -> Tensor:
         return weight[:, getattr(module, ORDER).argsort()]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class WeightEqualization(GraphTransform):
         self.pairs: list[EqualizedPair] = []
 
     @torch.no_grad()
-    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, Any]] = ()) -> None:
+    def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, object]] = ()) -> None:
         """Find the pairs and their factors; ``samples`` have no influence.
 
         Raises:

@@ -1,6 +1,6 @@
 """Rewritten methods that embed conditions: time, guidance, prior tokens, reference videos."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def glm_image(
     timestep: Tensor,
     target_size: Tensor,
     crop_coords: Tensor,
-    attention_kwargs: dict[str, Any] | None = None,
+    attention_kwargs: dict[str, object] | None = None,
     return_dict: bool = False,
     attention_mask: Tensor | None = None,
     kv_caches: None = None,
@@ -61,7 +61,7 @@ def wan_animate(
     face_pixel_values: Tensor | None = None,
     motion_encode_batch_size: int | None = None,
     return_dict: bool = False,
-    attention_kwargs: dict[str, Any] | None = None,
+    attention_kwargs: dict[str, object] | None = None,
 ) -> tuple[Tensor]:
     """Replaces ``WanAnimateTransformer3DModel.forward``, which encodes faces in batches of ``motion_encode_batch_size``,
     as many as the video has.

@@ -1,7 +1,7 @@
 """Rewritten methods of Hunyuan's models, which pack texts of several lengths row by row."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def hunyuan_video15(
     encoder_hidden_states_2: Tensor | None = None,
     encoder_attention_mask_2: Tensor | None = None,
     image_embeds: Tensor | None = None,
-    attention_kwargs: dict[str, Any] | None = None,
+    attention_kwargs: dict[str, object] | None = None,
     return_dict: bool = False,
 ) -> tuple[Tensor]:
     """Replaces ``HunyuanVideo15Transformer3DModel.forward``, which packs two texts and an image by their masks, one row
@@ -70,7 +70,7 @@ def hunyuan_image(
     encoder_hidden_states_2: Tensor | None = None,
     encoder_attention_mask_2: Tensor | None = None,
     guidance: Tensor | None = None,
-    attention_kwargs: dict[str, Any] | None = None,
+    attention_kwargs: dict[str, object] | None = None,
     return_dict: bool = False,
 ) -> tuple[Tensor]:
     """Replaces ``HunyuanImageTransformer2DModel.forward``, which packs two texts by their masks, one row after the
@@ -109,7 +109,7 @@ def framepack(
     indices_latents_history_2x: Tensor | None = None,
     latents_history_4x: Tensor | None = None,
     indices_latents_history_4x: Tensor | None = None,
-    attention_kwargs: dict[str, Any] | None = None,
+    attention_kwargs: dict[str, object] | None = None,
     return_dict: bool = False,
 ) -> tuple[Tensor]:
     """Replaces ``HunyuanVideoFramepackTransformer3DModel.forward``, which cuts the text of a single prompt to the length
@@ -139,7 +139,12 @@ def framepack(
     return (_unpatchify(x, sizes, patch),)
 
 
-def _patch_counts(config: Any, latent: Tensor) -> tuple[int, int, int]:
+class _PatchSizes(Protocol):
+    patch_size_t: int
+    patch_size: int
+
+
+def _patch_counts(config: _PatchSizes, latent: Tensor) -> tuple[int, int, int]:
     """Patches of a latent along frames, height and width."""
     frames, height, width = latent.shape[-3:]
     return frames // config.patch_size_t, height // config.patch_size, width // config.patch_size

@@ -1,6 +1,6 @@
 """Rewritten method of Lumina 2, which packs texts of several lengths and images into one sequence."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def lumina2(
     timestep: Tensor,
     encoder_hidden_states: Tensor,
     encoder_attention_mask: Tensor,
-    attention_kwargs: dict[str, Any] | None = None,
+    attention_kwargs: dict[str, object] | None = None,
     return_dict: bool = False,
 ) -> tuple[Tensor]:
     """Replaces ``Lumina2Transformer2DModel.forward``, which packs text and image by lengths that it reads from the

@@ -1,6 +1,6 @@
 """Rewritten methods that cut images into patches, and put them together again."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def dit(
     hidden_states: Tensor,
     timestep: Tensor,
     class_labels: Tensor,
-    cross_attention_kwargs: dict[str, Any] | None = None,
+    cross_attention_kwargs: dict[str, object] | None = None,
     return_dict: bool = False,
 ) -> tuple[Tensor]:
     """Replaces ``DiTTransformer2DModel.forward``, which computes the image's side as the square root of the number of

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ def qwen_image(
     encoder_hidden_states: Tensor,
     encoder_hidden_states_mask: Tensor | None = None,
     timestep: Tensor | None = None,
-    img_shapes: Any = None,
+    img_shapes: Sequence[Sequence[Sequence[int]]] | None = None,
     guidance: Tensor | None = None,
-    attention_kwargs: dict[str, Any] | None = None,
+    attention_kwargs: dict[str, object] | None = None,
     controlnet_block_samples: Sequence[Tensor] | None = None,
     additional_t_cond: Tensor | None = None,
     return_dict: bool = False,
@@ -34,7 +34,7 @@ def qwen_image(
             additional_t_cond=additional_t_cond, return_dict=False,
         )  # fmt: skip
         return found
-    assert timestep is not None
+    assert timestep is not None and img_shapes is not None
     x, text = self.img_in(hidden_states), self.txt_in(self.txt_norm(encoder_hidden_states))
     is_reference = (torch.arange(x.shape[1], device=x.device) >= math.prod(img_shapes[0][0])).int()[None]
     mask = None if encoder_hidden_states_mask is None else encoder_hidden_states_mask.bool()
@@ -55,10 +55,10 @@ def qwen_image21(
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     timestep: Tensor,
-    img_shapes: Any,
+    img_shapes: Sequence[Sequence[Sequence[int]]],
     img_mask: Tensor,
     encoder_hidden_states_mask: Tensor | None = None,
-    attention_kwargs: dict[str, Any] | None = None,
+    attention_kwargs: dict[str, object] | None = None,
     kv_cache: None = None,
     kv_cache_mode: None = None,
     return_dict: bool = False,

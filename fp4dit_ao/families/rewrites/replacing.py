@@ -3,11 +3,10 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
-from typing import Any
 
 from torch import nn
 
-Method = Callable[..., Any]
+Method = Callable[..., object]
 
 
 @contextlib.contextmanager

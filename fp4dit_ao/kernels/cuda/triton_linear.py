@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from fp4dit_ao.kernels.checks import refuse
 from fp4dit_ao.kernels.cuda.triton_lookup import INTERPRETED, levels

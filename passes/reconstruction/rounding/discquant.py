@@ -20,7 +20,6 @@ model: scope ``window`` over all blocks, or objective ``prediction_difference``,
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +103,7 @@ class DriftingAdam(torch.optim.Adam):
         self.rate = RHO * sum(rule.alpha.numel() for rule in rules)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step."""
         for x, drift in self.drifts.items():
             if x.grad is not None:
