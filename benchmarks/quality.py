@@ -126,6 +126,7 @@ PAIRS = [
     ("codebook-gptq", "codebook-nearest"), ("codebook", "codebook-nearest"), ("codebook-gptq", "codebook"),
     ("e2m1-groups", "e2m1-mse"), ("e2m3", "int-nearest"),
     ("e2m1-sign", "e2m1-nearest"), ("e2m1-sign", "e2m1"), ("codebook-sign", "codebook-nearest"),
+    ("codebook-sign", "codebook-gptq"), ("codebook-flexround", "codebook-gptq"),
     ("e2m1-flexround", "e2m1-nearest"), ("e2m1-flexround", "e2m1"), ("e2m1-lrq", "e2m1-flexround"),
     ("codebook-flexround", "codebook-nearest"), ("e2m1-hadamard", "e2m1-nearest"), ("e2m1-low-rank", "e2m1-nearest"),
     ("e2m1-svdquant", "e2m1-gptq"), ("e2m1-lowbit-fp", "e2m1-mse"), ("e2m1-lowbit-fp", "e2m1"),
