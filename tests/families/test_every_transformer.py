@@ -32,7 +32,7 @@ def test_its_blocks_run_on_low_bit_weights(kind: str) -> None:
     for name in map(whole_name, names):  # FLUX.1 and Hunyuan-DiT split linears whose input joins two tensors
         weight, low_bit = model.get_submodule(name).weight, quantized.get_submodule(name).weight
         low_bit = low_bit.dequantize() if isinstance(low_bit, LowBitWeight) else low_bit
-        assert (low_bit - weight).norm() < 0.15 * weight.norm(), name  # of another layer: 1.4
+        assert (low_bit - weight).norm() < 0.25 * weight.norm(), name  # E3M0: 0.19; of another layer: 1.4
 
 
 def test_every_class_of_diffusers_has_a_small_model() -> None:
