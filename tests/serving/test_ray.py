@@ -115,5 +115,5 @@ def test_replicas_load_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
     model, options = seen.value.args
     assert (model, options.name, options.weights, options.compile) == ("DIR", "tiny", "int8", False)
     assert (options.batching.max_batch, options.batching.window) == (2, 0.005)
-    with pytest.raises(ValidationError, match="'packed', 'int8' or 'fp8'"):
+    with pytest.raises(ValidationError, match="'packed', 'int8', 'fp8' or 'auto'"):
         deployed.Arguments(model="DIR", weights="int4")
