@@ -18,7 +18,7 @@ from fp4dit_ao.families.sample_inputs import Random
 SMALL_TRANSFORMERS: dict[str, Small] = dict(
     sorted(({kind: Small(config, None) for kind, config in reversed(KNOWN.values())} | IMAGE | VIDEO | AUDIO).items())
 )
-"""By the name of the class, in the order of the alphabet; of families with several models, the first."""
+"""Small models by the name of their class, in alphabetical order; of families with several models, the first."""
 
 NO_DENOISERS = {
     "HunyuanDiT2DControlNetModel": "a ControlNet, which adds to a denoiser",

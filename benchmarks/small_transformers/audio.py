@@ -82,4 +82,4 @@ AUDIO: dict[str, Small] = {
         "global_hidden_states": r.normal(2, 64),
     }),
 }  # fmt: skip
-"""By class."""
+"""Small models by the name of their class."""

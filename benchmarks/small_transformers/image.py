@@ -266,4 +266,4 @@ IMAGE: dict[str, Small] = {
         "axes_dims": list(AXES), "axes_lens": [256, 32, 32],
     }, _z_image),
 }  # fmt: skip
-"""By class; those of the table of families stand in ``known.py``."""
+"""Small models by the name of their class; those of the table of families stand in ``known.py``."""

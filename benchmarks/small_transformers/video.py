@@ -309,4 +309,4 @@ VIDEO: dict[str, Small] = {
         lambda r: video(r, 4) | {"control_hidden_states": r.normal(2, 12, 2, 8, 8)},
     ),
 }  # fmt: skip
-"""By class; those of the table of families stand in ``known.py``."""
+"""Small models by the name of their class; those of the table of families stand in ``known.py``."""

@@ -122,7 +122,7 @@ class Package(Protocol):
     def __call__(self, *args: object, **kwargs: object) -> tuple[Tensor, ...]: ...
 
     def get_metadata(self) -> dict[str, str]:
-        """What was stored in its options."""
+        """Returns the texts that were stored in its options, by name."""
 
 
 def load_package(path: str | Path) -> Package:

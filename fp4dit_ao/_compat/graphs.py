@@ -193,7 +193,7 @@ def is_view(target: object) -> bool:
 
 
 def symbol_values(graph: GraphModule, sample: Mapping[str, object]) -> dict[str, int]:
-    """What the symbols in a captured graph's sizes stand for when it is called with ``**sample``, by the symbol's name."""
+    """Values of the symbols in a captured graph's sizes when it is called with ``**sample``, by the symbol's name."""
     found: dict[str, int] = {}
     values = flat_inputs(graph, sample)
     for node in graph.graph.nodes:

@@ -85,7 +85,7 @@ def _measured(
 
 
 def certified(transformer: QuantizedTransformer, speeds: Mapping[str, LayerSpeed], rows: LayerRows, model: str) -> str:
-    """What the quantized linears are worth together: how they were measured, a row for each form, and a sentence."""
+    """Speed and size of the quantized linears together: how they were measured, a row for each form, and a sentence."""
     sizes = {row.name: row for row in transformer.summary()}
     layers = [
         MeasuredLinear(name, speed, sizes[name].bytes, math.prod(sizes[name].shape or ()))

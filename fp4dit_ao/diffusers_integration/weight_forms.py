@@ -1,4 +1,4 @@
-"""In which form a quantized transformer's weights are fastest on a machine: packed, or bfloat16."""
+"""Choice of the form in which each weight is the fastest on a machine: packed, or bfloat16."""
 
 from collections.abc import Callable
 

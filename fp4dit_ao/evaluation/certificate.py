@@ -1,4 +1,4 @@
-"""What quantized linears are worth on one machine, all together: packed, in bfloat16, and each in the form that is faster."""
+"""Speed and size of all quantized linears together on one machine: packed, in bfloat16, and each in the form that is faster."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -87,14 +87,14 @@ def better_in_bfloat16(speeds: Mapping[str, LayerSpeed], dtype: torch.dtype) -> 
 
 
 def kind_of(weight: LowBitWeight, rows: int, device: torch.device) -> str:
-    """What decides a linear's speed on one machine: how its weight is stored, what computes it, and tokens of a call."""
+    """Key of a linear's speed on one machine: how its weight is stored, which unit computes it, and tokens of a call."""
     parts = {name: getattr(weight, name) for name in _compat.parts(type(weight))}
     shown = ", ".join(f"{k} {tuple(v.shape) if isinstance(v, Tensor) else v}" for k, v in parts.items() if k != "dtype")
     return f"{type(weight).__name__} ({shown}), {weight.unit(device)}, {rows} tokens"
 
 
 def this_machine(device: torch.device) -> dict[str, str]:
-    """What results depend on beside the linear: hardware, threads, versions."""
+    """Environment that results hold for: hardware, threads, versions."""
     found = environment()
     place = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     kept = ("processor", "instructions", "kernel", "threads", "torch", "torchao")

@@ -154,7 +154,7 @@ def _timer(way: Way, device: torch.device, count: int) -> Callable[[], float]:
 
 
 def _on_gpu(way: Way, linears: int, repeats: int) -> Callable[[], float]:
-    """As a CUDA graph, so that launches from Python, which a compiled model has not, are not timed."""
+    """Captures ``way`` as a CUDA graph, so that launches from Python, which a compiled model lacks, are not timed."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):

@@ -22,7 +22,7 @@ _DOT_PRODUCTS = ("amx", "avx512vnni", "avxvnni")
 
 
 class SlowLinear(NamedTuple):
-    """What a reason may depend on.
+    """Facts of a layer that a reason depends on.
 
     Attributes:
         weight: the low-bit weight.

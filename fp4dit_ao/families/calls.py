@@ -8,7 +8,7 @@ from fp4dit_ao._compat import Keywords
 
 @dataclass(frozen=True)
 class Call:
-    """What a graph needs to know of the arguments of one class's ``forward``."""
+    """Roles of the arguments of one class's ``forward`` when it is captured."""
 
     shared: tuple[str, ...] = ()
     """Arguments that all rows of a batch share, so that their first dimension is not the batch."""
@@ -102,4 +102,4 @@ CALLS: dict[str, Call] = {
     ),
     "ZImageTransformer2DModel": Call(adapt=_one_image_a_row),
 }
-"""By class; other classes take what :class:`Call` says by default."""
+"""Calls by the name of the class; other classes take the defaults of :class:`Call`."""

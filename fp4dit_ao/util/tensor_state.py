@@ -56,5 +56,10 @@ def _digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(dict(texts), sort_keys=True).encode())
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(x))
     return digest.hexdigest()
+
+
+def bytes_of(x: Tensor) -> memoryview:
+    """Bytes of a tensor's elements in order, wherever and however it is stored; hashes take them."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

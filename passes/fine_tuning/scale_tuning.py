@@ -28,7 +28,7 @@ from fp4dit_ao.ops import expand_scale, to_scale_dtype
 from fp4dit_ao.passes.fine_tuning.fine_tune import FINE_TUNINGS, FineTuneConfig, FineTuneReport
 from fp4dit_ao.passes.fine_tuning.model_error import calls_of, loss, teacher, total_error
 from fp4dit_ao.passes.partition import weight_observers
-from fp4dit_ao.util.tensor_state import load_state, save_state
+from fp4dit_ao.util.tensor_state import bytes_of, load_state, save_state
 
 
 class TunedScale(nn.Module):
@@ -172,12 +172,8 @@ def _fingerprint(prepared: GraphModule, samples: Sequence[Mapping[str, object]],
     tensors = [x for _, o in weight_observers(prepared) for x in (o.scale, o.codes) if x is not None]
     leaves = [leaf for sample in samples for leaf in pytree.tree_leaves(dict(sample))]
     for x in (*prepared.parameters(), *tensors, *leaves):
-        digest.update(_bytes(x) if isinstance(x, Tensor) else repr(x).encode())
+        digest.update(bytes_of(x) if isinstance(x, Tensor) else repr(x).encode())
     return digest.hexdigest()
-
-
-def _bytes(x: Tensor) -> memoryview:
-    return memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 class _Store:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -17,7 +16,7 @@ from fp4dit_ao.observers.weight import Settled, weight_of
 from fp4dit_ao.passes.partition import Segment, weight_observers
 from fp4dit_ao.passes.reconstruction.report import BlockReport
 from fp4dit_ao.passes.reconstruction.rounding import RoundingRule
-from fp4dit_ao.util.tensor_state import load_state, save_state
+from fp4dit_ao.util.tensor_state import bytes_of, load_state, save_state
 
 _SCALE = "#scale"
 """Follows a weight's name: its learned scale."""
@@ -35,20 +34,16 @@ def fingerprint(
     digest.update(prepared.code.encode())
     for node, observer in weight_observers(prepared):
         digest.update(f"{observer.name} {observer.fmt} {observer.granularity}".encode())
-        digest.update(_bytes(weight_of(prepared, node)))
+        digest.update(bytes_of(weight_of(prepared, node)))
     for name, module in prepared.named_modules():
         if isinstance(module, FloatObserver):
             digest.update(f"{name} {module.fmt}".encode())
             for state in module.state_dict().values():  # scales, and static ranges
-                digest.update(_bytes(state))
+                digest.update(bytes_of(state))
     for sample in samples:
         for leaf in pytree.tree_leaves(dict(sample)):
-            digest.update(_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+            digest.update(bytes_of(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
     return digest.hexdigest()
-
-
-def _bytes(x: Tensor) -> memoryview:
-    return memoryview(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 class Store:
