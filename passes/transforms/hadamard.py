@@ -7,25 +7,18 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
 
-from fp4dit_ao.passes.transforms.annotated_linears import weight_path
 from fp4dit_ao.passes.transforms.graph_transform import Record
 from fp4dit_ao.passes.transforms.input_statistics import kept_rows
-from fp4dit_ao.passes.transforms.input_transform import InputTransform
 from fp4dit_ao.passes.transforms.linear_groups import (
     LinearGroup,
     call,
-    calls_of,
     groups_by_input,
-    module_of,
-    nodes_by_linear,
-    readers_by_source,
-    replace_parameter,
-    stored_tensor,
     tensor_at,
 )
+from fp4dit_ao.passes.transforms.online_transform import OnlineTransform
 from fp4dit_ao.passes.transforms.split_inputs import joins_or_is_part
 from fp4dit_ao.passes.transforms.transformed_linear import TransformedLinear
 from fp4dit_ao.passes.transforms.trial_quantization import OutputError
@@ -50,7 +43,7 @@ class RotatedGroup:
     block: int
 
 
-class Hadamard(InputTransform):
+class Hadamard(OnlineTransform[RotatedGroup]):
     """Multiplies a linear's input by an orthogonal block-diagonal matrix R, and its weight by the same: ``(X R)(W R)^T``.
 
     Source: QuaRot (arXiv 2404.00456): R is a randomised Hadamard matrix, ``diag(+-1) H / sqrt(n)``. The paper folds
@@ -82,8 +75,6 @@ class Hadamard(InputTransform):
     name: ClassVar[str] = "hadamard"
     leaf: ClassVar[str] = ROTATION
     done: ClassVar[str] = "rotated"
-    fits_single_file: ClassVar[bool] = False
-    groups: list[RotatedGroup]
 
     def __init__(
         self,
@@ -97,8 +88,6 @@ class Hadamard(InputTransform):
         if block < SMALLEST or block & (block - 1):
             raise ValueError(f"Hadamard: block={block}; it must be a power of two from {SMALLEST} on")
         self.block, self.seed, self.everywhere = block, seed, everywhere
-        self.groups = []
-        self._learned = False
 
     @torch.no_grad()
     def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, object]]) -> None:
@@ -115,7 +104,7 @@ class Hadamard(InputTransform):
         self.groups = [
             RotatedGroup(group.names, self._block_of(graph, group)) for group in groups if group.pattern in chosen
         ]
-        self._learned = True
+        self.fitted = True
 
     def _block_of(self, graph: GraphModule, group: LinearGroup) -> int:
         width = tensor_at(graph, group.linears[0].weight).shape[1]
@@ -128,56 +117,24 @@ class Hadamard(InputTransform):
         rotated = [rotated_weight(weight, matrix) for weight in weights]
         return error.of(weights, rows), error.of(rotated, rotate(rows, matrix))
 
-    # --- applying ----------------------------------------------------------------------------------------------------
+    # --- what is changed -------------------------------------------------------------------------------------------------
 
-    def _matrix(self, group: RotatedGroup, like: Tensor) -> Tensor:
-        """The rotation of a fitted transform; the identity in one from a record, until stored tensors take their places."""
-        matrix = rotation(group.block, self.seed) if self._learned else torch.eye(group.block)
+    def shared_value(self, group: RotatedGroup, like: Tensor) -> Tensor:
+        matrix = rotation(group.block, self.seed) if self.fitted else torch.eye(group.block)
         return matrix.to(like.device, like.dtype)
 
-    def rewrite(self, graph: GraphModule) -> None:
-        linears = nodes_by_linear(graph)
-        for group in self.groups:
-            nodes = calls_of(linears, group.linears, self.done)
-            matrix = self._matrix(group, tensor_at(graph, weight_path(nodes[0])))
-            if self._learned:
-                for path in dict.fromkeys(weight_path(node) for node in nodes):
-                    replace_parameter(graph, path, rotated_weight(tensor_at(graph, path), matrix))
-            for source, readers in readers_by_source(graph, nodes):
-                value: Tensor = source.meta["val"]
-                sizes = [value.shape[-1] // group.block, group.block]
-                with graph.graph.inserting_before(readers[0]):
-                    factor = stored_tensor(graph, readers[0], self.shared_name(group), matrix)
-                    blocks = call(
-                        graph, readers[0], _ATEN.unflatten.int, (source, -1, sizes), value.unflatten(-1, sizes)
-                    )
-                    mixed = call(graph, readers[0], _ATEN.matmul.default, (blocks, factor), blocks.meta["val"])
-                    joined = call(graph, readers[0], _ATEN.flatten.using_ints, (mixed, -2, -1), value)
-                for node in readers:
-                    node.update_arg(0, joined)
+    def changed_weight(self, weight: Tensor, shared: Tensor) -> Tensor:
+        return rotated_weight(weight, shared)
 
-    def apply_to_modules(self, model: nn.Module) -> None:
-        for group in self.groups:
-            shared: Tensor | None = None
-            for name in group.linears:
-                linear = module_of(model, name, self.done)
-                first = shared is None
-                if shared is None:
-                    shared = self._matrix(group, linear.weight)
-                model.set_submodule(name, RotatedLinear(linear, shared, stored=first))
+    def changed_input(self, graph: GraphModule, reader: Node, source: Node, shared: Node, group: RotatedGroup) -> Node:
+        value: Tensor = source.meta["val"]
+        sizes = [value.shape[-1] // group.block, group.block]
+        blocks = call(graph, reader, _ATEN.unflatten.int, (source, -1, sizes), value.unflatten(-1, sizes))
+        mixed = call(graph, reader, _ATEN.matmul.default, (blocks, shared), blocks.meta["val"])
+        return call(graph, reader, _ATEN.flatten.using_ints, (mixed, -2, -1), value)
 
-    def refused_loras(self) -> dict[str, str]:
-        """Every rotated linear: fusing a LoRA does not know that its weight is of rotated inputs."""
-        why = "whose input is rotated; quantize without the transform 'hadamard' to use it"
-        return {name: why for group in self.groups for name in group.linears}
-
-    def float_weight(self, name: str, weight: Tensor, graph: GraphModule) -> Tensor | None:
-        owner = name.rpartition(".")[0]
-        for group in self.groups:
-            if owner in group.linears and name.endswith(".weight"):
-                matrix = tensor_at(graph, self.shared_name(group))
-                return rotated_weight(weight, matrix.to(weight.device, weight.dtype))
-        return weight
+    def changed_module(self, linear: nn.Linear, shared: Tensor, stored: bool) -> nn.Module:
+        return RotatedLinear(linear, shared, stored)
 
     # --- records -----------------------------------------------------------------------------------------------------
 

@@ -6,25 +6,18 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
 
-from fp4dit_ao.passes.transforms.annotated_linears import weight_path
 from fp4dit_ao.passes.transforms.graph_transform import Record
 from fp4dit_ao.passes.transforms.input_statistics import InputStatistics, kept_rows
-from fp4dit_ao.passes.transforms.input_transform import InputTransform
 from fp4dit_ao.passes.transforms.linear_groups import (
     LinearGroup,
     call,
-    calls_of,
     groups_by_input,
-    module_of,
-    nodes_by_linear,
-    readers_by_source,
-    replace_parameter,
-    stored_tensor,
     tensor_at,
 )
+from fp4dit_ao.passes.transforms.online_transform import OnlineTransform
 from fp4dit_ao.passes.transforms.split_inputs import joins_or_is_part
 from fp4dit_ao.passes.transforms.transformed_linear import TransformedLinear
 from fp4dit_ao.passes.transforms.trial_quantization import OutputError
@@ -49,7 +42,7 @@ class OrderedGroup:
     order: Tensor | None = None
 
 
-class OutlierGroups(InputTransform):
+class OutlierGroups(OnlineTransform[OrderedGroup]):
     """Reorders a linear's input channels, and the columns of its weight, so that channels of like size lie in one block.
 
     Source: DGQ (arXiv 2501.04304), whose clusters of channels, by K-means on their ranges, have a scale each. Such scales stand
@@ -76,12 +69,9 @@ class OutlierGroups(InputTransform):
     name: ClassVar[str] = "outlier_groups"
     leaf: ClassVar[str] = ORDER
     done: ClassVar[str] = "reordered"
-    fits_single_file: ClassVar[bool] = False
-    groups: list[OrderedGroup]
 
     def __init__(self, quantizer: Quantizer | None = None, rows: int = 512):
         super().__init__(quantizer, rows)
-        self.groups = []
 
     @torch.no_grad()
     def fit(self, graph: GraphModule, samples: Sequence[Mapping[str, object]]) -> None:
@@ -97,6 +87,7 @@ class OutlierGroups(InputTransform):
             found[group.names[0]] = OrderedGroup(group.names, self._search(graph, group, seen))
         chosen = self.gaining(groups)
         self.groups = [found[group.names[0]] for group in groups if group.pattern in chosen]
+        self.fitted = True
 
     def _search(self, graph: GraphModule, group: LinearGroup, seen: list[InputStatistics]) -> Tensor:
         rows, weights = kept_rows(seen), [tensor_at(graph, linear.weight) for linear in group.members]
@@ -113,47 +104,19 @@ class OutlierGroups(InputTransform):
         self.errors[group.names[0]] = (first[0], best[0])
         return best[1]
 
-    # --- applying ----------------------------------------------------------------------------------------------------
+    # --- what is changed ---------------------------------------------------------------------------------------------
 
-    def rewrite(self, graph: GraphModule) -> None:
-        linears = nodes_by_linear(graph)
-        for group in self.groups:
-            nodes = calls_of(linears, group.linears, self.done)
-            paths = list(dict.fromkeys(weight_path(node) for node in nodes))
-            first = tensor_at(graph, paths[0])
-            order = _in_place(first) if group.order is None else group.order.to(first.device)
-            if group.order is not None:
-                for path in paths:
-                    replace_parameter(graph, path, tensor_at(graph, path).detach()[:, order])
-            for source, readers in readers_by_source(graph, nodes):
-                value: Tensor = source.meta["val"]
-                with graph.graph.inserting_before(readers[0]):
-                    stored = stored_tensor(graph, readers[0], self.shared_name(group), order)
-                    gathered = call(graph, readers[0], _ATEN.index_select.default, (source, -1, stored), value)
-                for node in readers:
-                    node.update_arg(0, gathered)
+    def shared_value(self, group: OrderedGroup, like: Tensor) -> Tensor:
+        return torch.arange(like.shape[1], device=like.device) if group.order is None else group.order.to(like.device)
 
-    def apply_to_modules(self, model: nn.Module) -> None:
-        for group in self.groups:
-            shared: Tensor | None = None
-            for name in group.linears:
-                linear = module_of(model, name, self.done)
-                first = shared is None
-                if shared is None:
-                    shared = _in_place(linear.weight)
-                model.set_submodule(name, ReorderedLinear(linear, shared, stored=first))
+    def changed_weight(self, weight: Tensor, shared: Tensor) -> Tensor:
+        return weight[:, shared]
 
-    def refused_loras(self) -> dict[str, str]:
-        """Every reordered linear: fusing a LoRA does not know of the order of its weight's columns."""
-        why = "whose input channels are reordered; quantize without the transform 'outlier_groups' to use it"
-        return {name: why for group in self.groups for name in group.linears}
+    def changed_input(self, graph: GraphModule, reader: Node, source: Node, shared: Node, group: OrderedGroup) -> Node:
+        return call(graph, reader, _ATEN.index_select.default, (source, -1, shared), source.meta["val"])
 
-    def float_weight(self, name: str, weight: Tensor, graph: GraphModule) -> Tensor | None:
-        owner = name.rpartition(".")[0]
-        for group in self.groups:
-            if owner in group.linears and name.endswith(".weight"):
-                return weight[:, tensor_at(graph, self.shared_name(group)).to(weight.device)]
-        return weight
+    def changed_module(self, linear: nn.Linear, shared: Tensor, stored: bool) -> nn.Module:
+        return ReorderedLinear(linear, shared, stored)
 
     # --- records -----------------------------------------------------------------------------------------------------
 
@@ -179,11 +142,6 @@ def candidate_orders(inputs: Tensor, columns: Tensor) -> Iterator[Tensor]:
     yield torch.arange(len(inputs), device=inputs.device)
     for size in (inputs, columns, inputs * columns):
         yield size.argsort(descending=True, stable=True)
-
-
-def _in_place(weight: Tensor) -> Tensor:
-    """The order that changes nothing, until the stored one takes its place."""
-    return torch.arange(weight.shape[1], device=weight.device)
 
 
 class _Reordering:
