@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.registry import from_records
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs
 from fp4dit_ao.quantizer import Decision
+from fp4dit_ao.util.versions import version_of
 
 FORMAT_VERSION = 3
 """Newest format version. 2: a checksum for every tensor and for the config; shards; of graph transforms, only split inputs,
@@ -63,7 +63,7 @@ class Record:
     source: str | None = None
     sample: Description | None = None
     transforms: list[GraphTransform] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=lambda: {name: metadata.version(name) for name in _PACKAGES})
+    versions: dict[str, str] = field(default_factory=lambda: {name: version_of(name) for name in _PACKAGES})
     model: dict[str, object] = field(default_factory=dict)
     tensors: dict[str, Entry] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)

@@ -9,7 +9,6 @@ import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -23,6 +22,7 @@ from fp4dit_ao.deploy.signature import Signature, as_length, signature_of
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.passes.numbers_to_lengths import numbers_to_lengths
 from fp4dit_ao.util.atomic_files import whole_file
+from fp4dit_ao.util.versions import version_of
 
 if TYPE_CHECKING:
     from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
@@ -168,7 +168,7 @@ def _note(model: "QuantizedTransformer", exported: ExportedProgram) -> Note:
         "class_name": model.config["_class_name"],
         "signature": asdict(signature_of(exported, _numbers(model))),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": {name: metadata.version(name) for name in ("fp4dit-ao", "torch")},
+        "versions": {name: version_of(name) for name in ("fp4dit-ao", "torch")},
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.util.versions import version_of
 
 _PACKAGES = ("fp4dit-ao", "torch", "torchao", "diffusers", "transformers")
 
@@ -51,6 +52,6 @@ def describe(e: dict[str, str]) -> str:
 
 def _version(name: str) -> str:
     try:
-        return metadata.version(name)
+        return version_of(name)
     except metadata.PackageNotFoundError:
         return "absent"
