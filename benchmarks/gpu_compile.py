@@ -75,17 +75,19 @@ def compiled(variant: Variant) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compiled_decoding(capability: int, group: int = 128) -> dict[str, Any]:
-    """Registers, spilled bytes and shared memory of the kernel that decodes codebook groups, and its byte look-ups."""
+def compiled_decoding(capability: int, group: int = 128, fp8: bool = False) -> dict[str, Any]:
+    """Registers, spilled bytes and shared memory of the kernel that decodes codebook groups, to int8 or E4M3, and its byte
+    look-ups."""
     types = {"qdata": "*u8", "index": "*u8", "tables": "*i32", "out": "*u8", "N": "i32", "K": "i32", "INDEX_ROW": "i32"}
     constants = {
         "GROUP": group, "BYTES": triton.next_power_of_2(group // 2), "ROWS": triton_decode.ROWS, "ASSEMBLY": True,
+        "FP8": fp8,
     }  # fmt: skip
     options = {"num_warps": triton_decode.WARPS}
     kernel = _compiled(triton_decode.decode_kernel, types, constants, ("N", "K"), capability, options)
     ptx = kernel.asm["ptx"]
     return {
-        "capability": capability, "group": group, "lookups": ptx.count("prmt.b32"),
+        "capability": capability, "group": group, "fp8": fp8, "lookups": ptx.count("prmt.b32"),
         "stores of 16 bytes": len(re.findall(r"st\.global\S*v4\.b32", ptx)), **usage(kernel),
     }  # fmt: skip
 
@@ -130,11 +132,13 @@ def main(
     """Compiles and prints."""
     rows = []
     asked = [int(capability) for capability in capabilities.split(",")]
-    for result in (compiled_decoding(capability, group) for capability in asked for group in (128, 112)):
+    decodings = [(capability, group, fp8) for capability in asked for group in (128, 112) for fp8 in (False, True)]
+    for result in (compiled_decoding(*each) for each in decodings if each[0] >= 89 or not each[2]):
         if as_json:
             print(json.dumps({"decoding": True, **result}))
+        kind = f"decoding to {'E4M3' if result['fp8'] else 'int8'}, groups of {result['group']}"
         rows.append(
-            [f"sm_{result['capability']}", f"decoding, groups of {result['group']}", f"{triton_decode.ROWS} rows",
+            [f"sm_{result['capability']}", kind, f"{triton_decode.ROWS} rows",
              str(triton_decode.WARPS), "", str(result["registers"]), str(result["spilled"]), f"{result['shared'] / 1024:.0f}"]
         )  # fmt: skip
     for variant in dict.fromkeys(variants(asked, every)):

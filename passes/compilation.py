@@ -38,7 +38,7 @@ def compile_blocks(graph: GraphModule) -> GraphModule:
 class _Compiled(nn.Module):
     def __init__(self, body: GraphModule):
         super().__init__()
-        self.run = torch.compile(body, dynamic=True, fullgraph=True)
+        self.run = torch.compile(body, dynamic=True, fullgraph=True, options=_compat.compiler_options())
 
     def forward(self, *args: object, **kwargs: object) -> object:
         args, kwargs = pytree.tree_map(_plain, (args, kwargs))

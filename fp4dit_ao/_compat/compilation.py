@@ -1,7 +1,7 @@
 """``torch.compile``, ``torch.export`` and AOTInductor: switches, and repairs of older versions."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
@@ -20,6 +20,12 @@ def distinct_sizes() -> contextlib.AbstractContextManager[None]:
     config: ModuleType = symbolic_config
     patch: contextlib.AbstractContextManager[None] = config.patch(use_duck_shape=False)
     return patch
+
+
+def compiler_options() -> dict[str, str | int | bool | Callable[..., object]] | None:
+    """Inductor's options for graphs of dynamic sizes. Older versions analyse how their kernels read memory by comparing sizes
+    as text, and stop at two that are equal but written differently."""
+    return None if torch.__version__ >= "2.13" else {"triton.coalesce_tiling_analysis": False}
 
 
 def sizes_of_repeats() -> contextlib.AbstractContextManager[object]:

@@ -167,7 +167,11 @@ def ready(model: nn.Module, variant: Variant) -> tuple[Callable[..., Sequence[Te
 
 
 def repeated_blocks(model: nn.Module) -> Sequence[nn.Module]:
-    """Longest list of modules of one class, the blocks that regional compilation compiles once."""
+    """Blocks that regional compilation compiles once a class: those that diffusers names, else the longest list of modules of
+    one class."""
+    named = getattr(model, "_repeated_blocks", None) or ()
+    if blocks := [module for module in model.modules() if type(module).__name__ in named]:
+        return blocks
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(block) for block in m}) == 1]
     return max(([*blocks] for blocks in lists), key=len, default=[])
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp4dit_ao.formats.number_format import E4M3_BITS, E4M3_MAX, MAX_BITS, NumberFormat
+from fp4dit_ao.formats.number_format import E4M3_BITS, E4M3_MAX, E4M3_STEP, MAX_BITS, NumberFormat
 
 _PATTERN = re.compile(r"e(?P<e>[0-9]+)m(?P<m>[0-9]+)(?P<fn>fn)?|int(?P<int>[0-9]+)")
 
@@ -99,6 +99,15 @@ class FloatFormat(NumberFormat):
     def is_exact_in_e4m3(self) -> bool:
         return self.mantissa_bits + (self.exponent_bits > 0) <= E4M3_BITS and self.lattice_max <= E4M3_MAX
 
+    @property
+    def is_rounded_by_e4m3(self) -> bool:
+        """Whether the format is E4M3's lowest binades, so that hardware that rounds to E4M3 rounds to it.
+
+        Both have three bits of mantissa, and a step here is E4M3's smallest subnormal, :data:`E4M3_STEP`.
+        """
+        fits = self.mantissa_bits == E4M3_BITS - 1 and self.exponent_bits > 0
+        return fits and self.lattice_max * E4M3_STEP <= E4M3_MAX
+
     def level(self, code: int) -> int:
         magnitude = code & (2 ** (self.bits - 1) - 1)
         e, m = magnitude >> self.mantissa_bits, magnitude & (2**self.mantissa_bits - 1)
@@ -139,6 +148,10 @@ class FloatFormat(NumberFormat):
     def round(self, y: Tensor) -> Tensor:
         """Levels nearest to ``y`` as float32: ``decode(encode(y))`` without computing codes, many times faster."""
         y = self._saturated(y)
+        if y.is_cuda and self.is_rounded_by_e4m3:
+            return rounded_by_e4m3(y)
+        if y.is_cuda and not self.max_binade:
+            return torch.round(y)
         if not self.mantissa_bits:
             k = self._binade(y)
             return self._mantissa(y, k) * _power_of_two(k)
@@ -163,7 +176,7 @@ class FloatFormat(NumberFormat):
 
     def _saturated(self, y: Tensor) -> Tensor:
         largest = float(self.lattice_max)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or y.is_cuda:
             y = y.float().clamp(-largest, largest)
             return torch.where(y == y, y, 0.0)  # NaN becomes 0
         return torch.nan_to_num(y.float(), nan=0.0).clamp(-largest, largest)
@@ -185,6 +198,12 @@ class FloatFormat(NumberFormat):
 _FEW_BINADES = 6
 """Most binades for which compiled code finds the binade by comparisons: Inductor vectorises those on CPUs, but neither
 reading the bits of a float nor ``nan_to_num``. In eager mode ``where`` is the one that is not vectorised."""
+
+
+def rounded_by_e4m3(y: Tensor) -> Tensor:
+    """Float32 ``y``, at most ``448 / E4M3_STEP``, rounded to the nearest multiple of its binade's step, ties to even, by the
+    conversion to E4M3, which GPUs have an instruction for."""
+    return (y * E4M3_STEP).to(torch.float8_e4m3fn).float() / E4M3_STEP
 
 
 def _power_of_two(k: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ MAX_BITS = 8
 """Most bits per code: codes are stored as uint8."""
 E4M3_BITS, E4M3_MAX = 4, 448
 """Significant bits of E4M3, three of mantissa and the leading one, and its largest number."""
+E4M3_STEP = 2.0**-9
+"""E4M3's smallest subnormal."""
 
 
 def is_exact_in_e4m3(value: int) -> bool:

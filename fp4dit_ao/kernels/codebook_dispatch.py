@@ -10,8 +10,8 @@ from fp4dit_ao.formats import CODEBOOK_SETS, NumberFormat, parse, unpack
 from fp4dit_ao.kernels import codebook_linear
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.cuda import int8_linear as triton_units
-from fp4dit_ao.kernels.decoded_linear import FP8, FP8_MULTIPLE
-from fp4dit_ao.kernels.token_quantization import as_levels, digits, quantize_tokens
+from fp4dit_ao.kernels.decoded_linear import FP8_MULTIPLE
+from fp4dit_ao.kernels.token_quantization import digits, fits_fp8, fp8_tokens, quantize_tokens
 from fp4dit_ao.kernels.units import Unit, UnitTable
 from fp4dit_ao.ops import choose_scale, fake_quantize
 from fp4dit_ao.ops.codebook import codebook_dequantize
@@ -55,10 +55,10 @@ def _decoded_fp8(o: CodebookOperands) -> bool:
         and triton_units.capability(o.device) >= triton_units.FP8_CAPABILITY
     )
     aligned = all(size % FP8_MULTIPLE == 0 for size in o.shape)
-    if not able or not aligned or o.dtype != torch.bfloat16 or o.activation is None or digits(o.activation) > 1:
+    if not able or not aligned or o.dtype != torch.bfloat16 or o.activation is None:
         return False
     known = CODEBOOK_SETS.get(o.codebooks)
-    return known is not None and known.is_exact_in_e4m3 and o.activation.is_exact_in_e4m3
+    return known is not None and known.is_exact_in_e4m3 and fits_fp8(o.activation)
 
 
 def _on_decoded_fp8(
@@ -66,9 +66,9 @@ def _on_decoded_fp8(
     activation: NumberFormat | None, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     assert activation is not None
-    tokens, token_scale = quantize_tokens(x, str(activation))
+    tokens, token_scale = fp8_tokens(x, str(activation))
     y: Tensor = torch.ops.fp4dit_ao.fp8_codebook_linear(
-        as_levels(tokens, FP8), token_scale, qdata, index, codebooks, row_scale, bias, group_size
+        tokens, token_scale, qdata, index, codebooks, row_scale, bias, group_size
     )
     return y.to(x.dtype).reshape(*x.shape[:-1], qdata.shape[0])
 

@@ -49,9 +49,10 @@ def _triton(o: LevelOperands) -> bool:
 def _on_scaled_mm(
     tokens: Tensor, token_scale: Tensor, levels: Tensor, scale: Tensor, bias: Tensor | None, output_dtype: torch.dtype
 ) -> Tensor:
-    columns = scale.float().expand(levels.shape[0], 1).T.contiguous()
-    y = _compat.fp8_product(tokens, levels.T, token_scale, columns, torch.bfloat16)
-    return (y if bias is None else y + bias).to(output_dtype)
+    columns = scale.float().expand(levels.shape[0], 1).reshape(1, -1)
+    inside = bias if bias is not None and bias.dtype == torch.bfloat16 else None
+    y = _compat.fp8_product(tokens.contiguous(), levels.T, token_scale, columns, torch.bfloat16, inside, fast=True)
+    return (y if bias is None or inside is not None else y + bias).to(output_dtype)
 
 
 def _on_triton(

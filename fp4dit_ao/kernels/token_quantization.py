@@ -13,6 +13,7 @@ Linears that read the same value (q, k and v; every block's text) share one quan
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fp4dit_ao import _compat
 from fp4dit_ao.formats import FloatFormat, NumberFormat, parse
+from fp4dit_ao.formats.number_format import E4M3_STEP
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.units import Unit, UnitTable
 from fp4dit_ao.ops import LIBRARY, choose_scale
@@ -33,7 +35,8 @@ _WORTHWHILE_ELEMENTS = 2**16
 """Elements from which the loop is faster than Inductor's code; below, entering an operator takes longer than the work."""
 
 _TRACED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Results by value of the graph being traced, and by format: (the value's version, result). Gone with the value."""
+"""Results by value of the graph being traced, and by function and format: (the value's version, result). Gone with the
+value."""
 
 
 def quantize_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
@@ -51,20 +54,34 @@ def quantize_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     return levels, scale
 
 
+def fp8_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    """Levels and scale of every token for FP8 products, rounded to nearest even.
+
+    Formats that E4M3 rounds as they do (``FloatFormat.is_rounded_by_e4m3``: E2M3, E4M3) take one conversion: levels are in
+    units of E4M3's smallest number, and the scale is as much larger.
+
+    Args:
+        x: float ``(..., features)``.
+        fmt: a format for which :func:`fits_fp8`.
+
+    Returns:
+        float8_e4m3fn ``(tokens, features)`` and float32 ``(tokens, 1)``; infinite where a token exceeds 4e37.
+    """
+    levels, scale = torch.ops.fp4dit_ao.fp8_tokens(x, fmt)
+    return levels, scale
+
+
+def fits_fp8(fmt: NumberFormat) -> bool:
+    """Whether :func:`fp8_tokens` quantizes to the format."""
+    return fmt.is_exact_in_e4m3 or (isinstance(fmt, FloatFormat) and fmt.is_rounded_by_e4m3)
+
+
 def digits(fmt: NumberFormat) -> int:
     """Int8 digits that a level of the format takes; 1 where every level is an int8."""
     count = 1
     while fmt.lattice_max >= _BASE**count:
         count += 1
     return count
-
-
-def as_levels(tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """int8 levels as ``dtype``, int8 or float8_e4m3fn, which must hold them.
-
-    FP8 by way of bfloat16, which holds every int8: Triton converts no integer to FP8, and not every Inductor knows.
-    """
-    return tokens if dtype == torch.int8 else tokens.bfloat16().to(dtype)
 
 
 def add_digits(y: Tensor, count: int) -> Tensor:
@@ -99,15 +116,27 @@ def _loop_supports(o: TokenOperands) -> bool:
 
 def _quantize_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     """``torch.ops.fp4dit_ao.quantize_tokens``: the picked unit; in a traced graph, once for each value and format."""
-    if not _compat.is_traced(x):  # a tensor with memory of its own can change without a trace
+    if not _compat.is_traced(x):
         unit = TOKENS.units[-1] if torch.compiler.is_compiling() else TOKENS.pick(_operands(x, fmt))
         return unit.run(x, fmt)
+    compiled = in_compiled_loop(x, fmt) and _is_large(x)
+    return _once(torch.ops.fp4dit_ao.int8_tokens if compiled else operator_tokens, x, fmt)
+
+
+def _fp8_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    """``torch.ops.fp4dit_ao.fp8_tokens``: in a traced graph, once for each value and format."""
+    return _once(operator_fp8_tokens, x, fmt) if _compat.is_traced(x) else operator_fp8_tokens(x, fmt)
+
+
+def _once(quantize: Callable[[Tensor, str], tuple[Tensor, Tensor]], x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    """``quantize(x, fmt)`` in a traced graph, for all who ask for the same; not for tensors with memory of their own, which
+    can change without a trace."""
     known = _TRACED.setdefault(x, {})
-    version, result = known.get(fmt, (None, None))
+    key = quantize, fmt
+    version, result = known.get(key, (None, None))
     if result is None or version != _compat.version(x):
-        compiled = in_compiled_loop(x, fmt) and _is_large(x)
-        result = torch.ops.fp4dit_ao.int8_tokens(x, fmt) if compiled else operator_tokens(x, fmt)
-        known[fmt] = (_compat.version(x), result)
+        result = quantize(x, fmt)
+        known[key] = (_compat.version(x), result)
     return result
 
 
@@ -170,6 +199,20 @@ def operator_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
     return torch.cat(parts) if count > 1 else parts[0], _rows(scale)
 
 
+def operator_fp8_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+    """Arguments and result as those of :func:`fp8_tokens`, on PyTorch's operators: the specification.
+
+    Few operators, so that Inductor computes them in the same loop as what precedes them.
+    """
+    number = parse(fmt)
+    scale = choose_scale(x, [1] * (x.ndim - 1) + [-1], fmt, torch.float32)
+    y = x.float() / scale
+    if isinstance(number, FloatFormat) and number.is_rounded_by_e4m3:
+        largest = number.lattice_max * E4M3_STEP
+        return _rows((y * E4M3_STEP).clamp(-largest, largest).to(torch.float8_e4m3fn)), _rows(scale / E4M3_STEP)
+    return _rows(number.round(y).to(torch.float8_e4m3fn)), _rows(scale)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -190,6 +233,8 @@ TOKENS: UnitTable[TokenOperands] = UnitTable(
 
 LIBRARY.define("quantize_tokens(Tensor x, str fmt) -> (Tensor, Tensor)")
 LIBRARY.impl("quantize_tokens", _quantize_tokens, "CompositeImplicitAutograd")
+LIBRARY.define("fp8_tokens(Tensor x, str fmt) -> (Tensor, Tensor)")
+LIBRARY.impl("fp8_tokens", _fp8_tokens, "CompositeImplicitAutograd")
 LIBRARY.define("int8_tokens(Tensor x, str fmt) -> (Tensor, Tensor)")
 LIBRARY.impl("int8_tokens", compiled_tokens, "CPU")
 LIBRARY.impl("int8_tokens", operator_tokens, "CUDA")

@@ -12,7 +12,7 @@ from fp4dit_ao import _compat
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import codebook_linear, level_linear
 from fp4dit_ao.kernels.cpu.native import OUTPUTS
-from fp4dit_ao.kernels.token_quantization import as_levels, quantize_tokens
+from fp4dit_ao.kernels.token_quantization import fits_fp8, fp8_tokens, quantize_tokens
 from fp4dit_ao.kernels.units import Unit
 from fp4dit_ao.tensors.codebook import CodebookTensor
 from fp4dit_ao.tensors.minifloat import MinifloatTensor
@@ -93,9 +93,10 @@ class LevelTensor(QuantizedWeight):
         else:
             levels = parse(weight.fmt).decode(weight.codes)
             scale, block_size = weight.scale, list(weight.block_size)
-        inputs = parse(weight.act_fmt).lattice
-        for fmt, values in ((weight.fmt, levels), (weight.act_fmt, inputs)):
-            if not fits(values, TYPES[to]):
+        inputs = parse(weight.act_fmt)
+        held = fits_fp8(inputs) if to == "fp8" else fits(inputs.lattice, TYPES[to])
+        for fmt, fitting in ((weight.fmt, fits(levels, TYPES[to])), (weight.act_fmt, held)):
+            if not fitting:
                 raise ValueError(f"{to} does not hold every level of {fmt}; leave this weight packed, or take int8")
         return cls(levels.to(TYPES[to]), scale, block_size, weight.fmt, weight.act_fmt, weight.dtype)
 
@@ -112,11 +113,10 @@ class LevelTensor(QuantizedWeight):
         return (groups * self.scale.float()[..., None]).flatten(1).to(output_dtype)
 
     def stored_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        tokens, token_scale = quantize_tokens(x, self.act_fmt)
+        quantize = quantize_tokens if self.qdata.dtype == torch.int8 else fp8_tokens
+        tokens, token_scale = quantize(x, self.act_fmt)
         output_dtype = x.dtype if x.dtype in OUTPUTS else torch.float32
-        y: Tensor = torch.ops.fp4dit_ao.level_linear(
-            as_levels(tokens, self.qdata.dtype), token_scale, self.qdata, self.scale, bias, output_dtype
-        )
+        y: Tensor = torch.ops.fp4dit_ao.level_linear(tokens, token_scale, self.qdata, self.scale, bias, output_dtype)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.qdata.shape[0])
 
     def unit(self, device: torch.device | str | None = None) -> Unit[Any]:

@@ -117,8 +117,7 @@ def test_the_picked_unit_of_levels_runs(to: str, monkeypatch: pytest.MonkeyPatch
         arguments = torch.ones(5, 128, dtype=weight.qdata.dtype), torch.ones(5, 1), weight.qdata, weight.scale, None
         kernels.level_linear.level_linear(*arguments, torch.float32)
     assert units_that_ran(called.names, LEVEL_LINEAR) == {unit.name}
-    ran = spied(LEVEL_LINEAR, monkeypatch)
-    monkeypatch.setattr(Tensor, "reshape", lambda y, *shape: y)
+    ran = spied(LEVEL_LINEAR, monkeypatch, torch.zeros(5, 48))
     F.linear(torch.randn(5, 128), weight)
     assert ran == [unit.name]
 
@@ -133,12 +132,12 @@ def test_the_picked_unit_of_attention_runs(fmt: str, library: str, monkeypatch: 
     assert units_that_ran(called.names, ATTENTION) == {ATTENTION.pick(AttentionOperands(parse(fmt), CPU, 64)).name}
 
 
-def spied(table: UnitTable, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replaces the units' functions by ones that record the unit's name and compute nothing."""
+def spied(table: UnitTable, monkeypatch: pytest.MonkeyPatch, result: Tensor | None = None) -> list[str]:
+    """Replaces the units' functions by ones that record the unit's name and return ``result``."""
     ran: list[str] = []
 
     def record(name: str) -> Any:
-        return lambda *args: ran.append(name) or torch.zeros(1)
+        return lambda *args: ran.append(name) or (torch.zeros(1) if result is None else result)
 
     monkeypatch.setattr(table, "units", [Unit(u.name, u.supports, record(u.name), u.detail) for u in table.units])
     return ran

@@ -19,14 +19,27 @@ WARPS = 4
 
 
 @triton.jit
+def as_fp8(word):
+    """Four int8 levels in a word to four of E4M3, which must hold them."""
+    return as_byte(word << 24) | as_byte(word << 16) << 8 | as_byte(word << 8) << 16 | as_byte(word) << 24
+
+
+@triton.jit
+def as_byte(level):
+    """The int8 in the highest byte of ``level`` as E4M3, in the lowest byte."""
+    value = (level >> 24).to(tl.float32).to(tl.float8e4nv)
+    return value.to(tl.uint8, bitcast=True).to(tl.int32)
+
+
+@triton.jit
 def decode_kernel(
     qdata, index, tables, out, N, K, INDEX_ROW,
-    GROUP: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    GROUP: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, ASSEMBLY: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """``out[n, k] = tables[index[n, k // GROUP]][code[n, k]]`` for ``ROWS`` rows of one group.
 
     ``qdata`` and ``index`` hold two of 4 bits a byte, the first in the low nibble; ``tables`` has four words for each
-    codebook; ``BYTES`` is the power of two that holds a group's bytes.
+    codebook, int8 levels, which become E4M3 here if ``FP8``; ``BYTES`` is the power of two that holds a group's bytes.
     """
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
@@ -38,9 +51,10 @@ def decode_kernel(
     )
     pair = tl.load(index + row * INDEX_ROW + group // 2).to(tl.int32)
     book = tables + ((pair >> (group % 2 * 4)) & 15) * 4
-    t0, t1 = tl.load(book)[:, None], tl.load(book + 1)[:, None]
-    t2, t3 = tl.load(book + 2)[:, None], tl.load(book + 3)[:, None]
-    found = levels(packed, t0, t1, t2, t3, ASSEMBLY)
+    t0, t1, t2, t3 = tl.load(book), tl.load(book + 1), tl.load(book + 2), tl.load(book + 3)
+    if FP8:
+        t0, t1, t2, t3 = as_fp8(t0), as_fp8(t1), as_fp8(t2), as_fp8(t3)
+    found = levels(packed, t0[:, None], t1[:, None], t2[:, None], t3[:, None], ASSEMBLY)
     k = tl.arange(0, BYTES * 2)
     at = out + n[:, None].to(tl.int64) * K + group * GROUP + k[None, :]
     tl.store(at, found, mask=(n < N)[:, None] & (k < GROUP)[None, :])
@@ -59,12 +73,12 @@ def decode(qdata: Tensor, index: Tensor, codebooks: Tensor, group_size: int, dty
     rows, columns = qdata.shape[0], qdata.shape[1] * 2
     out = torch.empty((rows, columns), dtype=torch.uint8, device=qdata.device)
     if out.numel():
-        tables = codebooks.to(dtype).contiguous().view(torch.int32)
+        tables = codebooks.contiguous().view(torch.int32)
         index = index.contiguous()
         with torch.cuda.device_of(qdata):
             decode_kernel[(triton.cdiv(rows, ROWS), columns // group_size)](
                 qdata.contiguous(), index, tables, out, rows, columns, index.shape[1],
                 GROUP=group_size, BYTES=triton.next_power_of_2(group_size // 2), ROWS=ROWS, ASSEMBLY=not INTERPRETED,
-                num_warps=WARPS,
+                FP8=dtype == torch.float8_e4m3fn, num_warps=WARPS,
             )  # fmt: skip
     return out.view(dtype)
