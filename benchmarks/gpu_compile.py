@@ -78,10 +78,19 @@ def compiled(variant: Variant) -> dict[str, Any]:
 def compiled_decoding(capability: int, group: int = 128, fp8: bool = False) -> dict[str, Any]:
     """Registers, spilled bytes and shared memory of the kernel that decodes codebook groups, to int8 or E4M3, and its byte
     look-ups."""
-    types = {"qdata": "*u8", "index": "*u8", "tables": "*i32", "out": "*u8", "N": "i32", "K": "i32", "INDEX_ROW": "i32"}
+    types = {
+        "qdata": "*i32",
+        "index": "*u8",
+        "tables": "*i32",
+        "out": "*i32",
+        "N": "i32",
+        "K": "i32",
+        "INDEX_ROW": "i32",
+    }
+    words = group // triton_decode.CODES_PER_WORD
     constants = {
-        "GROUP": group, "BYTES": triton.next_power_of_2(group // 2), "ROWS": triton_decode.ROWS, "ASSEMBLY": True,
-        "FP8": fp8,
+        "GROUP": words, "UNITS": triton.next_power_of_2(words), "ROWS": triton_decode.ROWS, "WORDS": True,
+        "ASSEMBLY": True, "FP8": fp8,
     }  # fmt: skip
     options = {"num_warps": triton_decode.WARPS}
     kernel = _compiled(triton_decode.decode_kernel, types, constants, ("N", "K"), capability, options)

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from benchmarks.gpu import attention, decode, device_tests, linears, reconstruction, step
-from benchmarks.gpu.measuring import Run, error_of
+from benchmarks.gpu.measuring import Run, error_of, preparing
 from fp4dit_ao.evaluation.environment import environment, one_line
 
 PARTS: dict[str, Callable[[Run], None]] = {
@@ -55,13 +55,14 @@ def main(
     part: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(PARTS)}.")] = ",".join(PARTS),
     minutes: Annotated[float, typer.Option(help="When each part stops measuring.")] = 3.5,
     rounds: Annotated[int, typer.Option(min=1, help="Times that every call is measured.")] = 11,
-    out: Annotated[Path, typer.Option(help="Folder of gpu.json.")] = Path("benchmarks/results"),
+    only: Annotated[str, typer.Option(help="Part of the names of the cases to measure, such as 'FLUX'.")] = "",
+    out: Annotated[Path, typer.Option(help="JSON file.")] = Path("benchmarks/results/gpu.json"),
 ) -> None:
     """Measures and prints."""
     names = parts_of(part)
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu measures an NVIDIA GPU, and this machine has none that PyTorch can use.")
-    run = Run(out / "gpu.json", {"environment": environment(), "gpu": gpu()}, rounds=rounds)
+    run = Run(out, {"environment": environment(), "gpu": gpu()}, rounds=rounds, only=only)
     run.say(
         f"{run.report['gpu']['name']}, driver, clock, power: {run.report['gpu']['driver, clock, power']}; {one_line()}"
     )
@@ -70,12 +71,12 @@ def main(
         began = time.monotonic()
         run.until = began + 60 * minutes
         try:
-            with torch.no_grad():
+            with preparing() as run.lock, torch.no_grad():
                 PARTS[name](run)
         except Exception as error:  # the next part may still tell something
             run.record("failed parts", {"part": name, "error": error_of(error)})
             run.say(f"{name} failed: {error_of(error)}")
         run.record("parts", {"part": name, "seconds": time.monotonic() - began, "left out": run.skipped})
-        run.skipped = []
+        run.skipped, run.lock = [], None
         torch.compiler.reset()
         torch.cuda.empty_cache()

@@ -12,8 +12,9 @@ from benchmarks.gpu.measuring import Call, Run, all_measured, error_of
 from fp4dit_ao import FloatFormat, MinifloatTensor, _compat
 from fp4dit_ao.benchmark.linears import low_bit
 from fp4dit_ao.benchmark.peers import PEERS
+from fp4dit_ao.kernels import codebook_linear
 from fp4dit_ao.kernels.cpu.int8_linear import level_table
-from fp4dit_ao.kernels.token_quantization import quantize_tokens
+from fp4dit_ao.kernels.token_quantization import fp8_tokens, quantize_tokens
 from fp4dit_ao.tensors.levels import LevelTensor
 from fp4dit_ao.util.markdown import markdown_table
 
@@ -63,17 +64,41 @@ def _compiled_linear(name: str, weight: Tensor, bias: Tensor, x: Tensor) -> Call
 
 
 def products(rows: int, features: int, depth: int, device: str) -> dict[str, Call]:
-    """Products of E2M3 tokens by name; ours are of E2M1 weights in groups of 128, and of codebook groups."""
+    """Products of E2M3 tokens and weights with codebook groups by name, decoding included, and the vendor's of bytes."""
+    torch.manual_seed(0)
+    half = torch.randn(rows, depth, device=device).bfloat16()
+    half_weight = torch.randn(features, depth, device=device).bfloat16()
+    groups = low_bit(half_weight, "w4a6_codebook")
+    stored = groups.qdata, groups.index, groups.codebooks, groups.row_scale
+    levels = codebook_linear.decode(*stored[:3], groups.group_size)
+    eights, eights_scale = fp8_tokens(half, "e2m3")
+    tokens, token_scale = quantize_tokens(half, "e2m3")
+    ops = torch.ops.fp4dit_ao
+    columns, fp8_levels = groups.row_scale.float().reshape(1, -1), levels.to(torch.float8_e4m3fn)
+    padded = F.pad(tokens, (0, 0, 0, max(0, 32 - rows)))
+    return {
+        BASE: lambda: F.linear(half, half_weight),
+        "ours, FP8": lambda: ops.fp8_codebook_linear(eights, eights_scale, *stored, None, groups.group_size),
+        "_scaled_mm": lambda: _compat.fp8_product(
+            eights, fp8_levels.T, eights_scale, columns, torch.bfloat16, fast=True
+        ),
+        "ours, int8": lambda: ops.codebook_linear(
+            tokens, token_scale, *stored, None, torch.bfloat16, 1, groups.group_size
+        ),
+        "_int_mm": lambda: _compat.int8_product(padded, levels.T),
+    }
+
+
+def grouped_products(rows: int, features: int, depth: int, device: str) -> dict[str, Call]:
+    """Products of E2M3 tokens and E2M1 weights in groups of 128 with float scales, by name."""
     torch.manual_seed(0)
     weight, x = torch.randn(features, depth, device=device), torch.randn(rows, depth, device=device)
     half, half_weight = x.bfloat16(), weight.bfloat16()
     packed = MinifloatTensor.from_hp(half_weight, [1, 128], "e2m1", "e2m3", torch.float16)
-    groups = low_bit(half_weight, "w4a6_codebook")
     int8, fp8 = LevelTensor.from_packed(packed, "int8"), LevelTensor.from_packed(packed, "fp8")
     tokens, token_scale = quantize_tokens(half, "e2m3")
     eights = tokens.to(torch.float8_e4m3fn)
     table = level_table(FloatFormat.parse("e2m1"))
-    columns = torch.ones(1, features, device=device)
     ops = torch.ops.fp4dit_ao
     out = torch.bfloat16
 
@@ -82,21 +107,13 @@ def products(rows: int, features: int, depth: int, device: str) -> dict[str, Cal
 
         return triton_linear.run(eights, token_scale, packed.qdata, packed.scale, table, None, out)
 
-    def codebooks() -> Tensor:
-        stored = groups.qdata, groups.index, groups.codebooks, groups.row_scale
-        return ops.codebook_linear(tokens, token_scale, *stored, None, out, 1, groups.group_size)
-
     x_scale, w_scale = block_wise_scales(token_scale, packed.scale, depth)
-    padded = F.pad(tokens, (0, 0, 0, max(0, 32 - rows)))
     return {
         BASE: lambda: F.linear(half, half_weight),
-        "ours, codebook groups": codebooks,
         "ours, packed": lambda: ops.int8_linear(tokens, token_scale, packed.qdata, packed.scale, table, None, out),
         "ours, int8": lambda: ops.level_linear(tokens, token_scale, int8.qdata, int8.scale, None, out),
         "ours, packed fp8": packed_fp8,
         "ours, fp8": lambda: ops.level_linear(eights, token_scale, fp8.qdata, fp8.scale, None, out),
-        "_int_mm": lambda: _compat.int8_product(padded, int8.qdata.T),
-        "_scaled_mm fp8": lambda: _compat.fp8_product(eights, fp8.qdata.T, token_scale, columns, out),
         "scaled_mm fp8, blocks of 128": lambda: block_wise_product(eights, fp8.qdata, x_scale, w_scale),
     }
 
@@ -120,15 +137,15 @@ def block_wise_product(tokens: Tensor, levels: Tensor, x_scale: Tensor, w_scale:
 
 
 def measure(run: Run) -> None:
-    """Whole linears at the two largest token counts, then products alone, then the rest, as far as time allows."""
-    cases = [(rows, *shape) for rows in TOKENS for name in SHAPES for shape in SHAPES[name]]
+    """Products at the two largest token counts, then whole linears, then the rest, as far as time allows."""
+    cases = [(rows, *shape) for rows in TOKENS for name in SHAPES if run.only in name for shape in SHAPES[name]]
     telling = [case for case in cases if case[1:] in SHAPES["FLUX"] + SHAPES["PixArt-XL"]]
-    order = [("whole", case) for case in telling[:6]] + [("product", case) for case in telling[:6]]
-    order += [(kind, case) for case in cases for kind in ("whole", "product") if (kind, case) not in order]
-    found: dict[str, list[dict[str, Any]]] = {"whole": [], "product": []}
+    order = [("product", case) for case in telling[:12]] + [("whole", case) for case in telling[:6]]
+    order += [(kind, case) for kind in ("product", "whole", "grouped") for case in cases if (kind, case) not in order]
+    found: dict[str, list[dict[str, Any]]] = {"product": [], "whole": [], "grouped": []}
     for kind, case in order:
         rows, features, depth = case
-        if not run.has_time(f"{kind} {features} x {depth}, {rows} tokens", 15 if kind == "whole" else 2):
+        if not run.has_time(f"{kind} {features} x {depth}, {rows} tokens", 2 if kind == "product" else 15):
             continue
         result = one(kind, rows, features, depth, run)
         found[kind].append(result)
@@ -147,13 +164,13 @@ def one(kind: str, rows: int, features: int, depth: int, run: Run) -> dict[str, 
     if kind == "whole":
         calls, failed = whole_linears(rows, features, depth, run.device)
     else:
-        calls = products(rows, features, depth, run.device)
+        calls = (products if kind == "product" else grouped_products)(rows, features, depth, run.device)
     result, values = all_measured(calls, run, REPEAT)
     result["failed"] |= failed
     result["difference"] = {}
     reference = values.get("ours, int8")
     if reference is not None:
-        alike = {n: y.float() for n, y in values.items() if n.startswith("ours") and n != "ours, codebook groups"}
+        alike = {n: y.float() for n, y in values.items() if n.startswith("ours")}
         norm = reference.float().norm()
         result["difference"] = {name: float((y - reference.float()).norm() / norm) for name, y in alike.items()}
     return {"out_features": features, "in_features": depth, "tokens": rows} | result

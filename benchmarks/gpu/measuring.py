@@ -1,12 +1,16 @@
 """How a part measures: calls captured in CUDA graphs and replayed in turns, and results that are written as they come."""
 
+import contextlib
+import fcntl
 import json
+import signal
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +18,9 @@ from torch import Tensor
 from fp4dit_ao.util.atomic_files import write_text
 
 Call = Callable[[], Any]
+LOCK = Path(tempfile.gettempdir()) / "fp4dit_ao-gpu-benchmark.lock"
+"""File by which several runs of this program take turns: see :func:`alone`."""
+MOST_KERNELS = 16
 
 
 @dataclass
@@ -26,6 +33,7 @@ class Run:
         until: ``time.monotonic()`` at which the part stops measuring.
         rounds: replays of every call.
         device: ``"cuda"``; tests take the CPU.
+        only: part of the names of the cases to measure; all if empty.
     """
 
     out: Path
@@ -33,7 +41,9 @@ class Run:
     until: float = float("inf")
     rounds: int = 11
     device: str = "cuda"
+    only: str = ""
     skipped: list[str] = field(default_factory=list)
+    lock: IO[str] | None = None
 
     def say(self, text: str) -> None:
         """Print at once, whoever reads."""
@@ -103,6 +113,56 @@ def in_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
     return seconds
 
 
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Stops what runs in the main thread after that long, with ``TimeoutError``, so that a slow compiler costs one row."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not ready after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def preparing() -> Iterator[IO[str]]:
+    """While nobody measures. Runs that prepare at the same time use the cores that compiling one model leaves idle."""
+    with LOCK.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield file
+
+
+@contextlib.contextmanager
+def alone(lock: IO[str] | None) -> Iterator[None]:
+    """While no other run on this machine prepares or measures; ``lock`` is what :func:`preparing` gave."""
+    if lock is None:
+        yield
+        return
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def kernels(call: Callable[[], object]) -> list[dict[str, Any]]:
+    """Kernels that ``call`` runs on the GPU, those that take longest first: name, count, and microseconds in all."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    found = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    return [
+        {"kernel": event.key[:120], "count": event.count, "us": event.self_device_time_total}
+        for event in found[:MOST_KERNELS]
+    ]
+
+
 def ratios(seconds: Mapping[str, list[float]], base: str) -> dict[str, float]:
     """How many times as fast as ``base`` each one is: the median over the rounds of neighbours in time."""
     if base not in seconds:
@@ -133,4 +193,5 @@ def all_measured(calls: Mapping[str, Call], run: Run, repeat: int = 1) -> tuple[
             timers[name], results[name] = timer(call, run.device, repeat)
         except Exception as error:
             failed[name] = error_of(error)
-    return {"seconds": in_turns(timers, run.rounds), "failed": failed}, results
+    with alone(run.lock):
+        return {"seconds": in_turns(timers, run.rounds), "failed": failed}, results

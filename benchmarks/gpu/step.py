@@ -4,6 +4,7 @@ import contextlib
 import copy
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from benchmarks.gpu.attention import BACKENDS
-from benchmarks.gpu.measuring import Call, Run, error_of, in_turns, quickest, ratios, timer
+from benchmarks.gpu.measuring import Call, Run, alone, error_of, in_turns, kernels, quickest, ratios, timer, within
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.benchmark.transformers import PIXART_XL, quantized, random_model, ready, sample
 from fp4dit_ao.benchmark.variants import Variant
@@ -21,7 +22,7 @@ from fp4dit_ao.families.sample_inputs import Size
 from fp4dit_ao.util.markdown import markdown_table
 
 BASE = "bfloat16"
-METHODS = (BASE, "w4a6_codebook", "torchao FP8", "w4a6", "w4a8_codebook", "torchao INT8")
+METHODS = (BASE, "w4a6_codebook", "torchao FP8", "w4a8_codebook", "w4a6", "torchao INT8")
 BEST_BACKEND = "cuDNN"
 """Tried beside PyTorch's own choice."""
 FLUX: dict[str, Any] = {
@@ -29,6 +30,8 @@ FLUX: dict[str, Any] = {
     "num_layers": 2, "num_single_layers": 4, "guidance_embeds": True,
 }  # fmt: skip
 """FLUX.1's width with fewer blocks: 19 double and 38 single ones would not fit the time."""
+LEAST = 15
+"""Seconds below which no further variant is prepared."""
 Given = dict[str, Any]
 
 
@@ -67,10 +70,11 @@ def label(method: str, backend: str | None) -> str:
 
 def measure(run: Run) -> None:
     """A table for each model."""
-    share = (run.until - time.monotonic()) / len(MODELS)
-    for number, (name, make) in enumerate(MODELS.items()):
+    asked = {name: make for name, make in MODELS.items() if run.only in name}
+    share = (run.until - time.monotonic()) / max(len(asked), 1)
+    for number, (name, make) in enumerate(asked.items()):
         last = run.until
-        run.until = min(last, time.monotonic() + share) if number + 1 < len(MODELS) else last
+        run.until = min(last, time.monotonic() + share) if number + 1 < len(asked) else last
         result = steps(*make(run.device), run)
         run.until = last
         run.record("step", {"model": name, **result})
@@ -85,22 +89,33 @@ def steps(model: nn.Module, given: Given, run: Run, mode: str = "by block") -> d
     skipped: dict[str, str] = {}
     for method, backend in variants():
         name = label(method, backend)
-        if not run.has_time(name, max(first.values(), default=0) + 5):
+        if not run.has_time(name, LEAST):
             skipped[name] = "no time left"
             continue
         try:
             began = time.monotonic()
-            call, size[name] = _step(model, given, Variant(method, mode), backend)  # type: ignore[arg-type]
-            timers[name], _ = timer(call, run.device)
+            with within(min(run.until - began, 3600.0)):
+                call, size[name] = _step(model, given, Variant(method, mode), backend)  # type: ignore[arg-type]
+                timers[name], _ = timer(call, run.device)
             first[name] = time.monotonic() - began
             run.say(f"{name}: {timers[name]() * 1e3:.2f} ms; ready in {first[name]:.0f} s")
         except Exception as error:
             skipped[name] = error_of(error)
+            run.record("errors", {"row": name, "traceback": traceback.format_exc()[-4000:]})
             run.say(f"{name}: {skipped[name]}")
         torch.compiler.reset()  # captured calls need no compiled code any more
     settings = {"mode": mode, "rounds": run.rounds}
-    seconds = in_turns(timers, run.rounds)
-    return {"settings": settings, "seconds": seconds, "first": first, "bytes": size, "skipped": skipped}
+    with alone(run.lock):
+        seconds = in_turns(timers, run.rounds)
+    profile = {name: kernels(replay) for name, replay in timers.items()} if run.device == "cuda" else {}
+    return {
+        "settings": settings,
+        "seconds": seconds,
+        "first": first,
+        "bytes": size,
+        "skipped": skipped,
+        "kernels": profile,
+    }
 
 
 def _step(model: nn.Module, given: Given, variant: Variant, backend: str | None) -> tuple[Call, int]:

@@ -2,14 +2,16 @@
 
 import json
 import subprocess
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import typer
 
-from benchmarks.gpu import attention, command, decode, device_tests, linears, reconstruction, step
+from benchmarks.gpu import attention, command, decode, device_tests, linears, measuring, reconstruction, step
 from benchmarks.gpu.measuring import Run, ratios
 from fp4dit_ao.benchmark.transformers import PIXART_XL
 from tests.cuda_rules import GPU, on_gpu
@@ -27,18 +29,49 @@ def written(run: Run) -> dict:
     return json.loads(run.out.read_text(encoding="utf-8"))
 
 
-def test_products_are_measured_and_what_fails_is_said(run: Run) -> None:
-    result = linears.one("product", 16, 48, 256, run)
-    assert set(result["seconds"]) | set(result["failed"]) == set(linears.products(16, 48, 256, DEVICE))
-    assert {linears.BASE, "ours, codebook groups", "ours, packed", "ours, int8"} <= set(result["seconds"])
+@pytest.mark.parametrize(("kind", "make"), [("product", linears.products), ("grouped", linears.grouped_products)])
+def test_products_are_measured_and_what_fails_is_said(run: Run, kind: str, make: Callable[..., object]) -> None:
+    result = linears.one(kind, 16, 48, 256, run)
+    assert set(result["seconds"]) | set(result["failed"]) == set(make(16, 48, 256, DEVICE))
+    assert {linears.BASE, "ours, int8"} <= set(result["seconds"])
     assert all(len(taken) == 2 and min(taken) > 0 for taken in result["seconds"].values())
-    assert result["difference"]["ours, packed"] < 2**-8
+    other = "ours, packed" if kind == "grouped" else "ours, FP8"
+    assert result["difference"][other] < 2**-8
     json.dumps(result)
     if DEVICE == "cpu":
-        assert "ours, packed fp8" in result["failed"]  # Triton has no CPU
+        without_triton = {"ours, packed fp8"} if kind == "grouped" else set()
+        assert without_triton <= set(result["failed"])
     table = linears.table([result])
     assert "| 48 x 256" in table
     assert all(f"{name} failed: " in table for name in result["failed"])
+
+
+def test_a_slow_compiler_costs_one_row() -> None:
+    with pytest.raises(TimeoutError, match="not ready after 0 s"), measuring.within(0.1):
+        time.sleep(30)
+    with measuring.within(0.1):
+        pass
+    time.sleep(0.2)
+
+
+def test_runs_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who measures waits for who prepares."""
+    monkeypatch.setattr(measuring, "LOCK", tmp_path / "lock")
+    told: list[str] = []
+
+    def measuring_alone() -> None:
+        with measuring.preparing() as lock, measuring.alone(lock):
+            told.append("measured")
+
+    with measuring.preparing() as mine:
+        other = threading.Thread(target=measuring_alone)
+        other.start()
+        time.sleep(0.3)
+        told.append("prepared")
+        with measuring.alone(mine):
+            told.append("measured")
+    other.join(timeout=30)
+    assert told == ["prepared", "measured", "measured"]
 
 
 def test_decoding_is_exact_and_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,9 +109,11 @@ def test_the_telling_linears_come_first(run: Run, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(linears, "one", one)
     linears.measure(run)
-    assert seen[:4] == [("whole", 4096, *shape) for shape in [(12288, 3072), (3072, 12288), (3072, 3072), (4608, 1152)]]
-    assert seen[6:] == [("product", 4096, 12288, 3072)]
-    assert len(run.skipped) == 2 * len(linears.TOKENS) * 12 - 7
+    assert seen[:4] == [
+        ("product", 4096, *shape) for shape in [(12288, 3072), (3072, 12288), (3072, 3072), (4608, 1152)]
+    ]
+    assert seen[6:] == [("product", 16384, 12288, 3072)]
+    assert len(run.skipped) == 3 * len(linears.TOKENS) * 12 - 7
     assert len(written(run)["linears"]) == 7
 
 

@@ -114,7 +114,7 @@ def test_fp8_is_as_near_as_bfloat16(name: str, bias: torch.dtype | None, rows: i
 def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine that answers as if it had such a GPU, with Triton installed."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: request.param)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: request.param)
     monkeypatch.setattr(cuda_units, "_triton_installed", lambda: True)
     cuda_units.capability.cache_clear()
     yield request.param

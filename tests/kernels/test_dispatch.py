@@ -147,7 +147,7 @@ def spied(table: UnitTable, monkeypatch: pytest.MonkeyPatch, result: Tensor | No
 def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
     """A machine that answers as if it had such a GPU, with Triton installed."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: request.param)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: request.param)
     monkeypatch.setattr(cuda_linear, "_triton_installed", lambda: True)
     cuda_linear.capability.cache_clear()
     yield request.param

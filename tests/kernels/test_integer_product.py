@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fp4dit_ao import MinifloatTensor
 from fp4dit_ao.kernels import level_linear
+from fp4dit_ao.kernels.cuda import int8_linear as triton_units
 from fp4dit_ao.kernels.integer_product import integer_product
 from fp4dit_ao.tensors.levels import LevelTensor
 from tests.cuda_rules import GPU, CudaRules, on_gpu
@@ -60,8 +61,9 @@ def test_the_rules_see_a_product_that_cuda_refuses() -> None:
 
 @pytest.mark.parametrize(("features", "group"), [(70, 128), (48, 12), (9, 6)])
 @pytest.mark.parametrize("rows", [3, 17, 40])
-def test_whole_linears_on_cuda(rows: int, features: int, group: int) -> None:
-    """Packed weights, and a byte a level, on PyTorch's operators."""
+def test_whole_linears_on_cuda(rows: int, features: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights, and a byte a level, on PyTorch's operators; a kernel would read what is not there."""
+    monkeypatch.setattr(triton_units, "_triton_installed", lambda: False)
     packed: Any = MinifloatTensor.from_hp(torch.randn(features, 2 * group), [1, group], "e2m1", "e3m4")
     levels: Any = LevelTensor.from_packed(packed.with_parts(act_fmt="e2m3"), "int8")
     qdata, scale, x = on_gpu(packed.qdata, packed.scale, torch.empty(rows, 2 * group, dtype=torch.bfloat16))

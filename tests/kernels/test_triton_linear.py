@@ -234,10 +234,11 @@ def execute(program: str, operands: dict[str, int]) -> dict[str, int]:
         "or": lambda a, b: a | b,
         "shr": lambda a, b: a >> b,
         "prmt": prmt,
+        "mov": lambda a: a,
     }
     registers = dict(operands)
     for line in program.splitlines():
-        found = re.fullmatch(r"(and|or|shr|prmt)\.[bu]32 ([$\w]+), (.+);", line)
+        found = re.fullmatch(r"(and|or|shr|prmt|mov)\.[bu]32 ([$\w]+), (.+);", line)
         if found is None:
             assert line in ("", "{", "}") or line.startswith(".reg .b32"), line
             continue
@@ -258,6 +259,18 @@ def test_the_lookup_instructions_look_up() -> None:
         )
         assert list(out["$0"].to_bytes(4, "little")) == [table[byte & 15] for byte in packed]
         assert list(out["$1"].to_bytes(4, "little")) == [table[byte >> 4] for byte in packed]
+
+
+def test_the_lookup_of_words_keeps_the_order() -> None:
+    rng = random.Random(0)
+    program = interpreter.loaded("triton_lookup").WORD_PROGRAM
+    table = [rng.randrange(256) for _ in range(16)]
+    inputs = {f"${3 + i}": int.from_bytes(bytes(table[4 * i : 4 * i + 4]), "little") for i in range(4)}
+    for _ in range(500):
+        codes = [rng.randrange(16) for _ in range(8)]
+        word = sum(code << 4 * place for place, code in enumerate(codes))
+        out = execute(program, inputs | {"$2": word})
+        assert [*out["$0"].to_bytes(4, "little"), *out["$1"].to_bytes(4, "little")] == [table[code] for code in codes]
 
 
 @pytest.fixture(scope="module")

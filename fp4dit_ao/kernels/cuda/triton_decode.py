@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp4dit_ao.kernels.cuda.triton_lookup import INTERPRETED, levels
+from fp4dit_ao.kernels.cuda.triton_lookup import INTERPRETED, levels, words_of_levels
 
 ROWS = 32
-"""Rows of a program: 32 of 64 bytes are 16 codes for each of 128 threads."""
+"""Rows of a program: 32 groups of 128 codes are 32 codes for each of 128 threads."""
 WARPS = 4
+CODES_PER_WORD = 8
 
 
 @triton.jit
@@ -34,30 +35,34 @@ def as_byte(level):
 @triton.jit
 def decode_kernel(
     qdata, index, tables, out, N, K, INDEX_ROW,
-    GROUP: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr, ASSEMBLY: tl.constexpr, FP8: tl.constexpr,
+    GROUP: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, ASSEMBLY: tl.constexpr,
+    FP8: tl.constexpr,
 ):  # fmt: skip
     """``out[n, k] = tables[index[n, k // GROUP]][code[n, k]]`` for ``ROWS`` rows of one group.
 
-    ``qdata`` and ``index`` hold two of 4 bits a byte, the first in the low nibble; ``tables`` has four words for each
-    codebook, int8 levels, which become E4M3 here if ``FP8``; ``BYTES`` is the power of two that holds a group's bytes.
+    ``index`` holds two of 4 bits a byte, the first in the low nibble; ``tables`` has four words for each codebook, int8 levels,
+    which become E4M3 here if ``FP8``. Codes and levels are words if ``WORDS``, eight codes or four levels each, else bytes;
+    a group is ``GROUP`` of ``qdata``'s elements, and ``UNITS`` the power of two that holds them.
     """
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
     row = (n % N).to(tl.int64)  # rows past the end are read from the start again, and not stored
-    byte = tl.arange(0, BYTES)
-    inside = byte < GROUP // 2
+    unit = tl.arange(0, UNITS)
     packed = tl.load(
-        qdata + row[:, None] * (K // 2) + group * (GROUP // 2) + byte[None, :], mask=inside[None, :], other=0
+        qdata + row[:, None] * K + group * GROUP + unit[None, :], mask=(unit < GROUP)[None, :], other=0
     )
     pair = tl.load(index + row * INDEX_ROW + group // 2).to(tl.int32)
     book = tables + ((pair >> (group % 2 * 4)) & 15) * 4
     t0, t1, t2, t3 = tl.load(book), tl.load(book + 1), tl.load(book + 2), tl.load(book + 3)
     if FP8:
         t0, t1, t2, t3 = as_fp8(t0), as_fp8(t1), as_fp8(t2), as_fp8(t3)
-    found = levels(packed, t0[:, None], t1[:, None], t2[:, None], t3[:, None], ASSEMBLY)
-    k = tl.arange(0, BYTES * 2)
-    at = out + n[:, None].to(tl.int64) * K + group * GROUP + k[None, :]
-    tl.store(at, found, mask=(n < N)[:, None] & (k < GROUP)[None, :])
+    if WORDS:
+        found = words_of_levels(packed, t0[:, None], t1[:, None], t2[:, None], t3[:, None], ASSEMBLY)
+    else:  # not by assembly: a thread may hold bytes of rows with different tables
+        found = levels(packed, t0[:, None], t1[:, None], t2[:, None], t3[:, None], False)
+    k = tl.arange(0, UNITS * 2)
+    at = out + n[:, None].to(tl.int64) * (K * 2) + group * (GROUP * 2) + k[None, :]
+    tl.store(at, found, mask=(n < N)[:, None] & (k < GROUP * 2)[None, :])
 
 
 def decode(qdata: Tensor, index: Tensor, codebooks: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
@@ -73,12 +78,14 @@ def decode(qdata: Tensor, index: Tensor, codebooks: Tensor, group_size: int, dty
     rows, columns = qdata.shape[0], qdata.shape[1] * 2
     out = torch.empty((rows, columns), dtype=torch.uint8, device=qdata.device)
     if out.numel():
-        tables = codebooks.contiguous().view(torch.int32)
-        index = index.contiguous()
+        qdata, index, tables = qdata.contiguous(), index.contiguous(), codebooks.contiguous().view(torch.int32)
+        by_words = group_size % CODES_PER_WORD == 0 and qdata.data_ptr() % 4 == 0
+        read, written = (qdata.view(torch.int32), out.view(torch.int32)) if by_words else (qdata, out)
+        group = group_size // (CODES_PER_WORD if by_words else 2)
         with torch.cuda.device_of(qdata):
             decode_kernel[(triton.cdiv(rows, ROWS), columns // group_size)](
-                qdata.contiguous(), index, tables, out, rows, columns, index.shape[1],
-                GROUP=group_size, BYTES=triton.next_power_of_2(group_size // 2), ROWS=ROWS, ASSEMBLY=not INTERPRETED,
+                read, index, tables, written, rows, read.shape[1], index.shape[1],
+                GROUP=group, UNITS=triton.next_power_of_2(group), ROWS=ROWS, WORDS=by_words, ASSEMBLY=not INTERPRETED,
                 FP8=dtype == torch.float8_e4m3fn, num_warps=WARPS,
             )  # fmt: skip
     return out.view(dtype)

@@ -29,6 +29,27 @@ prmt.b32 $1, code, swap, 0x7531;
 """Four packed bytes to eight levels: each ``prmt`` picks four bytes of eight by four 3-bit selectors, and a third one picks
 between the table's halves by each code's top bit. ``$0`` takes the low nibbles' levels, ``$1`` the high ones'."""
 LOOKUP = tl.constexpr(PROGRAM)
+WORD_PROGRAM = """
+{
+.reg .b32 magnitude, half, low, high, first;
+and.b32 magnitude, $2, 0x77777777;
+shr.u32 half, $2, 1;
+and.b32 half, half, 0x44444444;
+or.b32 half, half, 0x32103210;
+prmt.b32 low, $3, $4, magnitude;
+prmt.b32 high, $5, $6, magnitude;
+prmt.b32 first, low, high, half;
+shr.u32 magnitude, magnitude, 16;
+shr.u32 half, half, 16;
+prmt.b32 low, $3, $4, magnitude;
+prmt.b32 high, $5, $6, magnitude;
+prmt.b32 $1, low, high, half;
+mov.b32 $0, first;
+}
+"""
+"""A word of eight codes to two words of levels, in the codes' order, where each word has a table of its own."""
+WORD_LOOKUP = tl.constexpr(WORD_PROGRAM)
+WORD_CONSTRAINTS = tl.constexpr("=&r,=&r,r,r,r,r,r")
 CONSTRAINTS = tl.constexpr("=r,=r" + ",r" * 17)  # a register of codes, and four for each word of the table
 
 
@@ -41,7 +62,10 @@ def level(code, t0, t1, t2, t3):
 
 @triton.jit
 def levels(packed, t0, t1, t2, t3, ASSEMBLY: tl.constexpr):
-    """uint8 ``(N, K / 2)`` of two codes each to ``(N, K)`` bytes of the table, whose words are numbers or ``(N, 1)``."""
+    """uint8 ``(N, K / 2)`` of two codes each to ``(N, K)`` bytes of the table, whose words are numbers.
+
+    With ``ASSEMBLY``, four bytes that one thread holds are looked up at once in one table, whatever their rows.
+    """
     if ASSEMBLY:
         low, high = tl.inline_asm_elementwise(
             LOOKUP, CONSTRAINTS, [packed, t0, t1, t2, t3], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
@@ -50,3 +74,19 @@ def levels(packed, t0, t1, t2, t3, ASSEMBLY: tl.constexpr):
         code = packed.to(tl.int32)
         low, high = level(code & 15, t0, t1, t2, t3), level(code >> 4, t0, t1, t2, t3)
     return tl.reshape(tl.join(low, high), (packed.shape[0], packed.shape[1] * 2))
+
+
+@triton.jit
+def words_of_levels(packed, t0, t1, t2, t3, ASSEMBLY: tl.constexpr):
+    """int32 ``(N, K / 8)`` of eight codes each to int32 ``(N, K / 4)`` of four levels each; the table's words are numbers or
+    ``(N, 1)``."""
+    if ASSEMBLY:
+        first, second = tl.inline_asm_elementwise(
+            WORD_LOOKUP, WORD_CONSTRAINTS, [packed, t0, t1, t2, t3], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    else:
+        first, second = packed & 0, packed & 0
+        for place in tl.static_range(4):
+            first |= level((packed >> place * 4) & 15, t0, t1, t2, t3).to(tl.int32) << place * 8
+            second |= level((packed >> 16 + place * 4) & 15, t0, t1, t2, t3).to(tl.int32) << place * 8
+    return tl.reshape(tl.join(first, second), (packed.shape[0], packed.shape[1] * 2))
