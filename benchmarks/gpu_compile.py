@@ -48,6 +48,8 @@ def variants(capabilities: Iterable[int], every: bool = True) -> Iterator[Varian
                 yield Variant(configs[0], capability, tokens="fp8e4nv")
                 yield Variant(configs[0], capability, tokens="fp8e4nv", packed=False)
         yield Variant(CONFIGS[512][0], capability, group=112)
+        if capability >= 89:
+            yield from (Variant(CONFIGS[512][0], capability, "fp8e4nv", packed, group=112) for packed in (True, False))
 
 
 def compiled(variant: Variant) -> dict[str, Any]:

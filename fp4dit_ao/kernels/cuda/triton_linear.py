@@ -77,8 +77,8 @@ def linear_kernel(
         if WHOLE:
             x, w = tl.load(x_at + x_begin), tl.load(w_at + w_begin)
         else:
-            x = tl.load(x_at + x_begin, mask=(inside * BLOCK_K + k < GROUP)[:, None], other=0)
-            w = tl.load(w_at + w_begin, mask=(inside * BYTES + byte < GROUP_BYTES)[None, :], other=0)
+            x = tl.load(x_at + x_begin, mask=(inside * BLOCK_K + k < GROUP)[:, None], other=0.0)
+            w = tl.load(w_at + w_begin, mask=(inside * BYTES + byte < GROUP_BYTES)[None, :], other=0.0)
         s = tl.load(s_at + group).to(tl.float32)
         if PACKED:
             w = levels(w, t0, t1, t2, t3, ASSEMBLY)
