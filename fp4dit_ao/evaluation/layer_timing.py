@@ -12,9 +12,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from functorch.compile import aot_function  # type: ignore[import-untyped]
 from torch import Tensor
+from torch.fx import GraphModule
 
 from fp4dit_ao import _compat
+from fp4dit_ao.kernels import token_quantization
 from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
 
 MOST_WEIGHTS, MOST_BYTES = 8, 1 << 28
@@ -97,14 +100,32 @@ def _ways(x: Tensor, weights: Sequence[LowBitWeight], device: torch.device) -> d
     """Functions that call all of ``weights`` with ``x``, by name."""
     held = [weight.to(device) for weight in weights]
     floats = [weight.dequantize(torch.bfloat16).contiguous() for weight in held]
-    ours: list[Way] = [functools.partial(weight.stored_linear, x, None) for weight in held]
     if device.type == "cuda":  # where quantizing tokens is many small operators, unless it is compiled
         compiled = torch.compile(lambda x, weight: F.linear(x, weight))
-        ours = [functools.partial(compiled, x, weight) for weight in held]
+        ours: list[Way] = [functools.partial(compiled, x, weight) for weight in held]
+    else:
+        ours = [operators(x, weight) for weight in held]
     ways: dict[str, list[Way]] = {OURS: ours, "bfloat16": [functools.partial(F.linear, x, w) for w in floats]}
     if device.type == "cpu" and (prepacked := _prepacked(x, floats)):
         ways["bfloat16, prepacked"] = prepacked
     return {name: functools.partial(_all, calls) for name, calls in ways.items()}
+
+
+def operators(x: Tensor, weight: LowBitWeight) -> Way:
+    """The linear as the operators that a compiled graph of it calls, on plain tensors: neither a tensor subclass is
+    dispatched nor a unit picked."""
+    calls: list[Way] = []
+
+    def compiler(graph: GraphModule, _: object) -> Callable[..., object]:
+        def run(*inputs: Tensor) -> object:
+            calls.append(lambda: graph.forward(*inputs)[0])
+            return graph.forward(*inputs)
+
+        return run
+
+    with token_quantization.always_in_loop():
+        aot_function(F.linear, fw_compiler=compiler)(x, weight)
+    return calls[0]
 
 
 def _prepacked(x: Tensor, weights: Sequence[Tensor]) -> list[Way]:

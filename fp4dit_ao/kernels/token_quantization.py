@@ -11,9 +11,10 @@ is then the sum of the products with each digit, and as exact as one. E3M4 takes
 Linears that read the same value (q, k and v; every block's text) share one quantization when they are compiled together.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,9 @@ _BASE = 128
 """Base of the digits, which are -127 to 127 and have the level's sign."""
 _WORTHWHILE_ELEMENTS = 2**16
 """Elements from which the loop is faster than Inductor's code; below, entering an operator takes longer than the work."""
+
+_worthwhile = _WORTHWHILE_ELEMENTS
+"""What holds at the moment: see :func:`always_in_loop`."""
 
 _TRACED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Results by value of the graph being traced, and by function and format: (the value's version, result). Gone with the
@@ -153,7 +157,18 @@ def _operands(x: Tensor, fmt: str) -> TokenOperands:
 def _is_large(x: Tensor) -> bool:
     """Whether the loop is faster than Inductor's code, as far as the size is known while a graph is made."""
     elements = _compat.size_hint(x.numel())
-    return elements is None or elements >= _WORTHWHILE_ELEMENTS
+    return elements is None or elements >= _worthwhile
+
+
+@contextlib.contextmanager
+def always_in_loop() -> Iterator[None]:
+    """Graphs made in the meantime quantize tensors of any size in the compiled loop, for graphs that no compiler fuses."""
+    global _worthwhile
+    before, _worthwhile = _worthwhile, 0
+    try:
+        yield
+    finally:
+        _worthwhile = before
 
 
 def compiled_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:

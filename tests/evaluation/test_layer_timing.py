@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp4dit_ao import MinifloatTensor
+from fp4dit_ao import MinifloatTensor, QuantConfig
 from fp4dit_ao.evaluation import layer_timing
 from fp4dit_ao.evaluation.layer_timing import LEAST_ROUNDS, MOST_ROUNDS, OURS, WARM_UP, LayerSpeed, in_turns, summary
+from fp4dit_ao.kernels.cpu import native
+from fp4dit_ao.schemes import scheme_of
 
 CPU = torch.device("cpu")
 
@@ -73,6 +76,35 @@ def test_all_ways_call_every_weight_with_the_same_tokens(monkeypatch) -> None:
     for other in others:
         exact = torch.stack([F.linear(x.float(), weight.dequantize(torch.float32)) for weight in weights])
         assert (other.float() - exact).norm() < 0.01 * exact.norm()
+
+
+class Operators(TorchDispatchMode):
+    """Records the names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [3, 2000])
+@torch.no_grad()
+def test_ours_are_the_operators_of_a_compiled_graph(rows: int) -> None:
+    """One quantizes the tokens, however few they are, and one multiplies."""
+    config = QuantConfig.from_name("w4a6_codebook")
+    weight = scheme_of(config).round_to_nearest("fc", torch.randn(48, 128), config)
+    x = torch.randn(rows, 128).bfloat16()
+    call = layer_timing.operators(x, weight)
+    with Operators() as called:
+        y = call()
+    own = [name for name in called.names if name.startswith("fp4dit_ao::")]
+    expected = ["fp4dit_ao::int8_tokens"] if native.shared_object() is not None else []
+    assert own == [*expected, "fp4dit_ao::codebook_linear"]
+    assert len(called.names) - len(own) <= (1 if expected else 30)
+    assert torch.equal(y, F.linear(x, weight))
 
 
 def test_a_measurement_is_positive_and_takes_no_more_weights_than_allowed(monkeypatch) -> None:

@@ -48,9 +48,7 @@ def decode_kernel(
     group = tl.program_id(1)
     row = (n % N).to(tl.int64)  # rows past the end are read from the start again, and not stored
     unit = tl.arange(0, UNITS)
-    packed = tl.load(
-        qdata + row[:, None] * K + group * GROUP + unit[None, :], mask=(unit < GROUP)[None, :], other=0
-    )
+    packed = tl.load(qdata + row[:, None] * K + group * GROUP + unit[None, :], mask=(unit < GROUP)[None, :], other=0)
     pair = tl.load(index + row * INDEX_ROW + group // 2).to(tl.int32)
     book = tables + ((pair >> (group % 2 * 4)) & 15) * 4
     t0, t1, t2, t3 = tl.load(book), tl.load(book + 1), tl.load(book + 2), tl.load(book + 3)
