@@ -20,7 +20,7 @@ from fp4dit_ao import _compat
 from fp4dit_ao.kernels import token_quantization
 from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
 
-MOST_WEIGHTS, MOST_BYTES = 8, 1 << 28
+MOST_WEIGHTS, MOST_BYTES = 64, 1 << 28
 """Most weights that are called one after the other, as in a model, where none of them waits in a cache; and most bytes of
 them in bfloat16."""
 LONG_CALL = 0.02
@@ -104,28 +104,48 @@ def _ways(x: Tensor, weights: Sequence[LowBitWeight], device: torch.device) -> d
         compiled = torch.compile(lambda x, weight: F.linear(x, weight))
         ours: list[Way] = [functools.partial(compiled, x, weight) for weight in held]
     else:
-        ours = [operators(x, weight) for weight in held]
+        ours = operators(x, held)
     ways: dict[str, list[Way]] = {OURS: ours, "bfloat16": [functools.partial(F.linear, x, w) for w in floats]}
     if device.type == "cpu" and (prepacked := _prepacked(x, floats)):
         ways["bfloat16, prepacked"] = prepacked
     return {name: functools.partial(_all, calls) for name, calls in ways.items()}
 
 
-def operators(x: Tensor, weight: LowBitWeight) -> Way:
-    """The linear as the operators that a compiled graph of it calls, on plain tensors: neither a tensor subclass is
-    dispatched nor a unit picked."""
-    calls: list[Way] = []
+def operators(x: Tensor, weights: Sequence[LowBitWeight]) -> list[Way]:
+    """Linears as the operators that a compiled graph of them calls, on plain tensors: neither a tensor subclass is dispatched
+    nor a unit picked.
+
+    Args:
+        x: tokens.
+        weights: of one size, format and unit, so that the graph of the first one serves all.
+    """
+    traced: list[tuple[GraphModule, Sequence[Tensor]]] = []
 
     def compiler(graph: GraphModule, _: object) -> Callable[..., object]:
         def run(*inputs: Tensor) -> object:
-            calls.append(lambda: graph.forward(*inputs)[0])
+            traced.append((graph, inputs))
             return graph.forward(*inputs)
 
         return run
 
     with token_quantization.always_in_loop():
-        aot_function(F.linear, fw_compiler=compiler)(x, weight)
-    return calls[0]
+        aot_function(F.linear, fw_compiler=compiler)(x, weights[0])
+    ((graph, inputs),) = traced
+    stored = [name for name in _compat.parts(type(weights[0])) if isinstance(getattr(weights[0], name), Tensor)]
+    parts = {_memory(getattr(weights[0], name)): name for name in stored}
+    names = [parts.get(_memory(tensor)) for tensor in inputs]
+    return [
+        functools.partial(_first, graph, [x if name is None else getattr(weight, name) for name in names])
+        for weight in weights
+    ]
+
+
+def _memory(x: Tensor) -> tuple[int, tuple[int, ...]]:
+    return x.data_ptr(), tuple(x.shape)
+
+
+def _first(graph: GraphModule, inputs: Sequence[Tensor]) -> object:
+    return graph.forward(*inputs)[0]
 
 
 def _prepacked(x: Tensor, weights: Sequence[Tensor]) -> list[Way]:

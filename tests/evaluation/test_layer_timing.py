@@ -95,16 +95,17 @@ class Operators(TorchDispatchMode):
 def test_ours_are_the_operators_of_a_compiled_graph(rows: int) -> None:
     """One quantizes the tokens, however few they are, and one multiplies."""
     config = QuantConfig.from_name("w4a6_codebook")
-    weight = scheme_of(config).round_to_nearest("fc", torch.randn(48, 128), config)
+    weights = [scheme_of(config).round_to_nearest("fc", torch.randn(48, 128), config) for _ in range(3)]
     x = torch.randn(rows, 128).bfloat16()
-    call = layer_timing.operators(x, weight)
+    calls = layer_timing.operators(x, weights)
     with Operators() as called:
-        y = call()
+        results = [call() for call in calls]
     own = [name for name in called.names if name.startswith("fp4dit_ao::")]
     expected = ["fp4dit_ao::int8_tokens"] if native.shared_object() is not None else []
-    assert own == [*expected, "fp4dit_ao::codebook_linear"]
-    assert len(called.names) - len(own) <= (1 if expected else 30)
-    assert torch.equal(y, F.linear(x, weight))
+    assert own == [*expected, "fp4dit_ao::codebook_linear"] * 3
+    assert len(called.names) - len(own) <= (3 if expected else 90)
+    for weight, y in zip(weights, results, strict=True):
+        assert torch.equal(y, F.linear(x, weight))
 
 
 def test_a_measurement_is_positive_and_takes_no_more_weights_than_allowed(monkeypatch) -> None:
