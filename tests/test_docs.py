@@ -76,6 +76,8 @@ ELSEWHERE = {
     "pip install 'fp4dit-ao[serve]'": "a part of dev, so installed by .ci/run",
     "pip install 'fp4dit-ao[ray]'": "a part of dev, so installed by .ci/run",
     "serve run fp4dit_ao.serving.ray:build model=DIR replicas=4 gpus=1": "needs GPUs; tests/serving/test_ray.py runs two",
+    "python -m benchmarks.gpu --part linears --only FLUX --out benchmarks/results/gpu-h200-linears.json": "needs a GPU; "
+    "tests/benchmark/test_gpu_benchmark.py runs its parts",
     "python benchmarks/quality.py": "hours; tests/evaluation/test_evaluate.py tests its parts",
     "fp4dit-ao benchmark --out benchmarks/results/cpu.json": "40 minutes; tests/cli and tests/benchmark run its parts",
     "npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz": "needs npm",

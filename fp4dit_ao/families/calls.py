@@ -93,6 +93,9 @@ CALLS: dict[str, Call] = {
     ),
     "JoyImageEditPlusTransformer3DModel": Call(one_a_row="shape_list"),
     "Kandinsky5Transformer3DModel": Call(shared=("visual_rope_pos", "text_rope_pos")),
+    "Kandinsky6SRTransformer3DModel": Call(
+        adapt=_refused("Kandinsky6SRTransformer3DModel makes the mask of its flex attention in every call")
+    ),
     "NucleusMoEImageTransformer2DModel": Call(adapt=_first("img_shapes")),
     "OmniGenTransformer2DModel": Call(shared=("input_img_latents",)),
     "QwenImage21Transformer2DModel": Call(adapt=_uncached),

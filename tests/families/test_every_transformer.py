@@ -72,3 +72,13 @@ def test_the_docs_list_every_class_with_what_the_module_form_quantizes() -> None
     assert list(said) == list(SMALL_TRANSFORMERS)
     for kind in ("QwenImageTransformer2DModel", "NucleusMoEImageTransformer2DModel", "HunyuanVideoTransformer3DModel"):
         assert said[kind] == count(measure(kind, "modules", "w4a6"))
+
+
+@pytest.mark.parametrize(
+    "kind", ["AnyFlowFARTransformer3DModel", "Kandinsky6SRTransformer3DModel", "WanAnimate2Transformer3DModel"]
+)
+def test_a_graph_that_cannot_be_is_refused_in_a_sentence(kind: str) -> None:
+    failed = measure(kind, "graph", "w4a6").failed
+    assert failed is not None
+    assert failed.startswith(f"ValueError: {kind} ")
+    assert failed.endswith("which a graph cannot; use the module form: quantize_modules(pipe.transformer)")
