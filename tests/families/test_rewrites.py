@@ -23,18 +23,20 @@ from tests.families.sized_calls import CALLS, Sizes
 REWRITTEN = (
     "ChromaTransformer2DModel", "ConsisIDTransformer3DModel", "CosmosTransformer3DModel", "GlmImageTransformer2DModel",
     "HiDreamImageTransformer2DModel", "HunyuanImageTransformer2DModel", "HunyuanVideo15Transformer3DModel",
-    "HunyuanVideoFramepackTransformer3DModel", "JoyImageEditPlusTransformer3DModel", "NucleusMoEImageTransformer2DModel",
-    "OmniGenTransformer2DModel", "QwenImageTransformer2DModel", "QwenImage21Transformer2DModel",
-    "WanAnimateTransformer3DModel", "ZImageTransformer2DModel",
+    "HunyuanVideoFramepackTransformer3DModel", "JoyImageEditPlusTransformer3DModel", "MochiTransformer3DModel",
+    "NucleusMoEImageTransformer2DModel", "OmniGenTransformer2DModel", "QwenImageTransformer2DModel",
+    "QwenImage21Transformer2DModel", "WanAnimateTransformer3DModel", "ZImageTransformer2DModel",
 )  # fmt: skip
 OTHERS = (Sizes(), Sizes(3, 12, 8, 7, 4), Sizes(2, 16, 16, 33, 4))
 """Sizes that are not captured: several pictures; taller than wide, longer and of fewer words; square, and of more words."""
-CAPTURED = tuple(
-    kind
-    for kind in REWRITTEN
-    if kind.startswith(("Chroma", "Glm", "HiDream", "HunyuanVideo15", "Nucleus", "QwenImageT", "WanAnimate", "ZImage"))
-)
-"""Those that are asked for most, and one of each kind of rewrite: a capture takes its time."""
+CAPTURED = (
+    *(kind for kind in REWRITTEN if kind.startswith(
+        ("Chroma", "Glm", "HiDream", "HunyuanVideo15", "Mochi", "Nucleus", "QwenImageT", "WanAnimate", "ZImage")
+    )),
+    *(kind for kind in CALLS if kind not in REWRITTEN),
+)  # fmt: skip
+"""Rewritten ones that are asked for most, and one of each kind of rewrite, since a capture takes its time; and those of many
+sizes that need no rewrite."""
 CONFIGS = {
     "HiDreamImageTransformer2DModel": {"num_routed_experts": 4},
     "OmniGenTransformer2DModel": {

@@ -4,7 +4,17 @@ They stand where the own code cannot be recorded for every size: Python lists as
 tensors, tensors cut by what masks say.
 """
 
-from fp4dit_ao.families.rewrites import conditions, experts, hunyuan, lumina2, patches, positions, qwen_image, z_image
+from fp4dit_ao.families.rewrites import (
+    conditions,
+    experts,
+    hunyuan,
+    lumina2,
+    mochi,
+    patches,
+    positions,
+    qwen_image,
+    z_image,
+)
 from fp4dit_ao.families.rewrites.replacing import Method, methods_replaced
 
 __all__ = ["REWRITES", "Method", "methods_replaced"]
@@ -22,6 +32,8 @@ REWRITES: dict[str, Method] = {
     "HunyuanVideoFramepackTransformer3DModel.forward": hunyuan.framepack,
     "Lumina2Transformer2DModel.forward": lumina2.lumina2,
     "MOEFeedForwardSwiGLU.moe_infer": experts.hidream_experts,
+    "MochiAttention.forward": mochi.mochi_attention,
+    "MochiRoPE._get_positions": mochi.mochi_positions,
     "MoEGate.forward": experts.hidream_router,
     "OmniGenSuScaledRotaryEmbedding.forward": positions.omnigen_rotation,
     "PatchEmbed.forward": patches.patch_embed,

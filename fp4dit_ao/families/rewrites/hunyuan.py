@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fp4dit_ao import _compat
+from fp4dit_ao.families.rewrites.masked_tokens import used_first
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -51,7 +52,7 @@ def hunyuan_video15(
     is_text = torch.cat([encoder_attention_mask_2, encoder_attention_mask.to(encoder_attention_mask_2)], 1).bool()
     joined = torch.where(is_text[..., None], torch.cat([glyphs, text], 1), 0.0)
     is_used = torch.cat([has_image.expand(image.shape[:2]), is_text], 1)
-    tokens, is_used = _used_first(torch.cat([image, joined], 1), is_used)
+    tokens, is_used = used_first(torch.cat([image, joined], 1), is_used)
 
     for block in self.transformer_blocks:
         x, tokens = block(x, tokens, condition, is_used, rotation)
@@ -86,7 +87,7 @@ def hunyuan_image(
         assert encoder_attention_mask_2 is not None
         glyphs = self.context_embedder_2(encoder_hidden_states_2)
         is_used = torch.cat([encoder_attention_mask_2.bool(), is_used], 1)
-        tokens, is_used = _used_first(torch.cat([glyphs, tokens], 1), is_used)
+        tokens, is_used = used_first(torch.cat([glyphs, tokens], 1), is_used)
     mask = torch.cat([is_used.new_ones(x.shape[:2]), is_used], 1)[:, None, None]
     for block in (*self.transformer_blocks, *self.single_transformer_blocks):
         x, tokens = block(x, tokens, condition, attention_mask=mask, image_rotary_emb=rotation)
@@ -148,13 +149,6 @@ def _patch_counts(config: _PatchSizes, latent: Tensor) -> tuple[int, int, int]:
     """Patches of a latent along frames, height and width."""
     frames, height, width = latent.shape[-3:]
     return frames // config.patch_size_t, height // config.patch_size, width // config.patch_size
-
-
-def _used_first(tokens: Tensor, is_used: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves the tokens of each row that are not used behind those that are, and the mask with them; else the order
-    stays."""
-    order = torch.argsort((~is_used).int(), dim=1, stable=True)
-    return tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1])), is_used.gather(1, order)
 
 
 def _unpatchify(x: Tensor, counts: Sequence[int], patch: Sequence[int]) -> Tensor:
