@@ -528,6 +528,7 @@ def test_a_models_config_methods_and_blocks_are_replaced() -> None:
     assert dict(model.config) == {"only": 1}
     assert model.config.only == 1
     own = type(model)._repeated_blocks
+    assert _compat.repeated_block_names(model) == tuple(own or ())
     _compat.name_repeated_blocks(model, ["B", "A", "B"])
     assert model._repeated_blocks == (own or ["A", "B"])
     seen = []

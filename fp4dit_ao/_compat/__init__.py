@@ -22,6 +22,7 @@ from fp4dit_ao._compat.diffusers import (
     name_repeated_blocks,
     packed_history,
     progress_bar_config,
+    repeated_block_names,
     replace_apply,
     replace_config,
 )  # fmt: skip
@@ -74,7 +75,8 @@ __all__ = [
     "exported_graph", "fake_like", "fake_mode", "flat_inputs", "forget_graphs", "fp8_product", "input_names", "int8_product",
     "is_persistent", "is_traced", "is_view", "is_view_of_another", "kept_in_float32", "lerp_", "load_package",
     "make_buffers_persistent", "make_buffers_transient", "mark_static", "name_repeated_blocks", "packed_history", "parse_to",
-    "parts", "prepacked_int8_linear", "prepacked_linear", "progress_bar_config", "pytree", "replace_apply", "replace_config",
-    "size_at", "size_hint", "size_relations", "size_text", "size_with", "sizes_of_repeats", "slots", "symbol_values",
-    "symbols_in", "types_in_packages", "varying_numbers", "version", "without_guards", "without_modes", "wrapper_tensor",
+    "parts", "prepacked_int8_linear", "prepacked_linear", "progress_bar_config", "pytree", "repeated_block_names",
+    "replace_apply", "replace_config", "size_at", "size_hint", "size_relations", "size_text", "size_with", "sizes_of_repeats",
+    "slots", "symbol_values", "symbols_in", "types_in_packages", "varying_numbers", "version", "without_guards",
+    "without_modes", "wrapper_tensor",
 ]  # fmt: skip

@@ -28,6 +28,11 @@ def name_repeated_blocks(model: "ModelMixin", classes: Iterable[str]) -> None:
         model._repeated_blocks = sorted(set(classes))
 
 
+def repeated_block_names(model: object) -> tuple[str, ...]:
+    """Class names of the blocks that diffusers' ``compile_repeated_blocks()`` compiles; none if the model says nothing."""
+    return tuple(getattr(model, "_repeated_blocks", None) or ())
+
+
 def kept_in_float32(model: object) -> tuple[str, ...]:
     """Parts of names of tensors that diffusers loads in float32 whatever type it is asked for; ``model`` may be a class."""
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from fp4dit_ao import _compat
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.benchmark import exact, memory
 from fp4dit_ao.benchmark.peers import PEERS, quantizable
@@ -169,7 +170,7 @@ def ready(model: nn.Module, variant: Variant) -> tuple[Callable[..., Sequence[Te
 def repeated_blocks(model: nn.Module) -> Sequence[nn.Module]:
     """Blocks that regional compilation compiles once a class: those that diffusers names, else the longest list of modules of
     one class."""
-    named = getattr(model, "_repeated_blocks", None) or ()
+    named = _compat.repeated_block_names(model)
     if blocks := [module for module in model.modules() if type(module).__name__ in named]:
         return blocks
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(block) for block in m}) == 1]

@@ -248,6 +248,16 @@ def _ltx2(r: Random, s: Sizes) -> dict[str, Any]:
     }
 
 
+def _lumina_next(r: Random, s: Sizes) -> dict[str, Any]:
+    angles = r.normal(s.height, s.width, 16)
+    return _image(r, s, 4) | {
+        "timestep": _time(r, s),
+        "encoder_mask": r.mask(s.batch, s.text),
+        "image_rotary_emb": torch.polar(torch.ones_like(angles), angles),
+        "cross_attention_kwargs": {},
+    }
+
+
 CALLS: dict[str, Callable[[Random, Sizes], dict[str, Any]]] = {
     "BriaTransformer2DModel": _packed,
     "ChromaTransformer2DModel": lambda r, s: _packed(r, s) | {"attention_mask": _joined(s.text, s)},
@@ -265,6 +275,7 @@ CALLS: dict[str, Callable[[Random, Sizes], dict[str, Any]]] = {
     "Kandinsky5Transformer3DModel": _kandinsky5,
     "LongCatImageTransformer2DModel": _packed,
     "LTX2VideoTransformer3DModel": _ltx2,
+    "LuminaNextDiT2DModel": _lumina_next,
     "MochiTransformer3DModel": lambda r, s: _video(r, s) | {"encoder_attention_mask": r.mask(s.batch, s.text).bool()},
     "NucleusMoEImageTransformer2DModel": _nucleus,
     "OmniGenTransformer2DModel": _omnigen,

@@ -23,15 +23,15 @@ from tests.families.sized_calls import CALLS, Sizes
 REWRITTEN = (
     "ChromaTransformer2DModel", "ConsisIDTransformer3DModel", "CosmosTransformer3DModel", "GlmImageTransformer2DModel",
     "HiDreamImageTransformer2DModel", "HunyuanImageTransformer2DModel", "HunyuanVideo15Transformer3DModel",
-    "HunyuanVideoFramepackTransformer3DModel", "JoyImageEditPlusTransformer3DModel", "MochiTransformer3DModel",
-    "NucleusMoEImageTransformer2DModel", "OmniGenTransformer2DModel", "QwenImageTransformer2DModel",
+    "HunyuanVideoFramepackTransformer3DModel", "JoyImageEditPlusTransformer3DModel", "LuminaNextDiT2DModel",
+    "MochiTransformer3DModel", "NucleusMoEImageTransformer2DModel", "OmniGenTransformer2DModel", "QwenImageTransformer2DModel",
     "QwenImage21Transformer2DModel", "WanAnimateTransformer3DModel", "ZImageTransformer2DModel",
 )  # fmt: skip
 OTHERS = (Sizes(), Sizes(3, 12, 8, 7, 4), Sizes(2, 16, 16, 33, 4))
 """Sizes that are not captured: several pictures; taller than wide, longer and of fewer words; square, and of more words."""
 CAPTURED = (
     *(kind for kind in REWRITTEN if kind.startswith(
-        ("Chroma", "Glm", "HiDream", "HunyuanVideo15", "Mochi", "Nucleus", "QwenImageT", "WanAnimate", "ZImage")
+        ("Chroma", "Glm", "HiDream", "HunyuanVideo15", "LuminaNext", "Mochi", "Nucleus", "QwenImageT", "WanAnimate", "ZImage")
     )),
     *(kind for kind in CALLS if kind not in REWRITTEN),
 )  # fmt: skip

@@ -31,6 +31,7 @@ REWRITES: dict[str, Method] = {
     "HunyuanVideo15Transformer3DModel.forward": hunyuan.hunyuan_video15,
     "HunyuanVideoFramepackTransformer3DModel.forward": hunyuan.framepack,
     "Lumina2Transformer2DModel.forward": lumina2.lumina2,
+    "LuminaPatchEmbed.forward": patches.lumina_patches,
     "MOEFeedForwardSwiGLU.moe_infer": experts.hidream_experts,
     "MochiAttention.forward": mochi.mochi_attention,
     "MochiRoPE._get_positions": mochi.mochi_positions,

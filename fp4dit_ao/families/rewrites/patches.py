@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel, HiDreamImageTransformer2DModel
-    from diffusers.models.embeddings import PatchEmbed
+    from diffusers.models.embeddings import LuminaPatchEmbed, PatchEmbed
 
 
 def unpatchify(x: Tensor, rows: int, columns: int, patch: int) -> Tensor:
@@ -36,6 +36,18 @@ def patch_embed(self: "PatchEmbed", latent: Tensor) -> Tensor:
     grid = torch.stack(torch.meshgrid(sides[1], sides[0], indexing="xy"))
     positions = get_2d_sincos_pos_embed_from_grid(self.pos_embed.shape[-1], grid, output_type="pt")
     return (tokens + positions.float()).to(tokens.dtype)
+
+
+def lumina_patches(
+    self: "LuminaPatchEmbed", x: Tensor, freqs_cis: Tensor
+) -> tuple[Tensor, Tensor, list[tuple[int, int]], Tensor]:
+    """Replaces ``LuminaPatchEmbed.forward``, which returns a list of sizes as long as the batch; only the first is read."""
+    rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
+    patches = x.unflatten(3, (columns, self.patch_size)).unflatten(2, (rows, self.patch_size))
+    tokens = self.proj(patches.permute(0, 2, 4, 1, 3, 5).flatten(3)).flatten(1, 2)
+    mask = torch.ones(tokens.shape[:2], dtype=torch.int32, device=x.device)
+    rotation = freqs_cis.to(x.device)[:rows, :columns].flatten(0, 1).unsqueeze(0)
+    return tokens, mask, [(x.shape[2], x.shape[3])], rotation
 
 
 def dit(
