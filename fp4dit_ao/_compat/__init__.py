@@ -33,6 +33,7 @@ from fp4dit_ao._compat.graphs import (
     create_buffer_node,
     exported_graph,
     flat_inputs,
+    frozen_sizes,
     input_names,
     is_view,
     size_at,
@@ -72,8 +73,8 @@ from fp4dit_ao._compat.torchao import forget_graphs, parts
 __all__ = [
     "Arguments", "FakeTensorMode", "Keywords", "Operator", "TensorMeta", "after_from_pretrained", "aliased", "captured_sizes",
     "compile_package", "compiler_options", "copied", "copy_calling_convention", "create_buffer_node", "distinct_sizes",
-    "exported_graph", "fake_like", "fake_mode", "flat_inputs", "forget_graphs", "fp8_product", "input_names", "int8_product",
-    "is_persistent", "is_traced", "is_view", "is_view_of_another", "kept_in_float32", "lerp_", "load_package",
+    "exported_graph", "fake_like", "fake_mode", "flat_inputs", "forget_graphs", "fp8_product", "frozen_sizes", "input_names",
+    "int8_product", "is_persistent", "is_traced", "is_view", "is_view_of_another", "kept_in_float32", "lerp_", "load_package",
     "make_buffers_persistent", "make_buffers_transient", "mark_static", "name_repeated_blocks", "packed_history", "parse_to",
     "parts", "prepacked_int8_linear", "prepacked_linear", "progress_bar_config", "pytree", "repeated_block_names",
     "replace_apply", "replace_config", "size_at", "size_hint", "size_relations", "size_text", "size_with", "sizes_of_repeats",

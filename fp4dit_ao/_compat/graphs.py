@@ -4,8 +4,8 @@ import copy
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch.utils._pytree as pytree
 from torch import SymInt, Tensor, nn
@@ -13,6 +13,9 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._sympy.printers import PythonPrinter
+
+if TYPE_CHECKING:
+    import sympy  # type: ignore[import-untyped]
 
 
 class SignatureCodeGen(_PyTreeCodeGen):
@@ -158,14 +161,41 @@ def size_relations(exported: ExportedProgram) -> list[str]:
     Such as that of a mask's batch and the batch, which a view hides; see ``deploy.size_expressions``. Inequalities are left
     out: most are accidents of the example (an image that was not square, …).
     """
-    inputs = (node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder")
-    sizes: Iterator[int | SymInt] = (size for x in inputs if isinstance(x, Tensor) for size in x.shape)
-    environment = next((size.node.shape_env for size in sizes if isinstance(size, SymInt)), None)
-    if environment is None:
+    return list(dict.fromkeys(map(_python, _equalities(_symbolic_sizes(exported)))))
+
+
+def frozen_sizes(exported: ExportedProgram) -> list[str]:
+    """Equalities of a number and what several sizes make, which hold for the example's sizes and not for all of them doubled.
+
+    Such a graph holds a number that was computed from sizes (a logarithm of the number of tokens), and gives it to all. What
+    one size alone is in is no such case: channels must be as many as the weights have.
+    """
+    sizes = _symbolic_sizes(exported)
+    example = {size.node.expr: int(size.node.hint) for size in sizes if size.node.expr.is_symbol}
+
+    def holds(relation: "sympy.Basic", larger: Collection[object]) -> bool:
+        return relation.subs({size: n * (1 + (size in larger)) for size, n in example.items()}) != False  # noqa: E712
+
+    def is_frozen(relation: "sympy.Basic") -> bool:
+        involved = [size for size in example if not holds(relation, [size])]
+        names_a_number = any(side.is_number for side in relation.args)
+        return names_a_number and len(involved) > 1 and not holds(relation, list(example))
+
+    return [_python(relation) for relation in _equalities(sizes) if is_frozen(relation)]
+
+
+def _symbolic_sizes(exported: ExportedProgram) -> list[SymInt]:
+    inputs = [node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"]
+    sizes = [size for x in inputs for size in (x.shape if isinstance(x, Tensor) else [x])]
+    return [size for size in sizes if isinstance(size, SymInt)]
+
+
+def _equalities(sizes: Sequence[SymInt]) -> "list[sympy.Basic]":
+    if not sizes:
         return []
+    environment = sizes[0].node.shape_env
     simplified = (environment.simplify(guard.expr) for guard in environment.guards)
-    equalities = (relation for relation in simplified if getattr(relation, "rel_op", "") == "==")
-    return list(dict.fromkeys(map(_python, equalities)))
+    return [relation for relation in simplified if getattr(relation, "rel_op", "") == "=="]
 
 
 def size_text(size: int | SymInt) -> str:

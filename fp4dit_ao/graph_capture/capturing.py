@@ -88,6 +88,11 @@ def capture(model: nn.Module, sample: Mapping[str, object]) -> GraphModule:
         _compat.sizes_of_repeats(),
     ):
         exported = _exported(model, kwargs, shapes)
+    if frozen := _compat.frozen_sizes(exported):
+        raise ValueError(
+            f"{type(model).__name__} computes a number from the sizes of its inputs that a graph would hold for all of them "
+            f"({'; '.join(frozen)}); use the module form, which needs no graph: quantize_modules(model)"
+        )
     graph = _compat.exported_graph(exported, {name: value for name, value in defaults.items() if name in kwargs})
     _drop_asserts(graph)
     make_functional(graph)

@@ -120,6 +120,14 @@ def test_quantized_close_and_the_same_after_loading(kind, tmp_path) -> None:
         assert torch.equal(loaded(**call(kind, sizes, seed)).sample, found), sizes
 
 
+def test_an_attention_scale_made_of_sizes_is_refused() -> None:
+    """As Lumina-Next's pipeline calls it by default: its scale is a logarithm of the number of tokens."""
+    kind = "LuminaNextDiT2DModel"
+    sample = call(kind, Sizes()) | {"cross_attention_kwargs": {"base_sequence_length": 64}}
+    with pytest.raises(ValueError, match=f"^{kind} computes a number from the sizes of its inputs"):
+        capture(small(kind), sample)
+
+
 # --- what masks and branches depend on ---------------------------------------------------------------------------------
 
 

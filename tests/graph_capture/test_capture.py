@@ -1,6 +1,7 @@
 """One captured graph serves every batch, image size and text length, exactly, and is called as the module was."""
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -111,6 +112,36 @@ class DataDependent(TinyDiT):
     def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor]:
         tokens = int(shift.sum())
         return super().forward(hidden_states[:, :tokens] if tokens > 3 else hidden_states, shift)
+
+
+class LogarithmOfTokens(torch.nn.Module):
+    """Scales by the logarithm of the number of places, which a graph can only hold for one number of them."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
+        height, width = hidden_states.shape[2:]
+        return (hidden_states.flatten(2) * math.log(height * width),)
+
+
+class TokensInTwos(torch.nn.Module):
+    """Needs even sides and as many channels as its weight has, which are no numbers that a graph holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(16, 8)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
+        batch, channels, height, width = hidden_states.shape
+        x = hidden_states.view(batch, channels, height // 2, 2, width // 2, 2)
+        return (self.fc(x.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 16)),)
+
+
+def test_a_number_made_of_sizes_is_not_silently_kept() -> None:
+    with pytest.raises(ValueError, match=r"^LogarithmOfTokens computes a number .* == 24\); use the module form"):
+        capture(LogarithmOfTokens(), {"hidden_states": torch.randn(2, 3, 4, 6)})
+    model = TokensInTwos()
+    graph = capture(model, {"hidden_states": torch.randn(2, 4, 6, 8)})
+    other = torch.randn(3, 4, 10, 4)
+    assert torch.equal(graph(other)[0], model(other)[0])
 
 
 def test_a_model_that_cannot_be_captured_names_the_module_form() -> None:
