@@ -177,9 +177,9 @@ def frozen_sizes(exported: ExportedProgram) -> list[str]:
         return relation.subs({size: n * (1 + (size in larger)) for size, n in example.items()}) != False  # noqa: E712
 
     def is_frozen(relation: "sympy.Basic") -> bool:
-        involved = [size for size in example if not holds(relation, [size])]
-        names_a_number = any(side.is_number for side in relation.args)
-        return names_a_number and len(involved) > 1 and not holds(relation, list(example))
+        if not any(side.is_number for side in relation.args) or holds(relation, list(example)):
+            return False
+        return sum(not holds(relation, [size]) for size in example) > 1
 
     return [_python(relation) for relation in _equalities(sizes) if is_frozen(relation)]
 
