@@ -5,7 +5,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch.utils._pytree as pytree
 from torch import SymInt, Tensor, nn
@@ -14,8 +14,14 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._sympy.printers import PythonPrinter
 
-if TYPE_CHECKING:
-    import sympy  # type: ignore[import-untyped]
+
+class _Relation(Protocol):
+    """What is used of SymPy's relations, which bring no types."""
+
+    @property
+    def args(self) -> Sequence[Any]: ...
+
+    def subs(self, values: Mapping[object, int]) -> object: ...
 
 
 class SignatureCodeGen(_PyTreeCodeGen):
@@ -173,10 +179,10 @@ def frozen_sizes(exported: ExportedProgram) -> list[str]:
     sizes = _symbolic_sizes(exported)
     example = {size.node.expr: int(size.node.hint) for size in sizes if size.node.expr.is_symbol}
 
-    def holds(relation: "sympy.Basic", larger: Collection[object]) -> bool:
+    def holds(relation: _Relation, larger: Collection[object]) -> bool:
         return relation.subs({size: n * (1 + (size in larger)) for size, n in example.items()}) != False  # noqa: E712
 
-    def is_frozen(relation: "sympy.Basic") -> bool:
+    def is_frozen(relation: _Relation) -> bool:
         if not any(side.is_number for side in relation.args) or holds(relation, list(example)):
             return False
         return sum(not holds(relation, [size]) for size in example) > 1
@@ -190,7 +196,7 @@ def _symbolic_sizes(exported: ExportedProgram) -> list[SymInt]:
     return [size for size in sizes if isinstance(size, SymInt)]
 
 
-def _equalities(sizes: Sequence[SymInt]) -> "list[sympy.Basic]":
+def _equalities(sizes: Sequence[SymInt]) -> list[_Relation]:
     if not sizes:
         return []
     environment = sizes[0].node.shape_env
