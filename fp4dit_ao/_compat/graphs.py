@@ -174,10 +174,14 @@ def frozen_sizes(exported: ExportedProgram) -> list[str]:
     """Equalities of a number and what several sizes make, which hold for the example's sizes and not for all of them doubled.
 
     Such a graph holds a number that was computed from sizes (a logarithm of the number of tokens), and gives it to all. What
-    one size alone is in is no such case: channels must be as many as the weights have.
+    one size alone is in is no such case: channels must be as many as the weights have. First dimensions are one size, the
+    batch.
     """
-    sizes = _symbolic_sizes(exported)
-    example = {size.node.expr: int(size.node.hint) for size in sizes if size.node.expr.is_symbol}
+    found = _symbolic_sizes(exported)
+    example = {size.node.expr: int(size.node.hint) for _, size in found if size.node.expr.is_symbol}
+    alike: dict[object, set[object]] = {}
+    for axis, size in found:
+        alike.setdefault("batch" if axis == 0 else size.node.expr, set()).add(size.node.expr)
 
     def holds(relation: _Relation, larger: Collection[object]) -> bool:
         return relation.subs({size: n * (1 + (size in larger)) for size, n in example.items()}) != False  # noqa: E712
@@ -185,21 +189,22 @@ def frozen_sizes(exported: ExportedProgram) -> list[str]:
     def is_frozen(relation: _Relation) -> bool:
         if not any(side.is_number for side in relation.args) or holds(relation, list(example)):
             return False
-        return sum(not holds(relation, [size]) for size in example) > 1
+        return sum(not holds(relation, sizes) for sizes in alike.values()) > 1
 
-    return [_python(relation) for relation in _equalities(sizes) if is_frozen(relation)]
+    return [_python(relation) for relation in _equalities(found) if is_frozen(relation)]
 
 
-def _symbolic_sizes(exported: ExportedProgram) -> list[SymInt]:
+def _symbolic_sizes(exported: ExportedProgram) -> list[tuple[int, SymInt]]:
+    """Sizes of inputs that are no constants, each with its axis; -1 for a number that is an input itself."""
     inputs = [node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"]
-    sizes = [size for x in inputs for size in (x.shape if isinstance(x, Tensor) else [x])]
-    return [size for size in sizes if isinstance(size, SymInt)]
+    sizes = [pair for x in inputs for pair in (enumerate(x.shape) if isinstance(x, Tensor) else [(-1, x)])]
+    return [(axis, size) for axis, size in sizes if isinstance(size, SymInt)]
 
 
-def _equalities(sizes: Sequence[SymInt]) -> list[_Relation]:
+def _equalities(sizes: Sequence[tuple[int, SymInt]]) -> list[_Relation]:
     if not sizes:
         return []
-    environment = sizes[0].node.shape_env
+    environment = sizes[0][1].node.shape_env
     simplified = (environment.simplify(guard.expr) for guard in environment.guards)
     return [relation for relation in simplified if getattr(relation, "rel_op", "") == "=="]
 

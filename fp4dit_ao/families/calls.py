@@ -74,6 +74,16 @@ def _one_image_a_row(arguments: Keywords) -> Keywords:
     return arguments
 
 
+def _without_proportional_attention(arguments: Keywords) -> Keywords:
+    """Refuses what Lumina-Next's pipeline asks for by default: a scale of attention for each number of tokens."""
+    if (arguments.get("cross_attention_kwargs") or {}).get("base_sequence_length") is not None:
+        raise ValueError(
+            "base_sequence_length scales attention by the logarithm of the number of tokens, which a graph cannot; call the "
+            "pipeline with proportional_attn=False, or use the module form: quantize_modules(pipe.transformer)"
+        )
+    return arguments
+
+
 def _refused(why: str) -> Callable[[Keywords], Keywords]:
     def adapt(arguments: Keywords) -> Keywords:
         raise ValueError(f"{why}, which a graph cannot; use the module form: quantize_modules(pipe.transformer)")
@@ -96,6 +106,7 @@ CALLS: dict[str, Call] = {
     "Kandinsky6SRTransformer3DModel": Call(
         adapt=_refused("Kandinsky6SRTransformer3DModel makes the mask of its flex attention in every call")
     ),
+    "LuminaNextDiT2DModel": Call(adapt=_without_proportional_attention),
     "NucleusMoEImageTransformer2DModel": Call(adapt=_first("img_shapes")),
     "OmniGenTransformer2DModel": Call(shared=("input_img_latents",)),
     "QwenImage21Transformer2DModel": Call(adapt=_uncached),

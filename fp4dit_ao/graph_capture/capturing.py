@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -89,9 +90,10 @@ def capture(model: nn.Module, sample: Mapping[str, object]) -> GraphModule:
     ):
         exported = _exported(model, kwargs, shapes)
     if frozen := _compat.frozen_sizes(exported):
-        raise ValueError(
-            f"{type(model).__name__} computes a number from the sizes of its inputs that a graph would hold for all of them "
-            f"({'; '.join(frozen)}); use the module form, which needs no graph: quantize_modules(model)"
+        warnings.warn(
+            f"{type(model).__name__} computes a number from the sizes of its inputs, and its graph holds that of this sample "
+            f"({'; '.join(frozen)}): use it at this size alone, or use the module form: quantize_modules(model)",
+            stacklevel=2,
         )
     graph = _compat.exported_graph(exported, {name: value for name, value in defaults.items() if name in kwargs})
     _drop_asserts(graph)

@@ -294,7 +294,7 @@ def test_it_compiles_for_every_gpu_and_hardly_spills(compiled) -> None:
 def test_it_multiplies_on_tensor_cores(compiled) -> None:
     for result in compiled:
         if "decoding" in result:
-            assert result["lookups"] >= 28 and result["stores of 16 bytes"] == 2 and not result["spilled"], result
+            assert result["lookups"] >= 24 and result["stores of 16 bytes"] == 2 and not result["spilled"], result
             continue
         (instruction,) = result["instructions"]
         assert re.search(r"s8\.s8|kind::i8" if result["tokens"] == "i8" else r"e4m3\.e4m3|kind::f8f6f4", instruction)
