@@ -10,7 +10,6 @@ FP4DiT (arXiv 2503.15465): ``b = 2^E - log2(maxval) + log2(2 - 2^-M) - 1`` and `
 :meth:`FloatFormat.exponent_bias`. A code is ``sign | exponent field | mantissa field``, so magnitudes sort like codes.
 """
 
-import functools
 import math
 import re
 from dataclasses import dataclass
@@ -65,13 +64,15 @@ class FloatFormat(NumberFormat):
         Raises:
             ValueError: ``name`` is not spelled like a format, or no such format exists.
         """
-        found = _parsed(name) if isinstance(name, str) else None
+        found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
         if found is None:
             raise ValueError(
                 f"unknown number format {name!r}; write 'e2m1' for 2 exponent and 1 mantissa bits, "
                 "'int4' for a symmetric integer"
             )
-        return found
+        if found["int"]:
+            return FloatFormat(0, int(found["int"]) - 1)
+        return FloatFormat(int(found["e"]), int(found["m"]), nan=found["fn"] is not None)
 
     def __str__(self) -> str:
         return f"e{self.exponent_bits}m{self.mantissa_bits}" + ("fn" if self.nan else "")
@@ -90,7 +91,7 @@ class FloatFormat(NumberFormat):
         """Number k of the highest binade, whose levels are multiples of ``2^k`` steps."""
         return max(0, 2**self.exponent_bits - 2)
 
-    @functools.cached_property
+    @property
     def lattice_max(self) -> int:
         return self.level(self.max_code)
 
@@ -192,16 +193,6 @@ class FloatFormat(NumberFormat):
         """Binade k of ``y`` (float32), as int32: levels near ``y`` are multiples of 2^k; 0 in the subnormal range."""
         exponent = (y.view(torch.int32) >> 23 & 0xFF) - 127
         return (exponent - self.mantissa_bits).clamp(0, self.max_binade)
-
-
-@functools.cache  # linears parse the names of their formats in every call
-def _parsed(name: str) -> FloatFormat | None:
-    found = _PATTERN.fullmatch(name)
-    if found is None:
-        return None
-    if found["int"]:
-        return FloatFormat(0, int(found["int"]) - 1)
-    return FloatFormat(int(found["e"]), int(found["m"]), nan=found["fn"] is not None)
 
 
 _FEW_BINADES = 6
