@@ -35,9 +35,6 @@ _BASE = 128
 _WORTHWHILE_ELEMENTS = 2**16
 """Elements from which the loop is faster than Inductor's code; below, entering an operator takes longer than the work."""
 
-_worthwhile = _WORTHWHILE_ELEMENTS
-"""What holds at the moment: see :func:`always_in_loop`."""
-
 _TRACED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Results by value of the graph being traced, and by function and format: (the value's version, result). Gone with the
 value."""
@@ -157,18 +154,18 @@ def _operands(x: Tensor, fmt: str) -> TokenOperands:
 def _is_large(x: Tensor) -> bool:
     """Whether the loop is faster than Inductor's code, as far as the size is known while a graph is made."""
     elements = _compat.size_hint(x.numel())
-    return elements is None or elements >= _worthwhile
+    return elements is None or elements >= _WORTHWHILE_ELEMENTS
 
 
 @contextlib.contextmanager
 def always_in_loop() -> Iterator[None]:
     """Graphs made in the meantime quantize tensors of any size in the compiled loop, for graphs that no compiler fuses."""
-    global _worthwhile
-    before, _worthwhile = _worthwhile, 0
+    global _WORTHWHILE_ELEMENTS
+    before, _WORTHWHILE_ELEMENTS = _WORTHWHILE_ELEMENTS, 0
     try:
         yield
     finally:
-        _worthwhile = before
+        _WORTHWHILE_ELEMENTS = before
 
 
 def compiled_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
