@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import signal
 import statistics
 import tempfile
@@ -18,9 +19,10 @@ from torch import Tensor
 from fp4dit_ao.util.atomic_files import write_text
 
 Call = Callable[[], Any]
-LOCK = Path(tempfile.gettempdir()) / "fp4dit_ao-gpu-benchmark.lock"
+LOCK = Path(tempfile.gettempdir()) / f"fp4dit_ao-gpu-benchmark-{os.getuid()}.lock"
 """File by which several runs of this program take turns: see :func:`alone`."""
 MOST_KERNELS = 16
+"""Kernels of a step that are recorded."""
 
 
 @dataclass
@@ -131,7 +133,8 @@ def within(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preparing() -> Iterator[IO[str]]:
-    """While nobody measures. Runs that prepare at the same time use the cores that compiling one model leaves idle."""
+    """Context in which no other run measures; yields the lock for :func:`alone`. Several runs may prepare at once, on the cores
+    that compiling one model leaves idle."""
     with LOCK.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield file
@@ -139,7 +142,7 @@ def preparing() -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def alone(lock: IO[str] | None) -> Iterator[None]:
-    """While no other run on this machine prepares or measures; ``lock`` is what :func:`preparing` gave."""
+    """Context in which no other run of this user prepares or measures; ``lock`` is what :func:`preparing` yielded."""
     if lock is None:
         yield
         return

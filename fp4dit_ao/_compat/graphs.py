@@ -16,7 +16,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 
 class _Relation(Protocol):
-    """What is used of SymPy's relations, which bring no types."""
+    """An equality or inequality of SymPy, which has no type hints: the members that are used here."""
 
     @property
     def args(self) -> Sequence[Any]: ...
@@ -179,9 +179,8 @@ def frozen_sizes(exported: ExportedProgram) -> list[str]:
     """
     found = _symbolic_sizes(exported)
     example = {size.node.expr: int(size.node.hint) for _, size in found if size.node.expr.is_symbol}
-    alike: dict[object, set[object]] = {}
-    for axis, size in found:
-        alike.setdefault("batch" if axis == 0 else size.node.expr, set()).add(size.node.expr)
+    batch = {size.node.expr for axis, size in found if axis == 0}
+    units = [batch, *({size} for size in example if size not in batch)]
 
     def holds(relation: _Relation, larger: Collection[object]) -> bool:
         return relation.subs({size: n * (1 + (size in larger)) for size, n in example.items()}) != False  # noqa: E712
@@ -189,7 +188,7 @@ def frozen_sizes(exported: ExportedProgram) -> list[str]:
     def is_frozen(relation: _Relation) -> bool:
         if not any(side.is_number for side in relation.args) or holds(relation, list(example)):
             return False
-        return sum(not holds(relation, sizes) for sizes in alike.values()) > 1
+        return sum(not holds(relation, unit) for unit in units) > 1
 
     return [_python(relation) for relation in _equalities(found) if is_frozen(relation)]
 

@@ -55,7 +55,7 @@ def test_a_slow_compiler_costs_one_row() -> None:
 
 
 def test_runs_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who measures waits for who prepares."""
+    """A run that measures waits for one that prepares."""
     monkeypatch.setattr(measuring, "LOCK", tmp_path / "lock")
     told: list[str] = []
 

@@ -7,46 +7,39 @@ import triton.language as tl
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton interprets its kernels (``TRITON_INTERPRET=1``), on tensors of the CPU."""
-PROGRAM = """
-{
-.reg .b32 code, magnitude, half, high, low, swap;
+
+
+def _program(t0: str, t1: str, t2: str, t3: str, ending: str) -> str:
+    """Assembly that looks eight codes, the nibbles of ``$2``, up in a table whose words are the operands ``t0`` to ``t3``.
+
+    Each ``prmt`` picks four bytes of eight by four 3-bit selectors, and a third one picks between the table's halves by each
+    code's top bit. ``first`` and ``second`` then hold four levels each, in the codes' order; ``ending`` makes the results
+    ``$0`` and ``$1`` of them.
+    """
+    return f"""
+{{
+.reg .b32 magnitude, half, low, high, first, second;
 and.b32 magnitude, $2, 0x77777777;
 shr.u32 half, $2, 1;
 and.b32 half, half, 0x44444444;
 or.b32 half, half, 0x32103210;
-prmt.b32 low, $3, $7, magnitude;
-prmt.b32 high, $11, $15, magnitude;
-prmt.b32 code, low, high, half;
-shr.u32 magnitude, magnitude, 16;
-shr.u32 half, half, 16;
-prmt.b32 low, $3, $7, magnitude;
-prmt.b32 high, $11, $15, magnitude;
-prmt.b32 swap, low, high, half;
-prmt.b32 $0, code, swap, 0x6420;
-prmt.b32 $1, code, swap, 0x7531;
-}
-"""
-"""Four packed bytes to eight levels: each ``prmt`` picks four bytes of eight by four 3-bit selectors, and a third one picks
-between the table's halves by each code's top bit. ``$0`` takes the low nibbles' levels, ``$1`` the high ones'."""
-LOOKUP = tl.constexpr(PROGRAM)
-WORD_PROGRAM = """
-{
-.reg .b32 magnitude, half, low, high, first;
-and.b32 magnitude, $2, 0x77777777;
-shr.u32 half, $2, 1;
-and.b32 half, half, 0x44444444;
-or.b32 half, half, 0x32103210;
-prmt.b32 low, $3, $4, magnitude;
-prmt.b32 high, $5, $6, magnitude;
+prmt.b32 low, {t0}, {t1}, magnitude;
+prmt.b32 high, {t2}, {t3}, magnitude;
 prmt.b32 first, low, high, half;
 shr.u32 magnitude, magnitude, 16;
 shr.u32 half, half, 16;
-prmt.b32 low, $3, $4, magnitude;
-prmt.b32 high, $5, $6, magnitude;
-prmt.b32 $1, low, high, half;
-mov.b32 $0, first;
-}
+prmt.b32 low, {t0}, {t1}, magnitude;
+prmt.b32 high, {t2}, {t3}, magnitude;
+prmt.b32 second, low, high, half;
+{ending}
+}}
 """
+
+
+PROGRAM = _program("$3", "$7", "$11", "$15", "prmt.b32 $0, first, second, 0x6420;\nprmt.b32 $1, first, second, 0x7531;")
+"""Four packed bytes to eight levels: ``$0`` takes the low nibbles' levels, ``$1`` the high ones'."""
+LOOKUP = tl.constexpr(PROGRAM)
+WORD_PROGRAM = _program("$3", "$4", "$5", "$6", "mov.b32 $0, first;\nmov.b32 $1, second;")
 """A word of eight codes to two words of levels, in the codes' order, where each word has a table of its own."""
 WORD_LOOKUP = tl.constexpr(WORD_PROGRAM)
 WORD_CONSTRAINTS = tl.constexpr("=&r,=&r,r,r,r,r,r")
