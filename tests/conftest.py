@@ -36,6 +36,8 @@ SLOW = (
     "tests/passes/fine_tuning/test_scale_tuning.py::test_the_converted_graph_errs_less_by_what_the_report_says",
     "tests/passes/reconstruction/objectives/test_network_objectives.py",
     "tests/passes/reconstruction/test_reconstruct.py::test_a_killed_run_resumes_with_the_same_bits",
+    "tests/passes/reconstruction/scopes",
+    "tests/passes/transforms/test_smoothquant.py",
     "tests/passes/test_lowering.py::test_the_lowered_graph_keeps_nothing_else_alive",
     "tests/passes/test_block_outlining.py::test_blocks_of_a_family_are_alike",
     "tests/passes/transforms/test_hadamard.py::test_the_function_of_a_family_stays",
