@@ -37,6 +37,7 @@ SLOW = (
     "tests/passes/reconstruction/objectives/test_network_objectives.py",
     "tests/passes/reconstruction/test_reconstruct.py::test_a_killed_run_resumes_with_the_same_bits",
     "tests/passes/reconstruction/scopes",
+    "tests/passes/reconstruction/test_closed_form.py",
     "tests/passes/transforms/test_smoothquant.py",
     "tests/passes/test_lowering.py::test_the_lowered_graph_keeps_nothing_else_alive",
     "tests/passes/test_block_outlining.py::test_blocks_of_a_family_are_alike",
@@ -57,6 +58,7 @@ SLOW = (
     "tests/tensors/test_levels.py::test_memory_or_speed_is_chosen_when_a_pipeline_is_loaded",
     "tests/tensors/test_sharding.py",
     "tests/test_compat.py",
+    "tests/test_public_names.py::test_diffusers_finds_the_quantizer",
     "tests/test_registration.py",
 )
 """Folders, files and tests that take longer than the fast set can wait for; so does every test with ``compile`` in its name."""
@@ -83,6 +85,13 @@ torch.compiler.config.cache_key_tag = _sources()  # what a run compiled serves t
 def _among(item: pytest.Item, table: tuple[str, ...]) -> bool:
     whole = item.nodeid.partition("[")[0]
     return any(whole == entry or whole.startswith((f"{entry}/", f"{entry}::")) for entry in table)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves slow files and folders out of ``pytest -m fast``, which then imports none of them."""
+    if config.getoption("markexpr") != "fast" or not collection_path.is_relative_to(ROOT):
+        return None
+    return str(collection_path.relative_to(ROOT)) in SLOW or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
