@@ -144,7 +144,7 @@ def _few_token_types(capability: int, both: bool) -> tuple[str, ...]:
 
 
 def few_token_variants(capability: int, every: bool) -> Iterator[tuple[int, triton_codebook_linear.Config, str, int]]:
-    """Arguments of :func:`compiled_few_tokens`; the first configuration of each kind with all types of tokens, and small groups."""
+    """Arguments of :func:`compiled_few_tokens`; types of tokens and small groups for the first configuration of each kind."""
     for configs in triton_codebook_linear.CONFIGS.values():
         for config in configs if every else configs[:1]:
             for tokens in _few_token_types(capability, config is configs[0]):
