@@ -18,9 +18,13 @@ import typer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fp4dit_ao.kernels.cuda import triton_codebook_linear, triton_decode
+from fp4dit_ao.kernels import fp8_attention
+from fp4dit_ao.kernels.cuda import triton_attention, triton_codebook_linear, triton_decode
 from fp4dit_ao.kernels.cuda.triton_linear import CONFIGS, Config, block_k, linear_kernel
 from fp4dit_ao.util.markdown import markdown_table
+
+HEADS = (72, 128)
+"""Features of a head of PixArt and of FLUX."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +157,22 @@ def few_token_variants(capability: int, every: bool) -> Iterator[tuple[int, trit
                         yield capability, config, tokens, group
 
 
+def compiled_attention(capability: int, config: triton_attention.Config, dim: int) -> dict[str, Any]:
+    """Attention with FP8 scores for heads of ``dim`` features: as :func:`compiled`."""
+    types = {"q": "*fp8e4nv", "q_scale": "*fp32", "k": "*fp8e4nv", "k_scale": "*fp32", "v": "*bf16", "out": "*bf16"}
+    types |= {"HEADS": "i32", "QUERIES": "i32", "KEYS": "i32", "factor": "fp32"}
+    first, rest = triton_attention.columns(dim)
+    constants = {
+        "WIDTH": fp8_attention.width(dim), "DIM": dim, "FIRST": first, "REST": rest, "EVEN": True,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+    }  # fmt: skip
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    sizes = ("HEADS", "QUERIES", "KEYS")
+    kernel = _compiled(triton_attention.attention_kernel, types, constants, sizes, capability, options)
+    instructions = sorted(set(re.findall(r"w?gmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", kernel.asm["ptx"])))
+    return {"capability": capability, "config": str(config), "dim": dim, "instructions": instructions, **usage(kernel)}
+
+
 def _compiled(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], multiples: Sequence[str], capability: int,
     options: dict[str, Any],
@@ -213,6 +233,16 @@ def main(
                  f"{config.block_n} x {config.block_m}, {config.splits} parts", str(config.warps), str(config.stages),
                  str(result["registers"]), str(result["spilled"]), f"{result['shared'] / 1024:.0f}"]
             )  # fmt: skip
+    for capability in (each for each in asked if each >= 89):
+        for config in triton_attention.CONFIGS if every else triton_attention.CONFIGS[:1]:
+            for dim in HEADS:
+                result = compiled_attention(capability, config, dim)
+                if as_json:
+                    print(json.dumps({"attention": True, **result}))
+                rows.append(
+                    [f"sm_{capability}", f"attention, heads of {dim}", f"{config.block_m} x {config.block_n}",
+                     str(config.warps), str(config.stages), str(result["registers"]), str(result["spilled"]), f"{result['shared'] / 1024:.0f}"]
+                )  # fmt: skip
     for variant in dict.fromkeys(variants(asked, every)):
         result = compiled(variant)
         if as_json:

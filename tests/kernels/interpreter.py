@@ -12,7 +12,8 @@ from fp4dit_ao.kernels import cuda
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _FOLDER = "fp4dit_ao.kernels.cuda"
 _KERNELS = tuple(
-    f"{_FOLDER}.{name}" for name in ("triton_lookup", "triton_decode", "triton_linear", "triton_codebook_linear")
+    f"{_FOLDER}.{name}"
+    for name in ("triton_lookup", "triton_decode", "triton_linear", "triton_codebook_linear", "triton_attention")
 )
 
 

@@ -294,6 +294,11 @@ def test_it_compiles_for_every_gpu_and_hardly_spills(compiled) -> None:
     assert {result["capability"] for result in compiled} == {80, 89, 90, 100}
     assert len(compiled) > 35
     for result in compiled:
+        if "attention" in result:  # which configuration is taken is measured; the first must be sound
+            assert (
+                "Config(block_m=128, block_n=128, warps=8, stages=3)" not in result["config"] or not result["spilled"]
+            )
+            continue
         assert result["spilled"] <= 16, result  # bytes: Triton 3.9 spills three registers, once
         assert result["registers"] < 255, result
         assert result["shared"] <= 160 * 1024, result  # what an A100 gives a block, less than later ones
@@ -306,6 +311,10 @@ def test_it_multiplies_on_tensor_cores(compiled) -> None:
             continue
         if "few tokens" in result:
             assert result["pairs of one row"], result
+        if "attention" in result:
+            found = " ".join(result["instructions"])
+            assert re.search(r"e4m3\.e4m3|kind::f8f6f4", found) and re.search(r"bf16\.bf16|kind::f16", found), result
+            continue
         (instruction,) = result["instructions"]
         # less than 64 features: Triton has no product of bytes on Hopper, and takes float16, which holds E4M3's levels
         expected = r"s8\.s8|kind::i8" if result["tokens"] == "i8" else r"e4m3\.e4m3|kind::f8f6f4|m16n8k16\S*f16\.f16"
