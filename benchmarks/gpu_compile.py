@@ -241,7 +241,8 @@ def main(
                     print(json.dumps({"attention": True, **result}))
                 rows.append(
                     [f"sm_{capability}", f"attention, heads of {dim}", f"{config.block_m} x {config.block_n}",
-                     str(config.warps), str(config.stages), str(result["registers"]), str(result["spilled"]), f"{result['shared'] / 1024:.0f}"]
+                     str(config.warps), str(config.stages), str(result["registers"]), str(result["spilled"]),
+                     f"{result['shared'] / 1024:.0f}"]
                 )  # fmt: skip
     for variant in dict.fromkeys(variants(asked, every)):
         result = compiled(variant)
