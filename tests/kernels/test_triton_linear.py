@@ -205,7 +205,7 @@ def test_the_quickest_configuration_is_taken(kernel, monkeypatch) -> None:
             raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
         return seconds[tried[-1]]
 
-    monkeypatch.setattr(triton.testing, "do_bench", bench)
+    monkeypatch.setattr(triton.testing, "do_bench_cudagraph", bench)
     assert kernel.tune([third, first, second], tried.append, "test") == second
     with pytest.raises(RuntimeError, match="too little shared memory"):
         kernel.tune([third], tried.append, "test")
