@@ -25,6 +25,7 @@ from fp4dit_ao.reference.architecture import (
     TEXT_LENGTH,
     TextToLatent,
     build_autoencoder,
+    build_model,
     load_tokenizer,
     scheduler,
 )
@@ -129,7 +130,7 @@ def transformer(
     )
     noise_scheduler = scheduler()
     alphas = noise_scheduler.alphas_cumprod
-    model = TextToLatent(len(tokenizer))
+    model = build_model(len(tokenizer))
     run = Run(work / "transformer", model, lr, 0.01, seed)
     for generator in run.steps(steps, decay=0.4):
         pick = torch.randint(len(emoji), (batch,), generator=generator)
@@ -175,7 +176,7 @@ def export(
     vae = finished_autoencoder(work, pixels(emoji))
     psnr = reconstruction_psnr(vae, pixels(emoji))
     tokenizer = load_tokenizer(work, emoji)
-    run = Run(work / "transformer", TextToLatent(len(tokenizer)), 0.0, 0.0, seed)
+    run = Run(work / "transformer", build_model(len(tokenizer)), 0.0, 0.0, seed)
     model = run.averaged()
     assert isinstance(model, TextToLatent)
     pipe = PixArtSigmaPipeline(tokenizer, model.text_encoder.half(), vae.half(), model.transformer.half(), scheduler())
