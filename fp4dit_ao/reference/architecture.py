@@ -15,7 +15,7 @@ from fp4dit_ao.reference.data import Emoji
 TEXT_LENGTH = 16
 """Tokens of a prompt, padding included."""
 
-GENERATION = {
+GENERATION: dict[str, object] = {
     "num_inference_steps": 20, "guidance_scale": 1.5, "height": 64, "width": 64, "use_resolution_binning": False,
     "max_sequence_length": TEXT_LENGTH, "clean_caption": False,
 }  # fmt: skip
@@ -51,6 +51,7 @@ def initialize(model: PixArtTransformer2DModel, gain: float = 1.0) -> None:
             nn.init.zeros_(module.bias)
     patch: nn.Conv2d = model.pos_embed.proj
     nn.init.normal_(patch.weight, std=math.sqrt(1 / patch.weight[0].numel()))
+    assert patch.bias is not None
     nn.init.zeros_(patch.bias)
     closed = [model.adaln_single.linear, model.proj_out, *(block.attn2.to_out[0] for block in model.transformer_blocks)]
     for linear in closed:

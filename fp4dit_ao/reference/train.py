@@ -30,6 +30,7 @@ from fp4dit_ao.reference.architecture import (
     scheduler,
 )
 from fp4dit_ao.reference.data import Emoji, read_package, write_sheet
+from fp4dit_ao.reference.saving import save_pipeline
 from fp4dit_ao.reference.training_run import Run
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -179,12 +180,9 @@ def export(
     run = Run(work / "transformer", build_model(len(tokenizer)), 0.0, 0.0, seed)
     model = run.averaged()
     assert isinstance(model, TextToLatent)
-    pipe = PixArtSigmaPipeline(tokenizer, model.text_encoder.half(), vae.half(), model.transformer.half(), scheduler())
-    pipe.save_pretrained(out, safe_serialization=True)
-    config = out / "text_encoder" / "config.json"  # transformers, unlike diffusers, would otherwise load it as half
-    config.write_text(config.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
+    pipe = PixArtSigmaPipeline(tokenizer, model.text_encoder, vae, model.transformer, scheduler())
+    save_pipeline(pipe, torch.float16, GENERATION, out)
     write_sheet(emoji, out)
-    (out / "generation.json").write_text(json.dumps(GENERATION, indent=2) + "\n", encoding="utf-8")
     runs = {"autoencoder": Run(work / "autoencoder", build_autoencoder(), 0.0, 0.0, seed), "transformer": run}
     draw_history(runs, out / "training.png")
     record: dict[str, dict[str, object]] = {

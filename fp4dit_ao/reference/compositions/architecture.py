@@ -16,7 +16,7 @@ PATCH = 8
 WIDTH = 384
 LAYERS = 8
 
-GENERATION = {
+GENERATION: dict[str, object] = {
     "num_inference_steps": 20, "guidance_scale": 2.0, "height": CANVAS, "width": CANVAS, "use_resolution_binning": False,
     "max_sequence_length": TEXT_LENGTH, "clean_caption": False,
 }  # fmt: skip

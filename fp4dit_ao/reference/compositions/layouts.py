@@ -68,7 +68,7 @@ def _relation(relation: str, first: str, second: str) -> list[Emoji]:
     """Every way of putting ``first`` on its side of ``second``; of two on a side, one has each end of it."""
     across, down = RELATIONS[relation]
     ways: list[Emoji] = []
-    for ends in (itertools.permutations((0, 2)) if len(first) == 2 else [(0,)]):
+    for ends in itertools.permutations((0, 2)) if len(first) == 2 else [(0,)]:
         for other in (0, 1, 2) if len(first) == 2 else (0,):
             cells = [(letter, 1 + across, 1 + down, end) for letter, end in zip(first, ends, strict=True)]
             cells.append((second, 1 - across, 1 - down, other))
@@ -91,5 +91,7 @@ def layouts() -> list[Layout]:
     for count, word in ((2, "two"), (3, "three"), (4, "four")):
         found += _rows("count", f"{word} {{many a}}", _corners("a" * count), 1.5 / 3, placed=False)
     for count, word in ((2, "two"), (3, "three")):
-        found += _rows("count and one", f"{word} {{many a}} and {{b}}", _corners("a" * count + "b"), 1.5 / 2, placed=False)
+        found += _rows(
+            "count and one", f"{word} {{many a}} and {{b}}", _corners("a" * count + "b"), 1.5 / 2, placed=False
+        )
     return found

@@ -51,10 +51,28 @@ class Drawn:
 class Scenes(nn.Module):
     """The tables (buffers, so that ``to(device)`` moves them) and what is read from them."""
 
+    pieces: Tensor
+    piece_base: Tensor
+    piece_letter: Tensor
+    letter: Tensor
+    left: Tensor
+    top: Tensor
+    slide: Tensor
+    big: Tensor
+    cumulative: Tensor
+    uses: Tensor
+    pairs: Tensor
+    held_emoji: Tensor
+    held_colour: Tensor
+
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         super().__init__()
         n = len(WORDS)
-        forms = [[with_article(w) for w in WORDS], [with_article(f"big {w}") for w in WORDS], [plural(w) for w in WORDS]]
+        forms = [
+            [with_article(w) for w in WORDS],
+            [with_article(f"big {w}") for w in WORDS],
+            [plural(w) for w in WORDS],
+        ]
         fixed = sorted({part.strip() for layout in LAYOUTS for part in re.split(r"\{.*?\}", layout.text)} - {""})
         pieces = ["", *(text for form in forms for text in form), *(f"on {colour}" for colour in COLOURS), *fixed]
         ids = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces]
@@ -78,7 +96,9 @@ class Scenes(nn.Module):
         self.register_buffer("piece_base", _padded(base))
         self.register_buffer("piece_letter", _padded(letter))
 
-        self.register_buffer("letter", _padded([[1 + LETTERS.index(e) for e, _, _ in x.emoji] for x in LAYOUTS], MOST_EMOJI))
+        self.register_buffer(
+            "letter", _padded([[1 + LETTERS.index(e) for e, _, _ in x.emoji] for x in LAYOUTS], MOST_EMOJI)
+        )
         self.register_buffer("left", _padded([[SPACING * x for _, x, _ in row.emoji] for row in LAYOUTS], MOST_EMOJI))
         self.register_buffer("top", _padded([[SPACING * y for _, _, y in row.emoji] for row in LAYOUTS], MOST_EMOJI))
         self.register_buffer("slide", torch.tensor([layout.slide for layout in LAYOUTS]))
@@ -135,7 +155,8 @@ class Scenes(nn.Module):
         draws = torch.rand(n, 2, MOST_EMOJI + 1, generator=generator, device=scene.device)
         big = self.big[layout][:, None]
         free = torch.where(big, (CANVAS - SIDES[1]) // STEP + 1, 2)[:, None]
-        moved = (draws[..., :-1] * free).floor().long() + (draws[..., -1:] * SLIDES).floor().long() * self.slide[layout][..., None]
+        slid = (draws[..., -1:] * SLIDES).long() * self.slide[layout][..., None]
+        moved = (draws[..., :-1] * free).long() + slid
         letter = self.letter[layout]
         chosen = torch.cat([torch.zeros_like(scene[:, :1]), scene[:, 1:]], 1)
         left, top = self.left[layout] + STEP * moved[:, 0], self.top[layout] + STEP * moved[:, 1]

@@ -48,6 +48,9 @@ def colours() -> Tensor:
 class Painter(nn.Module):
     """Draws batches of scenes. Stickers of all sizes lie in one table (a buffer), a row for every pixel."""
 
+    pixels: Tensor
+    colours: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         pixels = [stickers(side).permute(0, 2, 3, 1).reshape(-1, 4) for side in SIDES]

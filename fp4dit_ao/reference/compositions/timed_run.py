@@ -26,7 +26,11 @@ class TimedRun(Run):
         return min(1.0, (self.step + 1) / WARM_UP) * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left / DECAY)))
 
     def train_for(
-        self, seconds: float, save_every: float, loss_of: Callable[[torch.Generator], Tensor], publish: Callable[[], None]
+        self,
+        seconds: float,
+        save_every: float,
+        loss_of: Callable[[torch.Generator], Tensor],
+        publish: Callable[[], None],
     ) -> None:
         """Trains until the run has taken ``seconds``, saving every ``save_every`` seconds and at the end.
 

@@ -1,12 +1,12 @@
 """Trains the composition pipeline from scratch: ``python -m fp4dit_ao.reference.compositions.train --help``.
 
 Made for ten minutes of one GPU: pictures and prompts are made there, the transformer's blocks are compiled, matrix
-products are bfloat16, and the schedule follows the clock. Killed at any time, the folder ``--out`` holds the averaged weights of the last
-save, for ``python -m fp4dit_ao.reference.compositions.pack``; the same command again continues from ``--work``.
+products are bfloat16, and the schedule follows the clock. Killed at any time, the folder ``--out`` holds the averaged
+weights of the last save, for ``python -m fp4dit_ao.reference.compositions.pack``; the same command again continues from
+``--work``.
 """
 
 import json
-
 import platform
 import time
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from fp4dit_ao.util.atomic_files import write_text
 
 DROP_TEXT = 0.1
 """Fraction of training prompts replaced by the empty text, for classifier-free guidance."""
-CLOSEST = 0.05
+CLOSEST = 0.1
 """Noise level from which the weight of the loss rises no further."""
 
 
@@ -106,7 +106,14 @@ def main(
     run.seconds += time.monotonic() - began
     if compiled:
         compile_parts(model, painter)
-    recipe = {"batch": batch, "lr": lr, "weight_decay": weight_decay, "width": width, "layers": layers, "minutes": minutes}
+    recipe = {
+        "batch": batch,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "width": width,
+        "layers": layers,
+        "minutes": minutes,
+    }
     where = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     print(f"{sum(p.numel() for p in model.transformer.parameters()):,} parameters, on {where}", flush=True)
 
