@@ -32,7 +32,7 @@ class TimedRun(Run):
         loss_of: Callable[[torch.Generator], Tensor],
         publish: Callable[[], None],
     ) -> None:
-        """Trains until the run has taken ``seconds``, saving every ``save_every`` seconds and at the end.
+        """Trains until the run has taken ``seconds``, at least one step, saving every ``save_every`` seconds and at the end.
 
         The loss stays on the device and is read now and then. If it is no longer finite, training goes on from the last
         save at half the learning rate.
@@ -48,7 +48,8 @@ class TimedRun(Run):
         smooth = torch.tensor(self.smooth or 0.0, device=generator.device)
         weight = 0.02 if self.smooth else 1.0
         began, saved, reported, steps = time.monotonic() - self.seconds, self.seconds, time.monotonic(), self.step
-        while self.seconds < seconds:
+        due = False
+        while not (due and self.seconds >= seconds):
             loss = loss_of(generator.manual_seed(self.seed * 1_000_003 + self.step))
             loss.backward()
             self.update(self.rate(seconds))
