@@ -1,4 +1,4 @@
-"""The composition model: prompts and pictures say the same, held-out combinations stay held out, the judge sees what is there."""
+"""The composition model: prompts and pictures agree, held-out combinations stay so, the judge sees what is there."""
 
 import json
 import re
