@@ -32,11 +32,11 @@ CLOSEST = 0.1
 
 
 def noise_levels(draws: Tensor) -> Tensor:
-    """Noise levels in (0, 1) from stratified uniform ``draws``: most near the middle, where composition and shapes are
-    decided; a fifth of them uniform, since sampling begins at pure noise."""
+    """Noise levels in (0, 1) from stratified uniform ``draws``: most above the middle, where composition and shapes
+    are decided; a fifth of them uniform, since sampling begins at pure noise."""
     count = len(draws) // 5
     normal = torch.special.ndtri(draws[count:].clamp(1e-5, 1 - 1e-5))
-    return torch.cat([draws[:count], torch.sigmoid(0.3 + 1.2 * normal)]).clamp(1e-3, 0.999)
+    return torch.cat([draws[:count], torch.sigmoid(0.6 + 1.2 * normal)]).clamp(1e-3, 0.999)
 
 
 def stratified(n: int, generator: torch.Generator) -> Tensor:
