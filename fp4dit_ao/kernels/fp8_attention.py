@@ -22,6 +22,8 @@ LARGEST_HEAD = 128
 LEAST_HEAD = 16
 _WORTHWHILE = 0.97
 """Part of the best backend's time that the kernel may take, so that noise alone decides nothing."""
+_TOLERANCE = 2**-6
+"""Largest relative difference from PyTorch's attention, in bfloat16, of a kernel that is taken."""
 _FASTER: dict[AttentionShape, bool] = {}
 """Results of :func:`is_faster`."""
 
@@ -57,7 +59,8 @@ def found() -> dict[AttentionShape, bool]:
 
 @torch.no_grad()
 def _seconds(shape: AttentionShape) -> float:
-    """Seconds of one attention by the kernel, on random tensors; infinite if it fails there."""
+    """Seconds of one attention by the kernel, on random tensors; infinite if it fails there, or computes something else than
+    PyTorch's attention does."""
     batch, heads, queries, dim = shape.query
     with _compat.without_modes():
         q, k, v = (
@@ -66,9 +69,17 @@ def _seconds(shape: AttentionShape) -> float:
         )
         levels = *_levels(q.transpose(1, 2), "e2m3"), *_levels(k.transpose(1, 2), "e2m3")
         try:
-            return attention_backend.median_seconds(lambda: _on_triton(*levels, v, dim**-0.5), shape.device)
+            found = _on_triton(*levels, v, dim**-0.5)
+            seconds = attention_backend.median_seconds(lambda: _on_triton(*levels, v, dim**-0.5), shape.device)
         except RuntimeError:
             return float("inf")
+        rounded = [
+            (x[..., :dim].float().transpose(1, 2) * scale.unsqueeze(-1)).to(shape.dtype)
+            for x, scale in (levels[:2], levels[2:])
+        ]
+        expected = F.scaled_dot_product_attention(*rounded, v.transpose(1, 2)).transpose(1, 2)
+    agrees = bool((found.float() - expected.float()).norm() <= _TOLERANCE * expected.float().norm())
+    return seconds if agrees else float("inf")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, fmt: str) -> Tensor:

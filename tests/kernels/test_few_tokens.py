@@ -134,6 +134,10 @@ def test_the_fastest_is_measured_once(kernel: Any, monkeypatch: pytest.MonkeyPat
     assert configs[-1] is None and len(configs) > 2
     many = torch.zeros(kernel.MOST_ROWS + 1, 256, dtype=torch.int8)
     assert kernel.chosen(many, 64, 128, lambda config: many) is None and len(timed) == 1
+    wrong = kernel.candidates(200, 128, 2)[0]
+    some = torch.ones(200, 256, dtype=torch.int8)
+    kernel.chosen(some, 64, 128, lambda config: some + (config == wrong))
+    assert wrong not in timed[-1] and len(timed[-1]) > 2, "one that computes something else is never taken"
 
 
 @pytest.mark.parametrize("decode_first", [True, False])

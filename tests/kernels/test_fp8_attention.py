@@ -144,3 +144,17 @@ def test_attention_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8_attention, "attention", lambda *a: seen.append(a))
     torch.ops.fp4dit_ao.attention(q.detach(), k.detach(), v.detach(), torch.zeros(1, 1, 1, 7), None, "e2m3")
     assert not seen, "a mask goes to PyTorch's attention"
+
+
+def test_a_kernel_that_computes_something_else_is_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = AttentionShape(torch.device("cpu"), torch.bfloat16, (2, 3, 40, 72), 50, None)
+    monkeypatch.setattr(fp8_attention, "_on_triton", fp8_attention._on_operators)
+    assert 0 < fp8_attention._seconds(shape) < float("inf")
+    monkeypatch.setattr(fp8_attention, "_on_triton", lambda *x: fp8_attention._on_operators(*x) * 1.1)
+    assert fp8_attention._seconds(shape) == float("inf")
+
+    def fails(*x: Any) -> Tensor:
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(fp8_attention, "_on_triton", fails)
+    assert fp8_attention._seconds(shape) == float("inf")

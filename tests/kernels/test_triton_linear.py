@@ -294,9 +294,7 @@ def test_it_compiles_for_every_gpu_and_hardly_spills(compiled) -> None:
     assert len(compiled) > 50
     for result in compiled:
         if "attention" in result:
-            assert (
-                "Config(block_m=128, block_n=128, warps=8, stages=3)" not in result["config"] or not result["spilled"]
-            )
+            assert result["capability"] < 90 or not result["spilled"], result
             continue
         assert result["spilled"] <= 16, result  # bytes: Triton 3.9 spills three registers, once
         assert result["registers"] < 255, result

@@ -26,6 +26,8 @@ MOST_ROWS = 1024
 _BYTES_AT_ONCE = 4
 """Codes are looked up four bytes at once, which must be one row's."""
 _SUM_BLOCK = 1024
+_TOLERANCE = 2**-6
+"""Largest relative difference, in bfloat16, from decoding first of a configuration that is taken."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ _FASTEST: dict[tuple[object, ...], Config | None] = {}
 
 
 def chosen(tokens: Tensor, features: int, group_size: int, launch: Callable[[Config | None], Tensor]) -> Config | None:
-    """The fastest configuration for a product, or None if decoding first is faster; measured once for sizes like these.
+    """The fastest configuration for a product, or None if decoding first is faster; measured once for sizes like these, among
+    those whose result is that of decoding first.
 
     Args:
         tokens: as in :func:`product`.
@@ -173,8 +176,21 @@ def chosen(tokens: Tensor, features: int, group_size: int, launch: Callable[[Con
         if torch.cuda.is_current_stream_capturing():
             return configs[0]
         with torch.cuda.device(tokens.device):
-            _FASTEST[key] = tune([*configs, None], launch, f"tuning {rows} x {depth} x {features}")
+            expected = launch(None)
+            sound = [config for config in configs if _agrees(config, launch, expected)]
+            _FASTEST[key] = tune([*sound, None], launch, f"tuning {rows} x {depth} x {features}")
     return _FASTEST[key]
+
+
+def _agrees(config: Config, launch: Callable[[Config | None], Tensor], expected: Tensor) -> bool:
+    """Whether a configuration runs on this GPU, and computes what decoding first does."""
+    try:
+        found = launch(config)
+    except triton.runtime.errors.OutOfResources:
+        return False
+    if not found.is_floating_point():
+        return torch.equal(found, expected)
+    return bool((found.float() - expected.float()).norm() <= _TOLERANCE * expected.float().norm())
 
 
 def product(tokens: Tensor, qdata: Tensor, index: Tensor, codebooks: Tensor, group_size: int, config: Config) -> Tensor:
