@@ -1,6 +1,6 @@
 """Rewritten methods of Bria Fibo 2."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from fp4dit_ao.families.rewrites.positions import rotation_of_places
 
 if TYPE_CHECKING:
     from diffusers import BriaFibo2Transformer2DModel
+
+_Length = TypeVar("_Length", int, Tensor)
 
 
 def bria_fibo2(
@@ -85,7 +87,7 @@ def _gist_mask(model: "BriaFibo2Transformer2DModel", mask: Tensor | None) -> Ten
     return torch.arange(config.max_num_gist_tokens, device=mask.device) < counts[:, None]
 
 
-def _in_steps(model: "BriaFibo2Transformer2DModel", length: "int | Tensor") -> "int | Tensor":
+def _in_steps(model: "BriaFibo2Transformer2DModel", length: _Length) -> _Length:
     """Gist tokens between the least and the greatest number, as ``length`` lies between its own, rounded up to whole steps."""
     config = model.config
     span = config.gist_max_text_len - config.gist_min_text_len
