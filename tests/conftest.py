@@ -27,6 +27,7 @@ SLOW = (
     "tests/families",
     "tests/formats/test_formats.py::test_wild_floats",
     "tests/graph_capture/test_layer_rows.py",
+    "tests/kernels/test_arm.py",
     "tests/kernels/test_decoded_linear.py::test_choosing_it_breaks_no_graph",
     "tests/kernels/test_decoded_linear.py::test_decoding_looks_every_code_up",
     "tests/kernels/test_few_tokens.py::test_codes_are_looked_up_in_pairs_of_one_row_in_every_tile",
