@@ -84,7 +84,7 @@ class Iteration:
         self.soft.soften(penalised)
         loss = torch.zeros((), device=self._device)
         for batch in self._minibatches.batches():
-            share = self._error.of(batch, self._run) * (batch.count / self._minibatches.size / self._before)
+            share = self._error.of(batch, self._run) * (batch.size / self._minibatches.size / self._before)
             share.backward()  # type: ignore[no-untyped-call]
             loss += share.detach()
         self._remember(loss)
@@ -113,7 +113,8 @@ class Iteration:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Let the rules hold what counts: the last parameters, or the best."""
+        """Let the rules hold what counts: the last parameters, or the best; waits for the device."""
+        self.losses()
         for kept, parameter in zip(self._best, self._parameters, strict=False):
             parameter.copy_(kept)
 

@@ -12,9 +12,9 @@ class Schedule:
     """Where learning is in its ``iters`` steps.
 
     The loss is a mean over ``patience`` steps, error and penalty together; a mean that is not :data:`GAIN` below the last one
-    is a plateau. In the warm-up it brings the penalty on. After that it ends the unit if gates are closed (or the rule has none);
-    while they are open it skips as many steps as were looked at, so that the exponent falls faster: ending there would cut
-    gates off half open. Everything follows from the losses, so that the same seed stops at the same step.
+    is a plateau. In the warm-up it brings the penalty on. After that it ends the unit if gates are closed, or the rule has
+    none; while they are open it skips as many steps as were looked at, so that the exponent falls faster: ending there would
+    cut gates off half open. Everything follows from the losses, so that the same seed stops at the same step.
 
     Attributes:
         position: the step to take next; ``iters`` at the end.

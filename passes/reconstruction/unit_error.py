@@ -70,7 +70,7 @@ class Batch(NamedTuple):
     wanted: list[Tensor]
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """How many rows."""
         return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
 
@@ -187,7 +187,7 @@ class UnitError:
         with settled(self.segment):
             for number, stream in enumerate(self.streams):
                 for rows in stream.chunks(self.batch_size):
-                    total += self.of(batch := self.gather(number, rows), self.graph) * batch.count
+                    total += self.of(batch := self.gather(number, rows), self.graph) * batch.size
         return float(total) / self.rows
 
     def _power_of(self, name: str, values: list[Values]) -> float:
