@@ -138,7 +138,7 @@ def measure(
     else:
         turns = Turns(loop.step if loop else None, config.iters)
         with mock.patch.object(reconstruct_pass, "tqdm", lambda **_: turns):
-            report = reconstruct(only_first_block(prepared), data, replace(config, compile=compiled))
+            report = reconstruct(only_first_block(prepared), data, replace(config, **settings))
         found |= {"own": turns.own_seconds, "eager": turns.other_seconds, "stream bytes": report.stream_bytes}
         found |= {
             "nearest": report.rows[0].loss_before,
