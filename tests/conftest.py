@@ -68,7 +68,12 @@ SLOW = (
 """Folders, files and tests that take longer than the fast set can wait for; so does every test with ``compile`` in its name."""
 DOCS = ("tests/test_docs.py::test_page", "tests/test_docs.py::test_docstring", "tests/test_tutorials.py")
 """Tests that execute the documentation."""
-GPU = ("tests/ops/test_ops.py::test_cuda_agrees_with_cpu",)
+GPU = (
+    "tests/ops/test_ops.py::test_cuda_agrees_with_cpu",
+    "tests/passes/reconstruction/test_iteration.py::test_a_captured_step_learns_what_an_eager_one_does_on_cuda",
+    "tests/passes/reconstruction/test_iteration.py::test_replays_take_steps_on_cuda",
+    "tests/passes/reconstruction/test_iteration.py::test_what_cannot_be_captured_goes_on_eagerly_on_cuda",
+)
 """Tests that need a GPU, and are skipped without one."""
 
 PACKAGES = ("torch", "torchao", "diffusers", "transformers", "triton", "numpy")

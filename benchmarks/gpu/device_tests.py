@@ -19,6 +19,7 @@ FILES = (
     "tests/tensors/test_minifloat.py",
     "tests/passes/test_device_placement.py",
     "tests/diffusers_integration/test_module_form.py",
+    "tests/passes/reconstruction/test_iteration.py",
     "tests/benchmark/test_gpu_benchmark.py",
 )
 """Tests that do more where there is a GPU."""

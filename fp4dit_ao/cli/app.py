@@ -139,12 +139,25 @@ def quantize(
             help="GLOB=RECIPE for some modules, or GLOB=none to leave them, such as 'blocks.0.*=none'; repeatable."
         ),
     ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="End a unit's learned rounding early, where so many iterations bring less than 1 %."),
+    ] = None,
 ) -> None:
     """Quantize MODEL and save it. `fp4dit-ao methods` lists the names that options for methods take."""
     from fp4dit_ao.cli import quantize as run
 
     methods = run.Methods(
-        rounding, objective, scope, iters, selection, tuple(transform or ()), allocation, budget_bits, fine_tuning
+        rounding,
+        objective,
+        scope,
+        iters,
+        selection,
+        tuple(transform or ()),
+        allocation,
+        budget_bits,
+        fine_tuning,
+        patience,
     )
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),

@@ -35,6 +35,7 @@ class Methods:
 
     Attributes:
         iters: iterations of learned rounding per unit; None for the default.
+        patience: iterations without progress after which a unit ends early; None for never.
     """
 
     rounding: str = "adaround"
@@ -46,12 +47,14 @@ class Methods:
     allocation: str = "least_error"
     budget_bits: float | None = None
     fine_tuning: str | None = None
+    patience: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``quantize_pipeline``.
 
         Raises:
-            ValueError: the name of a method is unknown, or ``iters`` is given for a rounding that has no iterations.
+            ValueError: the name of a method is unknown, or ``iters`` or ``patience`` is given for a rounding that has
+                no iterations.
         """
         SELECTIONS.find(self.selection)
         ALLOCATIONS.find(self.allocation)
@@ -59,12 +62,14 @@ class Methods:
             FINE_TUNINGS.find(self.fine_tuning)
         resolve_transforms(self.transforms)
         rounded = chosen_config(self.rounding, self.objective, self.scope)
-        if self.iters is not None:
-            if isinstance(ROUNDINGS.find(rounded.rounding), ClosedFormRounding):
-                raise ValueError(
-                    f"--iters is the length of learned rounding; leave it out with --rounding {self.rounding}"
-                )
-            rounded = replace(rounded, iters=self.iters)
+        lengths = {"iters": self.iters, "patience": self.patience}
+        given = {name: value for name, value in lengths.items() if value is not None}
+        if given and isinstance(ROUNDINGS.find(rounded.rounding), ClosedFormRounding):
+            options = " and ".join(f"--{name}" for name in given)
+            raise ValueError(
+                f"{options} is for the length of learned rounding; leave it out with --rounding {self.rounding}"
+            )
+        rounded = replace(rounded, **given)
         return {
             "reconstruction": rounded, "selection": self.selection, "transforms": self.transforms,
             "allocation": self.allocation, "budget_bits": self.budget_bits, "fine_tuning": self.fine_tuning,

@@ -487,6 +487,7 @@ def test_benchmark_refuses_before_any_work(options, words, tmp_path):
         (["--scope", "world"], ["unknown scope 'world'", "block, layer, window"]),
         (["--rounding", "nearest", "--iters", 3], ["--iters", "--rounding nearest"]),
         (["--rounding", "gptq", "--iters", 3], ["--iters", "--rounding gptq"]),
+        (["--rounding", "gptq", "--patience", 3], ["--patience", "--rounding gptq"]),
         (["--prompts", "EMPTY"], ["holds no prompts"]),
         (["--prompts", "ABSENT"], ["there is no prompt file"]),
         (["--prompts", "BINARY"], ["is not UTF-8"]),
