@@ -136,5 +136,5 @@ def plan(lesson: Lesson) -> Course:
 FINE_TUNINGS.register(
     "quest", Distilled("quest", plan, with_biases=True),
     summary="Trains the layers that carry the timestep and those that lose most by few bits, on local and global error.",
-    source="QuEST, arXiv 2402.03666", cost="a forward for each layer and probe; then as 'efficientdm', and a forward more a step",
+    source="QuEST, arXiv 2402.03666", cost="a forward for each layer and probe; then as 'efficientdm', plus a forward a step",
 )  # fmt: skip
