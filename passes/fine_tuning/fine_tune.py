@@ -84,6 +84,14 @@ class FineTuneReport:
     held_out: int = 0
     state_bytes: int = 0
 
+    def sentence(self) -> str:
+        """What a user is told."""
+        judges = f"{self.held_out} held-out samples" if self.held_out else "all samples"
+        change = (
+            f"{self.loss_before:.3g} → {self.loss_after:.3g}" if self.kept else f"{self.loss_before:.3g}, not lowered"
+        )
+        return f"fine-tuning: relative error of the output on {judges}: {change}, after {self.seconds:.0f} s"
+
     def to_dict(self) -> dict[str, object]:
         """Fields by name, for JSON."""
         return dataclasses.asdict(self)
