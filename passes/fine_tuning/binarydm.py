@@ -116,7 +116,7 @@ def plan(lesson: Lesson) -> Course:
     """Every quantized weight; a second basis in the first and the last block; outputs and features as the loss. ``lr`` is in
     steps of the format; ``share`` has no part in it."""
     by = lesson.config.optimizer or "adam"
-    blocks = [segment for segment in lesson.plain.segments if segment.observers]
+    blocks = [segment for segment in lesson.plain.segments if segment.block and segment.observers]
     ends = {observer for segment in (blocks[0], blocks[-1]) for _, observer in segment.observers}
     students = {
         observer: (EvolvableBasis if observer in ends else FullWeight)(weight, observer, by)

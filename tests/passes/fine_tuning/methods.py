@@ -1,5 +1,8 @@
 """A tiny model that is fine-tuned, with samples, for the tests of this folder."""
 
+import copy
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -41,8 +44,18 @@ def samples(count: int = 4, width: int = 128) -> list[dict[str, Tensor]]:
 
 
 def prepared(config: QuantConfig | None = None, model: nn.Module | None = None) -> GraphModule:
+    """A calibrated graph of its own: of a :class:`TimedDiT`, quantized all over, unless said otherwise."""
+    return _prepared(config, model) if model else copy.deepcopy(_of_the_model(config))
+
+
+@cache
+def _of_the_model(config: QuantConfig | None) -> GraphModule:
+    return _prepared(config, TimedDiT())
+
+
+def _prepared(config: QuantConfig | None, model: nn.Module) -> GraphModule:
     quantizer = FP4DiTQuantizer().set_global(config or QuantConfig(skip=()))
-    graph = prepare_pt2e(capture((model or TimedDiT()).eval(), samples()[0]), quantizer)
+    graph = prepare_pt2e(capture(model.eval(), samples()[0]), quantizer)
     with torch.no_grad():
         for sample in samples():
             graph(**sample)
