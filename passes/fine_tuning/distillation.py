@@ -162,7 +162,7 @@ def distil(
         set_fake_quantize(prepared, weight=True, activation=True)
         with standing_for(course.students), using(course.ranges):
             steppers = _steppers(course, own, config)
-            state_bytes = _optimise(course, list(own.values()), steppers, before, last, config, store, bar)
+            state_bytes = _optimise(course, list(own.values()), steppers, last, config, store, bar)
         after, kept = _kept_if_better(course, lambda: total_error(prepared, calls[judges], targets[judges]), before)
         if not kept:
             put_biases(prepared, biases)
@@ -213,7 +213,6 @@ def _optimise(
     course: Course,
     biases: Sequence[nn.Parameter],
     steppers: Sequence[Stepper],
-    before: float,
     samples: int,
     config: FineTuneConfig,
     store: TrainingState | None,
@@ -248,7 +247,7 @@ def _optimise(
             stepper.zero_grad()
         with torch.enable_grad():
             for index in chosen:
-                torch.autograd.backward(course.loss(index) / (before * len(chosen) or 1.0))
+                torch.autograd.backward(course.loss(index) / len(chosen))
         for stepper in steppers:
             stepper.step(0.5 * (1 + math.cos(math.pi * step / config.steps)), step)
         bar.update()

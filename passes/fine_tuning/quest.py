@@ -128,7 +128,7 @@ def plan(lesson: Lesson) -> Course:
     students = {x: FullWeight(lesson.weights[x], x, by) for x in observers}
     return Course(
         dict(students), LayerLoss(lesson, layers), lr, lesson.config.rank,
-        biases=[name for name in map(bias_of, layers) if name in lesson.biases], bias_lr=lr * BIAS_PACE,
+        biases=[name for name in map(bias_of, layers) if name is not None and name in lesson.biases], bias_lr=lr * BIAS_PACE,
         range_lr=lr * RANGE_PACE,
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
@@ -87,16 +88,20 @@ def test_a_killed_run_resumes_with_the_same_bits(method: str, tmp_path: Path, mo
         run_fine_tuning(prepared(), samples(), method, other, checkpoint_dir=tmp_path, progress=False)
 
 
-def test_held_out_samples_judge_and_are_not_learned_from() -> None:
-    config = FineTuneConfig(steps=3, batch_size=2, held_out=0.5)
+def test_held_out_samples_judge_and_are_not_learned_from(tmp_path: Path) -> None:
+    config = FineTuneConfig(steps=2, batch_size=2, held_out=0.5)
     data = samples()
-    graph, other = prepared(), prepared()
-    report = run_fine_tuning(graph, data, "efficientdm", config, progress=False)
-    assert report.held_out == 2
-    assert report.loss_before == pytest.approx(error(convert_pt2e(prepared()), slice(2, None)), rel=1e-3)
     changed = data[:2] + [{name: x + 1 for name, x in sample.items()} for sample in data[2:]]
-    assert run_fine_tuning(other, changed, "efficientdm", config, progress=False).kept
-    assert all(torch.equal(a, b) for a, b in zip(state_of(graph), state_of(other), strict=True))
+    reports = [
+        run_fine_tuning(prepared(), each, "efficientdm", config, checkpoint_dir=tmp_path / str(number), progress=False)
+        for number, each in enumerate((data, changed))
+    ]
+    assert [report.held_out for report in reports] == [2, 2]
+    assert reports[0].loss_before == pytest.approx(error(convert_pt2e(prepared()), slice(2, None)), rel=1e-3)
+    assert reports[1].loss_before != reports[0].loss_before
+    states = [load_file(tmp_path / str(number) / "efficientdm.safetensors") for number in range(2)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
 
 
 def test_what_does_not_help_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
