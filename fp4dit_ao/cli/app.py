@@ -122,8 +122,9 @@ def quantize(
         float | None, typer.Option(help="Mean of stored bits per weight that the allocation may spend.")
     ] = None,
     fine_tuning: Annotated[
-        str | None, typer.Option(help="Fine-tuning after rounding, 'scales' or 'bias_correction'.")
+        str | None, typer.Option(help="Fine-tuning after rounding, such as 'scales' or 'efficientdm'.")
     ] = None,
+    fine_tuning_steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps of fine-tuning.")] = None,
     call: Call = None,
     dtype: Dtype = "stored",
     config: Annotated[
@@ -158,6 +159,7 @@ def quantize(
         budget_bits,
         fine_tuning,
         patience,
+        fine_tuning_steps,
     )
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),

@@ -17,7 +17,7 @@ from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
 from fp4dit_ao.graph_capture.transforming import resolve_transforms
-from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS
+from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, FineTuneConfig
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS
 from fp4dit_ao.passes.reconstruction import ROUNDINGS
 from fp4dit_ao.passes.reconstruction.choice import chosen_config
@@ -36,6 +36,7 @@ class Methods:
     Attributes:
         iters: iterations of learned rounding per unit; None for the default.
         patience: iterations without progress after which a unit ends early; None for never.
+        fine_tuning_steps: optimisation steps of fine-tuning; None for the default.
     """
 
     rounding: str = "adaround"
@@ -48,18 +49,20 @@ class Methods:
     budget_bits: float | None = None
     fine_tuning: str | None = None
     patience: int | None = None
+    fine_tuning_steps: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``quantize_pipeline``.
 
         Raises:
-            ValueError: the name of a method is unknown, or ``iters`` or ``patience`` is given for a rounding that has
-                no iterations.
+            ValueError: the name of a method is unknown, or a length is given of what has none.
         """
         SELECTIONS.find(self.selection)
         ALLOCATIONS.find(self.allocation)
         if self.fine_tuning is not None:
             FINE_TUNINGS.find(self.fine_tuning)
+        elif self.fine_tuning_steps is not None:
+            raise ValueError("--fine-tuning-steps is the length of fine-tuning; name a method with --fine-tuning")
         resolve_transforms(self.transforms)
         rounded = chosen_config(self.rounding, self.objective, self.scope)
         lengths = {"iters": self.iters, "patience": self.patience}
@@ -70,9 +73,10 @@ class Methods:
                 f"{options} is for the length of learned rounding; leave it out with --rounding {self.rounding}"
             )
         rounded = replace(rounded, **given)
+        tune = FineTuneConfig() if self.fine_tuning_steps is None else FineTuneConfig(steps=self.fine_tuning_steps)
         return {
             "reconstruction": rounded, "selection": self.selection, "transforms": self.transforms,
-            "allocation": self.allocation, "budget_bits": self.budget_bits, "fine_tuning": self.fine_tuning,
+            "allocation": self.allocation, "budget_bits": self.budget_bits, "fine_tuning": self.fine_tuning, "fine_tune": tune,
         }  # fmt: skip
 
 
@@ -112,6 +116,8 @@ def quantize(
         if quantized.transformer.report is not None:
             print(quantized.transformer.report.to_markdown(), end="\n\n")
             write_text(out / "reconstruction.md", quantized.transformer.report.to_markdown() + "\n")
+        if (tuned := quantized.transformer.fine_tuning_report) is not None:
+            print(tuned.sentence())
         shutil.rmtree(unfinished, ignore_errors=True)
         print(sizes(pipe.transformer, quantized.transformer))
         print(f"saved after {time.perf_counter() - start:.0f} s: {out}")
