@@ -1,0 +1,103 @@
+"""Judging kept images: PSNR, SSIM and any metrics, a batch of images at a time."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fp4dit_ao.evaluation import metrics as built_in
+from fp4dit_ao.evaluation.fidelity import Fidelity
+from fp4dit_ao.evaluation.image_metrics import ImageMetric, PairMetric, PromptMetric, SetMetric
+from fp4dit_ao.evaluation.kept_images import KeptImages, folder_of_images, read_image
+from fp4dit_ao.evaluation.metrics import Floats
+from fp4dit_ao.reference.accuracy import prompt_accuracy
+
+BATCH = 16
+"""Images that are read and judged together."""
+ORIGINAL, REAL = "original", "real images"
+"""What sets of images are compared with."""
+
+
+class Judge:
+    """Judges variants of one original.
+
+    Args:
+        originals: the original's images.
+        texts: the prompts.
+        metrics: beside PSNR and SSIM.
+        real: folder of real images that sets are compared with, too.
+        indices: positions of the prompts in ``reference.prompts()``, if the model is the reference pipeline.
+        progress: told what is being judged.
+    """
+
+    def __init__(
+        self,
+        originals: KeptImages,
+        texts: Sequence[str],
+        metrics: Sequence[ImageMetric],
+        real: Path | None = None,
+        indices: Sequence[int] | None = None,
+        progress: Callable[[str], None] = lambda text: None,
+    ):
+        self.originals, self.texts, self.metrics, self.indices, self.progress = (
+            originals,
+            texts,
+            metrics,
+            indices,
+            progress,
+        )
+        self.sets = [metric for metric in metrics if isinstance(metric, SetMetric)]
+        self.known: dict[str, dict[str, Floats]] = {}
+        if self.sets and real is not None:
+            self.known[REAL] = self._real_features(real)
+
+    def digits(self) -> dict[str, int]:
+        """Digits after the point of every score and distance, by its title."""
+        found = {metric.title: metric.digits for metric in self.metrics}
+        return found | {f"{m.title} to {other}": m.digits for m in self.sets for other in (ORIGINAL, REAL)}
+
+    def judge(self, name: str, kept: KeptImages, seconds: float, notes: dict[str, str] | None = None) -> Fidelity:
+        """Every metric of one variant. Of the original itself, those that need no original."""
+        self.progress(f"judging {name}")
+        itself = kept.folder == self.originals.folder
+        parts: dict[str, list[Floats]] = {}
+        right: list[np.ndarray[tuple[int, ...], np.dtype[np.bool_]]] = []
+        for (positions, images), (_, originals) in zip(kept.batches(BATCH), self.originals.batches(BATCH), strict=True):
+            found = {"psnr": built_in.psnr(images, originals), "ssim": built_in.ssim(images, originals)}
+            for metric in self.metrics:
+                if isinstance(metric, PromptMetric):
+                    found[metric.title] = metric.score(images, [self.texts[prompt] for _, prompt in positions])
+                elif isinstance(metric, PairMetric) and not itself:
+                    found[metric.title] = metric.score(images, originals)
+                elif isinstance(metric, SetMetric):
+                    found[metric.title] = metric.features(images)
+            for title, values in found.items():
+                parts.setdefault(title, []).append(values)
+            if self.indices is not None:
+                right.append(prompt_accuracy(images, [self.indices[prompt] for _, prompt in positions]))
+        whole = {title: np.concatenate(values) for title, values in parts.items()}
+        features = {metric.title: whole.pop(metric.title) for metric in self.sets}
+        if itself:
+            self.known[ORIGINAL] = features
+        distances = {
+            f"{metric.title} to {other}": metric.distance(features[metric.title], known[metric.title])
+            for metric in self.sets
+            for other, known in self.known.items()
+            if not (itself and other == ORIGINAL)
+        }
+        shape = (kept.seeds, kept.prompts)
+        scores = {title: values.reshape(shape) for title, values in whole.items()}
+        accuracy = np.concatenate(right).reshape(shape) if right else None
+        return Fidelity(
+            name, scores.pop("psnr"), scores.pop("ssim"), accuracy, seconds, dict(notes or {}), scores, distances
+        )
+
+    def _real_features(self, folder: Path) -> dict[str, Floats]:
+        parts: dict[str, list[Floats]] = {metric.title: [] for metric in self.sets}
+        files = folder_of_images(folder)
+        self.progress(f"judging {len(files)} real images")
+        for path in files:  # one at a time: their sizes differ
+            image = read_image(path)[None]
+            for metric in self.sets:
+                parts[metric.title].append(metric.features(image))
+        return {title: np.concatenate(values) for title, values in parts.items()}
