@@ -9,9 +9,9 @@ from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.evaluation.baseline_variance import other_way
 from fp4dit_ao.evaluation.drawing import seconds_per_image
 from fp4dit_ao.evaluation.fidelity import Comparison, Evaluation, Fidelity
-from fp4dit_ao.evaluation.image_metrics import METRICS, ImageMetric, open_metrics
+from fp4dit_ao.evaluation.image_metrics import ImageMetric, open_metrics
 from fp4dit_ao.evaluation.judging import Judge
-from fp4dit_ao.evaluation.kept_images import KeptImages
+from fp4dit_ao.evaluation.kept_images import KeptImages, folder_of_images
 from fp4dit_ao.evaluation.prompt_sets import LINES, Prompt, read_prompt_set, shuffled
 from fp4dit_ao.evaluation.report import SHOWN, write_report
 from fp4dit_ao.evaluation.seeding import seeding
@@ -98,10 +98,12 @@ def evaluate(models: Sequence[str], against: str, what: What, how: How, where: W
     """Draws with ``against`` and ``models``, prints the tables, writes JSON and page; None if only a part is drawn."""
     for name in (against, *models):
         named_models.folder_of(name)
-    for name in how.metrics:
-        METRICS.find(name.partition("=")[0])
     prompts = what.texts(against)
     drawings = _drawings(models, against, prompts, what, how, where)
+    if how.shard is None:  # what is missing is said before hours of drawing, not after
+        open_metrics(how.metrics, "cpu")
+        if how.real is not None:
+            folder_of_images(how.real)
     if how.shard is not None:
         for drawing in drawings:
             drawing.draw(how.devices[0], how.shard)

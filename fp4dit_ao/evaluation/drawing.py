@@ -27,10 +27,11 @@ _TIMES = "drawn-*.json"
 def draw_batch(
     pipe: "DiffusionPipeline", texts: Sequence[str], seeds: Sequence[int], arguments: CallArguments
 ) -> Images:
-    """Images uint8 ``(n, h, w, 3)`` of ``n`` prompts, each from a generator with its own seed."""
+    """Images uint8 ``(n, h, w, 3)``, or videos ``(n, frames, h, w, 3)``, of ``n`` prompts, each from its own generator."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    output = pipe(list(texts), generator=generators, **{**arguments, "output_type": "np"}).images
-    return (np.asarray(output) * 255).round().astype(np.uint8)
+    output = pipe(list(texts), generator=generators, **{**arguments, "output_type": "np"})
+    drawn = output.frames if hasattr(output, "frames") else output.images
+    return (np.asarray(drawn) * 255).round().astype(np.uint8)
 
 
 @contextlib.contextmanager

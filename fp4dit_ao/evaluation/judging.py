@@ -7,9 +7,9 @@ import numpy as np
 
 from fp4dit_ao.evaluation import metrics as built_in
 from fp4dit_ao.evaluation.fidelity import Fidelity
-from fp4dit_ao.evaluation.image_metrics import ImageMetric, PairMetric, PromptMetric, SetMetric
+from fp4dit_ao.evaluation.image_metrics import ImageMetric, PairMetric, PromptMetric, SetMetric, VideoMetric
 from fp4dit_ao.evaluation.kept_images import KeptImages, folder_of_images, read_image
-from fp4dit_ao.evaluation.metrics import Floats
+from fp4dit_ao.evaluation.metrics import Floats, Images
 from fp4dit_ao.reference.accuracy import prompt_accuracy
 
 BATCH = 16
@@ -62,16 +62,10 @@ class Judge:
         itself = kept.folder == self.originals.folder
         parts: dict[str, list[Floats]] = {}
         right: list[np.ndarray[tuple[int, ...], np.dtype[np.bool_]]] = []
-        for (positions, images), (_, originals) in zip(kept.batches(BATCH), self.originals.batches(BATCH), strict=True):
-            found = {"psnr": built_in.psnr(images, originals), "ssim": built_in.ssim(images, originals)}
-            for metric in self.metrics:
-                if isinstance(metric, PromptMetric):
-                    found[metric.title] = metric.score(images, [self.texts[prompt] for _, prompt in positions])
-                elif isinstance(metric, PairMetric) and not itself:
-                    found[metric.title] = metric.score(images, originals)
-                elif isinstance(metric, SetMetric):
-                    found[metric.title] = metric.features(images)
-            for title, values in found.items():
+        first = kept.read(0, 0)
+        size = BATCH if first.ndim == 3 else max(1, BATCH // len(first))
+        for (positions, images), (_, originals) in zip(kept.batches(size), self.originals.batches(size), strict=True):
+            for title, values in self._batch(positions, images, originals, itself).items():
                 parts.setdefault(title, []).append(values)
             if self.indices is not None:
                 right.append(prompt_accuracy(images, [self.indices[prompt] for _, prompt in positions]))
@@ -91,6 +85,31 @@ class Judge:
         return Fidelity(
             name, scores.pop("psnr"), scores.pop("ssim"), accuracy, seconds, dict(notes or {}), scores, distances
         )
+
+    def _batch(
+        self, positions: Sequence[tuple[int, int]], images: Images, originals: Images, itself: bool
+    ) -> dict[str, Floats]:
+        """Every number of a batch by its title; of videos, means over frames; and the features of sets."""
+        flat, flat_originals = (x.reshape(-1, *x.shape[-3:]) for x in (images, originals))
+        frames = len(flat) // len(images)
+        texts = [self.texts[prompt] for _, prompt in positions for _ in range(frames)]
+        found = {"psnr": built_in.psnr(flat, flat_originals), "ssim": built_in.ssim(flat, flat_originals)}
+        features, of_videos = {}, {}
+        for metric in self.metrics:
+            if isinstance(metric, PromptMetric):
+                found[metric.title] = metric.score(flat, texts)
+            elif isinstance(metric, PairMetric) and not itself:
+                found[metric.title] = metric.score(flat, flat_originals)
+            elif isinstance(metric, SetMetric):
+                features[metric.title] = metric.features(flat)
+            elif isinstance(metric, VideoMetric):
+                if images.ndim != 5 or images.shape[1] < 2:
+                    raise ValueError(
+                        f"{metric.label} judges videos, and the model draws images; leave this --metric out"
+                    )
+                of_videos[metric.title] = metric.score(images)
+        means = {title: values.reshape(len(images), frames).mean(1) for title, values in found.items()}
+        return means | of_videos | features
 
     def _real_features(self, folder: Path) -> dict[str, Floats]:
         parts: dict[str, list[Floats]] = {metric.title: [] for metric in self.sets}

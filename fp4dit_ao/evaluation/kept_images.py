@@ -11,6 +11,8 @@ from fp4dit_ao.evaluation.metrics import Images
 from fp4dit_ao.util.atomic_files import whole_file, write_text
 
 SETTINGS = "settings.json"
+_FRAMES, _MILLISECONDS = "frames", 100
+"""Entry of a video's PNG with its number of frames, and how long each is shown."""
 
 
 class KeptImages:
@@ -47,14 +49,22 @@ class KeptImages:
         return [(seed, prompt) for seed, prompt in every if self.path(seed, prompt).name not in there]
 
     def keep(self, seed: int, prompt: int, image: Images) -> None:
-        """Writes one image, uint8 ``(h, w, 3)``, whole or not at all."""
+        """Writes one image, uint8 ``(h, w, 3)``, or video, ``(frames, h, w, 3)``, as PNG, whole or not at all."""
         from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
 
+        frames = [Image.fromarray(frame) for frame in image.reshape(-1, *image.shape[-3:])]
+        about = PngInfo()
+        if image.ndim == 4:
+            about.add_text(_FRAMES, str(len(frames)))
         with whole_file(self.path(seed, prompt)) as partial:
-            Image.fromarray(image).save(partial, format="PNG", compress_level=1)
+            frames[0].save(
+                partial, format="PNG", compress_level=1, pnginfo=about, save_all=image.ndim == 4,
+                append_images=frames[1:], duration=_MILLISECONDS, loop=0,
+            )  # fmt: skip
 
     def read(self, seed: int, prompt: int) -> Images:
-        """One image, uint8 ``(h, w, 3)``.
+        """One image, uint8 ``(h, w, 3)``, or video, ``(frames, h, w, 3)``.
 
         Raises:
             ValueError: the file is damaged.
@@ -70,16 +80,22 @@ class KeptImages:
 
 
 def read_image(path: Path) -> Images:
-    """An image file as uint8 ``(h, w, 3)``.
+    """An image file as uint8 ``(h, w, 3)``; an animated PNG of :meth:`KeptImages.keep` as ``(frames, h, w, 3)``.
 
     Raises:
         ValueError: the file is no image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageSequence, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            if _FRAMES not in image.info:
+                return np.asarray(image.convert("RGB"))
+            wanted, frames = int(image.info[_FRAMES]), []
+            for frame in ImageSequence.Iterator(image):  # equal frames that follow each other are one, shown for longer
+                times = round(float(frame.info.get("duration", _MILLISECONDS)) / _MILLISECONDS)
+                frames += [np.asarray(frame.convert("RGB"))] * max(times, 1)
+            return np.stack((frames + frames[-1:] * wanted)[:wanted])
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path} is not a whole image ({error}); delete it, and start the same run again") from error
 

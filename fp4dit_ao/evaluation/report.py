@@ -102,7 +102,7 @@ def write_report(
                 "values": [_values(variant, by, seed, prompt) for variant in others],
             }
         )  # fmt: skip
-    height, width = kept[0].read(0, 0).shape[:2]
+    height, width = kept[0].read(0, 0).shape[-3:-1]
     tables = [("Means", variants_table(evaluation))]
     if evaluation.comparisons:
         tables.append(("Paired differences", differences_table(evaluation)))
@@ -133,12 +133,27 @@ def _values(variant: Fidelity, by: Sequence[Measure], seed: int, prompt: int) ->
 
 
 def _embedded(pixels: Images) -> str:
-    """An image as data URI: PNG if it is small, else JPEG of at most :data:`_LARGEST` pixels."""
+    """An image as data URI: PNG if it is small, else JPEG of at most :data:`_LARGEST` pixels; a video as animated WebP."""
     from PIL import Image
 
+    if pixels.ndim == 4:
+        return _animated(pixels)
     image, small = Image.fromarray(pixels), max(pixels.shape[:2]) <= _SMALL
     image.thumbnail((_LARGEST, _LARGEST))
     file = io.BytesIO()
     image.save(file, format="PNG" if small else "JPEG", **({} if small else {"quality": 90}))
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _animated(video: Images) -> str:
+    """A video as data URI: animated WebP of at most half of :data:`_LARGEST` pixels, ten frames a second."""
+    from PIL import Image
+
+    frames, file = [Image.fromarray(frame) for frame in video], io.BytesIO()
+    for frame in frames:
+        frame.thumbnail((_LARGEST // 2, _LARGEST // 2))
+    frames[0].save(
+        file, format="WEBP", save_all=True, append_images=frames[1:], duration=100, loop=0, quality=85, method=2
+    )
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -14,7 +14,9 @@ Images = NDArray[np.uint8]
 
 
 class ImageMetric(ABC):
-    """A judgement of images. Derive from :class:`PromptMetric`, :class:`PairMetric` or :class:`SetMetric`.
+    """A judgement of images: a :class:`PromptMetric`, :class:`PairMetric`, :class:`SetMetric` or :class:`VideoMetric`.
+
+    Of videos, the first three judge every frame; a video's number is the mean of its frames'.
 
     Args:
         weights: folder, file or hub id of the network that judges; :attr:`default_weights` if None.
@@ -63,6 +65,14 @@ class PairMetric(ImageMetric):
     @abstractmethod
     def score(self, images: Images, originals: Images) -> Floats:
         """One number for each image; both arguments uint8 ``(n, h, w, 3)``."""
+
+
+class VideoMetric(ImageMetric):
+    """A property of a video by itself."""
+
+    @abstractmethod
+    def score(self, videos: Images) -> Floats:
+        """One number for each video of uint8 ``(n, frames, h, w, 3)``, with two frames or more."""
 
 
 class SetMetric(ImageMetric):

@@ -55,20 +55,30 @@ def image_processor(name: str) -> "BaseImageProcessor":
     return offline_first(AutoImageProcessor.from_pretrained, name, **options)
 
 
+def clip_image_processor(side: int) -> "BaseImageProcessor":
+    """CLIP's image processor with Pillow: the shorter side to ``side`` pixels, bicubic, and the square in the middle."""
+    import transformers
+
+    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    return kind(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
 class ImageEncoder:
     """Features of images by any image model of transformers, such as DINOv2 or the image half of CLIP.
 
     Args:
         name: folder or hub id.
         device: where it runs.
+        model: the network, if it is not to be read from there.
     """
 
-    def __init__(self, name: str, device: torch.device):
+    def __init__(self, name: str, device: torch.device, model: "PreTrainedModel | None" = None):
         from transformers import AutoModel
 
         self.device = device
         self.processor = image_processor(name)
-        self.model: PreTrainedModel = offline_first(AutoModel.from_pretrained, name).eval().to(device)
+        found = offline_first(AutoModel.from_pretrained, name) if model is None else model
+        self.model: PreTrainedModel = found.eval().to(device)
 
     def pixels(self, images: Images) -> Tensor:
         """The model's input of images uint8 ``(n, h, w, 3)``."""
@@ -91,10 +101,10 @@ class ImageEncoder:
 class TextImageEncoder(ImageEncoder):
     """Both halves of a CLIP model; arguments as those of :class:`ImageEncoder`."""
 
-    def __init__(self, name: str, device: torch.device):
+    def __init__(self, name: str, device: torch.device, model: "PreTrainedModel | None" = None):
         from transformers import AutoTokenizer
 
-        super().__init__(name, device)
+        super().__init__(name, device, model)
         self.tokenizer: PreTrainedTokenizerBase = offline_first(AutoTokenizer.from_pretrained, name)
 
     @torch.no_grad()
