@@ -29,6 +29,8 @@ SLOW = (
     "tests/graph_capture/test_layer_rows.py",
     "tests/kernels/test_decoded_linear.py::test_choosing_it_breaks_no_graph",
     "tests/kernels/test_decoded_linear.py::test_decoding_looks_every_code_up",
+    "tests/kernels/test_fp8_attention.py::test_it_is_attention",
+    "tests/kernels/test_fp8_attention.py::test_the_operator_agrees_with_rounded_values",
     "tests/kernels/test_native.py::test_the_benchmark_of_tokens_prints_its_table",
     "tests/kernels/test_triton_linear.py",
     "tests/ops/test_ops.py::test_blocks_may_be_symbols",

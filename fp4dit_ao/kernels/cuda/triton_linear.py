@@ -13,6 +13,7 @@ import functools
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import triton
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from fp4dit_ao.kernels.checks import refuse
 from fp4dit_ao.kernels.cuda.triton_lookup import INTERPRETED, levels
 
+_Choice = TypeVar("_Choice")
 MAX_BLOCK_K = 128
 """Inputs that a tile spans at most: 128 products of +-127 sum to less than 2^24, which float32 holds exactly."""
 MIN_BLOCK_K = 32
@@ -254,13 +256,13 @@ def _check(
         refuse(name, "bias", f"shape {tuple(bias.shape)}", f"{(features,)}")
 
 
-def tune(configs: Sequence[Config], launch: Callable[[Config], None], what: str) -> Config:
+def tune(configs: Sequence[_Choice], launch: Callable[[_Choice], object], what: str) -> _Choice:
     """The quickest of ``configs``, by the median; one that the device has no room for is left out.
 
     Raises:
         RuntimeError: the device has room for none.
     """
-    seconds: dict[Config, float] = {}
+    seconds: dict[_Choice, float] = {}
     for config in tqdm(configs, desc=what, leave=False):
         try:
             seconds[config] = triton.testing.do_bench(
