@@ -94,14 +94,12 @@ class Judge:
         frames = len(flat) // len(images)
         texts = [self.texts[prompt] for _, prompt in positions for _ in range(frames)]
         found = {"psnr": built_in.psnr(flat, flat_originals), "ssim": built_in.ssim(flat, flat_originals)}
-        features, of_videos = {}, {}
+        of_videos = {}
         for metric in self.metrics:
             if isinstance(metric, PromptMetric):
                 found[metric.title] = metric.score(flat, texts)
             elif isinstance(metric, PairMetric) and not itself:
                 found[metric.title] = metric.score(flat, flat_originals)
-            elif isinstance(metric, SetMetric):
-                features[metric.title] = metric.features(flat)
             elif isinstance(metric, VideoMetric):
                 if images.ndim != 5 or images.shape[1] < 2:
                     raise ValueError(
@@ -109,14 +107,22 @@ class Judge:
                     )
                 of_videos[metric.title] = metric.score(images)
         means = {title: values.reshape(len(images), frames).mean(1) for title, values in found.items()}
-        return means | of_videos | features
+        return means | of_videos | self._features(flat)
+
+    def _features(self, images: Images) -> dict[str, Floats]:
+        """Features by the title of a metric of sets; FID and KID share those of one network."""
+        known: dict[tuple[object, str], Floats] = {}
+        for metric in self.sets:
+            key = (type(metric).features, metric.weights)
+            if key not in known:
+                known[key] = metric.features(images)
+        return {metric.title: known[type(metric).features, metric.weights] for metric in self.sets}
 
     def _real_features(self, folder: Path) -> dict[str, Floats]:
         parts: dict[str, list[Floats]] = {metric.title: [] for metric in self.sets}
         files = folder_of_images(folder)
         self.progress(f"judging {len(files)} real images")
         for path in files:  # one at a time: their sizes differ
-            image = read_image(path)[None]
-            for metric in self.sets:
-                parts[metric.title].append(metric.features(image))
+            for title, features in self._features(read_image(path)[None]).items():
+                parts[title].append(features)
         return {title: np.concatenate(values) for title, values in parts.items()}

@@ -38,11 +38,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is damaged, or holds other objects, which are not unpickled.
     """
+    found: dict[str, object]
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        found = dict(load_file(path)) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as weights ({next(iter(str(error).splitlines()), error)})") from error
     inner = found.get("state_dict", found)
+    if not isinstance(inner, dict):
+        raise ValueError(f"{path} holds no tensors by name")
     return {name.removeprefix("module."): value for name, value in inner.items() if isinstance(value, Tensor)}
 
 
