@@ -68,19 +68,34 @@ def _mjhq_image(prompt: Prompt) -> str:
     return f"*/{prompt.name}.jpg"
 
 
-def _fp4dit(model: str, weight: str) -> Protocol:
+FP4DIT = {
+    "pixart-alpha": ("PixArt-alpha/PixArt-XL-2-512x512", "e2m1"),
+    "pixart-sigma": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "e1m2"),
+    "hunyuan": ("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", "e2m1"),
+}
+"""FP4DiT's models, and the format of their weights but before GELU."""
+
+
+def _fp4dit(model: str, weight: str, preferences: bool) -> Protocol:
+    """On COCO's captions; or on HPSv2's prompts, which have no real images."""
+    what = What(
+        prompt_set="hpsv2" if preferences else "coco", count=3200 if preferences else 10_000, seeds=(42,), seeding="same",
+        call={"num_inference_steps": 20},
+    )  # fmt: skip
     return Protocol(
         model,
-        "FP4DiT, arXiv 2503.15465, section 5 and released code: 10 000 captions of COCO's validation set, seed 42 before every "
-        "image, the pipeline's own 20 steps and guidance. Which captions is not published: the file's order is taken here.",
-        What(prompt_set="coco", count=10_000, seeds=(42,), seeding="same", call={"num_inference_steps": 20}),
+        "FP4DiT, arXiv 2503.15465, section 5 and released code: 10 000 captions of COCO's validation set, and HPSv2's prompts; "
+        "seed 42 before every image, the pipeline's own 20 steps and guidance, calibration on 128 captions of COCO. Which "
+        "captions is not published: the file's order is taken here.",
+        what,
         {
             "W4A8": Row("w4a8", fields={"weight": weight}),
             "W4A6": Row("w4a6", fields={"weight": weight}),
             "W4A6, codebook groups": Row("w4a6_codebook", Methods("gptq")),
             "INT4/INT6, AdaRound": Row("int_w4a6", Methods("adaround", iters=20_000)),
         },
-        real=_coco_image,
+        metrics=("clip", "image_reward", "hpsv2", "lpips") if preferences else EVERYTHING,
+        real=None if preferences else _coco_image,
     )
 
 
@@ -88,9 +103,8 @@ def protocols() -> dict[str, Protocol]:
     """All protocols by name."""
     svdquant = Methods("gptq", transforms=("smoothquant", "low_rank"))
     return {
-        "fp4dit-pixart-alpha": _fp4dit("PixArt-alpha/PixArt-XL-2-512x512", "e2m1"),
-        "fp4dit-pixart-sigma": _fp4dit("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "e1m2"),
-        "fp4dit-hunyuan": _fp4dit("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", "e2m1"),
+        **{f"fp4dit-{name}": _fp4dit(*row, preferences=False) for name, row in FP4DIT.items()},
+        **{f"fp4dit-{name}-hpsv2": _fp4dit(*row, preferences=True) for name, row in FP4DIT.items()},
         "deepcompressor": Protocol(
             "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
             "deepcompressor, examples/diffusion: 5000 prompts of MJHQ-30K by random.Random(0).shuffle, generators seeded by "
@@ -137,6 +151,7 @@ class Run:
     device: str | None = None
     samples: int | None = None
     iters: int | None = None
+    calibrate_on: Path | None = None
     texts: list[Prompt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -144,6 +159,8 @@ class Run:
 
     def calibration(self) -> Path:
         """File of the prompts that rows are calibrated on."""
+        if self.calibrate_on is not None:
+            return self.calibrate_on
         drawn = {prompt.text for prompt in self.texts}
         if self.what.prompts is None:
             every = reference.prompts()
@@ -151,7 +168,7 @@ class Run:
             every = [prompt.text for prompt in read_prompt_set(self.what.prompt_set, self.what.prompts)]
         rest = [" ".join(text.split()) for text in dict.fromkeys(every) if text not in drawn]
         if not rest:
-            raise ValueError("no prompts are left to calibrate on: all are drawn; give a smaller --count")
+            raise ValueError("no prompts are left to calibrate on: all are drawn; give others: --calibration FILE")
         path = self.work / "calibration.txt"
         write_text(path, "\n".join(rest[: self.protocol.calibration]) + "\n")
         return path
@@ -204,6 +221,10 @@ class Run:
 def main(
     table: Annotated[str, typer.Argument(help="Protocol: see --list.")] = "reference",
     prompts: Annotated[Path | None, typer.Option(help="captions_val2014.json, or MJHQ-30K's meta_data.json.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Prompts to calibrate on, one a line; the set's first that are not drawn if not given."),
+    ] = None,
     real: Annotated[Path | None, typer.Option(help="val2014, or MJHQ-30K's images, unpacked.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder with the weights; the published hub id if not given.")
@@ -242,15 +263,18 @@ def main(
     call = protocol.what.call | ({} if steps is None else {"num_inference_steps": steps})
     changes = {"prompts": prompts, "count": count or protocol.what.count, "call": call}
     what = What(**{**vars(protocol.what), **changes})
-    run = Run(protocol, work, model or protocol.model, what, dtype or protocol.dtype, device, samples, iters)
+    run = Run(
+        protocol, work, model or protocol.model, what, dtype or protocol.dtype, device, samples, iters, calibration
+    )
     given = {one.partition("=")[0]: one for one in metric or ()}
     metrics = [given.pop(name, name) for name in protocol.metrics] + list(given.values())
     true = run.pictures() if table == "reference" and real is None else run.real(real)
-    models = [run.quantized(name, protocol.rows[name]) for name in chosen]
-    places = tuple(devices.split(",")) if devices else (device,)
-    how = How(batch_size, devices=places, dtype=run.dtype, metrics=tuple(metrics), real=true)
+    models = {run.quantized(name, protocol.rows[name]): name for name in chosen}
+    drawn_on = tuple(devices.split(",")) if devices else (device,)
+    how = How(batch_size, devices=drawn_on, dtype=run.dtype, metrics=tuple(metrics), real=true)
     print(f"{table}: {protocol.source}\n")
-    evaluate(models, run.model, what, how, Where(work / "table.json", work / "table.html", work / "images"))
+    places = Where(work / "table.json", work / "table.html", work / "images")
+    evaluate(list(models), run.model, what, how, places, models | {run.model: "original"})
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ class Drawing:
             "seeding": self.seeding, "call": self.call, "batch size": self.batch, "compile": self.compile,
             "dtype": self.dtype, "other": self.other,
         }  # fmt: skip
-        return KeptImages(self.folder, self.label, settings, len(self.seeds), len(self.prompts))
+        name = "-".join(filter(None, (Path(self.model).name, self.other)))
+        return KeptImages(self.folder, name, settings, len(self.seeds), len(self.prompts))
 
     def draw(self, device: str | None, shard: tuple[int, int] = (0, 1)) -> None:
         """Draws what is missing of a shard, on one device."""

@@ -1,6 +1,6 @@
 """``fp4dit-ao evaluate``: how close a quantized pipeline's images are to the original's, as a table, as JSON and as a page."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,12 +94,22 @@ class Where:
     shown: int = SHOWN
 
 
-def evaluate(models: Sequence[str], against: str, what: What, how: How, where: Where) -> Evaluation | None:
-    """Draws with ``against`` and ``models``, prints the tables, writes JSON and page; None if only a part is drawn."""
+def evaluate(
+    models: Sequence[str], against: str, what: What, how: How, where: Where, labels: Mapping[str, str] | None = None
+) -> Evaluation | None:
+    """Draws with ``against`` and ``models``, prints the tables, writes JSON and page; None if only a part is drawn.
+
+    Args:
+        models: names of pipelines.
+        against: that of the original.
+        what, how, where: see these.
+        labels: rows of the tables, by name of a pipeline; :func:`short_names` if not given.
+    """
     for name in (against, *models):
         named_models.folder_of(name)
     prompts = what.texts(against)
-    drawings = _drawings(models, against, prompts, what, how, where)
+    labels = short_names([against, *models]) | dict(labels or {})
+    drawings = _drawings(models, against, labels, prompts, what, how, where)
     if how.shard is None:  # what is missing is said before hours of drawing, not after
         open_metrics(how.metrics, "cpu")
         if how.real is not None:
@@ -126,9 +136,16 @@ def evaluate(models: Sequence[str], against: str, what: What, how: How, where: W
     return evaluation
 
 
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Last folder of each name that is a folder, unless two would be the same; other names are as they are."""
+    short = {name: Path(name).name if Path(name).is_dir() else name for name in names}
+    return {name: one if list(short.values()).count(one) == 1 else name for name, one in short.items()}
+
+
 def _drawings(
-    models: Sequence[str], against: str, prompts: Sequence[Prompt], what: What, how: How, where: Where
-) -> list[Drawing]:
+    models: Sequence[str], against: str, labels: Mapping[str, str], prompts: Sequence[Prompt], what: What, how: How,
+    where: Where,
+) -> list[Drawing]:  # fmt: skip
     """The original, the models, then the original in other ways."""
 
     def drawing(model: str, label: str, other: str | None = None) -> Drawing:
@@ -137,10 +154,10 @@ def _drawings(
             how.dtype, other,
         )  # fmt: skip
 
-    found = [drawing(name, name) for name in dict.fromkeys((against, *models))]
+    found = [drawing(name, labels[name]) for name in dict.fromkeys((against, *models))]
     for name in how.baseline:
         own = drawing(against, "", name)
-        found.append(drawing(against, f"{against}, {other_way(name).label.format(batch=own.batch)}", name))
+        found.append(drawing(against, f"{labels[against]}, {other_way(name).label.format(batch=own.batch)}", name))
     return found
 
 

@@ -24,6 +24,7 @@ def test_the_protocols_are_the_published_ones() -> None:
         "W4A8": "e1m2", "W4A6": "e1m2",
     }  # fmt: skip
     assert ours.rows["W4A6"].methods.iters == 2500
+    assert (known["fp4dit-hunyuan-hpsv2"].what.prompt_set, known["fp4dit-hunyuan-hpsv2"].real) == ("hpsv2", None)
     theirs = known["deepcompressor"]
     assert (theirs.what.count, theirs.what.sample, theirs.what.seeding) == (5000, "shuffled", "name")
     assert theirs.what.call == {"num_inference_steps": 20, "guidance_scale": 4.5}
@@ -36,9 +37,7 @@ def test_it_runs_to_its_end_on_the_reference_pipeline_and_resumes(tmp_path, caps
     said = capsys.readouterr().out
     folder = tmp_path / "reference"
     data = json.loads((folder / "table.json").read_text())
-    assert [row["name"].rpartition("/")[2] for row in data["variants"]] == [
-        "reference", "W4A6--nearest", "reference, batch size 3",
-    ]  # fmt: skip
+    assert [row["name"] for row in data["variants"]] == ["original", "W4A6, nearest", "original, batch size 3"]
     assert "prompt accuracy" in said and (folder / "table.html").stat().st_size > 10_000
     assert len(list((folder / "images").rglob("*.png"))) == 3 * 6
 
@@ -81,8 +80,8 @@ def run(folder, weights, metrics) -> None:
         patch.setattr(paper_table, "protocols", lambda: table)
         patch.setenv("HF_HUB_OFFLINE", "1")
         paper_table.main(
-            "deepcompressor", folder / "meta_data.json", folder / "real", str(folder / "model"),
-            [f"{name}={path}" for name, path in weights.items()], "NVFP4, nearest", folder / "work",
+            "deepcompressor", folder / "meta_data.json", real=folder / "real", model=str(folder / "model"),
+            metric=[f"{name}={path}" for name, path in weights.items()], rows="NVFP4, nearest", work=folder / "work",
             count=4, steps=1, samples=2, dtype="stored",
         )  # fmt: skip
 

@@ -348,7 +348,7 @@ def test_evaluate_prints_a_table_and_writes_json(quantized, folders, tmp_path, m
     ]  # fmt: skip
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    rows = [line for line in result.stdout.splitlines() if line.startswith("| /")]
+    rows = [line for line in result.stdout.splitlines() if line.startswith(("| float", "| q "))]
     assert "identical" in rows[0] and "identical" not in rows[1] and "batch size 3" in rows[2]
     data = json.loads(out.read_text())
     assert data["settings"]["steps"] == 2
