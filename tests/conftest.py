@@ -31,6 +31,7 @@ SLOW = (
     "tests/graph_capture/test_layer_rows.py",
     "tests/kernels/test_decoded_linear.py::test_choosing_it_breaks_no_graph",
     "tests/kernels/test_decoded_linear.py::test_decoding_looks_every_code_up",
+    "tests/kernels/test_few_tokens.py::test_codes_are_looked_up_in_pairs_of_one_row_in_every_tile",
     "tests/kernels/test_fp8_attention.py::test_it_is_attention",
     "tests/kernels/test_fp8_attention.py::test_the_operator_agrees_with_rounded_values",
     "tests/kernels/test_native.py::test_the_benchmark_of_tokens_prints_its_table",

@@ -50,6 +50,11 @@ def is_faster(shape: AttentionShape) -> bool:
     return _FASTER[shape]
 
 
+def found() -> dict[AttentionShape, bool]:
+    """What :func:`is_faster` has found so far."""
+    return dict(_FASTER)
+
+
 @torch.no_grad()
 def _seconds(shape: AttentionShape) -> float:
     """Seconds of one attention by the kernel, on random tensors; infinite if it fails there."""

@@ -205,7 +205,7 @@ def test_the_quickest_configuration_is_taken(kernel, monkeypatch) -> None:
             raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
         return seconds[tried[-1]]
 
-    monkeypatch.setattr(triton.testing, "do_bench", bench)
+    monkeypatch.setattr(triton.testing, "do_bench_cudagraph", bench)
     assert kernel.tune([third, first, second], tried.append, "test") == second
     with pytest.raises(RuntimeError, match="too little shared memory"):
         kernel.tune([third], tried.append, "test")
@@ -284,17 +284,16 @@ def test_the_lookup_of_words_keeps_the_order() -> None:
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
     lines: list[str] = []
-    for arguments in (["--capabilities", "90"], ["--capabilities", "80,89,100", "--no-every"]):
-        command = [sys.executable, "-m", "benchmarks.gpu_compile", "--json", *arguments]
-        lines += subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    command = [sys.executable, "-m", "benchmarks.gpu_compile", "--json", "--no-every"]
+    lines += subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def test_it_compiles_for_every_gpu_and_hardly_spills(compiled) -> None:
     assert {result["capability"] for result in compiled} == {80, 89, 90, 100}
-    assert len(compiled) > 35
+    assert len(compiled) > 50
     for result in compiled:
-        if "attention" in result:  # which configuration is taken is measured; the first must be sound
+        if "attention" in result:
             assert (
                 "Config(block_m=128, block_n=128, warps=8, stages=3)" not in result["config"] or not result["spilled"]
             )

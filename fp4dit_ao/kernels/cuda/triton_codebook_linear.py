@@ -41,7 +41,13 @@ class Config:
 
 CONFIGS: dict[int, tuple[Config, ...]] = {
     32: (Config(32, 16, 1, 4, 5), Config(32, 16, 4, 4, 5), Config(64, 16, 4, 4, 5), Config(64, 32, 2, 4, 5)),
-    128: (Config(64, 64, 2, 4, 4), Config(64, 64, 1, 4, 4), Config(64, 128, 2, 4, 4), Config(64, 32, 1, 4, 5)),
+    128: (
+        Config(64, 64, 2, 4, 4),
+        Config(64, 64, 1, 4, 4),
+        Config(64, 128, 2, 4, 4),
+        Config(64, 32, 1, 4, 5),
+        Config(64, 64, 4, 4, 4),
+    ),
     512: (Config(64, 128, 1, 4, 4), Config(128, 128, 1, 8, 4), Config(64, 128, 2, 4, 4), Config(128, 256, 1, 8, 3)),
     MOST_ROWS: (Config(128, 128, 1, 8, 4), Config(128, 256, 1, 8, 3)),
 }
@@ -79,17 +85,24 @@ def codebook_linear_kernel(
     first = part * PART * TILES
     last = tl.minimum(first + PART * TILES, GROUPS * TILES)
     total = tl.full((BLOCK_N, BLOCK_M), 0, SUM)
+    # tables are read a tile ahead, and which ones two tiles ahead, so that nothing waits for them
+    group = first // TILES
+    book = tables + ((tl.load(i_at + group // 2).to(tl.int32) >> (group % 2 * 4)) & 15) * 4
+    t0, t1, t2, t3 = tl.load(book), tl.load(book + 1), tl.load(book + 2), tl.load(book + 3)
+    pair = tl.load(i_at + tl.minimum(first + 1, last - 1) // TILES // 2)
     for tile in range(first, last):
-        group = tile // TILES
+        group = tl.minimum(tile + 1, last - 1) // TILES
+        book = tables + ((pair.to(tl.int32) >> (group % 2 * 4)) & 15) * 4
+        next0, next1, next2, next3 = tl.load(book), tl.load(book + 1), tl.load(book + 2), tl.load(book + 3)
+        pair = tl.load(i_at + tl.minimum(tile + 2, last - 1) // TILES // 2)
         x = tl.load(x_at + tile * BLOCK_K)
         packed = tl.load(w_at + tile * BYTES)
-        book = tables + ((tl.load(i_at + group // 2).to(tl.int32) >> (group % 2 * 4)) & 15) * 4
-        t0, t1, t2, t3 = tl.load(book), tl.load(book + 1), tl.load(book + 2), tl.load(book + 3)
         if FLOAT:
             t0, t1, t2, t3 = table_as_fp8(t0, t1, t2, t3, ASSEMBLY)
         w = levels(packed, t0[:, None], t1[:, None], t2[:, None], t3[:, None], ASSEMBLY)
         w = w.to(tl.float8e4nv, bitcast=True) if FLOAT else w.to(tl.int8, bitcast=True)
         total = tl.dot(w, x, total, out_dtype=SUM)
+        t0, t1, t2, t3 = next0, next1, next2, next3
 
     inside = (m < M)[None, :] & (n < N)[:, None]
     if BARE:

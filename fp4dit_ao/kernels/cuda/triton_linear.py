@@ -32,6 +32,8 @@ MIN_BLOCK_K = 32
 _BAND = 8
 """Blocks of tokens that run side by side and so read each weight from memory once."""
 BAND = tl.constexpr(_BAND)
+_TUNING_MS = 10
+"""Milliseconds for which a candidate is timed."""
 
 
 @triton.jit(do_not_specialize=["M", "t0", "t1", "t2", "t3"])
@@ -265,8 +267,10 @@ def tune(configs: Sequence[_Choice], launch: Callable[[_Choice], object], what: 
     seconds: dict[_Choice, float] = {}
     for config in tqdm(configs, desc=what, leave=False):
         try:
-            seconds[config] = triton.testing.do_bench(
-                lambda c=config: launch(c), warmup=5, rep=20, return_mode="median"
+            launch(config)  # compiles
+            # in a CUDA graph: launching from Python takes longer than most of these kernels
+            seconds[config] = triton.testing.do_bench_cudagraph(
+                lambda c=config: launch(c), rep=_TUNING_MS, return_mode="median"
             )
         except triton.runtime.errors.OutOfResources:
             continue
