@@ -24,6 +24,8 @@ SLOW = (
     "tests/cli",
     "tests/deploy",
     "tests/diffusers_integration",
+    "tests/evaluation/test_report.py::test_a_person_can_use_it",
+    "tests/evaluation/test_report.py::test_it_reads_on_a_narrow_screen",
     "tests/families",
     "tests/formats/test_formats.py::test_wild_floats",
     "tests/graph_capture/test_layer_rows.py",
