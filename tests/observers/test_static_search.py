@@ -11,7 +11,6 @@ from fp4dit_ao import FP4DiTQuantizer, calibrate, capture, lower
 from fp4dit_ao.checkpoint import graph_rebuilding
 from fp4dit_ao.config import RECIPES, QuantConfig
 from fp4dit_ao.formats import parse
-from fp4dit_ao.observers import StaticActivationObserver
 from fp4dit_ao.observers.static_search import CALLS, VALUES, SearchedActivationObserver
 from tests.graphs import TinyDiT, tiny_sample
 
@@ -19,7 +18,7 @@ SEARCHED = replace(RECIPES["w4a6_lowbit_fp"](), skip=("p*",), weight_candidates=
 
 
 def test_range_and_format_are_the_best_of_all_candidates() -> None:
-    """Heavy tails: the largest magnitude is no good range. 2 formats times 112 ranges, in NumPy."""
+    """2 formats times 112 ranges, in NumPy, on values with heavy tails."""
     x = torch.randn(1, 8, 96, generator=torch.Generator().manual_seed(0)) ** 3
     observer = SearchedActivationObserver(("e2m3", "e3m2"))
     observer(x)
@@ -38,12 +37,6 @@ def test_range_and_format_are_the_best_of_all_candidates() -> None:
     assert float(scale) == pytest.approx(step, rel=1e-5)
     observer.fake_quantize = True
     assert float((observer(x) - x).square().sum()) == pytest.approx(error, rel=1e-4)
-    plain, integers = StaticActivationObserver("int6"), SearchedActivationObserver("int6")
-    plain(x)
-    integers(x)
-    assert float(integers.scale(1)) < 0.8 * float(plain.scale(1)), (
-        "the largest magnitude is no good range for even steps"
-    )
 
 
 def test_the_reservoir_holds_calls_from_first_to_last() -> None:
