@@ -27,8 +27,12 @@ SLOW = (
     "tests/families",
     "tests/formats/test_formats.py::test_wild_floats",
     "tests/graph_capture/test_layer_rows.py",
+    "tests/kernels/test_arm.py",
     "tests/kernels/test_decoded_linear.py::test_choosing_it_breaks_no_graph",
     "tests/kernels/test_decoded_linear.py::test_decoding_looks_every_code_up",
+    "tests/kernels/test_few_tokens.py::test_codes_are_looked_up_in_pairs_of_one_row_in_every_tile",
+    "tests/kernels/test_fp8_attention.py::test_it_is_attention",
+    "tests/kernels/test_fp8_attention.py::test_the_operator_agrees_with_rounded_values",
     "tests/kernels/test_native.py::test_the_benchmark_of_tokens_prints_its_table",
     "tests/kernels/test_triton_linear.py",
     "tests/ops/test_ops.py::test_blocks_may_be_symbols",
@@ -66,7 +70,12 @@ SLOW = (
 """Folders, files and tests that take longer than the fast set can wait for; so does every test with ``compile`` in its name."""
 DOCS = ("tests/test_docs.py::test_page", "tests/test_docs.py::test_docstring", "tests/test_tutorials.py")
 """Tests that execute the documentation."""
-GPU = ("tests/ops/test_ops.py::test_cuda_agrees_with_cpu",)
+GPU = (
+    "tests/ops/test_ops.py::test_cuda_agrees_with_cpu",
+    "tests/passes/reconstruction/test_iteration.py::test_a_captured_step_learns_what_an_eager_one_does_on_cuda",
+    "tests/passes/reconstruction/test_iteration.py::test_replays_take_steps_on_cuda",
+    "tests/passes/reconstruction/test_iteration.py::test_what_cannot_be_captured_goes_on_eagerly_on_cuda",
+)
 """Tests that need a GPU, and are skipped without one."""
 
 PACKAGES = ("torch", "torchao", "diffusers", "transformers", "triton", "numpy")

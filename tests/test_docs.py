@@ -75,6 +75,7 @@ ELSEWHERE = {
     "pip install -c constraints.txt '.[peers]'": "nothing here needs other packages; those missing are listed as such",
     "pip install 'fp4dit-ao[serve]'": "a part of dev, so installed by .ci/run",
     "pip install 'fp4dit-ao[ray]'": "a part of dev, so installed by .ci/run",
+    "fp4dit-ao export DIR package.pt2 --aoti": "a minute; tests/deploy/test_export.py runs what it writes",
     "serve run fp4dit_ao.serving.ray:build model=DIR replicas=4 gpus=1": "needs GPUs; tests/serving/test_ray.py runs two",
     "python -m benchmarks.gpu --part linears --only FLUX --out benchmarks/results/gpu-h200-linears.json": "needs a GPU; "
     "tests/benchmark/test_gpu_benchmark.py runs its parts",

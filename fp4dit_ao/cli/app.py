@@ -122,8 +122,9 @@ def quantize(
         float | None, typer.Option(help="Mean of stored bits per weight that the allocation may spend.")
     ] = None,
     fine_tuning: Annotated[
-        str | None, typer.Option(help="Fine-tuning after rounding, 'scales' or 'bias_correction'.")
+        str | None, typer.Option(help="Fine-tuning after rounding, such as 'scales' or 'efficientdm'.")
     ] = None,
+    fine_tuning_steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps of fine-tuning.")] = None,
     call: Call = None,
     dtype: Dtype = "stored",
     config: Annotated[
@@ -142,12 +143,26 @@ def quantize(
             help="GLOB=RECIPE for some modules, or GLOB=none to leave them, such as 'blocks.0.*=none'; repeatable."
         ),
     ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="End a unit's learned rounding early, where so many iterations bring less than 1 %."),
+    ] = None,
 ) -> None:
     """Quantize MODEL and save it. `fp4dit-ao methods` lists the names that options for methods take."""
     from fp4dit_ao.cli import quantize as run
 
     methods = run.Methods(
-        rounding, objective, scope, iters, selection, tuple(transform or ()), allocation, budget_bits, fine_tuning
+        rounding,
+        objective,
+        scope,
+        iters,
+        selection,
+        tuple(transform or ()),
+        allocation,
+        budget_bits,
+        fine_tuning,
+        patience,
+        fine_tuning_steps,
     )
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),

@@ -17,7 +17,7 @@ from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
 from fp4dit_ao.graph_capture.transforming import resolve_transforms
-from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS
+from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, FineTuneConfig
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS
 from fp4dit_ao.passes.reconstruction import ROUNDINGS
 from fp4dit_ao.passes.reconstruction.choice import chosen_config
@@ -35,6 +35,8 @@ class Methods:
 
     Attributes:
         iters: iterations of learned rounding per unit; None for the default.
+        patience: iterations without progress after which a unit ends early; None for never.
+        fine_tuning_steps: optimisation steps of fine-tuning; None for the default.
     """
 
     rounding: str = "adaround"
@@ -46,28 +48,35 @@ class Methods:
     allocation: str = "least_error"
     budget_bits: float | None = None
     fine_tuning: str | None = None
+    patience: int | None = None
+    fine_tuning_steps: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``quantize_pipeline``.
 
         Raises:
-            ValueError: the name of a method is unknown, or ``iters`` is given for a rounding that has no iterations.
+            ValueError: the name of a method is unknown, or a length is given of what has none.
         """
         SELECTIONS.find(self.selection)
         ALLOCATIONS.find(self.allocation)
         if self.fine_tuning is not None:
             FINE_TUNINGS.find(self.fine_tuning)
+        elif self.fine_tuning_steps is not None:
+            raise ValueError("--fine-tuning-steps is the length of fine-tuning; name a method with --fine-tuning")
         resolve_transforms(self.transforms)
         rounded = chosen_config(self.rounding, self.objective, self.scope)
-        if self.iters is not None:
-            if isinstance(ROUNDINGS.find(rounded.rounding), ClosedFormRounding):
-                raise ValueError(
-                    f"--iters is the length of learned rounding; leave it out with --rounding {self.rounding}"
-                )
-            rounded = replace(rounded, iters=self.iters)
+        lengths = {"iters": self.iters, "patience": self.patience}
+        given = {name: value for name, value in lengths.items() if value is not None}
+        if given and isinstance(ROUNDINGS.find(rounded.rounding), ClosedFormRounding):
+            options = " and ".join(f"--{name}" for name in given)
+            raise ValueError(
+                f"{options} is for the length of learned rounding; leave it out with --rounding {self.rounding}"
+            )
+        rounded = replace(rounded, **given)
+        tune = FineTuneConfig() if self.fine_tuning_steps is None else FineTuneConfig(steps=self.fine_tuning_steps)
         return {
             "reconstruction": rounded, "selection": self.selection, "transforms": self.transforms,
-            "allocation": self.allocation, "budget_bits": self.budget_bits, "fine_tuning": self.fine_tuning,
+            "allocation": self.allocation, "budget_bits": self.budget_bits, "fine_tuning": self.fine_tuning, "fine_tune": tune,
         }  # fmt: skip
 
 
@@ -107,6 +116,8 @@ def quantize(
         if quantized.transformer.report is not None:
             print(quantized.transformer.report.to_markdown(), end="\n\n")
             write_text(out / "reconstruction.md", quantized.transformer.report.to_markdown() + "\n")
+        if (tuned := quantized.transformer.fine_tuning_report) is not None:
+            print(tuned.sentence())
         shutil.rmtree(unfinished, ignore_errors=True)
         print(sizes(pipe.transformer, quantized.transformer))
         print(f"saved after {time.perf_counter() - start:.0f} s: {out}")

@@ -21,7 +21,7 @@ from fp4dit_ao.families import quantizer_for, recipe_for
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind, capture
 from fp4dit_ao.graph_capture.transforming import resolve_transforms, transform
-from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, run_fine_tuning
+from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, FineTuneConfig, FineTuneReport, run_fine_tuning
 from fp4dit_ao.passes.lowering import lower
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS, choose_formats
 from fp4dit_ao.passes.reconstruction import ROUNDINGS, reconstruct
@@ -55,6 +55,7 @@ def quantize_pipeline(
     adaround: AdaRoundConfig | None = None,
     reconstruction: ReconstructionConfig | None = None,
     fine_tuning: str | None = None,
+    fine_tune: FineTuneConfig | None = None,
     skip: Sequence[str] = (),
     fields: Fields | None = None,
     layers: Mapping[str, str | QuantConfig | None] | None = None,
@@ -87,7 +88,8 @@ def quantize_pipeline(
         scope: what is rounded together; ``"block"`` by default.
         adaround: settings of learned rounding; ``AdaRoundConfig()``, scale-aware AdaRound, if None.
         reconstruction: rounding, objective, scope and their settings in one config, in place of those four.
-        fine_tuning: method of fine-tuning after rounding, such as ``"scales"``; None for none.
+        fine_tuning: method of fine-tuning after rounding, such as ``"scales"`` or ``"efficientdm"``; None for none.
+        fine_tune: settings of fine-tuning; ``passes.fine_tuning.FineTuneConfig()`` if None.
         skip: globs over module names that stay in high precision, besides the recipe's own.
         fields: fields of the recipe's ``QuantConfig`` that take other values, such as ``{"group_size": 64}``.
         layers: recipes or configs of some modules, by globs over their names, such as ``{"*.attn2.*": "w4a8", "*.0.*": None}``;
@@ -99,8 +101,8 @@ def quantize_pipeline(
         call: further arguments of the pipeline while calibrating, on top of its ``generation.json``.
 
     Returns:
-        A pipeline of the same class. Its ``transformer`` is a ``QuantizedTransformer`` with ``.summary()`` and
-        ``.report``; its ``save_pretrained(dir)`` writes what :func:`load_pipeline` reads.
+        A pipeline of the same class. Its ``transformer`` is a ``QuantizedTransformer`` with ``.summary()``,
+        ``.report`` and ``.fine_tuning_report``; its ``save_pretrained(dir)`` writes what :func:`load_pipeline` reads.
 
     Raises:
         ValueError: the pipeline has no transformer or one that is already quantized, the name of a recipe or method is
@@ -112,7 +114,7 @@ def quantize_pipeline(
         check_source(model)
     methods = _Methods(
         resolve_transforms(transforms), allocation, budget_bits,
-        chosen_config(rounding, objective, scope, adaround, reconstruction), fine_tuning,
+        chosen_config(rounding, objective, scope, adaround, reconstruction), fine_tuning, fine_tune or FineTuneConfig(),
     )  # fmt: skip
     quantized = {}
     for name, model in models.items():
@@ -125,11 +127,11 @@ def quantize_pipeline(
         )  # fmt: skip
         quantizer = quantizer_for(model, recipe, skip, fields, layers)
         folder = checkpoint_dir if checkpoint_dir is None or name == "transformer" else Path(checkpoint_dir) / name
-        graph, report = _quantized(model, data, quantizer, config, methods, folder, progress)
+        graph, report, tuned = _quantized(model, data, quantizer, config, methods, folder, progress)
         source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path if the pipeline was loaded from one
         decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
         quantized[name] = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
-        quantized[name].report = report
+        quantized[name].report, quantized[name].fine_tuning_report = report, tuned
         quantized[name].compile_graph(compile)
     return with_transformers(pipe, quantized, pipeline_arguments.defaults_of(pipe))
 
@@ -149,6 +151,7 @@ class _Methods:
     budget_bits: float | None
     rounding: ReconstructionConfig
     fine_tuning: str | None
+    fine_tune: FineTuneConfig
 
     def check(self, config: QuantConfig) -> None:
         """Raises ``ValueError`` early for names that are not registered, and a budget that nothing could spend."""
@@ -184,26 +187,27 @@ def _quantized(
     methods: _Methods,
     checkpoint_dir: str | Path | None,
     progress: bool,
-) -> tuple[GraphModule, ReconstructionReport | None]:
-    """The lowered graph of one transformer, and the report of its rounding."""
+) -> tuple[GraphModule, ReconstructionReport | None, FineTuneReport | None]:
+    """The lowered graph of one transformer, and the reports of its rounding and its fine-tuning."""
     with torch.no_grad():
         captured = transform(capture(model, data[0]), data, methods.transforms, quantizer, progress)
         prepared = prepare_pt2e(captured, quantizer)
         if _calibrates(config):
             calibrate(prepared, data, progress=progress)
         choose_formats(prepared, methods.allocation, methods.budget_bits)
-    report = None
+    report, tuned = None, None
     if methods.round_on_data:
         report = reconstruct(prepared, data, methods.rounding, checkpoint_dir=checkpoint_dir, progress=progress)
     if methods.fine_tuning is not None:
         folder = None if checkpoint_dir is None else Path(checkpoint_dir) / "fine_tuning"
-        run_fine_tuning(prepared, data, methods.fine_tuning, checkpoint_dir=folder, progress=progress)
+        how = methods.fine_tuning, methods.fine_tune
+        tuned = run_fine_tuning(prepared, data, *how, checkpoint_dir=folder, progress=progress)
     with torch.no_grad():
         converted = convert_pt2e(prepared, fold_quantize=False)
         del captured, prepared  # with what was observed, more than the model itself
         graph = lower(converted)
         del converted
-    return graph, report
+    return graph, report, tuned
 
 
 def _float_transformer(pipe: "DiffusionPipeline", name: str) -> nn.Module:

@@ -1,17 +1,22 @@
 """Learned rounding of one unit: gradient descent on the unit's error."""
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from fp4dit_ao.config import ReconstructionConfig
 from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.observers.weight import Settled
+from fp4dit_ao.passes.reconstruction.cuda_graph import Captured, can_capture
+from fp4dit_ao.passes.reconstruction.iteration import Iteration
+from fp4dit_ao.passes.reconstruction.minibatches import Minibatches
+from fp4dit_ao.passes.reconstruction.plateau import Schedule
 from fp4dit_ao.passes.reconstruction.rounding import LearnedRounding
 from fp4dit_ao.passes.reconstruction.unit_error import UnitError, rounding_by
+
+SHOWN = 100
+"""Steps between two looks at the loss, which wait for the device."""
 
 
 class Learner:
@@ -33,7 +38,7 @@ class Learner:
 
         Args:
             before: the unit's error with the rounding that its observers hold; more than 0.
-            bar: updated at each step.
+            bar: updated at each step, and by the steps that a plateau saves.
         """
         rules = {
             observer: self.rule(weight, self.error.grids[observer]) for observer, weight in self.error.weights.items()
@@ -41,8 +46,10 @@ class Learner:
         for observer, rule in rules.items():
             if observer.codes is not None:
                 rule.start_from(observer.codes)
-        with rounding_by(rules), torch.enable_grad():
-            self._optimise(rules, before, bar)
+        minibatches = Minibatches(self.error, self.config.batch_size, self.config.iters, self.generator)
+        iteration = Iteration(self.error, rules, self.config, minibatches, before)
+        with rounding_by(iteration.soft.leaves), torch.enable_grad():
+            self._optimise(iteration, self._step(iteration, minibatches), bar)
         return {observer: self._settled(observer, rule) for observer, rule in rules.items()}
 
     def _settled(self, observer: WeightObserver, rule: LearnedRounding) -> Settled:
@@ -53,48 +60,24 @@ class Learner:
             scale = stored.reshape(scale.shape)
         return Settled(rule.hard_codes(), scale)
 
-    def _optimise(self, rules: dict[WeightObserver, LearnedRounding], before: float, bar: tqdm) -> None:
-        config, graph = self.config, self.error.graph
-        optimizer = self.rule.optimizer(list(rules.values()), config)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        sizes = {observer: weight.numel() for observer, weight in self.error.weights.items()}
-        count = sum(sizes.values())
-        least, best = float("inf"), list[dict[str, Tensor]]()
-        warm = round(config.warmup * config.iters)
-        run = torch.compile(graph) if config.compile else graph
-        for iteration in range(config.iters):
-            optimizer.zero_grad(set_to_none=True)
-            *others, last = self._minibatch()
-            found = 0.0
-            for number, rows in others:
-                share = self._share(number, rows, run) / before
-                torch.autograd.backward(share)
-                found += float(share.detach()) if self.rule.keeps_best else 0.0
-            loss = self._share(*last, run) / before
-            if self.rule.keeps_best and (found := found + float(loss.detach())) < least:
-                least, best = found, [copy.deepcopy(rule.state_dict()) for rule in rules.values()]
-            if iteration >= warm and config.regularizer:
-                beta = config.beta_at((iteration - warm) / max(1, config.iters - warm))
-                for observer, rule in rules.items():
-                    loss = loss + rule.regularizer(beta) * (config.regularizer * sizes[observer] / count)
-            torch.autograd.backward(loss)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * self.rule.pace(iteration / config.iters)
-            optimizer.step()
-            bar.update()
-        for rule, state in zip(rules.values(), best, strict=False):
-            rule.load_state_dict(state)
+    def _step(self, iteration: Iteration, minibatches: Minibatches) -> Callable[[bool], None]:
+        """What takes a step, told whether there is a penalty."""
+        if not can_capture(minibatches, self.error.objective, iteration.optimizer):
+            return iteration.run
+        captured = Captured(iteration.run, self.error.streams[0].device)  # with a penalty of weight 0 in the warm-up
+        return lambda penalised: captured()
 
-    def _minibatch(self) -> Iterator[tuple[int, Tensor]]:
-        """Rows without replacement, from all streams alike: (stream, rows in it)."""
-        chosen = torch.randperm(self.error.rows, generator=self.generator)[: self.config.batch_size].sort().values
-        first = 0
-        for number, stream in enumerate(self.error.streams):
-            inside = chosen[(chosen >= first) & (chosen < first + stream.rows)]
-            if len(inside):
-                yield number, inside - first
-            first += stream.rows
-
-    def _share(self, number: int, rows: Tensor, run: Callable[..., Sequence[Tensor]]) -> Tensor:
-        """What some rows contribute to the mean over a minibatch."""
-        return self.error.of(number, rows, run) * (len(rows) / min(self.config.batch_size, self.error.rows))
+    def _optimise(self, iteration: Iteration, step: Callable[[bool], None], bar: tqdm) -> None:
+        schedule, taken, name = Schedule(self.config), 0, self.error.segment.name
+        patience = self.config.patience
+        while not schedule.ended:
+            beta = schedule.beta
+            iteration.prepare(taken, beta, self.rule.pace(schedule.progress))
+            step(beta is not None)
+            taken += 1
+            bar.update(schedule.advance())
+            if taken % (patience or SHOWN) == 0:
+                loss, penalty = (x / (patience or SHOWN) for x in iteration.losses())
+                bar.set_postfix_str(f"{name}, loss {loss:.3f}")
+                bar.update(schedule.judge(loss, penalty) if patience else 0)
+        iteration.finish()

@@ -391,8 +391,8 @@ def test_inspect_names_the_units_that_run_on_this_machine(quantized, monkeypatch
 def test_inspect_is_a_certificate_for_this_machine(quantized, folders, monkeypatch):
     asked = []
 
-    def measurer(weights, rows, device, seconds):
-        asked.append((*weights[0].shape, rows))
+    def measurer(groups, rows, device, seconds):
+        asked.append((len(groups[0]), *groups[0][0].shape, rows))
         speed = 0.5 if rows < 100 else 2.0
         return LayerSpeed(1e-3 / speed, 1e-3, speed)
 
@@ -415,7 +415,8 @@ def test_inspect_is_a_certificate_for_this_machine(quantized, folders, monkeypat
     assert "at 32 image tokens a call (captured with hidden_states 2×4×8×8;" in text
     assert f"`fp4dit-ao generate {quantized} --weights auto --dtype bfloat16" in text
     assert "No linear of this model is faster than bfloat16 on this machine" in text
-    assert len(asked) == len(set(asked)) == 4
+    assert {(3, 128, 128, 32), (1, 128, 128, 32)} < set(asked)  # q, k and v of the image together; others alone
+    assert len(asked) == len(set(asked)) == 5
     count = len(asked)
     assert rows_and_end()[1] == text and len(asked) == count
     rows, text = rows_and_end("--tokens", 4096)
@@ -486,6 +487,7 @@ def test_benchmark_refuses_before_any_work(options, words, tmp_path):
         (["--scope", "world"], ["unknown scope 'world'", "block, layer, window"]),
         (["--rounding", "nearest", "--iters", 3], ["--iters", "--rounding nearest"]),
         (["--rounding", "gptq", "--iters", 3], ["--iters", "--rounding gptq"]),
+        (["--rounding", "gptq", "--patience", 3], ["--patience", "--rounding gptq"]),
         (["--prompts", "EMPTY"], ["holds no prompts"]),
         (["--prompts", "ABSENT"], ["there is no prompt file"]),
         (["--prompts", "BINARY"], ["is not UTF-8"]),
