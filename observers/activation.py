@@ -116,10 +116,11 @@ class StaticActivationObserver(ActivationObserver):
         source = observer_node.args[0]
         assert isinstance(source, Node)
         value = source.meta["val"]
+        found = self.scale(value.ndim)  # may settle the format
         block_size, fmt = self.block_size(value), str(self.fmt)
         with model.graph.inserting_before(observer_node):
             call = model.graph.call_function
-            scale = add_buffer(model, f"{self.name}_scale", self.scale(value.ndim))
+            scale = add_buffer(model, f"{self.name}_scale", found)
             codes = call(_OPS.quantize.default, (source, block_size, scale, fmt))
             new = call(_OPS.dequantize.default, (codes, block_size, scale, fmt, value.dtype))
         replace_observer(model, observer_node, new)

@@ -134,6 +134,9 @@ def quantize(
         ),
     ] = None,
     group_size: Annotated[int | None, typer.Option(min=2, help="Inputs that share a weight scale.")] = None,
+    weight_search: Annotated[
+        str | None, typer.Option(help="How weight scales are found, such as 'mse'; the recipe's if not given.")
+    ] = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(
@@ -163,8 +166,8 @@ def quantize(
     )
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),
-        samples=samples, seed=seed, resume=resume, device=device, dtype=dtype, fields=config_fields(config, group_size),
-        layers=layer_rules(layer),
+        samples=samples, seed=seed, resume=resume, device=device, dtype=dtype,
+        fields=config_fields(config, group_size, weight_search), layers=layer_rules(layer),
     )  # fmt: skip
 
 
