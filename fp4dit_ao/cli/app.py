@@ -139,6 +139,23 @@ def quantize(
             help="GLOB=RECIPE for some modules, or GLOB=none to leave them, such as 'blocks.0.*=none'; repeatable."
         ),
     ] = None,
+    encoded_prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Safetensors file of encoded prompts, tensors named as the pipeline's arguments (prompt_embeds, …), in place "
+            "of --prompts: the text encoder is never loaded."
+        ),
+    ] = None,
+    component: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to quantize: transformers, and text encoders beside them (text_encoder); repeatable. All transformers "
+            "if not given."
+        ),
+    ] = None,
+    text_encoder_recipe: Annotated[
+        str | None, typer.Option(help="Recipe of text encoders, such as w4a8; if not given, 4-bit weights alone.")
+    ] = None,
 ) -> None:
     """Quantize MODEL and save it. `fp4dit-ao methods` lists the names that options for methods take."""
     from fp4dit_ao.cli import quantize as run
@@ -149,7 +166,8 @@ def quantize(
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),
         samples=samples, seed=seed, resume=resume, device=device, dtype=dtype, fields=config_fields(config, group_size),
-        layers=layer_rules(layer),
+        layers=layer_rules(layer), encoded_prompts=encoded_prompts, components=component,
+        text_encoder_recipe=text_encoder_recipe,
     )  # fmt: skip
 
 
