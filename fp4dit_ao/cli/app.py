@@ -147,6 +147,23 @@ def quantize(
         int | None,
         typer.Option(min=1, help="End a unit's learned rounding early, where so many iterations bring less than 1 %."),
     ] = None,
+    encoded_prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Safetensors file of encoded prompts, tensors named as the pipeline's arguments (prompt_embeds, …), in place "
+            "of --prompts: the text encoder is never loaded."
+        ),
+    ] = None,
+    component: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to quantize: transformers, and text encoders beside them (text_encoder); repeatable. All transformers "
+            "if not given."
+        ),
+    ] = None,
+    text_encoder_recipe: Annotated[
+        str | None, typer.Option(help="Recipe of text encoders, such as w4a8; if not given, 4-bit weights alone.")
+    ] = None,
 ) -> None:
     """Quantize MODEL and save it. `fp4dit-ao methods` lists the names that options for methods take."""
     from fp4dit_ao.cli import quantize as run
@@ -168,6 +185,7 @@ def quantize(
         model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),
         samples=samples, seed=seed, resume=resume, device=device, dtype=dtype,
         fields=config_fields(config, group_size, weight_search), layers=layer_rules(layer),
+        encoded_prompts=encoded_prompts, components=component, text_encoder_recipe=text_encoder_recipe,
     )  # fmt: skip
 
 
