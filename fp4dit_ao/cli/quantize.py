@@ -62,14 +62,14 @@ class Methods:
             FINE_TUNINGS.find(self.fine_tuning)
         resolve_transforms(self.transforms)
         rounded = chosen_config(self.rounding, self.objective, self.scope)
-        lengths = {"iters": self.iters, "patience": self.patience}
-        given = {name: value for name, value in lengths.items() if value is not None}
+        given = [name for name in ("iters", "patience") if getattr(self, name) is not None]
         if given and isinstance(ROUNDINGS.find(rounded.rounding), ClosedFormRounding):
             options = " and ".join(f"--{name}" for name in given)
             raise ValueError(
                 f"{options} is for the length of learned rounding; leave it out with --rounding {self.rounding}"
             )
-        rounded = replace(rounded, **given)
+        iters = rounded.iters if self.iters is None else self.iters
+        rounded = replace(rounded, iters=iters, patience=self.patience)
         return {
             "reconstruction": rounded, "selection": self.selection, "transforms": self.transforms,
             "allocation": self.allocation, "budget_bits": self.budget_bits, "fine_tuning": self.fine_tuning,
