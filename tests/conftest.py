@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 SLOW = (
     "tests/benchmark",
+    "tests/calibration/test_uncomputed_calls.py::test_a_pipelines_first_call_is_the_same",
     "tests/checkpoint/test_checkpoint.py::test_every_tensor_comes_back_bit_for_bit",
     "tests/checkpoint/test_checkpoint_fuzz.py",
     "tests/checkpoint/test_custom_codebook.py",
@@ -24,6 +25,8 @@ SLOW = (
     "tests/cli",
     "tests/deploy",
     "tests/diffusers_integration",
+    "tests/evaluation/test_report.py::test_a_person_can_use_it",
+    "tests/evaluation/test_report.py::test_it_reads_on_a_narrow_screen",
     "tests/families",
     "tests/formats/test_formats.py::test_wild_floats",
     "tests/graph_capture/test_layer_rows.py",

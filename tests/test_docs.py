@@ -80,6 +80,9 @@ ELSEWHERE = {
     "python -m benchmarks.gpu --part linears --only FLUX --out benchmarks/results/gpu-h200-linears.json": "needs a GPU; "
     "tests/benchmark/test_gpu_benchmark.py runs its parts",
     "python benchmarks/quality.py": "hours; tests/evaluation/test_evaluate.py tests its parts",
+    "python benchmarks/paper_table.py deepcompressor --prompts meta_data.json --real mjhq30k_imgs --work outputs/paper": (
+        "a GPU, for days; tests/benchmark/test_paper_table.py runs all of it on small things"
+    ),
     "fp4dit-ao benchmark --out benchmarks/results/cpu.json": "40 minutes; tests/cli and tests/benchmark run its parts",
     "npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz": "needs npm",
     "python -m fp4dit_ao.reference.train autoencoder --package package --work work": "hours, and what npm gets",
