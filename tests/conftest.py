@@ -68,7 +68,10 @@ SLOW = (
 """Folders, files and tests that take longer than the fast set can wait for; so does every test with ``compile`` in its name."""
 DOCS = ("tests/test_docs.py::test_page", "tests/test_docs.py::test_docstring", "tests/test_tutorials.py")
 """Tests that execute the documentation."""
-GPU = ("tests/ops/test_ops.py::test_cuda_agrees_with_cpu",)
+GPU = (
+    "tests/ops/test_ops.py::test_cuda_agrees_with_cpu",
+    "tests/passes/test_streamed_lowering.py::test_weights_in_host_memory_are_rounded_on_the_gpu",
+)
 """Tests that need a GPU, and are skipped without one."""
 
 PACKAGES = ("torch", "torchao", "diffusers", "transformers", "triton", "numpy")
