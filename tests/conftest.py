@@ -81,6 +81,7 @@ GPU = (
     "tests/passes/reconstruction/test_iteration.py::test_a_captured_step_learns_what_an_eager_one_does_on_cuda",
     "tests/passes/reconstruction/test_iteration.py::test_replays_take_steps_on_cuda",
     "tests/passes/reconstruction/test_iteration.py::test_what_cannot_be_captured_goes_on_eagerly_on_cuda",
+    "tests/passes/test_streamed_lowering.py::test_weights_in_host_memory_are_rounded_on_the_gpu",
 )
 """Tests that need a GPU, and are skipped without one."""
 
