@@ -31,6 +31,7 @@ INT4 = replace(RECIPES["int_w4a4"](), skip=())
 def massive(seed: int = 0, size: float = 300.0) -> tuple[Layer, list[dict[str, Tensor]]]:
     """Three channels of some tokens hold nearly all of the inputs' energy."""
     generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # the layer's weights
     samples = [{"x": torch.randn(2, 32, 128, generator=generator)} for _ in range(2)]
     for sample in samples:
         sample["x"][..., [3, 70, 71]] += size * torch.rand(2, 32, 3, generator=generator)
@@ -132,14 +133,18 @@ def test_in_bfloat16_weights_undo_the_rounding_of_rotations() -> None:
 @pytest.mark.parametrize("recipe", ["int_w4a4", "w4a4", "w4a4_codebook", "nvfp4"])
 @torch.no_grad()
 def test_massive_outliers_lose_their_effect(recipe: str, seed: int) -> None:
-    """Judged on other inputs than fitted to, and against a Hadamard matrix; in NVFP4's blocks of 16 it is not chosen."""
+    """Judged on other inputs than fitted to, and against a Hadamard matrix; floats are never worse than without."""
     model, samples = massive(seed)
     config = replace(RECIPES[recipe](), skip=())
     expected, errors = model(**samples[1]), []
     for transforms in ([], ["hadamard"], [AdaptiveRotation(steps=64)]):
         graph = transform(capture(model, samples[0]), samples[:1], transforms, config, progress=False)
         errors.append(relative(quantized(graph, config, samples[0])(**samples[1]), expected))
-    assert errors[2] <= 1.02 * min(errors[:1] if recipe == "nvfp4" else errors)
+    floats = recipe in (
+        "nvfp4",
+        "w4a4",
+    )  # where the fitted rotations gain nothing they are not chosen, and hadamard may gain
+    assert errors[2] <= 1.02 * min(errors[:1] if floats else errors)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ INT4 = replace(RECIPES["int_w4a4"](), skip=())
 def directed(seed: int = 0) -> tuple[Layer, list[dict[str, Tensor]]]:
     """Inputs most of whose energy lies in six directions across all channels."""
     generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # the layer's weights
     directions = torch.linalg.qr(torch.randn(128, 6, generator=generator)).Q.T
     samples = [
         {
