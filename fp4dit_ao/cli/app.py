@@ -139,13 +139,22 @@ def quantize(
             help="GLOB=RECIPE for some modules, or GLOB=none to leave them, such as 'blocks.0.*=none'; repeatable."
         ),
     ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Calibration rows per iteration (16).")] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Parts of the calibration data, one or more per process of torchrun; they decide the result's bits.",
+        ),
+    ] = None,
 ) -> None:
     """Quantize MODEL and save it. `fp4dit-ao methods` lists the names that options for methods take."""
     from fp4dit_ao.cli import quantize as run
 
     methods = run.Methods(
-        rounding, objective, scope, iters, selection, tuple(transform or ()), allocation, budget_bits, fine_tuning
-    )
+        rounding, objective, scope, iters, selection, tuple(transform or ()), allocation, budget_bits, fine_tuning,
+        batch_size, shards,
+    )  # fmt: skip
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),
         samples=samples, seed=seed, resume=resume, device=device, dtype=dtype, fields=config_fields(config, group_size),

@@ -24,6 +24,7 @@ from fp4dit_ao.passes.reconstruction.choice import chosen_config
 from fp4dit_ao.passes.reconstruction.rounding import ClosedFormRounding
 from fp4dit_ao.util.atomic_files import write_text
 from fp4dit_ao.util.locks import only_process
+from fp4dit_ao.util.world import joined
 
 CALIBRATION_PROMPTS = 64
 """Number of the reference pipeline's own prompts that are used if the user gives none."""
@@ -35,6 +36,8 @@ class Methods:
 
     Attributes:
         iters: iterations of learned rounding per unit; None for the default.
+        batch_size: calibration rows per iteration; None for the default.
+        shards: parts of the calibration data; None for as many as there are processes.
     """
 
     rounding: str = "adaround"
@@ -46,6 +49,8 @@ class Methods:
     allocation: str = "least_error"
     budget_bits: float | None = None
     fine_tuning: str | None = None
+    batch_size: int | None = None
+    shards: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``quantize_pipeline``.
@@ -65,6 +70,7 @@ class Methods:
                     f"--iters is the length of learned rounding; leave it out with --rounding {self.rounding}"
                 )
             rounded = replace(rounded, iters=self.iters)
+        rounded = replace(rounded, shards=self.shards, batch_size=self.batch_size or rounded.batch_size)
         return {
             "reconstruction": rounded, "selection": self.selection, "transforms": self.transforms,
             "allocation": self.allocation, "budget_bits": self.budget_bits, "fine_tuning": self.fine_tuning,
@@ -77,7 +83,7 @@ def quantize(
     dtype: str, fields: Fields, layers: Mapping[str, str | None],
 ) -> None:  # fmt: skip
     """Quantizes ``model`` and saves it to ``out``; a killed run leaves ``<out>.unfinished``, from which ``resume``
-    continues.
+    continues. Processes that ``torchrun`` started share the work, and the first one writes.
 
     Raises:
         ValueError, OSError: wrong input; as much of it as possible is checked before the model is loaded.
@@ -94,15 +100,14 @@ def quantize(
     if ROUNDINGS.find(arguments["reconstruction"].rounding).needs_samples or methods.fine_tuning is not None:
         arguments |= {"checkpoint_dir": unfinished / "blocks", "cache_dir": unfinished / "samples"}
     arguments |= {"prompts": texts, "samples": samples, "skip": skip, "seed": seed, "fields": fields, "layers": layers}
-    with only_process(out):
-        if out.exists() and any(out.iterdir()):
-            raise FileExistsError(f"cannot save to {out}: the folder is not empty; name a new one, or empty it")
-        if unfinished.exists() and not resume:
-            raise FileExistsError(f"{unfinished} holds an unfinished run; continue it with --resume, or delete it")
+    with joined() as world, contextlib.ExitStack() as stack:
+        world.agreed(lambda: _claim(stack, out, unfinished, resume))
         pipe = named_models.open_pipeline(model, device, dtype=dtype)
         start = time.perf_counter()
-        with _kept(unfinished):
-            quantized = quantize_pipeline(pipe, recipe, **arguments, **call)
+        with _kept(unfinished) if world.first else contextlib.nullcontext():
+            quantized = quantize_pipeline(pipe, recipe, **arguments, progress=world.first, **call)
+            if not world.first:
+                return  # the first process writes
             quantized.save_pretrained(out)
         if quantized.transformer.report is not None:
             print(quantized.transformer.report.to_markdown(), end="\n\n")
@@ -111,6 +116,19 @@ def quantize(
         print(sizes(pipe.transformer, quantized.transformer))
         print(f"saved after {time.perf_counter() - start:.0f} s: {out}")
         print(f"next: fp4dit-ao generate {out} --compare {model} --prompt {texts[0]!r}")
+
+
+def _claim(stack: contextlib.ExitStack, out: Path, unfinished: Path, resume: bool) -> None:
+    """Keeps other processes from ``out`` until ``stack`` ends.
+
+    Raises:
+        OSError: another run writes there, or one has: finished, or unfinished and not to be resumed.
+    """
+    stack.enter_context(only_process(out))
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"cannot save to {out}: the folder is not empty; name a new one, or empty it")
+    if unfinished.exists() and not resume:
+        raise FileExistsError(f"{unfinished} holds an unfinished run; continue it with --resume, or delete it")
 
 
 def sizes(before: nn.Module, after: QuantizedTransformer) -> str:

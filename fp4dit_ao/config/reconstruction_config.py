@@ -49,6 +49,9 @@ class ReconstructionConfig:
     """Blocks that two successive windows share: their rounding is refined once more."""
     seed: int = 0
     """Seed of the minibatches; each unit has its own generator, so a resumed run continues with the same bits."""
+    shards: int | None = None
+    """Parts of the calibration data whose gradients are added up, by pairs. None: as many as there are processes. Any number of
+    processes gives the same bits, if it divides ``shards`` by 1, 2, 4, …"""
     compile: bool = False
     """Run each unit through ``torch.compile``: worth its start where there are many iterations."""
     offload: bool | None = None
@@ -65,6 +68,10 @@ class ReconstructionConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise self._error(name, f"it must be a whole number of at least {low}")
+        if self.shards is not None and (
+            isinstance(self.shards, bool) or not isinstance(self.shards, int) or self.shards < 1
+        ):
+            raise self._error("shards", "it must be a whole number of at least 1, or None for the number of processes")
         if not 0 <= self.regularizer < math.inf:
             raise self._error("regularizer", "it must be at least 0, and finite")
         if not 0 <= self.warmup < 1:

@@ -30,6 +30,7 @@ from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.quantizer import FP4DiTQuantizer
 from fp4dit_ao.schemes import scheme_of
+from fp4dit_ao.util.world import current
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -196,7 +197,8 @@ def _quantized(
     if methods.round_on_data:
         report = reconstruct(prepared, data, methods.rounding, checkpoint_dir=checkpoint_dir, progress=progress)
     if methods.fine_tuning is not None:
-        folder = None if checkpoint_dir is None else Path(checkpoint_dir) / "fine_tuning"
+        # every process does the same, and the first one writes
+        folder = None if checkpoint_dir is None or not current().first else Path(checkpoint_dir) / "fine_tuning"
         run_fine_tuning(prepared, data, methods.fine_tuning, checkpoint_dir=folder, progress=progress)
     with torch.no_grad():
         converted = convert_pt2e(prepared, fold_quantize=False)

@@ -1,7 +1,9 @@
 """Learned rounding of one unit: gradient descent on the unit's error."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +13,11 @@ from fp4dit_ao.config import ReconstructionConfig
 from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.observers.weight import Settled
 from fp4dit_ao.passes.reconstruction.rounding import LearnedRounding
+from fp4dit_ao.passes.reconstruction.shards import Drawn, Shard
 from fp4dit_ao.passes.reconstruction.unit_error import UnitError, rounding_by
+
+Run = Callable[..., Sequence[Tensor]]
+"""A unit's graph, or its compiled form."""
 
 
 class Learner:
@@ -54,30 +60,19 @@ class Learner:
         return Settled(rule.hard_codes(), scale)
 
     def _optimise(self, rules: dict[WeightObserver, LearnedRounding], before: float, bar: tqdm) -> None:
-        config, graph = self.config, self.error.graph
+        config, graph, shards = self.config, self.error.graph, self.error.shards
         optimizer = self.rule.optimizer(list(rules.values()), config)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         rates = [group["lr"] for group in optimizer.param_groups]
-        sizes = {observer: weight.numel() for observer, weight in self.error.weights.items()}
-        count = sum(sizes.values())
         least, best = float("inf"), list[dict[str, Tensor]]()
-        warm = round(config.warmup * config.iters)
         run = torch.compile(graph) if config.compile else graph
         for iteration in range(config.iters):
-            optimizer.zero_grad(set_to_none=True)
-            *others, last = self._minibatch()
-            found = 0.0
-            for number, rows in others:
-                share = self._share(number, rows, run) / before
-                torch.autograd.backward(share)
-                found += float(share.detach()) if self.rule.keeps_best else 0.0
-            loss = self._share(*last, run) / before
-            if self.rule.keeps_best and (found := found + float(loss.detach())) < least:
+            step = _Step(rules, before, self._beta(iteration), shards.draw(self.generator))
+            gradients = shards.sum_tensors(partial(self._gradients, step, parameters, run))
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            if self.rule.keeps_best and (found := shards.sum_numbers(step.loss_of)) < least:
                 least, best = found, [copy.deepcopy(rule.state_dict()) for rule in rules.values()]
-            if iteration >= warm and config.regularizer:
-                beta = config.beta_at((iteration - warm) / max(1, config.iters - warm))
-                for observer, rule in rules.items():
-                    loss = loss + rule.regularizer(beta) * (config.regularizer * sizes[observer] / count)
-            torch.autograd.backward(loss)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * self.rule.pace(iteration / config.iters)
             optimizer.step()
@@ -85,16 +80,58 @@ class Learner:
         for rule, state in zip(rules.values(), best, strict=False):
             rule.load_state_dict(state)
 
-    def _minibatch(self) -> Iterator[tuple[int, Tensor]]:
-        """Rows without replacement, from all streams alike: (stream, rows in it)."""
-        chosen = torch.randperm(self.error.rows, generator=self.generator)[: self.config.batch_size].sort().values
-        first = 0
-        for number, stream in enumerate(self.error.streams):
-            inside = chosen[(chosen >= first) & (chosen < first + stream.rows)]
-            if len(inside):
-                yield number, inside - first
-            first += stream.rows
+    def _beta(self, iteration: int) -> float | None:
+        """The regularizer's exponent; None without one."""
+        config = self.config
+        warm = round(config.warmup * config.iters)
+        if iteration < warm or not config.regularizer:
+            return None
+        return config.beta_at((iteration - warm) / max(1, config.iters - warm))
 
-    def _share(self, number: int, rows: Tensor, run: Callable[..., Sequence[Tensor]]) -> Tensor:
+    def _gradients(self, step: "_Step", parameters: Sequence[Tensor], run: Run, shard: Shard) -> list[Tensor]:
+        """What one shard adds to the gradients of a step; the last one, the regularizer's too."""
+        for parameter in parameters:
+            parameter.grad = None
+        *others, last = step.rows[shard.number]
+        found = 0.0
+        for rows in others:
+            share = self._share(*rows, run) / step.before
+            torch.autograd.backward(share)
+            found += float(share.detach()) if self.rule.keeps_best else 0.0
+        loss = self._share(*last, run) / step.before
+        if self.rule.keeps_best:
+            step.losses[shard.number] = found + float(loss.detach())
+        if step.beta is not None and self.error.shards.is_last(shard):
+            sizes = {observer: weight.numel() for observer, weight in self.error.weights.items()}
+            count = sum(sizes.values())
+            for observer, rule in step.rules.items():
+                loss = loss + rule.regularizer(step.beta) * (self.config.regularizer * sizes[observer] / count)
+        torch.autograd.backward(loss)
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in parameters]
+
+    def _share(self, number: int, rows: Tensor, weight: float, run: Run) -> Tensor:
         """What some rows contribute to the mean over a minibatch."""
-        return self.error.of(number, rows, run) * (len(rows) / min(self.config.batch_size, self.error.rows))
+        return self.error.of(number, rows, run) * weight
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of the optimisation.
+
+    Attributes:
+        rules: the roundings.
+        before: the error that losses are relative to.
+        beta: exponent of the regularizer; None without one.
+        rows: of this process, by shard.
+        losses: of this process, by shard, once they are known.
+    """
+
+    rules: dict[WeightObserver, LearnedRounding]
+    before: float
+    beta: float | None
+    rows: dict[int, Drawn]
+    losses: dict[int, float] = field(default_factory=dict)
+
+    def loss_of(self, shard: Shard) -> float:
+        """What a shard's rows contribute to the mean over the minibatch."""
+        return self.losses[shard.number]
