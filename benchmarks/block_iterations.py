@@ -17,6 +17,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from fp4dit_ao import AdaRoundConfig, capture, quantizer_for, reconstruct
 from fp4dit_ao.benchmark import memory
 from fp4dit_ao.evaluation.environment import one_line
+from fp4dit_ao.observers.weight import weight_of
 from fp4dit_ao.passes.partition import weight_observers
 from fp4dit_ao.util.atomic_files import write_text
 from fp4dit_ao.util.markdown import markdown_table
@@ -36,7 +37,7 @@ def flux(tiny: bool) -> Case:
         joint_attention_dim=width, pooled_projection_dim=64, in_channels=64,
     )  # fmt: skip
     side = round(tokens**0.5)
-    places = torch.cartesian_prod(torch.zeros(1), torch.arange(side), torch.arange(side))
+    places = torch.cartesian_prod(torch.zeros(1), *[torch.arange(side, dtype=torch.float32)] * 2)
 
     def sample(seed: int) -> dict[str, Any]:
         return {
@@ -84,7 +85,7 @@ def measure(name: str, rows: int, iters: Sequence[int], tiny: bool, compile: boo
     samples = [{k: x.to(device) for k, x in sample(seed).items()} for seed in range(rows)]
     with torch.no_grad():
         prepared = prepare_pt2e(capture(model, samples[0]), quantizer_for(model, "w4a6_codebook"))
-    weights = {o.name: node for node, o in weight_observers(prepared)}
+    weights = {o.name: weight_of(prepared, node).numel() for node, o in weight_observers(prepared)}
     found: dict[str, list[float]] = {}
     resident = memory.reset_peak()
     for count in (1, *iters):  # the first warms up
@@ -94,7 +95,7 @@ def measure(name: str, rows: int, iters: Sequence[int], tiny: bool, compile: boo
     peak = (memory.peak() - resident) / 2**30
     lines = []
     for block, (_, short, long) in found.items():
-        sizes = [model.get_parameter(w).numel() for w in weights if w.startswith(f"{block}.")]
+        sizes = [size for weight, size in weights.items() if weight.startswith(f"{block}.")]
         seconds = (long - short) / (iters[1] - iters[0])
         lines.append([name, block, f"{sum(sizes) / 1e6:.0f}", str(rows), f"{seconds:.3f}", f"{peak:.1f}"])
     return lines

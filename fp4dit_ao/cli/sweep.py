@@ -17,6 +17,8 @@ from fp4dit_ao.evaluation.fidelity import Evaluation, Fidelity
 from fp4dit_ao.util.atomic_files import write_text
 from fp4dit_ao.util.markdown import markdown_table
 
+Options = dict[str, Any]
+"""A row of the table, as it is read."""
 RETRIES = 3
 """How often Ray starts the task of a lost process or machine again."""
 
@@ -127,7 +129,7 @@ def read_rows(table: Path, out: Path) -> list[Row]:
         OSError: the file cannot be read.
     """
     try:
-        found: list[dict[str, Any]] = json.loads(table.read_text(encoding="utf-8"))
+        found: list[Options] = json.loads(table.read_text(encoding="utf-8"))
         names, models = [row["name"] for row in found], [row["model"] for row in found]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(

@@ -7,8 +7,6 @@ scale, adds nothing to the product, and every kernel computes what it always doe
 output's type: results differ by the order of those sums.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,13 +31,13 @@ class WholeTokens(RowwiseParallel):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        weight: Any = module.weight
+        weight = module.weight
         if isinstance(weight, QuantizedWeight) and getattr(weight, "act_fmt", None) is not None:
             whole, added = widened(weight, device_mesh.size())
             module.weight = nn.Parameter(whole, requires_grad=False)
             group = device_mesh.get_group()
 
-            def with_maximum(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            def with_maximum(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 x = args[0].to_local() if isinstance(args[0], DTensor) else args[0]
                 largest = x.abs().amax(-1, keepdim=True)
                 dist.all_reduce(largest, dist.ReduceOp.MAX, group)
@@ -66,7 +64,7 @@ def widened(weight: QuantizedWeight, parts: int) -> tuple[QuantizedWeight, int]:
         weight.refuse(
             f"its {columns} columns are no {parts} equal parts of whole groups ({max(tiles.values())} columns)"
         )
-    wide: dict[str, Any] = {}
+    wide: dict[str, object] = {}
     for name, tile in tiles.items():
         x: Tensor = getattr(weight, name)
         new = x[:, : added // tile].clone()  # scales of zeros may be any

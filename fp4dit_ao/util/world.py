@@ -162,8 +162,9 @@ def _start() -> None:
     gpu = local < torch.cuda.device_count()
     if gpu:
         torch.cuda.set_device(local)
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
     # processes that torchrun starts again find the addresses of dead ones under the same names
-    fresh = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    fresh = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=TIMEOUT)
