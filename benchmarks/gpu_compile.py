@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of the Triton kernels: ``python -m benchmarks.gpu_compile``.
 
-No GPU is needed, since Triton ships NVIDIA's assembler. Every configuration of the linear that may be chosen is compiled, and
+No GPU is needed, since Triton ships NVIDIA's assembler. Every configuration of the linears that may be chosen is compiled, and
 the decoding of codebook groups; no speed is measured.
 """
 
@@ -18,9 +18,13 @@ import typer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fp4dit_ao.kernels.cuda import triton_decode
+from fp4dit_ao.kernels import fp8_attention
+from fp4dit_ao.kernels.cuda import triton_attention, triton_codebook_linear, triton_decode
 from fp4dit_ao.kernels.cuda.triton_linear import CONFIGS, Config, block_k, linear_kernel
 from fp4dit_ao.util.markdown import markdown_table
+
+HEADS = (72, 128)
+"""Features of a head of PixArt and of FLUX."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,72 @@ def compiled_decoding(capability: int, group: int = 128, fp8: bool = False) -> d
     }  # fmt: skip
 
 
+def compiled_few_tokens(
+    capability: int, config: triton_codebook_linear.Config, tokens: str, group: int = 128
+) -> dict[str, Any]:
+    """The kernel that decodes codebook groups as it multiplies: as :func:`compiled`, and whether the look-up's registers hold
+    pairs of bytes of one row, which it takes for granted."""
+    bare = config.splits > 1
+    written = "*bf16" if not bare else "*i32" if tokens == "i8" else "*fp32"
+    types = {"tokens": f"*{tokens}", "token_scale": "*fp32", "qdata": "*u8", "index": "*u8", "tables": "*i32"}
+    types |= {"row_scale": "*fp32", "bias": "*bf16", "out": written}
+    types |= dict.fromkeys(("M", "N", "K", "INDEX_ROW", "GROUPS", "PART"), "i32")
+    constants = {
+        "GROUP": group, "BIAS": not bare, "ASSEMBLY": True, "BARE": bare, "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n, "BLOCK_K": triton_codebook_linear.block_k(group),
+    }  # fmt: skip
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    kernel = _compiled(triton_codebook_linear.codebook_linear_kernel, types, constants, ("N", "K"), capability, options)
+    instructions = sorted(set(re.findall(r"w?gmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", kernel.asm["ptx"])))
+    return {
+        "capability": capability, "config": str(config), "tokens": tokens, "group": group, "instructions": instructions,
+        "pairs of one row": pairs_of_one_row(kernel.asm["ttgir"]), **usage(kernel),
+    }  # fmt: skip
+
+
+def pairs_of_one_row(ttgir: str) -> bool:
+    """Whether every look-up of bytes in Triton's own assembly has a layout whose registers come in twos along the row."""
+    used = set(re.findall(r"elementwise_inline_asm.*-> tensor<\d+x\d+xi8, (#\w+)>, tensor", ttgir))
+    layouts = [re.search(rf"^{re.escape(name)} = (.*)$", ttgir, re.MULTILINE) for name in used]
+    kinds = (
+        r"#ttg\.linear<\{register = \[\[0, 1\], \[\d+, \d+\]",
+        r"#ttg\.blocked<\{sizePerThread = \[1, (4|8|16)\].*order = \[1, 0\]",
+    )
+    return bool(used) and all(found and any(re.match(kind, found[1]) for kind in kinds) for found in layouts)
+
+
+def _few_token_types(capability: int, both: bool) -> tuple[str, ...]:
+    if capability < 89:
+        return ("i8",)
+    return ("i8", "fp8e4nv") if both else ("fp8e4nv",)
+
+
+def few_token_variants(capability: int, every: bool) -> Iterator[tuple[int, triton_codebook_linear.Config, str, int]]:
+    """Arguments of :func:`compiled_few_tokens`; types of tokens and small groups for the first configuration of each kind."""
+    for configs in triton_codebook_linear.CONFIGS.values():
+        for config in configs if every else configs[:1]:
+            for tokens in _few_token_types(capability, config is configs[0]):
+                for group in (128, 32) if config is configs[0] else (128,):
+                    if triton_codebook_linear.fits(config, group):
+                        yield capability, config, tokens, group
+
+
+def compiled_attention(capability: int, config: triton_attention.Config, dim: int) -> dict[str, Any]:
+    """Attention with FP8 scores for heads of ``dim`` features: as :func:`compiled`."""
+    types = {"q": "*fp8e4nv", "q_scale": "*fp32", "k": "*fp8e4nv", "k_scale": "*fp32", "v": "*bf16", "out": "*bf16"}
+    types |= {"HEADS": "i32", "QUERIES": "i32", "KEYS": "i32", "factor": "fp32"}
+    first, rest = triton_attention.columns(dim)
+    constants = {
+        "WIDTH": fp8_attention.width(dim), "DIM": dim, "FIRST": first, "REST": rest, "EVEN": True,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+    }  # fmt: skip
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    sizes = ("HEADS", "QUERIES", "KEYS")
+    kernel = _compiled(triton_attention.attention_kernel, types, constants, sizes, capability, options)
+    instructions = sorted(set(re.findall(r"w?gmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", kernel.asm["ptx"])))
+    return {"capability": capability, "config": str(config), "dim": dim, "instructions": instructions, **usage(kernel)}
+
+
 def _compiled(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], multiples: Sequence[str], capability: int,
     options: dict[str, Any],
@@ -152,6 +222,28 @@ def main(
             [f"sm_{result['capability']}", kind, f"{triton_decode.ROWS} rows",
              str(triton_decode.WARPS), "", str(result["registers"]), str(result["spilled"]), f"{result['shared'] / 1024:.0f}"]
         )  # fmt: skip
+    for capability in asked:
+        for arguments in dict.fromkeys(few_token_variants(capability, every)):
+            result = compiled_few_tokens(*arguments)
+            if as_json:
+                print(json.dumps({"few tokens": True, **result}))
+            _, config, tokens, group = arguments
+            rows.append(
+                [f"sm_{capability}", f"{tokens}, codebooks, groups of {group}",
+                 f"{config.block_n} x {config.block_m}, {config.splits} parts", str(config.warps), str(config.stages),
+                 str(result["registers"]), str(result["spilled"]), f"{result['shared'] / 1024:.0f}"]
+            )  # fmt: skip
+    for capability in (each for each in asked if each >= 89):
+        for config in triton_attention.CONFIGS if every else triton_attention.CONFIGS[:1]:
+            for dim in HEADS:
+                result = compiled_attention(capability, config, dim)
+                if as_json:
+                    print(json.dumps({"attention": True, **result}))
+                rows.append(
+                    [f"sm_{capability}", f"attention, heads of {dim}", f"{config.block_m} x {config.block_n}",
+                     str(config.warps), str(config.stages), str(result["registers"]), str(result["spilled"]),
+                     f"{result['shared'] / 1024:.0f}"]
+                )  # fmt: skip
     for variant in dict.fromkeys(variants(asked, every)):
         result = compiled(variant)
         if as_json:

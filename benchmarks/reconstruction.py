@@ -39,7 +39,14 @@ from fp4dit_ao.util.atomic_files import write_text
 from fp4dit_ao.util.markdown import markdown_table
 
 BLOCK = "transformer_blocks.0"
-VARIANTS = {"eager loop": None, "reconstruct": False, "reconstruct, compiled": True}
+VARIANTS: dict[str, dict[str, bool] | None] = {
+    "eager loop": None,
+    "reconstruct": {"bfloat16": False},
+    "reconstruct, compiled": {"bfloat16": False, "compile": True},
+    "reconstruct, bfloat16": {"bfloat16": True},
+    "reconstruct, bfloat16, compiled": {"bfloat16": True, "compile": True},
+}
+"""Settings by name; the eager loop, which is float32, has none."""
 
 
 class Turns:
@@ -118,22 +125,26 @@ def measure(
 ) -> dict[str, Any]:
     """Runs one variant, in turns with the eager loop if ``both``."""
     prepared, data = prepare(model, samples, recipe, device)
-    compiled = VARIANTS[variant]
+    settings = VARIANTS[variant]
     resident = memory.reset_peak()
     loop = (
-        EagerLoop(model, BLOCK, prepared, data, config, recipe_for(model, recipe)) if both or compiled is None else None
+        EagerLoop(model, BLOCK, prepared, data, config, recipe_for(model, recipe)) if both or settings is None else None
     )
     found: dict[str, Any] = {}
-    if compiled is None:
+    if settings is None:
         assert loop is not None
         for _ in tqdm(range(config.iters), desc="eager loop"):
             loop.step()
     else:
         turns = Turns(loop.step if loop else None, config.iters)
         with mock.patch.object(reconstruct_pass, "tqdm", lambda **_: turns):
-            report = reconstruct(only_first_block(prepared), data, replace(config, compile=compiled))
+            report = reconstruct(only_first_block(prepared), data, replace(config, **settings))
         found |= {"own": turns.own_seconds, "eager": turns.other_seconds, "stream bytes": report.stream_bytes}
-        found |= {"nearest": report.rows[0].loss_before, "seconds": report.seconds}
+        found |= {
+            "nearest": report.rows[0].loss_before,
+            "learned": report.rows[0].loss_after,
+            "seconds": report.seconds,
+        }
     if loop is not None:
         found["nearest, eager"] = loop.before
     found["bytes"] = memory.peak() - resident
@@ -170,21 +181,22 @@ def main(
     if only:
         print(json.dumps(measured(only, False)))
         return
-    settings = {"model": model, "recipe": recipe, "iters": iters, "batch size": batch_size}
-    result: dict[str, Any] = {"settings": settings, "environment": environment()}
-    for variant, compiled in VARIANTS.items():
+    asked = {"model": model, "recipe": recipe, "iters": iters, "batch size": batch_size}
+    result: dict[str, Any] = {"settings": asked, "environment": environment()}
+    for variant, settings in VARIANTS.items():
         command = [sys.executable, "-m", "benchmarks.reconstruction", f"--only={variant}", f"--model={model}"]
         command += [f"--iters={iters}", f"--rows={rows}", f"--batch-size={batch_size}", f"--recipe={recipe}"]
         alone = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
-        result[variant] = {} if compiled is None else measured(variant, True)
+        result[variant] = {} if settings is None else measured(variant, True)
         result[variant]["bytes"] = alone["bytes"]
     result["eager loop"]["own"] = result["reconstruct"]["eager"]
     lines = [line(variant, result[variant]) for variant in VARIANTS]
     print(markdown_table(["", "speed against the eager loop", "s / block-iteration", "peak memory, MiB"], lines))
     ours = result["reconstruct"]
+    learned = ", ".join(f"{result[name]['learned']:.3e} ({name})" for name in VARIANTS if "learned" in result[name])
     print(
         f"\n{model}, {recipe}, {batch_size} rows an iteration; medians, in turns. Round-to-nearest error of the block by "
-        f"both: {ours['nearest']:.3e}, {ours['nearest, eager']:.3e}. {one_line()}"
+        f"both: {ours['nearest']:.3e}, {ours['nearest, eager']:.3e}; learned: {learned}. {one_line()}"
     )
     write_text(out / f"reconstruction-{model}.json", json.dumps(result, indent=1) + "\n")
 

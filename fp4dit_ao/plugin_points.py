@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fp4dit_ao.calibration.sample_selection import SELECTIONS
+from fp4dit_ao.evaluation.image_metrics import METRICS
+from fp4dit_ao.evaluation.prompt_sets import PROMPT_SETS
 from fp4dit_ao.observers.scale_search import SEARCHES
 from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS
@@ -17,6 +19,7 @@ from fp4dit_ao.util.registry import MethodInfo, Registry
 
 POINTS: tuple[Registry[Any], ...] = (
     SELECTIONS, TRANSFORMS, SCHEMES, SEARCHES, ALLOCATIONS, ROUNDINGS, OBJECTIVES, SCOPES, FINE_TUNINGS,
+    METRICS, PROMPT_SETS,
 )  # fmt: skip
 """Registries of the plug-in points, in the order in which a pipeline meets them."""
 

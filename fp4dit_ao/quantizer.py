@@ -22,6 +22,7 @@ from torchao.quantization.pt2e.quantizer import (
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.passes.transforms.low_rank import adds_branch
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs, part_name, whole_name
+from fp4dit_ao.passes.transforms.timestep_ranges import adds_range
 from fp4dit_ao.schemes import scheme_of
 
 ANNOTATION = "quantization_annotation"
@@ -211,13 +212,12 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
 
 def reaches_gate(node: Node) -> bool:
     """Whether the output of ``node`` reaches a GELU or SiLU through nothing but views, chunks, casts, dropout and the sum with
-    a low-rank branch."""
+    a low-rank branch, or the range and bias that were taken out of a linear."""
     for user in node.users:
         if user.target in _GATES:
             return True
-        passes = (
-            user.target in _TRANSPARENT or getattr(user.target, "__name__", "") == "getitem" or adds_branch(user, node)
-        )
+        passes = user.target in _TRANSPARENT or getattr(user.target, "__name__", "") == "getitem"
+        passes = passes or adds_branch(user, node) or adds_range(user, node)
         if passes and user.args[0] is node and reaches_gate(user):
             return True
     return False

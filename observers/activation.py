@@ -1,7 +1,7 @@
 """Activation observers: token-wise online (the paper's), and one static range per tensor (what it argues against)."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fp4dit_ao._compat import Operator
@@ -80,6 +80,7 @@ class StaticActivationObserver(ActivationObserver):
 
     Attributes:
         absmax: float32 scalar; negative until something was seen.
+        rounding: a module that maps an input to its quantized value while the range is being trained.
     """
 
     absmax: Tensor
@@ -87,6 +88,7 @@ class StaticActivationObserver(ActivationObserver):
     def __init__(self, fmt: str | NumberFormat, name: str = "activation", collect_gram: bool = False, **spec: object):
         super().__init__(fmt, name, collect_gram, **spec)
         self.register_buffer("absmax", torch.tensor(-1.0))
+        self.rounding: nn.Module | None = None
 
     def block_size(self, x: Tensor) -> list[int]:
         return [-1] * x.ndim
@@ -105,16 +107,20 @@ class StaticActivationObserver(ActivationObserver):
         return choose_scale(self.absmax.reshape([1] * rank), [-1] * rank, str(self.fmt), torch.float32)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
+        if self.rounding is not None:
+            rounded: Tensor = self.rounding(x)
+            return rounded
         return self._quantize_dequantize(x, self.scale(x.ndim))
 
     def convert(self, model: GraphModule, observer_node: Node) -> None:
         source = observer_node.args[0]
         assert isinstance(source, Node)
         value = source.meta["val"]
+        found = self.scale(value.ndim)  # may settle the format
         block_size, fmt = self.block_size(value), str(self.fmt)
         with model.graph.inserting_before(observer_node):
             call = model.graph.call_function
-            scale = add_buffer(model, f"{self.name}_scale", self.scale(value.ndim))
+            scale = add_buffer(model, f"{self.name}_scale", found)
             codes = call(_OPS.quantize.default, (source, block_size, scale, fmt))
             new = call(_OPS.dequantize.default, (codes, block_size, scale, fmt, value.dtype))
         replace_observer(model, observer_node, new)

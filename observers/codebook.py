@@ -12,6 +12,7 @@ from fp4dit_ao.formats import CodebookSet, codebook_set, register_codebook_set
 from fp4dit_ao.observers import codebook_search
 from fp4dit_ao.observers.base import add_buffer, refuse_non_finite
 from fp4dit_ao.observers.grid import Bracket, Grid, Neighbours
+from fp4dit_ao.observers.row_chunks import rows_at_once
 from fp4dit_ao.observers.weight import WeightObserver
 from fp4dit_ao.ops.codebook import codebook_dequantize
 
@@ -72,7 +73,9 @@ class CodebookWeightObserver(WeightObserver):
         scale, index = self._settle(weight)
         if self.codes is not None:
             return self.codes, scale
-        return self.fmt.encode(weight.detach().float() / scale[:, None], index), scale
+        rows = rows_at_once(weight)
+        parts = zip(weight.detach().split(rows), scale.split(rows), index.split(rows), strict=True)
+        return torch.cat([self.fmt.encode(part.float() / own[:, None], books) for part, own, books in parts]), scale
 
     def dequantized(self, weight: Tensor) -> Tensor:
         codes, scale = self.quantized(weight)

@@ -11,6 +11,7 @@ from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.kernels.candidate_search import best_candidate, squared_error
 from fp4dit_ao.observers.four_over_six import four_over_six
 from fp4dit_ao.observers.outlier_cut import outlier_cut
+from fp4dit_ao.observers.row_chunks import rows_at_once
 from fp4dit_ao.ops import choose_scale, to_scale_dtype
 from fp4dit_ao.util.registry import Registry
 
@@ -73,9 +74,13 @@ def lowbit_fp(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scal
 def _least_squares(
     weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale_dtype: torch.dtype, fractions: Sequence[float]
 ) -> Tensor:
-    base = choose_scale(weight, block_size, str(fmt), torch.float32)
-    scales = torch.stack([to_scale_dtype(base * fraction, scale_dtype) for fraction in (1.0, *fractions)])
-    return scales.gather(0, best_candidate(weight, block_size, scales, fmt)[None]).squeeze(0)
+    rows = rows_at_once(weight) if block_size[0] == 1 else len(weight)
+    found = []
+    for part in weight.split(rows):
+        base = choose_scale(part, block_size, str(fmt), torch.float32)
+        scales = torch.stack([to_scale_dtype(base * fraction, scale_dtype) for fraction in (1.0, *fractions)])
+        found.append(scales.gather(0, best_candidate(part, block_size, scales, fmt)[None]).squeeze(0))
+    return torch.cat(found)
 
 
 __all__ = [

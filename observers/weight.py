@@ -12,6 +12,7 @@ from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.observers.activation import ActivationObserver
 from fp4dit_ao.observers.base import FloatObserver, add_buffer, known, refuse_non_finite, replace_observer
 from fp4dit_ao.observers.grid import Grid
+from fp4dit_ao.observers.row_chunks import rows_at_once
 from fp4dit_ao.observers.scale_search import SEARCHES
 from fp4dit_ao.ops import dequantize, expand_scale, full_block, quantize
 
@@ -47,6 +48,7 @@ class WeightObserver(FloatObserver):
     Attributes:
         scale: ``(out_features or 1, groups)``, set by the first forward.
         codes: uint8, shaped like the weight, once a rounding was learned; None means round to nearest.
+        deferred: whether ``convert_pt2e`` leaves this observer in the graph, so that it can be converted alone.
         rounding: a module that maps the weight to its (softly) rounded value while a rounding is being learned.
     """
 
@@ -72,6 +74,7 @@ class WeightObserver(FloatObserver):
         self.granularity, self.search, self.scale_dtype, self.name = granularity, search, scale_dtype, name
         self.find_scale = SEARCHES.find(search)
         self.rounding: nn.Module | None = None
+        self.deferred = False
         self.register_buffer("scale", None)
         self.register_buffer("codes", None)
         self.register_buffer("_searched", None, persistent=False)
@@ -110,7 +113,15 @@ class WeightObserver(FloatObserver):
             self.scale = self._search(weight.detach())
         if self.codes is not None:
             return self.codes, self.scale
-        return quantize(weight, self.block_size(weight), self.scale, str(self.fmt)), self.scale
+        return self._nearest(weight, self.scale), self.scale
+
+    def _nearest(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """The codes nearest to ``weight``, some rows at a time: intermediates are several times as large as the codes."""
+        block_size, rows = self.block_size(weight), rows_at_once(weight)
+        if block_size[0] != 1 or len(weight) <= rows:
+            return quantize(weight, block_size, scale, str(self.fmt))
+        parts = zip(weight.split(rows), scale.split(rows), strict=True)
+        return torch.cat([quantize(part, block_size, own, str(self.fmt)) for part, own in parts])
 
     def dequantized(self, weight: Tensor) -> Tensor:
         """The weight as the converted graph will have it."""
@@ -218,6 +229,8 @@ class WeightObserver(FloatObserver):
         return model.graph.call_function(_OPS.dequantize.default, arguments)
 
     def convert(self, model: GraphModule, observer_node: Node) -> None:
+        if self.deferred:
+            return
         source = observer_node.args[0]
         assert isinstance(source, Node)
         weight = weight_of(model, observer_node)
@@ -225,18 +238,24 @@ class WeightObserver(FloatObserver):
         with model.graph.inserting_before(observer_node):
             new = self.weight_node(model, weight)
         replace_observer(model, observer_node, new)
-        _release(model, source)
+        release(model, source)
 
 
-def _release(model: GraphModule, source: Node) -> None:
-    """Let go of a float weight that nothing reads any more: with it, converting would take the model's size twice."""
-    if source.users:
+def release(model: GraphModule, node: Node) -> None:
+    """Erases a node that nothing reads any more, and lets go of the tensors that it alone is computed from.
+
+    With the float weights, converting would take the model's size twice.
+    """
+    if node.users:
         return
-    path = str(source.target)
-    model.graph.erase_node(source)
-    if not any(node.op == "get_attr" and node.target == path for node in model.graph.nodes):
+    sources, path = node.all_input_nodes, str(node.target)
+    is_tensor = node.op == "get_attr"
+    model.graph.erase_node(node)
+    if is_tensor and not any(other.op == "get_attr" and other.target == path for other in model.graph.nodes):
         owner, _, leaf = path.rpartition(".")
         delattr(model.get_submodule(owner), leaf)
+    for source in sources:
+        release(model, source)
 
 
 def weight_of(model: GraphModule, observer_node: Node) -> Tensor:

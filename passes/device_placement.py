@@ -28,6 +28,11 @@ def move_to(model: GraphModule, device: torch.device | str) -> GraphModule:
     return model
 
 
+def quantizing_device(device: torch.device) -> torch.device:
+    """Where weights on ``device`` are rounded: those in host memory on the GPU if there is one, one after the other."""
+    return torch.device("cuda") if device.type == "cpu" and torch.cuda.is_available() else device
+
+
 def convert_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
     """Replaces every parameter and buffer ``x`` by ``convert(x)``; shared tensors stay shared.
 

@@ -31,12 +31,17 @@ def lower(model: GraphModule) -> GraphModule:
         model: the result of ``convert_pt2e``; not changed.
     """
     _compat.forget_graphs()
-    model = _compat.copied(model, {id(x): x for x in model.buffers()})  # codes and scales are read, not changed
+    shared = {id(x): x for x in model.buffers()}  # codes and scales are read, not changed
+    return lower_in_place(_compat.copied(model, shared))
+
+
+def lower_in_place(model: GraphModule) -> GraphModule:
+    """:func:`lower`, of a graph that nobody else needs."""
     for node in model.graph.nodes:
         node.meta.pop(_ANNOTATION, None)  # holds nodes of the graph that was prepared, and so all of that graph
     for node in list(model.graph.nodes):
         if node.target is torch.ops.aten.linear.default:
-            _lower_linear(model, node)
+            lower_linear(model, node)
         if node.target is torch.ops.aten.scaled_dot_product_attention.default:
             _lower_attention(model, node)
         if node.target is torch.ops.aten.gelu.default and node.kwargs.get("approximate") == "tanh":
@@ -69,8 +74,14 @@ def _replace(model: GraphModule, node: Node, target: Operator, arguments: tuple[
     model.graph.erase_node(node)
 
 
-def _lower_linear(model: GraphModule, node: Node) -> None:
-    """Replaces a linear by its low-bit form, if its weight is stored in one of the schemes."""
+def lower_linear(model: GraphModule, node: Node, device: torch.device | None = None) -> None:
+    """Replaces a linear by its low-bit form, if its weight is stored in one of the schemes.
+
+    Args:
+        model: a converted graph.
+        node: an ``aten.linear`` in it.
+        device: where the low-bit weight goes; it stays where it is if None.
+    """
     dequantized = node.args[1]
     found = next((found for scheme in SCHEMES.values() if (found := scheme.lowered(model, node)) is not None), None)
     if found is None:
@@ -80,7 +91,8 @@ def _lower_linear(model: GraphModule, node: Node) -> None:
     owner = model.get_submodule(parent)
     while hasattr(owner, leaf):  # a shared weight whose uses differ in activation format
         leaf += "_"
-    owner.register_parameter(leaf, nn.Parameter(found.weight, requires_grad=False))
+    weight = found.weight if device is None else found.weight.to(device)
+    owner.register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
     with model.graph.inserting_before(node):
         parameter = model.graph.get_attr(f"{parent}.{leaf}" if parent else leaf)
     parameter.meta["val"] = dequantized.meta.get("val")

@@ -1,7 +1,7 @@
 """Cuts a graph into its transformer blocks and the nodes between them, in topological order."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -225,3 +225,15 @@ def _extract(model: GraphModule, inside: list[Node], inputs: list[Node], outputs
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))
     return GraphModule(model, graph)
+
+
+def with_outputs(segment: Segment, nodes: Collection[Node]) -> GraphModule:
+    """A segment's graph that also puts out ``nodes`` of it, behind its own outputs and in the order of ``nodes``; it shares
+    parameters, buffers and observers with the segment's."""
+    graph, copies = Graph(), dict[Node, Node]()
+    for node in segment.graph.graph.nodes:
+        if node.op == "output":
+            graph.output(tuple(copies[each] for each in (*node.args[0], *nodes)))
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return GraphModule(segment.graph, graph)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 SLOW = (
     "tests/benchmark",
+    "tests/calibration/test_uncomputed_calls.py::test_a_pipelines_first_call_is_the_same",
     "tests/checkpoint/test_checkpoint.py::test_every_tensor_comes_back_bit_for_bit",
     "tests/checkpoint/test_checkpoint_fuzz.py",
     "tests/checkpoint/test_custom_codebook.py",
@@ -24,11 +25,17 @@ SLOW = (
     "tests/cli",
     "tests/deploy",
     "tests/diffusers_integration",
+    "tests/evaluation/test_report.py::test_a_person_can_use_it",
+    "tests/evaluation/test_report.py::test_it_reads_on_a_narrow_screen",
     "tests/families",
     "tests/formats/test_formats.py::test_wild_floats",
     "tests/graph_capture/test_layer_rows.py",
+    "tests/kernels/test_arm.py",
     "tests/kernels/test_decoded_linear.py::test_choosing_it_breaks_no_graph",
     "tests/kernels/test_decoded_linear.py::test_decoding_looks_every_code_up",
+    "tests/kernels/test_few_tokens.py::test_codes_are_looked_up_in_pairs_of_one_row_in_every_tile",
+    "tests/kernels/test_fp8_attention.py::test_it_is_attention",
+    "tests/kernels/test_fp8_attention.py::test_the_operator_agrees_with_rounded_values",
     "tests/kernels/test_native.py::test_the_benchmark_of_tokens_prints_its_table",
     "tests/kernels/test_triton_linear.py",
     "tests/ops/test_ops.py::test_blocks_may_be_symbols",
@@ -42,10 +49,12 @@ SLOW = (
     "tests/passes/transforms/test_smoothquant.py",
     "tests/passes/test_lowering.py::test_the_lowered_graph_keeps_nothing_else_alive",
     "tests/passes/test_block_outlining.py::test_blocks_of_a_family_are_alike",
+    "tests/passes/transforms/test_adaptive_rotation.py::test_modules_and_files_compute_the_same_bits",
     "tests/passes/transforms/test_hadamard.py::test_the_function_of_a_family_stays",
     "tests/passes/transforms/test_low_rank.py::test_modules_and_files_compute_the_same_bits",
     "tests/passes/transforms/test_outlier_groups.py::test_modules_and_files_compute_the_same_bits",
     "tests/passes/transforms/test_round_trips.py",
+    "tests/passes/transforms/test_timestep_ranges.py::test_files_come_back_as_graphs_with_the_same_bits",
     "tests/passes/transforms/test_weight_equalization.py::test_files_come_back_in_both_forms_with_the_same_bits",
     "tests/reference",
     "tests/serving/test_app.py::test_a_port_that_is_taken_is_said_before_the_model_is_loaded",
@@ -66,7 +75,12 @@ SLOW = (
 """Folders, files and tests that take longer than the fast set can wait for; so does every test with ``compile`` in its name."""
 DOCS = ("tests/test_docs.py::test_page", "tests/test_docs.py::test_docstring", "tests/test_tutorials.py")
 """Tests that execute the documentation."""
-GPU = ("tests/ops/test_ops.py::test_cuda_agrees_with_cpu",)
+GPU = (
+    "tests/ops/test_ops.py::test_cuda_agrees_with_cpu",
+    "tests/passes/reconstruction/test_iteration.py::test_a_captured_step_learns_what_an_eager_one_does_on_cuda",
+    "tests/passes/reconstruction/test_iteration.py::test_replays_take_steps_on_cuda",
+    "tests/passes/reconstruction/test_iteration.py::test_what_cannot_be_captured_goes_on_eagerly_on_cuda",
+)
 """Tests that need a GPU, and are skipped without one."""
 
 PACKAGES = ("torch", "torchao", "diffusers", "transformers", "triton", "numpy")

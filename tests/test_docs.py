@@ -75,6 +75,7 @@ ELSEWHERE = {
     "pip install -c constraints.txt '.[peers]'": "nothing here needs other packages; those missing are listed as such",
     "pip install 'fp4dit-ao[serve]'": "a part of dev, so installed by .ci/run",
     "pip install 'fp4dit-ao[ray]'": "a part of dev, so installed by .ci/run",
+    "fp4dit-ao export DIR package.pt2 --aoti": "a minute; tests/deploy/test_export.py runs what it writes",
     "serve run fp4dit_ao.serving.ray:build model=DIR replicas=4 gpus=1": "needs GPUs; tests/serving/test_ray.py runs two",
     "python -m benchmarks.gpu --part linears --only FLUX --out benchmarks/results/gpu-h200-linears.json": "needs a GPU; "
     "tests/benchmark/test_gpu_benchmark.py runs its parts",
@@ -82,6 +83,9 @@ ELSEWHERE = {
     "needs 8 devices; tests/cli/test_torchrun.py runs two processes",
     "fp4dit-ao sweep table.json --out results --gpus 1 --address auto": "a cluster; tests/cli/test_sweep.py has two workers",
     "python benchmarks/quality.py": "hours; tests/evaluation/test_evaluate.py tests its parts",
+    "python benchmarks/paper_table.py deepcompressor --prompts meta_data.json --real mjhq30k_imgs --work outputs/paper": (
+        "a GPU, for days; tests/benchmark/test_paper_table.py runs all of it on small things"
+    ),
     "fp4dit-ao benchmark --out benchmarks/results/cpu.json": "40 minutes; tests/cli and tests/benchmark run its parts",
     "npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz": "needs npm",
     "python -m fp4dit_ao.reference.train autoencoder --package package --work work": "hours, and what npm gets",

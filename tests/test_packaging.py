@@ -35,6 +35,7 @@ NOT_IMPORTED = {
     "mkdocs-material": "the theme in mkdocs.yml",
     "mkdocstrings": "a plug-in in mkdocs.yml",
     "ipykernel": "nbclient starts it",
+    "torch-fidelity": "torchmetrics computes Inception's features with it",
     "optimum-quanto": "a peer in the benchmark, imported by name if it is there",
     "sdnq": "likewise",
     "bitsandbytes": "likewise",

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.measuring import Call, Run, all_measured, quickest, ratios
-from fp4dit_ao.kernels import attention as quantized_attention
+from fp4dit_ao.kernels import fp8_attention
 from fp4dit_ao.util.markdown import markdown_table
 
 CASES = {
@@ -50,7 +50,7 @@ def calls(batch: int, heads: int, queries: int, keys: int, dim: int, device: str
     def plain() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
-    compiled = torch.compile(lambda q, k, v: quantized_attention.attention(q, k, v, None, None, "e2m3"))
+    compiled = torch.compile(lambda q, k, v: torch.ops.fp4dit_ao.attention(q, k, v, None, None, "e2m3"))
     return {
         DEFAULT: on(None, plain),
         **{name: on(backend, plain) for name, backend in BACKENDS.items()},
@@ -68,6 +68,8 @@ def measure(run: Run) -> None:
         run.record("attention", {"case": name, "sizes": case, **result})
         rows.append(row(name, result["seconds"]))
         run.say(" | ".join(rows[-1]))
+        for shape, faster in fp8_attention.found().items():
+            run.say(f"  FP8 scores {'are' if faster else 'are not'} taken for {shape.query} and {shape.keys} keys")
         for failed, why in result["failed"].items():
             run.say(f"  {failed}: {why}")
     run.say("\n" + markdown_table(HEAD, rows) + f"\n\nSpeed as a ratio to {DEFAULT}, bfloat16.")

@@ -10,6 +10,8 @@ from benchmarks.gpu.measuring import Run
 ROOT = Path(__file__).parents[2]
 FILES = (
     "tests/ops/test_ops.py::test_cuda_agrees_with_cpu",
+    "tests/kernels/test_few_tokens.py",
+    "tests/kernels/test_fp8_attention.py",
     "tests/kernels/test_triton_linear.py",
     "tests/kernels/test_decoded_linear.py",
     "tests/kernels/test_integer_product.py",
@@ -17,6 +19,7 @@ FILES = (
     "tests/tensors/test_minifloat.py",
     "tests/passes/test_device_placement.py",
     "tests/diffusers_integration/test_module_form.py",
+    "tests/passes/reconstruction/test_iteration.py",
     "tests/benchmark/test_gpu_benchmark.py",
 )
 """Tests that do more where there is a GPU."""

@@ -25,7 +25,7 @@ SHAPES = {
     "Hunyuan-DiT": [(6144, 1408), (1408, 6144), (1408, 1408)],
 }
 """Sizes of the attention and feed-forward linears of each model, (out_features, in_features)."""
-TOKENS = (4096, 16384, 1024, 256, 64, 16)
+TOKENS = (4096, 16384, 1024, 512, 256, 64, 16)
 REPEAT = 10
 """Calls in one CUDA graph."""
 BASE = "bfloat16"

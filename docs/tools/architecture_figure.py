@@ -50,6 +50,7 @@ PLUGS = {
     "passes.reconstruction": "rounding · objective · scope · allocation · fine-tuning · family",
     "passes.transforms": "graph transform",
     "observers": "scale search",
+    "checkpoint": "metric · prompt set",
     "calibration": "sample selection",
     "schemes": "quantization scheme",
     "config": "recipe · kernel",

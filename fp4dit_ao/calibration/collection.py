@@ -203,8 +203,10 @@ def _collect(
     finally:
         bar.close()
         pipe.set_progress_bar_config(**bar_settings)
-    everyone = {index: kept for part in world.gathered(found) for index, kept in part.items()}
-    return on_device([sample for _, kept in sorted(everyone.items()) for sample in kept], device_of(transformer))
+    everyone: dict[int, list[Sample]] = {}
+    for rank, part in enumerate(world.gathered(found)):
+        everyone |= found if rank == world.rank else on_device(part, device_of(transformer))
+    return [sample for _, kept in sorted(everyone.items()) for sample in kept]
 
 
 @contextlib.contextmanager

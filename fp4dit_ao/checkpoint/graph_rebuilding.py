@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao import _compat
@@ -22,6 +22,7 @@ from fp4dit_ao.graph_capture.sample_description import Description
 from fp4dit_ao.observers import StaticActivationObserver, WeightObserver
 from fp4dit_ao.observers.weight import weight_of
 from fp4dit_ao.passes.lowering import lower
+from fp4dit_ao.passes.transforms.annotated_linears import linear_name
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer
 
@@ -31,9 +32,9 @@ def resolve(decisions: Iterable[Decision], graph: nn.Module) -> list[Decision]:
 
     Args:
         decisions: of the quantizer that annotated the graph.
-        graph: the lowered graph; a weight format that was searched for is read off its tensors.
+        graph: the lowered graph; formats that were searched for are read off its tensors and nodes.
     """
-    weights = dict(graph.named_parameters())
+    weights, inputs = dict(graph.named_parameters()), _static_formats(graph)
     resolved = []
     for decision in decisions:
         config = decision.config
@@ -41,9 +42,29 @@ def resolve(decisions: Iterable[Decision], graph: nn.Module) -> list[Decision]:
             weight = weights.get(f"{decision.name}.weight")
             fmt = getattr(weight, "fmt", config.weight)
             fmt = fmt if decision.kind == "linear" else None
-            config = dataclasses.replace(config, weight=fmt, weight_candidates=(), pre_gelu_weight=None)
+            activation = config.activation
+            if activation in config.activation_candidates:
+                activation = inputs.get(decision.name, activation)
+            config = dataclasses.replace(
+                config,
+                weight=fmt,
+                weight_candidates=(),
+                pre_gelu_weight=None,
+                activation=activation,
+                activation_candidates=(),
+            )
         resolved.append(dataclasses.replace(decision, config=config))
     return resolved
+
+
+def _static_formats(graph: nn.Module) -> dict[str, str]:
+    """Formats of linears' inputs with a static range, by the linear's name."""
+    found = {}
+    for node in graph.graph.nodes if isinstance(graph, GraphModule) else ():
+        source = node.args[0] if node.target is torch.ops.aten.linear.default else None
+        if isinstance(source, Node) and source.target is torch.ops.fp4dit_ao.fake_quantize.default:
+            found[linear_name(node)] = str(source.args[3])
+    return found
 
 
 def _rules(decisions: Iterable[Decision]) -> dict[str, QuantConfig | None]:

@@ -126,8 +126,9 @@ def quantize(
         float | None, typer.Option(help="Mean of stored bits per weight that the allocation may spend.")
     ] = None,
     fine_tuning: Annotated[
-        str | None, typer.Option(help="Fine-tuning after rounding, 'scales' or 'bias_correction'.")
+        str | None, typer.Option(help="Fine-tuning after rounding, such as 'scales' or 'efficientdm'.")
     ] = None,
+    fine_tuning_steps: Annotated[int | None, typer.Option(min=1, help="Optimisation steps of fine-tuning.")] = None,
     call: Call = None,
     dtype: Dtype = "stored",
     config: Annotated[
@@ -137,11 +138,35 @@ def quantize(
         ),
     ] = None,
     group_size: Annotated[int | None, typer.Option(min=2, help="Inputs that share a weight scale.")] = None,
+    weight_search: Annotated[
+        str | None, typer.Option(help="How weight scales are found, such as 'mse'; the recipe's if not given.")
+    ] = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(
             help="GLOB=RECIPE for some modules, or GLOB=none to leave them, such as 'blocks.0.*=none'; repeatable."
         ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="End a unit's learned rounding early, where so many iterations bring less than 1 %."),
+    ] = None,
+    encoded_prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Safetensors file of encoded prompts, tensors named as the pipeline's arguments (prompt_embeds, …), in place "
+            "of --prompts: the text encoder is never loaded."
+        ),
+    ] = None,
+    component: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to quantize: transformers, and text encoders beside them (text_encoder); repeatable. All transformers "
+            "if not given."
+        ),
+    ] = None,
+    text_encoder_recipe: Annotated[
+        str | None, typer.Option(help="Recipe of text encoders, such as w4a8; if not given, 4-bit weights alone.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Calibration rows per iteration (16).")] = None,
     shards: Annotated[
@@ -156,13 +181,25 @@ def quantize(
     from fp4dit_ao.cli import quantize as run
 
     methods = run.Methods(
-        rounding, objective, scope, iters, selection, tuple(transform or ()), allocation, budget_bits, fine_tuning,
-        batch_size, shards,
-    )  # fmt: skip
+        rounding,
+        objective,
+        scope,
+        iters,
+        selection,
+        tuple(transform or ()),
+        allocation,
+        budget_bits,
+        fine_tuning,
+        patience,
+        fine_tuning_steps,
+        batch_size,
+        shards,
+    )
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),
-        samples=samples, seed=seed, resume=resume, device=device, dtype=dtype, fields=config_fields(config, group_size),
-        layers=layer_rules(layer),
+        samples=samples, seed=seed, resume=resume, device=device, dtype=dtype,
+        fields=config_fields(config, group_size, weight_search), layers=layer_rules(layer),
+        encoded_prompts=encoded_prompts, components=component, text_encoder_recipe=text_encoder_recipe,
     )  # fmt: skip
 
 
@@ -227,27 +264,73 @@ def generate(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A quantized pipeline's folder, or any MODEL.")],
+    model: Annotated[
+        list[str], typer.Argument(help="A quantized pipeline's folder, or any MODEL; several are compared.")
+    ],
     against: Annotated[str, typer.Option(help="MODEL that it was made from.")],
-    prompts: Prompts = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line, or a file of --prompt-set.")] = None,
+    prompt_set: Annotated[
+        str, typer.Option(help="How the file is read: lines, coco, mjhq, drawbench, parti, hpsv2.")
+    ] = "lines",
     count: Annotated[
         int, typer.Option(min=2, help="Prompts to use: the first of the file, or spread over the reference's.")
     ] = 100,
+    sample: Annotated[str, typer.Option(help="'first', or 'shuffled' as deepcompressor samples its 5000.")] = "first",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per prompt: 0, 1, …")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    seeding: Annotated[
+        str,
+        typer.Option(help="Noise: 'distinct' for every image, 'same' for all of a seed, 'name' from a prompt's name."),
+    ] = "distinct",
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also judge by NAME or NAME=WEIGHTS (folder, file, hub id); `methods metric` lists. Repeatable."
+        ),
+    ] = None,
+    real: Annotated[Path | None, typer.Option(help="Folder of real images, for metrics of whole sets.")] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Draw the original again: 'batch' size, 'compiled', attention 'kernel'; or 'none'. Repeatable."
+        ),
+    ] = None,
     steps: Steps = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated together.")] = 16,
-    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("evaluation.json"),
+    out: Annotated[Path, typer.Option(help="JSON to write; page and images go beside it.")] = Path("evaluation.json"),
+    images: Annotated[Path | None, typer.Option(help="Folder where images are kept, for other runs too.")] = None,
+    report: Annotated[bool, typer.Option(help="Write an HTML page with the worst images.")] = True,
+    shown: Annotated[int, typer.Option(min=1, help="Images of each model on that page.")] = 24,
     compile: Compile = False,
     device: Device = None,
+    devices: Annotated[str | None, typer.Option(help="Share images out, such as cuda:0,cuda:1.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Only draw part K of N, as K/N from 0; for several machines.")
+    ] = None,
     call: Call = None,
     dtype: Dtype = "stored",
 ) -> None:
-    """Print a Markdown table of how close MODEL's images are to those of the model that it was made from."""
+    """Print a Markdown table of how close MODEL's images are to those of the model that it was made from.
+
+    Images are kept: a run that is interrupted goes on, and another metric needs no new ones.
+    """
     check_writable_file(out)
     arguments = call_options(call, steps)
+    if device is not None and devices is not None:
+        raise ValueError("give --device or --devices, not both")
     from fp4dit_ao.cli import evaluate as run
 
-    run.evaluate(model, against, prompts, count, seeds, arguments, batch_size, out, compile, device, dtype)
+    run.evaluate(
+        model, against,
+        run.What(prompts, prompt_set, count, sample, tuple(range(first_seed, first_seed + seeds)), seeding, arguments),
+        run.How(
+            batch_size, compile, tuple(devices.split(",")) if devices else (device,), run.shard_of(shard), dtype,
+            () if baseline == ["none"] else tuple(baseline or ["batch"]), tuple(metric or ()), real,
+        ),
+        run.Where(
+            out, out.with_suffix(".html") if report else None, images or out.with_name(f"{out.stem}_images"), shown
+        ),
+    )  # fmt: skip
 
 
 @app.command()

@@ -1,12 +1,12 @@
-"""``--config``, ``--group-size`` and ``--layer``: how a recipe is changed on the command line."""
+"""``--config``, ``--group-size``, ``--weight-search`` and ``--layer``: how a recipe is changed on the command line."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 
-def config_fields(path: Path | None, group_size: int | None) -> dict[str, object]:
-    """Fields of ``QuantConfig`` that replace the recipe's: those of the JSON file ``path``, and the group size.
+def config_fields(path: Path | None, group_size: int | None, weight_search: str | None = None) -> dict[str, object]:
+    """Fields of ``QuantConfig`` that replace the recipe's: those of the JSON file ``path``, the group size and the search.
 
     Raises:
         ValueError: the file holds no JSON object.
@@ -21,7 +21,8 @@ def config_fields(path: Path | None, group_size: int | None) -> dict[str, object
         if not isinstance(found, dict):
             raise ValueError(f"{path} must hold a JSON object of fields of QuantConfig, found {type(found).__name__}")
         fields |= found
-    return fields if group_size is None else fields | {"group_size": group_size}
+    given = {"group_size": group_size, "weight_search": weight_search}
+    return fields | {name: value for name, value in given.items() if value is not None}
 
 
 def layer_rules(options: Sequence[str] | None) -> dict[str, str | None]:

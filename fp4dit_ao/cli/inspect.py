@@ -95,10 +95,11 @@ def certified(transformer: QuantizedTransformer, speeds: Mapping[str, LayerSpeed
     cast = "" if transformer.dtype == torch.bfloat16 else " --dtype bfloat16"
     command = f'`fp4dit-ao generate {model} --weights auto{cast} --prompt "…"`'
     certificate = Certificate(layers, command)
+    own = f", though this model runs in {transformer.dtype}" if cast else ""
     how = (
-        f"Measured with bfloat16 tokens in and out{', though this model runs in ' + str(transformer.dtype) if cast else ''}, "
-        f"at {rows.tokens} image tokens a call (captured with {rows.source}; --tokens takes other numbers, --measure-again "
-        f"repeats it), on {one_line()}"
+        f"Measured with bfloat16 tokens in and out, quantized once for all linears that read them{own}, at {rows.tokens} "
+        f"image tokens a call (captured with {rows.source}; --tokens takes other numbers, --measure-again repeats it), "
+        f"on {one_line()}"
     )
     return f"{how}\n\n{certificate.table()}\n\n{certificate.sentence()}"
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from fp4dit_ao.calibration import SELECTIONS, read_prompts
+from fp4dit_ao.calibration import SELECTIONS, read_encoded_prompts, read_prompts
 from fp4dit_ao.cli.output_paths import check_writable_folder
 from fp4dit_ao.config import Fields, QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
-from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
+from fp4dit_ao.diffusers_integration.pipeline_quantization import needs_data, quantize_pipeline
 from fp4dit_ao.graph_capture.transforming import resolve_transforms
-from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS
+from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, FineTuneConfig
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS
 from fp4dit_ao.passes.reconstruction import ROUNDINGS
 from fp4dit_ao.passes.reconstruction.choice import chosen_config
@@ -30,12 +30,18 @@ CALIBRATION_PROMPTS = 64
 """Number of the reference pipeline's own prompts that are used if the user gives none."""
 
 
+PROMPT = "a red fox in the snow"
+"""Prompt of the command that is proposed next, if the user's are not at hand."""
+
+
 @dataclass(frozen=True)
 class Methods:
     """Names of the methods that a model is quantized with, as ``quantize_pipeline`` takes them.
 
     Attributes:
         iters: iterations of learned rounding per unit; None for the default.
+        patience: iterations without progress after which a unit ends early; None for never.
+        fine_tuning_steps: optimisation steps of fine-tuning; None for the default.
         batch_size: calibration rows per iteration; None for the default.
         shards: parts of the calibration data; None for as many as there are processes.
     """
@@ -49,6 +55,8 @@ class Methods:
     allocation: str = "least_error"
     budget_bits: float | None = None
     fine_tuning: str | None = None
+    patience: int | None = None
+    fine_tuning_steps: int | None = None
     batch_size: int | None = None
     shards: int | None = None
 
@@ -56,31 +64,37 @@ class Methods:
         """Keyword arguments of ``quantize_pipeline``.
 
         Raises:
-            ValueError: the name of a method is unknown, or ``iters`` is given for a rounding that has no iterations.
+            ValueError: the name of a method is unknown, or a length is given of what has none.
         """
         SELECTIONS.find(self.selection)
         ALLOCATIONS.find(self.allocation)
         if self.fine_tuning is not None:
             FINE_TUNINGS.find(self.fine_tuning)
+        elif self.fine_tuning_steps is not None:
+            raise ValueError("--fine-tuning-steps is the length of fine-tuning; name a method with --fine-tuning")
         resolve_transforms(self.transforms)
         rounded = chosen_config(self.rounding, self.objective, self.scope)
-        if self.iters is not None:
-            if isinstance(ROUNDINGS.find(rounded.rounding), ClosedFormRounding):
-                raise ValueError(
-                    f"--iters is the length of learned rounding; leave it out with --rounding {self.rounding}"
-                )
-            rounded = replace(rounded, iters=self.iters)
+        lengths = {"iters": self.iters, "patience": self.patience}
+        given = {name: value for name, value in lengths.items() if value is not None}
+        if given and isinstance(ROUNDINGS.find(rounded.rounding), ClosedFormRounding):
+            options = " and ".join(f"--{name}" for name in given)
+            raise ValueError(
+                f"{options} is for the length of learned rounding; leave it out with --rounding {self.rounding}"
+            )
         rounded = replace(rounded, shards=self.shards, batch_size=self.batch_size or rounded.batch_size)
+        rounded = replace(rounded, **given)
+        tune = FineTuneConfig() if self.fine_tuning_steps is None else FineTuneConfig(steps=self.fine_tuning_steps)
         return {
             "reconstruction": rounded, "selection": self.selection, "transforms": self.transforms,
-            "allocation": self.allocation, "budget_bits": self.budget_bits, "fine_tuning": self.fine_tuning,
+            "allocation": self.allocation, "budget_bits": self.budget_bits, "fine_tuning": self.fine_tuning, "fine_tune": tune,
         }  # fmt: skip
 
 
 def quantize(
     model: str, out: Path, *, recipe: str, prompts: Path | None, methods: Methods, skip: Sequence[str],
     call: Mapping[str, Any], samples: int, seed: int, resume: bool, device: str | None,
-    dtype: str, fields: Fields, layers: Mapping[str, str | None],
+    dtype: str, fields: Fields, layers: Mapping[str, str | None], encoded_prompts: Path | None = None,
+    components: Sequence[str] | None = None, text_encoder_recipe: str | None = None,
 ) -> None:  # fmt: skip
     """Quantizes ``model`` and saves it to ``out``; a killed run leaves ``<out>.unfinished``, from which ``resume``
     continues. Processes that ``torchrun`` started share the work, and the first one writes.
@@ -88,21 +102,35 @@ def quantize(
     Raises:
         ValueError, OSError: wrong input; as much of it as possible is checked before the model is loaded.
     """
-    QuantConfig.from_name(recipe)  # refuses an unknown name; the table of families decides what it means for the model
+    config = QuantConfig.from_name(recipe)  # the table of families decides what it means for the model
     arguments = methods.arguments()
     for rule in layers.values():
         if rule is not None:
             QuantConfig.from_name(rule)
     named_models.folder_of(model)
-    texts = read_prompts(prompts) if prompts else named_models.default_prompts(model, CALIBRATION_PROMPTS)
+    texts, encoded = _prompts(model, prompts, encoded_prompts)
     check_writable_folder(out)
     unfinished = out.with_name(out.name + ".unfinished")
     if ROUNDINGS.find(arguments["reconstruction"].rounding).needs_samples or methods.fine_tuning is not None:
         arguments |= {"checkpoint_dir": unfinished / "blocks", "cache_dir": unfinished / "samples"}
-    arguments |= {"prompts": texts, "samples": samples, "skip": skip, "seed": seed, "fields": fields, "layers": layers}
+    arguments |= {
+        "prompts": texts or None,
+        "samples": samples,
+        "skip": skip,
+        "seed": seed,
+        "fields": fields,
+        "layers": layers,
+    }
     with joined() as world, contextlib.ExitStack() as stack:
         world.agreed(lambda: _claim(stack, out, unfinished, resume))
-        pipe = named_models.open_pipeline(model, device, dtype=dtype)
+        if not needs_data(
+            config, resolve_transforms(methods.transforms), arguments["reconstruction"], methods.fine_tuning
+        ):
+            device = (
+                device or "cpu"
+            )  # where weights stay in their file until each is rounded, on the GPU if there is one
+        pipe = named_models.open_pipeline(model, device, dtype=dtype, text_encoders=not encoded)
+        arguments |= {name: x.to(pipe.device) for name, x in encoded.items()}
         start = time.perf_counter()
         with _kept(unfinished) if world.first else contextlib.nullcontext():
             quantized = quantize_pipeline(pipe, recipe, **arguments, progress=world.first, **call)
@@ -112,10 +140,12 @@ def quantize(
         if quantized.transformer.report is not None:
             print(quantized.transformer.report.to_markdown(), end="\n\n")
             write_text(out / "reconstruction.md", quantized.transformer.report.to_markdown() + "\n")
+        if (tuned := quantized.transformer.fine_tuning_report) is not None:
+            print(tuned.sentence())
         shutil.rmtree(unfinished, ignore_errors=True)
         print(sizes(pipe.transformer, quantized.transformer))
         print(f"saved after {time.perf_counter() - start:.0f} s: {out}")
-        print(f"next: fp4dit-ao generate {out} --compare {model} --prompt {texts[0]!r}")
+        print(f"next: fp4dit-ao generate {out} --compare {model} --prompt {(texts or [PROMPT])[0]!r}")
 
 
 def _claim(stack: contextlib.ExitStack, out: Path, unfinished: Path, resume: bool) -> None:
@@ -129,6 +159,16 @@ def _claim(stack: contextlib.ExitStack, out: Path, unfinished: Path, resume: boo
         raise FileExistsError(f"cannot save to {out}: the folder is not empty; name a new one, or empty it")
     if unfinished.exists() and not resume:
         raise FileExistsError(f"{unfinished} holds an unfinished run; continue it with --resume, or delete it")
+
+
+def _prompts(model: str, prompts: Path | None, encoded: Path | None) -> tuple[list[str], dict[str, Tensor]]:
+    """Calibration prompts, as texts or encoded."""
+    if encoded is None:
+        texts = read_prompts(prompts) if prompts else named_models.default_prompts(model, CALIBRATION_PROMPTS)
+        return texts, {}
+    if prompts is not None:
+        raise ValueError("--prompts and --encoded-prompts both give the calibration prompts; leave one out")
+    return [], read_encoded_prompts(encoded)
 
 
 def sizes(before: nn.Module, after: QuantizedTransformer) -> str:

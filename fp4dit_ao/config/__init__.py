@@ -10,16 +10,19 @@ from fp4dit_ao.config.recipes import (
     nvfp4,
     w4a4,
     w4a4_codebook,
+    w4a4_twin_log,
     w4a6,
     w4a6_auto,
     w4a6_codebook,
+    w4a6_lowbit_fp,
     w4a8,
     w4a8_codebook,
+    w4a8_lowbit_fp,
 )
 from fp4dit_ao.config.reconstruction_config import AdaRoundConfig, ReconstructionConfig
 
 __all__ = [
     "DEFAULT_RECIPE", "HIGH_PRECISION", "RECIPES", "AdaRoundConfig", "Fields", "QuantConfig", "ReconstructionConfig",
-    "int_w4a4", "int_w4a6", "int_w4a8", "mxfp4", "nvfp4", "w4a4", "w4a4_codebook", "w4a6", "w4a6_auto", "w4a6_codebook",
-    "w4a8", "w4a8_codebook",
+    "int_w4a4", "int_w4a6", "int_w4a8", "mxfp4", "nvfp4", "w4a4", "w4a4_codebook", "w4a4_twin_log", "w4a6",
+    "w4a6_auto", "w4a6_codebook", "w4a6_lowbit_fp", "w4a8", "w4a8_codebook", "w4a8_lowbit_fp",
 ]  # fmt: skip

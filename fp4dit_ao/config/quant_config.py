@@ -46,6 +46,12 @@ class QuantConfig:
     activation_granularity: Literal["token", "tensor", "block"] = "token"
     """``"token"``: online, from each token's own absmax (the paper); ``"tensor"``: one static range, calibrated;
     ``"block"``: online, the hardware's block formats, for weights and inputs alike (``scale_dtype`` says which)."""
+    activation_search: Literal["absmax", "lowbit_fp"] = "absmax"
+    """How a static range is found: the largest magnitude that was seen, or of 111 parts of it the one with the least squared
+    error on a reservoir of values. ``"tensor"`` ranges alone."""
+    activation_candidates: tuple[str, ...] = ()
+    """Formats, ``activation`` among them, of which each linear's input takes the one with the least squared error; with
+    ``activation_search="lowbit_fp"`` alone. Where ``activation`` is another (a rule for some layers), that holds."""
     scale_dtype: Literal["float32", "float16", "bfloat16", "e8m0", "e4m3"] = "float32"
     """Type of the stored weight scales. With blocks: ``"e8m0"``, a power of two for 32 elements (MX), or ``"e4m3"``, for 16
     elements and under one float32 for the tensor (NVFP4)."""
@@ -59,16 +65,23 @@ class QuantConfig:
     """Globs over module names that stay in high precision."""
 
     def __post_init__(self) -> None:
-        for field in ("weight_candidates", "skip"):
+        for field in ("weight_candidates", "activation_candidates", "skip"):
             names = getattr(self, field)
             if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
                 raise ValueError(
                     f"QuantConfig: {field}={names!r}; it must be a tuple of names, such as {_EXAMPLES[field]}"
                 )
             object.__setattr__(self, field, tuple(names))
-        for field in ("weight", "activation", "pre_gelu_weight", "attention", "weight_candidates"):
+        for field in (
+            "weight",
+            "activation",
+            "pre_gelu_weight",
+            "attention",
+            "weight_candidates",
+            "activation_candidates",
+        ):
             value = getattr(self, field)
-            for name in value if field == "weight_candidates" else (value,):
+            for name in value if field.endswith("_candidates") else (value,):
                 _check_format(field, name)
         for field, allowed in _CHOICES.items():
             if getattr(self, field) not in allowed:
@@ -79,7 +92,20 @@ class QuantConfig:
             raise ValueError(
                 f"QuantConfig: group_size={self.group_size!r}; it must be an even whole number, such as 128"
             )
+        self._check_static_search()
         rules_of(self).check(self)
+
+    def _check_static_search(self) -> None:
+        if self.activation_search != "absmax" and self.activation_granularity != "tensor":
+            raise ValueError(
+                f"QuantConfig: activation_search={self.activation_search!r} with activation_granularity="
+                f"{self.activation_granularity!r}; scales that are found online are not searched for: choose 'tensor'"
+            )
+        if self.activation_candidates and (self.activation_search == "absmax" or self.activation is None):
+            raise ValueError(
+                f"QuantConfig: activation_candidates={self.activation_candidates} are chosen among by the search of static "
+                "ranges; set activation_search='lowbit_fp', activation_granularity='tensor' and activation to one of them"
+            )
 
     @property
     def scheme(self) -> str:
@@ -124,7 +150,11 @@ def _check_format(field: str, name: str | None) -> None:
 _WEIGHTS = ("weight", "pre_gelu_weight", "weight_candidates")
 """Fields that take sets of codebooks besides number formats."""
 
-_EXAMPLES = {"weight_candidates": ("e2m1", "e3m0"), "skip": ("proj_out*",)}
+_EXAMPLES = {
+    "weight_candidates": ("e2m1", "e3m0"),
+    "activation_candidates": ("e2m3", "e3m2"),
+    "skip": ("proj_out*",),
+}
 
 WEIGHT_SEARCHES = ["absmax", "mse", "lowbit_fp", "four_over_six", "outlier_cut"]
 """Names that ``weight_search`` takes; ``observers.scale_search.register_search`` adds to them."""
@@ -133,6 +163,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "weight_granularity": ("group", "channel", "tensor"),
     "weight_search": WEIGHT_SEARCHES,
     "activation_granularity": ("token", "tensor", "block"),
+    "activation_search": ("absmax", "lowbit_fp"),
     "scale_dtype": (*FLOAT_SCALES, *BLOCKS),
     "indivisible": ("error", "divisor", "keep"),
 }

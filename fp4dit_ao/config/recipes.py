@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Literal
 
 from fp4dit_ao.config.quant_config import RECIPES, QuantConfig
+from fp4dit_ao.formats.twin_log import TWIN_LOGS
 from fp4dit_ao.ops.block_scale import BLOCKS
 
 DEFAULT_RECIPE = "w4a6_codebook"
@@ -71,6 +72,28 @@ def int_w4a4() -> QuantConfig:
     return QuantConfig(weight="int4", activation="int4", pre_gelu_weight=None, attention=None)
 
 
+def w4a4_twin_log() -> QuantConfig:
+    """LRQ-DiT's twin log weights: each linear takes the eta that errs least at its output, with scales searched for the least
+    squared error; token-wise INT4 inputs. With the transform ``adaptive_rotation``, the whole method."""
+    return QuantConfig(
+        weight_candidates=tuple(TWIN_LOGS), activation="int4", pre_gelu_weight=None, attention=None, weight_search="mse"
+    )
+
+
+def w4a6_lowbit_fp() -> QuantConfig:
+    """LowBit-FP (arXiv 2408.06995) with 6-bit inputs: a format and a range, of 111, for each tensor, static for inputs."""
+    return QuantConfig(
+        weight_candidates=("e1m2", "e2m1"), pre_gelu_weight=None, attention=None, weight_granularity="tensor",
+        weight_search="lowbit_fp", activation_granularity="tensor", activation_search="lowbit_fp",
+        activation_candidates=("e2m3", "e3m2"),
+    )  # fmt: skip
+
+
+def w4a8_lowbit_fp() -> QuantConfig:
+    """As :func:`w4a6_lowbit_fp` with 8-bit inputs, the paper's FP4/FP8."""
+    return replace(w4a6_lowbit_fp(), activation="e3m4", activation_candidates=("e2m5", "e3m4", "e4m3", "e5m2"))
+
+
 def _blocks(fmt: str, scale: Literal["e8m0", "e4m3"]) -> QuantConfig:
     return QuantConfig(
         weight=fmt, activation=fmt, group_size=BLOCKS[scale], pre_gelu_weight=None, attention=None,
@@ -92,6 +115,9 @@ RECIPES |= {
     "w4a6_codebook": w4a6_codebook,
     "w4a8_codebook": w4a8_codebook,
     "w4a4": w4a4,
+    "w4a4_twin_log": w4a4_twin_log,
+    "w4a6_lowbit_fp": w4a6_lowbit_fp,
+    "w4a8_lowbit_fp": w4a8_lowbit_fp,
     "w4a4_codebook": w4a4_codebook,
     "int_w4a4": int_w4a4,
     "int_w4a6": int_w4a6,

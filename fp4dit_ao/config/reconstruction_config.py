@@ -49,6 +49,14 @@ class ReconstructionConfig:
     """Blocks that two successive windows share: their rounding is refined once more."""
     seed: int = 0
     """Seed of the minibatches; each unit has its own generator, so a resumed run continues with the same bits."""
+    patience: int | None = None
+    """Steps over which losses are averaged to find a plateau, where the mean is not 1 % below that of as many steps before. In
+    the warm-up it brings the regulariser on; later it skips as many steps, or ends the unit once gates are closed. None: every
+    unit takes ``iters`` steps."""
+    bfloat16: bool | None = None
+    """Multiply in bfloat16 while a rounding is learned: linears and attention, forward and backward. Learned variables,
+    the optimizer's state, norms and the residual stream are float32 in any case, and so is what judges a rounding. None: on
+    GPUs that have it."""
     shards: int | None = None
     """Parts of the calibration data whose gradients are added up, by pairs. None: as many as there are processes. Any number of
     processes gives the same bits, if it divides ``shards`` by 1, 2, 4, …"""
@@ -68,6 +76,9 @@ class ReconstructionConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise self._error(name, f"it must be a whole number of at least {low}")
+        patience = self.patience
+        if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
+            raise self._error("patience", "it must be a whole number of at least 1, or None for all steps")
         if self.shards is not None and (
             isinstance(self.shards, bool) or not isinstance(self.shards, int) or self.shards < 1
         ):

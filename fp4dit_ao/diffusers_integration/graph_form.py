@@ -40,6 +40,7 @@ from fp4dit_ao.families.dtypes import is_kept, main_dtype
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.passes import compilation
 from fp4dit_ao.passes.device_placement import convert_tensors, move_to
+from fp4dit_ao.passes.fine_tuning import FineTuneReport
 from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
 from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.passes.weight_unpacking import refuse_unpacked
@@ -66,6 +67,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     Attributes:
         graph: the lowered graph, a ``GraphModule``.
         report: result of ``reconstruct``; None if nothing was reconstructed in this process.
+        fine_tuning_report: result of fine-tuning; None if nothing was fine-tuned in this process.
     """
 
     # model_index.json of a saved pipeline names this module, so that from_pretrained finds the class
@@ -89,7 +91,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         # pipelines read plain attributes of their transformer, such as Hunyuan-DiT's num_heads
         for name, value in vars(model).items():
             plain = isinstance(value, bool | int | float | str) and not name.startswith("_")
-            if plain and name not in ("training", "report"):
+            if plain and name not in ("training", "report", "fine_tuning_report"):
                 setattr(self, name, value)
         self.graph = graph
         self.description = description
@@ -97,6 +99,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.recipe = recipe
         self.source = source
         self.report: ReconstructionReport | None = None
+        self.fine_tuning_report: FineTuneReport | None = None
         self._mode: Callable[[GraphModule], nn.Module] | None = None
         self._ready: tuple[GraphModule, torch.device] | None = None
         self._read: tuple[GraphModule, tuple[list[str], set[str], dict[str, object]]] | None = None

@@ -28,13 +28,14 @@ from fp4dit_ao.families import example_inputs, family_of, quantizer_for, recipe_
 from fp4dit_ao.families.dtypes import main_dtype
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind
-from fp4dit_ao.passes.device_placement import convert_tensors
+from fp4dit_ao.passes.device_placement import convert_tensors, quantizing_device
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.registry import TRANSFORMS, applied_transforms
 from fp4dit_ao.passes.transforms.scaled_linear import unscale_modules
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs, SplitLinear, join_modules, whole_name
 from fp4dit_ao.quantizer import EXPERTS, Decision, FP4DiTQuantizer, fit_group
 from fp4dit_ao.schemes import scheme_of
+from fp4dit_ao.util.freed_memory import return_freed
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -134,14 +135,16 @@ def _holds_experts(module: nn.Module) -> bool:
 
 
 def quantize_linear(model: "ModelMixin", name: str, config: QuantConfig) -> None:
-    """Quantizes the weight of a linear with nearest rounding, in place.
+    """Quantizes the weight of a linear with nearest rounding, in place; on the GPU if there is one.
 
     Raises:
         ValueError: the weight holds NaN or Inf, or the group size does not divide its inputs.
     """
     linear = model.get_submodule(name)
-    weight = scheme_of(config).round_to_nearest(name, linear.weight, config)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    home = linear.weight.device
+    weight = scheme_of(config).round_to_nearest(name, linear.weight.to(quantizing_device(home)), config)
+    linear.weight = nn.Parameter(weight.to(home), requires_grad=False)
+    return_freed(weight.numel())
 
 
 def finish(model: "ModelMixin", quantizer: "FP4DiTDiffusersQuantizer") -> "ModelMixin":

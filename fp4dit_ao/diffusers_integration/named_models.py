@@ -1,6 +1,7 @@
 """Pipelines by the name that a user types: ``reference``, a folder, or a hub id; float or quantized."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast, get_args
 
@@ -14,7 +15,13 @@ from fp4dit_ao import reference
 from fp4dit_ao.checkpoint import transformer_folder
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.layer_summary import beside_weights, bits_per_weight
-from fp4dit_ao.diffusers_integration.pipeline_folder import Weights, load_pipeline, resolve_folder, stored_dtypes
+from fp4dit_ao.diffusers_integration.pipeline_folder import (
+    Weights,
+    load_pipeline,
+    resolve_folder,
+    stored_dtypes,
+    text_encoders_of,
+)
 from fp4dit_ao.reference.accuracy import spread_out
 
 STORED = "stored"
@@ -91,7 +98,13 @@ def default_device() -> str:
 
 
 def open_pipeline(
-    name: str, device: str | None = None, *, compile: bool = False, weights: str = "packed", dtype: str = STORED
+    name: str,
+    device: str | None = None,
+    *,
+    compile: bool = False,
+    weights: str = "packed",
+    dtype: str = STORED,
+    text_encoders: bool = True,
 ) -> DiffusionPipeline:
     """Loads the pipeline ``name``.
 
@@ -102,6 +115,8 @@ def open_pipeline(
         weights: form of a quantized transformer's weights; see :func:`fp4dit_ao.load_pipeline`.
         dtype: floating-point type of what is not quantized, a key of :data:`DTYPES`; or ``"stored"``, as each component's
             files have it, but float32 for float16 on a CPU, which is slow at half precision.
+        text_encoders: whether a float pipeline's text encoders are loaded. Without them it takes encoded prompts alone, and
+            the files of its text encoders are copied when it is saved.
 
     Raises:
         OSError: the pipeline cannot be found or read.
@@ -117,16 +132,19 @@ def open_pipeline(
     try:
         if dtype == STORED and not Path(folder).is_dir():
             folder = DiffusionPipeline.download(folder)
-        dtypes = _loaded_dtypes(folder, device) if dtype == STORED else DTYPES[dtype]
-        return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtypes).to(device)
+        left_out = {} if text_encoders else text_encoders_of(Path(folder))
+        dtypes = _loaded_dtypes(folder, device, list(left_out)) if dtype == STORED else DTYPES[dtype]
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtypes, **dict.fromkeys(left_out)).to(device)
+        pipe.left_out = left_out
+        return pipe
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(f"{name} cannot be loaded as a diffusers pipeline: {first}") from error
 
 
-def _loaded_dtypes(folder: str, device: str) -> dict[str, torch.dtype]:
+def _loaded_dtypes(folder: str, device: str, leave: Sequence[str] = ()) -> dict[str, torch.dtype]:
     slow = torch.float16 if device == "cpu" else None
-    return {part: torch.float32 if x is slow else x for part, x in stored_dtypes(Path(folder)).items()}
+    return {part: torch.float32 if x is slow else x for part, x in stored_dtypes(Path(folder), leave).items()}
 
 
 def default_prompts(name: str, count: int) -> list[str]:

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import json
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +17,11 @@ from torch import nn
 from fp4dit_ao import _compat
 from fp4dit_ao.calibration.pipeline_arguments import CallArguments, generation_defaults
 from fp4dit_ao.checkpoint import component_checksums, transformer_folder
-from fp4dit_ao.checkpoint.tensor_files import first_line
+from fp4dit_ao.checkpoint.tensor_files import first_line, read_json
 from fp4dit_ao.diffusers_integration.call_defaults import with_call_defaults
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer, load_graph
 from fp4dit_ao.diffusers_integration.module_conversion import load_modules
+from fp4dit_ao.diffusers_integration.text_encoders import load_text_encoder
 from fp4dit_ao.diffusers_integration.weight_forms import keep_fastest
 from fp4dit_ao.passes.weight_unpacking import unpack_weights
 from fp4dit_ao.util.atomic_files import whole_folder
@@ -49,9 +52,29 @@ def save_pipeline(pipe: DiffusionPipeline, folder: str | Path, **kwargs: Any) ->
         with_call_defaults(pipe)
         _forget_last_call(pipe)
         type(pipe).save_pretrained(pipe, str(partial), **kwargs)
+        _copy_left_out(pipe, partial)
         component_checksums.write(partial)
     if hub.pop("push_to_hub", False):
         pipe.push_to_hub(hub.pop("repo_id", folder.name), **hub)
+
+
+def text_encoders_of(folder: Path) -> dict[str, Path]:
+    """Folders of the text encoders of the pipeline in ``folder``, by component."""
+    index = read_json(folder / INDEX)
+    found = index.items() if isinstance(index, dict) else ()
+    return {name: folder / name for name, entry in found if name.startswith("text_encoder") and entry and entry[0]}
+
+
+def _copy_left_out(pipe: DiffusionPipeline, folder: Path) -> None:
+    """Copies the components that were left out when ``pipe`` was loaded into ``folder``, from the folder they are in."""
+    left_out = {name: source for name, source in getattr(pipe, "left_out", {}).items() if getattr(pipe, name) is None}
+    if not left_out:
+        return
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    for name, source in left_out.items():
+        shutil.copytree(source, folder / name)
+        index[name] = json.loads((source.parent / INDEX).read_text(encoding="utf-8"))[name]
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _forget_last_call(pipe: DiffusionPipeline) -> None:
@@ -105,6 +128,14 @@ def load_pipeline(
         raise ValueError("weights='auto' reads from a graph how many tokens each layer sees; load it with form='graph'")
     found = {path.name for path in folder.glob("transformer*") if transformer_folder.is_quantized(path)}
     transformers = {name: _LOADERS[form](folder / name) for name in sorted(found)}
+    encoders = {
+        path.name: load_text_encoder(path)
+        for path in sorted(folder.glob("text_encoder*"))
+        if transformer_folder.is_quantized(path)
+    }
+    for encoder in encoders.values():
+        if dtype is not None:
+            encoder.to(dtype)
     for transformer in transformers.values():
         if dtype is not None:
             transformer.to(dtype)
@@ -112,14 +143,14 @@ def load_pipeline(
             keep_fastest(transformer, torch.device(device or "cpu"))
         elif weights != "packed":
             unpack_weights(transformer, weights)
-    dtypes = stored_dtypes(folder, leave=sorted(found)) if dtype is None else dtype
+    dtypes = stored_dtypes(folder, leave=[*found, *encoders]) if dtype is None else dtype
     component_checksums.check(folder)
     try:
         with warnings.catch_warnings():
             # newer diffusers call the argument dtype, older ones know only torch_dtype
             warnings.simplefilter("ignore", FutureWarning)
             pipe = DiffusionPipeline.from_pretrained(
-                str(folder), **dict.fromkeys(transformers), torch_dtype=dtypes, local_files_only=True
+                str(folder), **dict.fromkeys((*transformers, *encoders)), torch_dtype=dtypes, local_files_only=True
             )
     except Exception as error:  # a damaged config can make diffusers and transformers raise anything
         first = first_line(error)
@@ -129,7 +160,7 @@ def load_pipeline(
             transformer.compile_graph(compile)
         elif compile:
             transformer.compile(dynamic=True)
-    pipe = with_transformers(pipe, transformers, generation_defaults(folder))
+    pipe = with_transformers(pipe, transformers | encoders, generation_defaults(folder))
     return pipe.to(device) if device is not None else pipe
 
 
@@ -158,11 +189,11 @@ def resolve_folder(name: str | Path) -> Path:
 def with_transformers(
     pipe: DiffusionPipeline, transformers: Mapping[str, nn.Module], defaults: CallArguments
 ) -> DiffusionPipeline:
-    """Shallow copy of ``pipe`` with other transformers, whose ``save_pretrained`` is :func:`save_pipeline`.
+    """Shallow copy of ``pipe`` with other transformers and text encoders, whose ``save_pretrained`` is :func:`save_pipeline`.
 
     Args:
         pipe: the pipeline to copy.
-        transformers: the new transformers, by the names of components.
+        transformers: the new ones, by the names of components.
         defaults: call arguments for ``generation.json``.
     """
     new = copy.copy(pipe)

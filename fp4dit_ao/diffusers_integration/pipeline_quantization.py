@@ -1,5 +1,6 @@
 """``quantize_pipeline``: quantizes a diffusers pipeline in one call."""
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,24 +10,32 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.fx import GraphModule
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from fp4dit_ao.calibration import MEMORY_LIMIT, calibrate, collect_samples, pipeline_arguments
+from fp4dit_ao.calibration.observation import device_of
+from fp4dit_ao.calibration.uncomputed_calls import uncomputed
 from fp4dit_ao.checkpoint import graph_rebuilding
 from fp4dit_ao.config import DEFAULT_RECIPE, AdaRoundConfig, Fields, QuantConfig, ReconstructionConfig
 from fp4dit_ao.diffusers_integration.float_source import check_source
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.pipeline_folder import with_transformers
+from fp4dit_ao.diffusers_integration.text_encoders import (
+    is_text_encoder,
+    quantize_text_encoder,
+    text_encoder_config,
+)
 from fp4dit_ao.families import quantizer_for, recipe_for
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind, capture
 from fp4dit_ao.graph_capture.transforming import resolve_transforms, transform
-from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, run_fine_tuning
-from fp4dit_ao.passes.lowering import lower
+from fp4dit_ao.passes.device_placement import quantizing_device
+from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, FineTuneConfig, FineTuneReport, run_fine_tuning
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS, choose_formats
 from fp4dit_ao.passes.reconstruction import ROUNDINGS, reconstruct
 from fp4dit_ao.passes.reconstruction.choice import chosen_config
 from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
+from fp4dit_ao.passes.streamed_lowering import convert_and_lower
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.quantizer import FP4DiTQuantizer
 from fp4dit_ao.schemes import scheme_of
@@ -56,10 +65,12 @@ def quantize_pipeline(
     adaround: AdaRoundConfig | None = None,
     reconstruction: ReconstructionConfig | None = None,
     fine_tuning: str | None = None,
+    fine_tune: FineTuneConfig | None = None,
     skip: Sequence[str] = (),
     fields: Fields | None = None,
     layers: Mapping[str, str | QuantConfig | None] | None = None,
     components: Sequence[str] | None = None,
+    text_encoder_recipe: str | QuantConfig | None = None,
     seed: int = 0,
     batch_size: int = 1,
     compile: bool = False,
@@ -88,50 +99,62 @@ def quantize_pipeline(
         scope: what is rounded together; ``"block"`` by default.
         adaround: settings of learned rounding; ``AdaRoundConfig()``, scale-aware AdaRound, if None.
         reconstruction: rounding, objective, scope and their settings in one config, in place of those four.
-        fine_tuning: method of fine-tuning after rounding, such as ``"scales"``; None for none.
+        fine_tuning: method of fine-tuning after rounding, such as ``"scales"`` or ``"efficientdm"``; None for none.
+        fine_tune: settings of fine-tuning; ``passes.fine_tuning.FineTuneConfig()`` if None.
         skip: globs over module names that stay in high precision, besides the recipe's own.
         fields: fields of the recipe's ``QuantConfig`` that take other values, such as ``{"group_size": 64}``.
         layers: recipes or configs of some modules, by globs over their names, such as ``{"*.attn2.*": "w4a8", "*.0.*": None}``;
             None leaves them in high precision.
-        components: names of the transformers to quantize; every one if None, such as both of Wan 2.2.
+        components: names of the transformers to quantize; every one if None, such as both of Wan 2.2. Text encoders may be
+            named beside them, such as ``["transformer", "text_encoder"]``; they are rounded to nearest.
+        text_encoder_recipe: recipe or config of the linears of text encoders, such as ``"w4a8"``; if None, the default recipe's
+            weights, with float inputs.
         compile: run the quantized graph under ``torch.compile``.
         checkpoint_dir: folder for the state of reconstruction and fine-tuning, from which a killed run resumes.
         progress: show progress bars with the time left.
         call: further arguments of the pipeline while calibrating, on top of its ``generation.json``.
 
     Returns:
-        A pipeline of the same class. Its ``transformer`` is a ``QuantizedTransformer`` with ``.summary()`` and
-        ``.report``; its ``save_pretrained(dir)`` writes what :func:`load_pipeline` reads.
+        A pipeline of the same class. Its ``transformer`` is a ``QuantizedTransformer`` with ``.summary()``,
+        ``.report`` and ``.fine_tuning_report``; its ``save_pretrained(dir)`` writes what :func:`load_pipeline` reads.
 
     Raises:
         ValueError: the pipeline has no transformer or one that is already quantized, the name of a recipe or method is
             unknown, or the calibration data is bad.
     """
     names = components_of(pipe) if components is None else list(components)
-    models = {name: _float_transformer(pipe, name) for name in names}
+    encoders = {name: _float_component(pipe, name) for name in names if is_text_encoder(name)}
+    models = {name: _float_component(pipe, name) for name in names if name not in encoders}
+    if not models:
+        raise ValueError(f"components={names} names no transformer; give one, such as {components_of(pipe)[0]!r}, too")
+    text_encoder_config(text_encoder_recipe)
     for model in models.values():
         check_source(model)
     methods = _Methods(
         resolve_transforms(transforms), allocation, budget_bits,
-        chosen_config(rounding, objective, scope, adaround, reconstruction), fine_tuning,
+        chosen_config(rounding, objective, scope, adaround, reconstruction), fine_tuning, fine_tune or FineTuneConfig(),
     )  # fmt: skip
-    quantized = {}
+    quantized: dict[str, nn.Module] = {}
     for name, model in models.items():
         config = recipe_for(model, recipe, fields)
         methods.check(config)
-        data = collect_samples(
-            pipe, prompts, steps=steps, seed=seed, samples=samples if methods.need_data(config) else 1,
-            batch_size=batch_size, selection=selection, component=name, cache_dir=cache_dir,
-            memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
-        )  # fmt: skip
+        needed = methods.need_data(config)  # else the shapes of one call are enough
+        with contextlib.nullcontext() if needed else uncomputed(models.values()):
+            data = collect_samples(
+                pipe, prompts, steps=steps, seed=seed, samples=samples if needed else 1, batch_size=batch_size,
+                selection=selection, component=name, cache_dir=cache_dir if needed else None,
+                memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
+            )  # fmt: skip
         quantizer = quantizer_for(model, recipe, skip, fields, layers)
         folder = checkpoint_dir if checkpoint_dir is None or name == "transformer" else Path(checkpoint_dir) / name
-        graph, report = _quantized(model, data, quantizer, config, methods, folder, progress)
+        graph, report, tuned = _quantized(model, data, quantizer, config, methods, folder, progress)
         source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path if the pipeline was loaded from one
         decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
-        quantized[name] = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
-        quantized[name].report = report
-        quantized[name].compile_graph(compile)
+        transformer = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
+        transformer.report, transformer.fine_tuning_report = report, tuned
+        quantized[name] = transformer.compile_graph(compile)
+    for name, model in encoders.items():
+        quantized[name] = quantize_text_encoder(model, text_encoder_recipe)
     return with_transformers(pipe, quantized, pipeline_arguments.defaults_of(pipe))
 
 
@@ -150,6 +173,7 @@ class _Methods:
     budget_bits: float | None
     rounding: ReconstructionConfig
     fine_tuning: str | None
+    fine_tune: FineTuneConfig
 
     def check(self, config: QuantConfig) -> None:
         """Raises ``ValueError`` early for names that are not registered, and a budget that nothing could spend."""
@@ -168,8 +192,16 @@ class _Methods:
 
     def need_data(self, config: QuantConfig) -> bool:
         """Whether more samples are needed than the one that the graph is captured with."""
-        changes = any(found.needs_data for found in self.transforms)
-        return changes or _calibrates(config) or self.round_on_data or self.fine_tuning is not None
+        return needs_data(config, self.transforms, self.rounding, self.fine_tuning)
+
+
+def needs_data(
+    config: QuantConfig, transforms: Sequence[GraphTransform], rounding: ReconstructionConfig, fine_tuning: str | None
+) -> bool:
+    """Whether anything in these methods looks at calibration data: if not, weights are all that is read."""
+    changes = any(found.needs_data for found in transforms)
+    on_data = ROUNDINGS.find(rounding.rounding).needs_samples
+    return changes or _calibrates(config) or on_data or fine_tuning is not None
 
 
 def _calibrates(config: QuantConfig) -> bool:
@@ -185,37 +217,35 @@ def _quantized(
     methods: _Methods,
     checkpoint_dir: str | Path | None,
     progress: bool,
-) -> tuple[GraphModule, ReconstructionReport | None]:
-    """The lowered graph of one transformer, and the report of its rounding."""
+) -> tuple[GraphModule, ReconstructionReport | None, FineTuneReport | None]:
+    """The lowered graph of one transformer, and the reports of its rounding and its fine-tuning."""
     with torch.no_grad():
         captured = transform(capture(model, data[0]), data, methods.transforms, quantizer, progress)
         prepared = prepare_pt2e(captured, quantizer)
         if _calibrates(config):
             calibrate(prepared, data, progress=progress)
         choose_formats(prepared, methods.allocation, methods.budget_bits)
-    report = None
+    report, tuned = None, None
     if methods.round_on_data:
         report = reconstruct(prepared, data, methods.rounding, checkpoint_dir=checkpoint_dir, progress=progress)
     if methods.fine_tuning is not None:
         # every process does the same, and the first one writes
         folder = None if checkpoint_dir is None or not current().first else Path(checkpoint_dir) / "fine_tuning"
-        run_fine_tuning(prepared, data, methods.fine_tuning, checkpoint_dir=folder, progress=progress)
-    with torch.no_grad():
-        converted = convert_pt2e(prepared, fold_quantize=False)
-        del captured, prepared  # with what was observed, more than the model itself
-        graph = lower(converted)
-        del converted
-    return graph, report
+        how = methods.fine_tuning, methods.fine_tune
+        tuned = run_fine_tuning(prepared, data, *how, checkpoint_dir=folder, progress=progress)
+    del captured  # with what was observed, more than the model itself
+    return convert_and_lower(prepared, quantizing_device(device_of(model))), report, tuned
 
 
-def _float_transformer(pipe: "DiffusionPipeline", name: str) -> nn.Module:
+def _float_component(pipe: "DiffusionPipeline", name: str) -> nn.Module:
     model = getattr(pipe, name, None)
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"{type(pipe).__name__} has no {name} to quantize; a pipeline such as PixArtSigmaPipeline is needed"
         )
     config = getattr(model, "config", {})
-    already = getattr(model, "is_quantized", False) or "quantization_config" in config
+    fields = config if isinstance(config, Mapping) else vars(config)  # transformers' configs are objects
+    already = getattr(model, "is_quantized", False) or "quantization_config" in fields
     if already or type(model).__name__ == "QuantizedTransformer":
         raise ValueError(
             f"the {name} of this {type(pipe).__name__} is already quantized; start from the float pipeline"

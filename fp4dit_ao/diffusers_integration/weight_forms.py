@@ -41,7 +41,7 @@ def measured(
     """
     rows = layer_rows(transformer.graph, transformer.description, tokens)
     weights = low_bit_weights(transformer)
-    return layer_speeds(weights, rows.rows, device, again=again, progress=progress), rows
+    return layer_speeds(weights, rows.rows, device, inputs=rows.inputs, again=again, progress=progress), rows
 
 
 def keep_fastest(transformer: QuantizedTransformer, device: torch.device) -> list[str]:

@@ -1,37 +1,29 @@
 """Fidelity of a quantized pipeline: its images compared with the original's at equal prompts and seeds."""
 
-import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from fp4dit_ao import _compat
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
 from fp4dit_ao.evaluation import metrics
+from fp4dit_ao.evaluation.drawing import draw_batch, quiet
 from fp4dit_ao.evaluation.environment import environment, one_line
 from fp4dit_ao.evaluation.metrics import Estimate, Images
+from fp4dit_ao.evaluation.seeding import image_seed
+from fp4dit_ao.evaluation.tables import differences_table, variants_table
 from fp4dit_ao.reference.accuracy import prompt_accuracy
 from fp4dit_ao.util.atomic_files import write_text
 from fp4dit_ao.util.markdown import markdown_table
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-_SEED_STRIDE = 1_000_003
-"""Prime larger than any number of prompts, so that (seed, prompt) pairs get distinct generator seeds."""
-
-
-def image_seed(seed: int, prompt_index: int) -> int:
-    """Generator seed of one image, which depends on its seed and prompt only, not on the batch."""
-    return seed * _SEED_STRIDE + prompt_index
 
 
 def generate(
@@ -65,30 +57,17 @@ def generate(
             f"generate needs at least one prompt, one seed and a batch of one; found {len(prompts)} prompts, "
             f"{len(seeds)} seeds, batch_size={batch_size}"
         )
-    arguments = call_arguments(pipe, **call) | {"output_type": "np"}
+    arguments = call_arguments(pipe, **call)
     wanted = [(seed, index) for seed in seeds for index in range(len(prompts))]
     images: list[Images] = []
-    with _quiet(pipe), tqdm(total=len(wanted), desc=progress, disable=progress is None, unit="img") as bar:
+    with quiet(pipe), tqdm(total=len(wanted), desc=progress, disable=progress is None, unit="img") as bar:
         for start in range(0, len(wanted), batch_size):
             part = wanted[start : start + batch_size]
-            generators = [torch.Generator().manual_seed(image_seed(seed, index)) for seed, index in part]
-            texts = [prompts[index] for _, index in part]
-            output = pipe(texts, generator=generators, **arguments).images
-            images.append((np.asarray(output) * 255).round().astype(np.uint8))
+            own = [image_seed(seed, index) for seed, index in part]
+            images.append(draw_batch(pipe, [prompts[index] for _, index in part], own, arguments))
             bar.update(len(part))
     flat = np.concatenate(images)
     return flat.reshape(len(seeds), len(prompts), *flat.shape[1:])
-
-
-@contextlib.contextmanager
-def _quiet(pipe: "DiffusionPipeline") -> Iterator[None]:
-    """Context in which the pipeline shows no progress bar of its own."""
-    before = _compat.progress_bar_config(pipe)
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)
 
 
 @dataclass(frozen=True)
@@ -102,6 +81,8 @@ class Fidelity:
         right: whether each image shows its prompt, bool ``(seeds, prompts)``; None if that cannot be judged.
         seconds: generation time per image.
         notes: texts of further columns, by the column's name.
+        scores: of every image, ``(seeds, prompts)``, by the title of a metric; see ``evaluation.image_metrics``.
+        distances: of all images together, by the title of a metric and what they are compared with.
     """
 
     name: str
@@ -110,6 +91,8 @@ class Fidelity:
     right: NDArray[np.bool_] | None = None
     seconds: float = float("nan")
     notes: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, metrics.Floats] = field(default_factory=dict)
+    distances: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -134,7 +117,8 @@ class Fidelity:
         return {
             "name": self.name, "psnr": self.psnr.round(4).tolist(), "ssim": self.ssim.round(6).tolist(),
             "right": None if self.right is None else self.right.astype(int).tolist(), "seconds": self.seconds,
-            "notes": self.notes,
+            "notes": self.notes, "scores": {title: values.round(6).tolist() for title, values in self.scores.items()},
+            "distances": self.distances,
         }  # fmt: skip
 
     @staticmethod
@@ -142,11 +126,19 @@ class Fidelity:
         """Reads what :meth:`to_dict` returned."""
         right = None if data["right"] is None else np.asarray(data["right"], dtype=bool)
         psnr, ssim = np.asarray(data["psnr"], dtype=np.float64), np.asarray(data["ssim"], dtype=np.float64)
-        return Fidelity(data["name"], psnr, ssim, right, data["seconds"], data["notes"])
+        scores = {title: np.asarray(values, dtype=np.float64) for title, values in data.get("scores", {}).items()}
+        distances = dict(data.get("distances", {}))
+        return Fidelity(data["name"], psnr, ssim, right, data["seconds"], data["notes"], scores, distances)
+
+    @property
+    def identical(self) -> bool:
+        """Whether every image is the original's."""
+        return bool((self.psnr >= metrics.PSNR_CAP).all())
 
     def estimates(self) -> dict[str, Estimate]:
-        """Means and 95 % intervals: ``psnr``, ``ssim`` and, if judged, ``accuracy``."""
+        """Means and 95 % intervals: ``psnr``, ``ssim``, every score by its title and, if judged, ``accuracy``."""
         found = {"psnr": metrics.estimate(self.psnr), "ssim": metrics.estimate(self.ssim)}
+        found |= {title: metrics.estimate(values) for title, values in self.scores.items()}
         return found if self.right is None else found | {"accuracy": metrics.estimate(self.right)}
 
 
@@ -156,13 +148,17 @@ def _right(images: Images, prompt_indices: Sequence[int]) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired difference of two variants over the same prompts and seeds: means of ``first - second``."""
+    """Paired difference of two variants over the same prompts and seeds: means of ``first - second``.
+
+    ``psnr`` and ``ssim`` are None if one of the two is the original itself, which they are measured against.
+    """
 
     first: str
     second: str
-    psnr: Estimate
-    ssim: Estimate
+    psnr: Estimate | None
+    ssim: Estimate | None
     accuracy: Estimate | None
+    scores: dict[str, Estimate] = field(default_factory=dict)
 
     @staticmethod
     def of(first: Fidelity, second: Fidelity) -> "Comparison":
@@ -170,8 +166,12 @@ class Comparison:
         accuracy = None
         if first.right is not None and second.right is not None:
             accuracy = metrics.estimate(first.right.astype(np.float64) - second.right)
-        psnr, ssim = metrics.estimate(first.psnr - second.psnr), metrics.estimate(first.ssim - second.ssim)
-        return Comparison(first.name, second.name, psnr, ssim, accuracy)
+        psnr = ssim = None
+        if not first.identical and not second.identical:
+            psnr, ssim = metrics.estimate(first.psnr - second.psnr), metrics.estimate(first.ssim - second.ssim)
+        both = [title for title in first.scores if title in second.scores]
+        scores = {title: metrics.estimate(first.scores[title] - second.scores[title]) for title in both}
+        return Comparison(first.name, second.name, psnr, ssim, accuracy, scores)
 
 
 @dataclass(frozen=True)
@@ -183,38 +183,22 @@ class Evaluation:
         settings: prompts, seeds, steps, … of the measurement.
         comparisons: paired differences to print.
         environment: hardware and versions of the measurement.
+        digits: digits after the point, by the title of a score or distance; 3 if not given.
     """
 
     variants: list[Fidelity]
     settings: Mapping[str, object]
     comparisons: list[Comparison] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=environment)
+    digits: Mapping[str, int] = field(default_factory=dict)
 
     def markdown(self) -> str:
         """Markdown: the table, the settings and hardware, and the paired differences."""
-        judged = any(variant.right is not None for variant in self.variants)
-        notes = list(dict.fromkeys(name for variant in self.variants for name in variant.notes))
-        head = ["", *notes, "PSNR, dB", "SSIM", *(["prompt accuracy"] if judged else []), "s / image"]
-        rows = []
-        for variant in self.variants:
-            e = variant.estimates()
-            cells = [variant.name, *(variant.notes.get(name, "") for name in notes)]
-            cells += [_psnr_text(e["psnr"]), e["ssim"].text(3)]
-            cells += [e["accuracy"].text(1, percent=True) if "accuracy" in e else ""] if judged else []
-            rows.append([*cells, "" if np.isnan(variant.seconds) else f"{variant.seconds:.2f}"])
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if isinstance(value, str | int))
-        text = (
-            markdown_table(head, rows) + "\n\nAgainst the original at equal seeds, with 95 % intervals over prompts; "
-        )
-        text += f"{settings}. {one_line()}"
+        text = markdown_table(*variants_table(self))
+        text += f"\n\nAgainst the original at equal seeds, with 95 % intervals over prompts; {settings}. {one_line()}"
         if self.comparisons:
-            head = ["paired difference", "PSNR, dB", "SSIM", *(["prompt accuracy"] if judged else [])]
-            rows = [
-                [f"{c.first} − {c.second}", c.psnr.text(2), c.ssim.text(4)]
-                + ([c.accuracy.text(1, percent=True) if c.accuracy else ""] if judged else [])
-                for c in self.comparisons
-            ]
-            text += "\n\n" + markdown_table(head, rows)
+            text += "\n\n" + markdown_table(*differences_table(self))
         return text + "\n"
 
     def to_dict(self) -> dict[str, object]:
@@ -231,10 +215,6 @@ class Evaluation:
     def save(self, path: Path) -> None:
         """Writes :meth:`to_dict` as JSON, whole or not at all."""
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
-
-
-def _psnr_text(estimate: Estimate) -> str:
-    return "identical" if estimate.low >= metrics.PSNR_CAP else estimate.text(2)
 
 
 def timed_generate(

@@ -1,6 +1,7 @@
 """Times linears with low-bit weights against bfloat16, in turns, so that load on the machine affects both alike.
 
-Ours are the operators that a compiled graph calls, with the quantization of tokens in the time. bfloat16 is ``F.linear``, on
+Ours are the operators that a compiled graph calls, with the quantization of tokens in the time: once for all linears that share
+their input, such as q, k and v. bfloat16 is ``F.linear``, on
 CPUs also oneDNN with the weight laid out beforehand, as in Inductor's frozen graphs; in every round the quicker one counts.
 """
 
@@ -23,6 +24,8 @@ from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
 MOST_WEIGHTS, MOST_BYTES = 64, 1 << 28
 """Most weights that are called one after the other, as in a model, where none of them waits in a cache; and most bytes of
 them in bfloat16."""
+Together = Sequence[LowBitWeight]
+"""Weights of linears that share their input; one alone, where a linear has its own."""
 LONG_CALL = 0.02
 """Seconds of a call from which on one weight is enough: it does not stay in a cache either way."""
 TURN_SECONDS = 0.0005
@@ -35,7 +38,7 @@ Way = Callable[[], object]
 
 
 class LayerSpeed(NamedTuple):
-    """One linear against bfloat16.
+    """One linear, or some that share their input, against bfloat16.
 
     Attributes:
         seconds: of ours, the median over the rounds.
@@ -51,22 +54,26 @@ class LayerSpeed(NamedTuple):
 
 
 @torch.no_grad()
-def measure(weights: Sequence[LowBitWeight], rows: int, device: torch.device, seconds: float) -> LayerSpeed:
-    """Times linears of one size and format, ``rows`` bfloat16 tokens each, for about so many seconds.
+def measure(groups: Sequence[Together], rows: int, device: torch.device, seconds: float) -> LayerSpeed:
+    """Times linears that share their input, ``rows`` bfloat16 tokens, for about so many seconds.
 
     Args:
-        weights: low-bit weights of one size and format; as many as :data:`MOST_WEIGHTS` and :data:`MOST_BYTES` allow.
+        groups: of equal sizes and formats; as many are called as :data:`MOST_WEIGHTS` and :data:`MOST_BYTES` allow.
         rows: tokens of a call.
         device: where they run.
         seconds: of measuring, after the warm-up; :data:`LEAST_ROUNDS` rounds are taken in any case.
+
+    Returns:
+        the speed of one group.
     """
-    features, depth = weights[0].shape
-    weights = weights[: max(1, min(MOST_WEIGHTS, MOST_BYTES // (2 * features * depth)))]
+    depth = groups[0][0].shape[1]
+    size = sum(weight.shape[0] for weight in groups[0]) * depth
+    groups = groups[: max(1, min(MOST_WEIGHTS // len(groups[0]), MOST_BYTES // (2 * size)))]
     x = torch.randn(rows, depth, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
-    first = _ways(x, weights[:1], device)
+    first = _ways(x, groups[:1], device)
     took = [_warmed(way, device) for way in first.values()]
-    every = first if max(took) > LONG_CALL or len(weights) == 1 else _ways(x, weights, device)
-    count = 1 if every is first else len(weights)
+    every = first if max(took) > LONG_CALL or len(groups) == 1 else _ways(x, groups, device)
+    count = 1 if every is first else len(groups)
     timers = {name: _timer(way, device, count) for name, way in every.items()}
     return summary(in_turns(timers, seconds))
 
@@ -96,13 +103,13 @@ def summary(rounds: Sequence[Mapping[str, float]]) -> LayerSpeed:
     return LayerSpeed(statistics.median(ours), statistics.median(others), speed, steady)
 
 
-def _ways(x: Tensor, weights: Sequence[LowBitWeight], device: torch.device) -> dict[str, Way]:
-    """Functions that call all of ``weights`` with ``x``, by name."""
-    held = [weight.to(device) for weight in weights]
-    floats = [weight.dequantize(torch.bfloat16).contiguous() for weight in held]
+def _ways(x: Tensor, groups: Sequence[Together], device: torch.device) -> dict[str, Way]:
+    """Functions that call all of ``groups`` with ``x``, by name."""
+    held = [[weight.to(device) for weight in group] for group in groups]
+    floats = [weight.dequantize(torch.bfloat16).contiguous() for group in held for weight in group]
     if device.type == "cuda":  # where quantizing tokens is many small operators, unless it is compiled
-        compiled = torch.compile(lambda x, weight: F.linear(x, weight))
-        ours: list[Way] = [functools.partial(compiled, x, weight) for weight in held]
+        compiled = torch.compile(_linears)
+        ours: list[Way] = [functools.partial(compiled, x, *group) for group in held]
     else:
         ours = operators(x, held)
     ways: dict[str, list[Way]] = {OURS: ours, "bfloat16": [functools.partial(F.linear, x, w) for w in floats]}
@@ -111,13 +118,17 @@ def _ways(x: Tensor, weights: Sequence[LowBitWeight], device: torch.device) -> d
     return {name: functools.partial(_all, calls) for name, calls in ways.items()}
 
 
-def operators(x: Tensor, weights: Sequence[LowBitWeight]) -> list[Way]:
-    """Linears as the operators that a compiled graph of them calls, on plain tensors: neither a tensor subclass is dispatched
-    nor a unit picked.
+def _linears(x: Tensor, *weights: Tensor) -> list[Tensor]:
+    return [F.linear(x, weight) for weight in weights]
+
+
+def operators(x: Tensor, groups: Sequence[Together]) -> list[Way]:
+    """Linears that share their input, as the operators that a compiled graph of them calls, on plain tensors: neither a tensor
+    subclass is dispatched nor a unit picked, and tokens are quantized once.
 
     Args:
         x: tokens.
-        weights: of one size, format and unit, so that the graph of the first one serves all.
+        groups: of equal sizes, formats and units, so that the graph of the first one serves all.
     """
     traced: list[tuple[GraphModule, Sequence[Tensor]]] = []
 
@@ -129,23 +140,24 @@ def operators(x: Tensor, weights: Sequence[LowBitWeight]) -> list[Way]:
         return run
 
     with token_quantization.always_in_loop():
-        aot_function(F.linear, fw_compiler=compiler)(x, weights[0])
+        aot_function(_linears, fw_compiler=compiler)(x, *groups[0])
     ((graph, inputs),) = traced
-    stored = [name for name in _compat.parts(type(weights[0])) if isinstance(getattr(weights[0], name), Tensor)]
-    parts = {_memory(getattr(weights[0], name)): name for name in stored}
-    names = [parts.get(_memory(tensor)) for tensor in inputs]
+    places: dict[tuple[int, tuple[int, ...]], list[tuple[int, str]]] = {}
+    for index, weight in enumerate(groups[0]):
+        for name in _compat.parts(type(weight)):
+            if isinstance(part := getattr(weight, name), Tensor):
+                places.setdefault(_memory(part), []).append((index, name))
+    order = [places[_memory(tensor)].pop(0) if _memory(tensor) in places else None for tensor in inputs]
     return [
-        functools.partial(_first, graph, [x if name is None else getattr(weight, name) for name in names])
-        for weight in weights
+        functools.partial(
+            graph.forward, *(x if place is None else getattr(group[place[0]], place[1]) for place in order)
+        )
+        for group in groups
     ]
 
 
 def _memory(x: Tensor) -> tuple[int, tuple[int, ...]]:
     return x.data_ptr(), tuple(x.shape)
-
-
-def _first(graph: GraphModule, inputs: Sequence[Tensor]) -> object:
-    return graph.forward(*inputs)[0]
 
 
 def _prepacked(x: Tensor, weights: Sequence[Tensor]) -> list[Way]:
@@ -180,7 +192,7 @@ def _warmed(way: Way, device: torch.device) -> float:
 
 
 def _timer(way: Way, device: torch.device, count: int) -> Callable[[], float]:
-    """Function that runs ``way`` for a turn and returns the seconds of one of the ``count`` linears in it."""
+    """Function that runs ``way`` for a turn and returns the seconds of one of the ``count`` groups in it."""
     repeats = max(1, round(TURN_SECONDS / max(1e-7, _warmed(way, device))))
     if device.type == "cuda":
         return _on_gpu(way, repeats * count, repeats)
@@ -194,7 +206,7 @@ def _timer(way: Way, device: torch.device, count: int) -> Callable[[], float]:
     return turn
 
 
-def _on_gpu(way: Way, linears: int, repeats: int) -> Callable[[], float]:
+def _on_gpu(way: Way, groups: int, repeats: int) -> Callable[[], float]:
     """Captures ``way`` as a CUDA graph, so that launches from Python, which a compiled model lacks, are not timed."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
@@ -208,7 +220,7 @@ def _on_gpu(way: Way, linears: int, repeats: int) -> Callable[[], float]:
         graph.replay()
         ended.record()
         ended.synchronize()
-        return began.elapsed_time(ended) / 1e3 / linears
+        return began.elapsed_time(ended) / 1e3 / groups
 
     turn.keeps = way  # type: ignore[attr-defined]  # a graph reads memory that the calls' tensors own
     return turn

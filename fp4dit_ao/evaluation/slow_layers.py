@@ -17,7 +17,7 @@ FEW_TOKENS = 64
 """Tokens up to which a linear is bound by its call and its weight rather than by its products."""
 SHORT_SECONDS = 2e-4
 """Time of a linear in bfloat16 up to which a call and the quantization of tokens are a large part of ours."""
-_DOT_PRODUCTS = ("amx", "avx512vnni", "avxvnni")
+_DOT_PRODUCTS = ("amx", "avx512vnni", "avxvnni", "dotprod")
 """Instruction sets that multiply bytes and add the products in one instruction."""
 
 
@@ -73,7 +73,7 @@ _REASONS: list[tuple[Callable[[SlowLinear], bool], Callable[[SlowLinear], str]]]
         lambda o: f"no unit for these formats on this {_processor(o)}: weights are made floats in every call",
     ),
     (_on_cpu_without_library, lambda o: "no compiled kernel: the package was installed without a C compiler"),
-    (_on_cpu_without_dot_products, lambda o: "this processor has no dot products of bytes (VNNI, AMX)"),
+    (_on_cpu_without_dot_products, lambda o: "this processor has no dot products of bytes (VNNI, AMX, Arm's)"),
     (
         lambda o: o.rows <= FEW_TOKENS,
         lambda o: f"few tokens ({o.rows}): the call and reading the weight take the time, not the products",

@@ -4,8 +4,9 @@ from fp4dit_ao.formats.codebook import NF4, CodebookFormat
 from fp4dit_ao.formats.codebook_groups import E1M2_GROUPS, E2M1_GROUPS, E3M0_GROUPS, NF4_GROUPS, CodebookSet
 from fp4dit_ao.formats.float_format import FloatFormat, is_float_format_name
 from fp4dit_ao.formats.number_format import NumberFormat
+from fp4dit_ao.formats.twin_log import TWIN_LOGS
 
-CODEBOOKS: dict[str, CodebookFormat] = {"nf4": NF4}
+CODEBOOKS: dict[str, CodebookFormat] = {"nf4": NF4, **TWIN_LOGS}
 """Codebooks by name; :func:`register_codebook` adds one."""
 CODEBOOK_SETS: dict[str, CodebookSet] = {
     codebooks.name: codebooks for codebooks in (NF4_GROUPS, E2M1_GROUPS, E3M0_GROUPS, E1M2_GROUPS)

@@ -1,4 +1,5 @@
-"""How many rows each linear of a captured graph multiplies in one call: image tokens, text tokens, or one vector an image."""
+"""What each linear of a captured graph multiplies in one call, and how many rows of it: image tokens, text tokens, or one
+vector an image."""
 
 from dataclasses import dataclass
 
@@ -19,11 +20,13 @@ class LayerRows:
         rows: by the name of the linear's module; all images of the batch together.
         tokens: image tokens of the call, all images of the batch together.
         source: the input that the image comes in, with its captured shape, such as ``"hidden_states 2×4×64×64"``.
+        inputs: name of the value in the graph that each linear reads; q, k and v read the same.
     """
 
     rows: dict[str, int]
     tokens: int
     source: str
+    inputs: dict[str, str]
 
 
 def layer_rows(graph: GraphModule, description: sample_description.Description, tokens: int | None = None) -> LayerRows:
@@ -40,6 +43,7 @@ def layer_rows(graph: GraphModule, description: sample_description.Description, 
     values = _compat.symbol_values(graph, sample)
     image = _image_symbols(graph)
     found: dict[str, int] = {}
+    inputs: dict[str, str] = {}
     of_image: set[str] = set()
     for node in graph.graph.nodes:
         name = linear_name(node) if node.target is torch.ops.aten.linear.default else ""
@@ -50,6 +54,7 @@ def layer_rows(graph: GraphModule, description: sample_description.Description, 
         for size in shape:
             rows *= _compat.size_with(size, values)
         found.setdefault(name, rows)
+        inputs.setdefault(name, str(node.args[0]))
         if any(_compat.symbols_in(size) & image for size in shape):
             of_image.add(name)
     captured = min((found[name] for name in of_image), default=max(found.values(), default=1))
@@ -57,7 +62,8 @@ def layer_rows(graph: GraphModule, description: sample_description.Description, 
         seen = of_image or {name for name, rows in found.items() if rows == captured}
         found |= {name: max(1, round(found[name] * tokens / captured)) for name in seen}
     name, x = next(sample_description.tensors(sample))
-    return LayerRows(found, captured if tokens is None else tokens, f"{name} {'×'.join(map(str, x.shape))}")
+    source = f"{name} {'×'.join(map(str, x.shape))}"
+    return LayerRows(found, captured if tokens is None else tokens, source, inputs)
 
 
 def _image_symbols(graph: GraphModule) -> set[str]:

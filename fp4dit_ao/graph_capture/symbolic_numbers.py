@@ -3,7 +3,6 @@
 import builtins
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeAlias
 
@@ -12,6 +11,7 @@ from torch import SymFloat, SymInt, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fp4dit_ao._compat import Arguments, Keywords, Operator
+from fp4dit_ao.families.rewrites.replacing import defining_modules
 
 _Numbers: TypeAlias = "float | list[_Numbers] | tuple[_Numbers, ...]"
 """Numbers as ``torch.tensor`` takes them; a symbol counts as the number that it stands for."""
@@ -24,8 +24,7 @@ def numbers_kept_symbolic(model: nn.Module) -> Iterator[None]:
 
     Python's own would: a graph would then hold the larger side of the example for the larger side of every image.
     """
-    names = {base.__module__ for module in model.modules() for base in type(module).__mro__}
-    spaces = [vars(sys.modules[name]) for name in sorted(names) if name.startswith("diffusers.")]
+    spaces = [vars(space) for space in defining_modules(model)]
     own = {"int": _Int, "len": _len, "max": _extreme(max, torch.sym_max), "min": _extreme(min, torch.sym_min)}
     replaced = [(space, name) for space in spaces for name in own if name not in space]
     for space, name in replaced:

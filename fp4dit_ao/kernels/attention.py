@@ -1,4 +1,4 @@
-"""Attention on quantized q, k and v: int8 products for the scores where the processor has them, else PyTorch's attention."""
+"""Attention on quantized q, k and v: products of bytes for the scores where they are faster, else PyTorch's attention."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4dit_ao.formats import NumberFormat, parse
-from fp4dit_ao.kernels import attention_backend, straight_through
+from fp4dit_ao.kernels import attention_backend, fp8_attention, straight_through
+from fp4dit_ao.kernels.attention_backend import AttentionShape
 from fp4dit_ao.kernels.checks import refuse
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.token_quantization import digits, quantize_tokens
@@ -42,12 +43,14 @@ class AttentionOperands(NamedTuple):
         device: of all three.
         head_dim: features of a head.
         separate: whether all three are ``(batch, heads, tokens, head_dim)`` with the same batch and heads.
+        shape: sizes and types on a GPU; None where they are not known.
     """
 
     fmt: NumberFormat
     device: torch.device
     head_dim: int
     separate: bool = True
+    shape: AttentionShape | None = None
 
 
 def _kernel_supports(o: AttentionOperands) -> bool:
@@ -73,7 +76,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     """
     separate = q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
     separate = separate and q.shape[-1] == k.shape[-1] == v.shape[-1]
-    unit = ATTENTION.pick(AttentionOperands(parse(fmt), q.device, q.shape[-1], separate))
+    shape = attention_backend.shape_of(q, k, mask)
+    unit = ATTENTION.pick(AttentionOperands(parse(fmt), q.device, q.shape[-1], separate, shape))
     return straight_through.attention(unit.run, q, k, v, mask, scale, _rounded, fmt)
 
 
@@ -99,10 +103,15 @@ def _on_pytorch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
+def _on_fp8(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, fmt: str) -> Tensor:
+    return fp8_attention.attention(q, k, _rounded(v, fmt), scale, fmt)
+
+
 ATTENTION: UnitTable[AttentionOperands] = UnitTable(
     "attention",
     [
         Unit("int8 scores, compiled kernel", _kernel_supports, _on_compiled_kernel, lambda: " or ".join(kernels())),
+        Unit("FP8 scores, Triton", lambda o: o.separate and fp8_attention.supports(o.fmt, o.shape), _on_fp8),
         Unit("PyTorch's attention, rounded values", lambda o: True, _on_pytorch),
     ],
 )

@@ -48,18 +48,23 @@ _FASTEST: dict[AttentionShape, SDPBackend | None] = {}
 
 def preferred(q: Tensor, k: Tensor, mask: Tensor | None) -> contextlib.AbstractContextManager[object]:
     """A context in which ``scaled_dot_product_attention`` takes the fastest backend; on CPUs it does nothing."""
-    if q.device.type not in DEVICES or q.ndim != 4:
-        return contextlib.nullcontext()
-    sizes = [_compat.size_hint(size) for size in (*q.shape, k.shape[-2], *(() if mask is None else mask.shape))]
-    if any(size is None for size in sizes):
-        return contextlib.nullcontext()
-    batch, heads, queries, dim, keys, *rest = (int(size) for size in sizes if size is not None)
-    shape = AttentionShape(q.device, q.dtype, (batch, heads, queries, dim), keys, None if mask is None else tuple(rest))
-    backend = fastest(shape)
+    shape = shape_of(q, k, mask)
+    backend = None if shape is None else fastest(shape)
     if backend is None:
         return contextlib.nullcontext()
     others = [each for each in (*CANDIDATES, SDPBackend.MATH) if each is not backend]
     return sdpa_kernel([backend, *others], set_priority=True)
+
+
+def shape_of(q: Tensor, k: Tensor, mask: Tensor | None) -> AttentionShape | None:
+    """What decides which way is the fastest; None on CPUs, which have no choice, and where sizes are not known."""
+    if q.device.type not in DEVICES or q.ndim != 4:
+        return None
+    sizes = [_compat.size_hint(size) for size in (*q.shape, k.shape[-2], *(() if mask is None else mask.shape))]
+    if any(size is None for size in sizes):
+        return None
+    batch, heads, queries, dim, keys, *rest = (int(size) for size in sizes if size is not None)
+    return AttentionShape(q.device, q.dtype, (batch, heads, queries, dim), keys, None if mask is None else tuple(rest))
 
 
 def fastest(
@@ -102,15 +107,20 @@ def seconds(backend: SDPBackend, shape: AttentionShape) -> float:
         q = torch.randn(shape.query, device=shape.device, dtype=shape.dtype)
         k, v = (torch.randn((batch, heads, shape.keys, dim), device=shape.device, dtype=shape.dtype) for _ in range(2))
         mask = None if shape.mask is None else torch.zeros(shape.mask, device=shape.device, dtype=shape.dtype)
-        rounds = []
-        for _ in range(_ROUNDS + 1):
-            _synchronize(shape.device)
-            began = time.perf_counter()
-            for _ in range(_CALLS):
-                F.scaled_dot_product_attention(q, k, v, mask)
-            _synchronize(shape.device)
-            rounds.append((time.perf_counter() - began) / _CALLS)
-        return statistics.median(rounds[1:])  # the first warms up
+        return median_seconds(lambda: F.scaled_dot_product_attention(q, k, v, mask), shape.device)
+
+
+def median_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call: the median over rounds, of which the first, which warms up, does not count."""
+    rounds = []
+    for _ in range(_ROUNDS + 1):
+        _synchronize(device)
+        began = time.perf_counter()
+        for _ in range(_CALLS):
+            call()
+        _synchronize(device)
+        rounds.append((time.perf_counter() - began) / _CALLS)
+    return statistics.median(rounds[1:])
 
 
 def _synchronize(device: torch.device) -> None:

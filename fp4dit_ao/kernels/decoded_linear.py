@@ -1,4 +1,5 @@
-"""Linears with codebook groups on NVIDIA GPUs: decode the packed weight to bytes, then one vendor product of bytes.
+"""Linears with codebook groups on NVIDIA GPUs: decode the packed weight to bytes, then one vendor product of bytes; or, for few
+tokens, one kernel that does both where it is faster.
 
 The bytes live from the decoding kernel to the end of the product, in memory that the allocator hands to the next layer again:
 a model's weights stay packed, and one buffer of the largest layer's size serves all. Both operators hold decoding and product
@@ -9,6 +10,8 @@ exact as the tensor core's accumulator; ``python -m benchmarks.gpu --part linear
 
 All of it runs on CPUs, too, with levels decoded by PyTorch's operators: that is how its numbers are tested without a GPU.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +43,14 @@ def codebook_product(tokens: Tensor, qdata: Tensor, index: Tensor, codebooks: Te
         tokens: int8 ``(rows, in_features)``.
         qdata, index, codebooks, group_size: see :func:`fp4dit_ao.kernels.codebook_linear.reference_codebook_linear`.
     """
-    return integer_product(tokens, decoded(qdata, index, codebooks, group_size, torch.int8))
+
+    def by(config: Any) -> Tensor:
+        if config is None:
+            return integer_product(tokens, decoded(qdata, index, codebooks, group_size, torch.int8))
+        return few_tokens.product(tokens, qdata, index, codebooks, group_size, config)
+
+    few_tokens = _few_tokens(tokens, group_size)
+    return by(few_tokens and few_tokens.chosen(tokens, qdata.shape[0], group_size, by))
 
 
 def fp8_codebook_linear(
@@ -62,10 +72,29 @@ def fp8_codebook_linear(
         row_scale: float32 ``(out_features,)``.
         bias: ``(out_features,)`` or None.
     """
-    levels = decoded(qdata, index, codebooks, group_size, FP8)
-    columns = row_scale.float().reshape(1, -1)
-    added = None if bias is None else bias.bfloat16()
-    return _compat.fp8_product(tokens.contiguous(), levels.T, token_scale, columns, torch.bfloat16, added, fast=True)
+
+    def by(config: Any) -> Tensor:
+        if config is not None:
+            weight = qdata, index, codebooks, row_scale, bias
+            return few_tokens.linear(tokens, token_scale, *weight, group_size, torch.bfloat16, config)
+        levels = decoded(qdata, index, codebooks, group_size, FP8)
+        columns = row_scale.float().reshape(1, -1)
+        added = None if bias is None else bias.bfloat16()
+        return _compat.fp8_product(
+            tokens.contiguous(), levels.T, token_scale, columns, torch.bfloat16, added, fast=True
+        )
+
+    few_tokens = _few_tokens(tokens, group_size)
+    return by(few_tokens and few_tokens.chosen(tokens, qdata.shape[0], group_size, by))
+
+
+def _few_tokens(tokens: Tensor, group_size: int) -> Any:
+    """The module of the kernel that decodes as it multiplies, where it may run; else None."""
+    if not triton_units.decodes(tokens.device, group_size):
+        return None
+    from fp4dit_ao.kernels.cuda import triton_codebook_linear
+
+    return triton_codebook_linear
 
 
 def run(

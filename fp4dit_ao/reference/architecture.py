@@ -15,7 +15,7 @@ from fp4dit_ao.reference.data import Emoji
 TEXT_LENGTH = 16
 """Tokens of a prompt, padding included."""
 
-GENERATION = {
+GENERATION: dict[str, object] = {
     "num_inference_steps": 20, "guidance_scale": 1.5, "height": 64, "width": 64, "use_resolution_binning": False,
     "max_sequence_length": TEXT_LENGTH, "clean_caption": False,
 }  # fmt: skip
@@ -38,16 +38,24 @@ def build_transformer() -> PixArtTransformer2DModel:
         num_attention_heads=4, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=6,
         cross_attention_dim=256, sample_size=16, patch_size=2, caption_channels=256, use_additional_conditions=False,
     )  # fmt: skip
+    initialize(model)
+    return model
+
+
+def initialize(model: PixArtTransformer2DModel, gain: float = 1.0) -> None:
+    """Fills the weights from normal distributions, ``gain`` times as wide as keeps variances; adaLN and every output
+    projection that adds text or makes the picture from zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=math.sqrt(2 / (module.in_features + module.out_features)))
+            nn.init.normal_(module.weight, std=gain * math.sqrt(2 / (module.in_features + module.out_features)))
             nn.init.zeros_(module.bias)
-    nn.init.normal_(model.pos_embed.proj.weight, std=math.sqrt(1 / 16))
-    nn.init.zeros_(model.pos_embed.proj.bias)
+    patch: nn.Conv2d = model.pos_embed.proj
+    nn.init.normal_(patch.weight, std=math.sqrt(1 / patch.weight[0].numel()))
+    assert patch.bias is not None
+    nn.init.zeros_(patch.bias)
     closed = [model.adaln_single.linear, model.proj_out, *(block.attn2.to_out[0] for block in model.transformer_blocks)]
     for linear in closed:
         nn.init.zeros_(linear.weight)
-    return model
 
 
 def build_text_encoder(vocabulary: int) -> T5EncoderModel:
@@ -96,17 +104,21 @@ def scheduler() -> DPMSolverMultistepScheduler:
 class TextToLatent(nn.Module):
     """Text encoder and transformer in one module, so that they train together."""
 
-    def __init__(self, vocabulary: int):
+    def __init__(self, text_encoder: T5EncoderModel, transformer: PixArtTransformer2DModel):
         super().__init__()
-        self.text_encoder = build_text_encoder(vocabulary)
-        self.transformer = build_transformer()
+        self.text_encoder, self.transformer = text_encoder, transformer
 
     def forward(self, noisy: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Predicts v, ``(n, 4, 16, 16)``, from noisy latents, timesteps ``(n,)``, token ids and their mask
-        ``(n, TEXT_LENGTH)``."""
+        """Predicts v (or what the scheduler's ``prediction_type`` says) from noisy latents ``(n, c, h, w)``, timesteps
+        ``(n,)``, token ids and their mask ``(n, text length)``."""
         text = self.text_encoder(ids, attention_mask=mask)[0]
         output: Tensor = self.transformer(
             noisy, encoder_hidden_states=text, timestep=timestep, encoder_attention_mask=mask,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False,
         )[0]  # fmt: skip
         return output
+
+
+def build_model(vocabulary: int) -> TextToLatent:
+    """Untrained text encoder and transformer."""
+    return TextToLatent(build_text_encoder(vocabulary), build_transformer())

@@ -25,10 +25,12 @@ from fp4dit_ao.reference.architecture import (
     TEXT_LENGTH,
     TextToLatent,
     build_autoencoder,
+    build_model,
     load_tokenizer,
     scheduler,
 )
 from fp4dit_ao.reference.data import Emoji, read_package, write_sheet
+from fp4dit_ao.reference.saving import save_pipeline
 from fp4dit_ao.reference.training_run import Run
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -129,7 +131,7 @@ def transformer(
     )
     noise_scheduler = scheduler()
     alphas = noise_scheduler.alphas_cumprod
-    model = TextToLatent(len(tokenizer))
+    model = build_model(len(tokenizer))
     run = Run(work / "transformer", model, lr, 0.01, seed)
     for generator in run.steps(steps, decay=0.4):
         pick = torch.randint(len(emoji), (batch,), generator=generator)
@@ -175,15 +177,12 @@ def export(
     vae = finished_autoencoder(work, pixels(emoji))
     psnr = reconstruction_psnr(vae, pixels(emoji))
     tokenizer = load_tokenizer(work, emoji)
-    run = Run(work / "transformer", TextToLatent(len(tokenizer)), 0.0, 0.0, seed)
+    run = Run(work / "transformer", build_model(len(tokenizer)), 0.0, 0.0, seed)
     model = run.averaged()
     assert isinstance(model, TextToLatent)
-    pipe = PixArtSigmaPipeline(tokenizer, model.text_encoder.half(), vae.half(), model.transformer.half(), scheduler())
-    pipe.save_pretrained(out, safe_serialization=True)
-    config = out / "text_encoder" / "config.json"  # transformers, unlike diffusers, would otherwise load it as half
-    config.write_text(config.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
+    pipe = PixArtSigmaPipeline(tokenizer, model.text_encoder, vae, model.transformer, scheduler())
+    save_pipeline(pipe, torch.float16, GENERATION, out)
     write_sheet(emoji, out)
-    (out / "generation.json").write_text(json.dumps(GENERATION, indent=2) + "\n", encoding="utf-8")
     runs = {"autoencoder": Run(work / "autoencoder", build_autoencoder(), 0.0, 0.0, seed), "transformer": run}
     draw_history(runs, out / "training.png")
     record: dict[str, dict[str, object]] = {

@@ -29,7 +29,10 @@ class Run:
         self.folder, self.model, self.lr, self.seed = folder, model, lr, seed
         self.params = dict(model.named_parameters())
         self.ema = {name: p.detach().clone() for name, p in self.params.items()}
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+        fused = next(model.parameters()).is_cuda or None
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused
+        )
         self.step, self.seconds = 0, 0.0
         self.loss = math.nan  # set by the training loop in every step
         self.smooth: float | None = None
@@ -45,11 +48,11 @@ class Run:
         with torch.no_grad():
             for name, p in self.params.items():
                 p.copy_(tensors[f"model.{name}"])
-                self.ema[name] = tensors[f"ema.{name}"]
+                self.ema[name] = tensors[f"ema.{name}"].to(p.device)
                 self.optimizer.state[p] = {
-                    "step": torch.tensor(float(self.step)),
-                    "exp_avg": tensors[f"m.{name}"],
-                    "exp_avg_sq": tensors[f"v.{name}"],
+                    "step": torch.tensor(float(self.step), device=p.device),
+                    "exp_avg": tensors[f"m.{name}"].to(p.device),
+                    "exp_avg_sq": tensors[f"v.{name}"].to(p.device),
                 }
 
     def save(self) -> None:
@@ -85,16 +88,8 @@ class Run:
         while self.step < total:
             start = time.monotonic()
             rate = min(1.0, (self.step + 1) / 200, (total - self.step) / max(1, total * decay))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * rate
             yield torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.step += 1
-            weight = 1 - min(EMA, (self.step + 1) / (self.step + 10))
-            with torch.no_grad():
-                _compat.lerp_(list(self.ema.values()), [p.detach() for p in self.params.values()], weight)
+            self.update(rate)
             self.seconds += time.monotonic() - start
             self.smooth = self.loss if self.smooth is None else 0.98 * self.smooth + 0.02 * self.loss
             if self.step % 20 == 0:
@@ -104,6 +99,18 @@ class Run:
             if self.step % SAVE_EVERY == 0 or self.step == total:
                 self.save()
         bar.close()
+
+    def update(self, rate: float) -> None:
+        """Applies the gradients at ``rate`` times the peak learning rate, and averages the weights."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        weight = 1 - min(EMA, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            _compat.lerp_(list(self.ema.values()), [p.detach() for p in self.params.values()], weight)
 
     def averaged(self) -> nn.Module:
         """Model with the averages in place of its weights, in eval mode."""

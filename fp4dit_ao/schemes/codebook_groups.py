@@ -21,7 +21,7 @@ from fp4dit_ao.kernels import codebook_dispatch
 from fp4dit_ao.observers import CodebookWeightObserver
 from fp4dit_ao.observers.activation import ActivationObserver
 from fp4dit_ao.schemes.graph_patterns import is_buffer, is_call, tensor_of, token_wise_input, weight_path
-from fp4dit_ao.schemes.grouped import INPUTS, canonical
+from fp4dit_ao.schemes.grouped import activation_observer, canonical
 from fp4dit_ao.schemes.scheme import Arrays, Description, LowBitLinear, ObserverSpec, PlainLinear
 from fp4dit_ao.tensors.codebook import CodebookTensor
 
@@ -43,10 +43,11 @@ class CodebookGroupsScheme:
         return ObserverSpec(CodebookWeightObserver, {"fmt": sets, "group_size": config.group_size})
 
     def input_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec[ActivationObserver]:
-        return ObserverSpec(INPUTS[config.activation_granularity], {"fmt": fmt})
+        candidates = config.activation_candidates
+        return activation_observer(config, candidates if fmt in candidates else fmt)
 
     def attention_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec[ActivationObserver]:
-        return self.input_observer(config, fmt)
+        return activation_observer(config, fmt)
 
     def empty_parts(self, shape: Sequence[int], config: QuantConfig) -> dict[str, Tensor]:
         rows, columns = shape

@@ -18,6 +18,7 @@ from fp4dit_ao.config.scheme_rules import GROUPED, SchemeRules
 from fp4dit_ao.formats import parse
 from fp4dit_ao.observers import StaticActivationObserver, TokenActivationObserver, WeightObserver
 from fp4dit_ao.observers.activation import ActivationObserver
+from fp4dit_ao.observers.static_search import SearchedActivationObserver
 from fp4dit_ao.ops import full_block, quantize
 from fp4dit_ao.schemes.graph_patterns import block_wise_input, stored_weight, token_wise_input
 from fp4dit_ao.schemes.scheme import Arrays, Description, LowBitLinear, ObserverSpec, PlainLinear, describe_format
@@ -52,10 +53,11 @@ class GroupedScheme:
         return ObserverSpec(WeightObserver, arguments)
 
     def input_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec[ActivationObserver]:
-        return ObserverSpec(INPUTS[config.activation_granularity], {"fmt": fmt})
+        candidates = config.activation_candidates
+        return activation_observer(config, candidates if fmt in candidates else fmt)
 
     def attention_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec[ActivationObserver]:
-        return self.input_observer(config, fmt)
+        return activation_observer(config, fmt)
 
     def empty_parts(self, shape: Sequence[int], config: QuantConfig) -> dict[str, Tensor]:
         rows, columns = shape
@@ -118,6 +120,12 @@ class GroupedScheme:
         levels = np.array(fmt["levels"], np.float32)
         weight: NDArray[np.float32] = levels[codes] * repeated(parts["scale"].astype(np.float32), codes.shape)
         return weight
+
+
+def activation_observer(config: QuantConfig, fmt: str | tuple[str, ...]) -> ObserverSpec[ActivationObserver]:
+    """The observer of a tensor with one scale a token or one static range, in a format or one of several."""
+    searched = config.activation_search != "absmax"
+    return ObserverSpec(SearchedActivationObserver if searched else INPUTS[config.activation_granularity], {"fmt": fmt})
 
 
 def repeated(scale: NDArray[np.float32], shape: Sequence[int]) -> NDArray[np.float32]:

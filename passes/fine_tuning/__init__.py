@@ -1,11 +1,19 @@
-"""Fine-tuning: what quantization left continuous, fitted to the float model once weights are rounded."""
+"""Fine-tuning: scales, biases and weights fitted to the float model's outputs once they are rounded."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch.fx import GraphModule
 
-from fp4dit_ao.passes.fine_tuning import bias_correction, scale_tuning  # noqa: F401, they register themselves
+from fp4dit_ao.passes.fine_tuning import (  # noqa: F401, they register themselves
+    bias_correction,
+    binarydm,
+    efficientdm,
+    full_weights,
+    quest,
+    qvgen,
+    scale_tuning,
+)
 from fp4dit_ao.passes.fine_tuning.fine_tune import FINE_TUNINGS, FineTune, FineTuneConfig, FineTuneReport
 
 __all__ = ["FINE_TUNINGS", "FineTune", "FineTuneConfig", "FineTuneReport", "run_fine_tuning"]

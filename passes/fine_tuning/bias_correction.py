@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from tqdm import tqdm
 
 from fp4dit_ao.config import ReconstructionConfig
 from fp4dit_ao.observers import set_fake_quantize
 from fp4dit_ao.observers.fake_quantization import frozen_parameters
 from fp4dit_ao.observers.weight import gram_of, weight_of
+from fp4dit_ao.passes.fine_tuning.biases import bias_of, own_biases, put_biases
 from fp4dit_ao.passes.fine_tuning.fine_tune import FINE_TUNINGS, FineTuneConfig, FineTuneReport
 from fp4dit_ao.passes.fine_tuning.model_error import calls_of, teacher, total_error
 from fp4dit_ao.passes.partition import Segment, weight_observers
@@ -51,7 +52,7 @@ def correct_biases(
     calls = calls_of(prepared, samples)
     for node, observer in weight_observers(prepared):
         observer.resolve(weight_of(prepared, node), gram_of(prepared, node))
-    old = _own_biases(prepared)
+    old = own_biases(prepared)
     if not old:
         raise ValueError("no quantized linear of this graph has a bias of its own, so there is none to correct")
     trained = {name: bias.requires_grad for name, bias in old.items()}
@@ -60,36 +61,16 @@ def correct_biases(
         set_fake_quantize(prepared, weight=True, activation=True)
         before = total_error(prepared, calls, targets)
         corrected = _corrected(prepared, samples, old, config.batch_size, progress)
-        _put(prepared, corrected)
+        put_biases(prepared, corrected)
         set_fake_quantize(prepared, weight=True, activation=True)
         after = total_error(prepared, calls, targets)
         kept = after < before
         if not kept:
-            _put(prepared, old)
+            put_biases(prepared, old)
     for name, wanted in trained.items():
         prepared.get_parameter(name).requires_grad_(wanted)
     count = sum(bias.numel() for bias in old.values())
     return FineTuneReport(before, after if kept else before, kept, count, time.monotonic() - began)
-
-
-def _own_biases(prepared: GraphModule) -> dict[str, nn.Parameter]:
-    """Biases of quantized linears by name, of those that one linear alone reads."""
-    readers: dict[str, list[Node]] = {}
-    for node in prepared.graph.nodes:
-        if node.op == "get_attr":
-            readers.setdefault(str(node.target), []).extend(node.users)
-    found = {}
-    for node, _ in weight_observers(prepared):
-        for linear in node.users:
-            bias = _bias_of(linear)
-            if bias is not None and readers[bias] == [linear]:
-                found[bias] = prepared.get_parameter(bias)
-    return found
-
-
-def _bias_of(node: Node) -> str | None:
-    bias = node.args[2] if node.target is torch.ops.aten.linear.default and len(node.args) > 2 else None
-    return str(bias.target) if isinstance(bias, Node) and bias.op == "get_attr" else None
 
 
 def _corrected(
@@ -109,11 +90,11 @@ def _corrected(
     for unit in units:
         (put_out,) = next(node for node in unit.segment.graph.graph.nodes if node.op == "output").args
         for position, node in enumerate(put_out):
-            bias = _bias_of(node)
+            bias = bias_of(node)
             if bias is not None and bias in old:
                 error = _mean_error(unit.segment, position, streams, rows)
                 new = nn.Parameter((old[bias].double() + error).to(old[bias].dtype), requires_grad=False)
-                _put(unit.segment.graph, {bias: new})  # the walk goes on with it
+                put_biases(unit.segment.graph, {bias: new})  # the walk goes on with it
                 found[bias] = new
     return found
 
@@ -130,13 +111,6 @@ def _mean_error(segment: Segment, position: int, streams: Sequence[Stream], chun
                 difference = (full.double() - outputs[position].double()).flatten(0, -2)
                 total, tokens = total.to(difference.device) + difference.sum(0), tokens + len(difference)
     return total / tokens
-
-
-def _put(graph: GraphModule, biases: Mapping[str, nn.Parameter]) -> None:
-    """Give the graph other parameters of these names: the old ones may be those of the model that was captured."""
-    for name, bias in biases.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(graph.get_submodule(owner), leaf, bias)
 
 
 FINE_TUNINGS.register(

@@ -31,20 +31,20 @@ def teacher(prepared: GraphModule, calls: Sequence[Call]) -> list[list[Tensor]]:
     return [_outputs(prepared, call) for call in calls]
 
 
-def loss(model: GraphModule, call: Call, target: Sequence[Tensor]) -> Tensor:
-    """Squared error of one sample's outputs, relative to the power of the teacher's."""
+def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Squared error of tensors relative to the power of what they should be, in the mean over the tensors."""
     parts = [
         nn.functional.mse_loss(y.float(), wanted.float()) / wanted.float().square().mean().clamp_min(1e-30)
-        for y, wanted in zip(_outputs(model, call), target, strict=True)
+        for y, wanted in zip(outputs, targets, strict=True)
     ]
     return torch.stack(parts).mean()
 
 
 @torch.no_grad()
 def total_error(model: GraphModule, calls: Sequence[Call], targets: Sequence[Sequence[Tensor]]) -> float:
-    """Mean of :func:`loss` over the samples."""
+    """Mean over the samples of :func:`relative_error` of the model's outputs."""
     pairs = zip(calls, targets, strict=True)
-    return sum(float(loss(model, call, target)) for call, target in pairs) / len(calls)
+    return sum(float(relative_error(_outputs(model, call), target)) for call, target in pairs) / len(calls)
 
 
 def _outputs(model: GraphModule, call: Call) -> list[Tensor]:

@@ -1,13 +1,13 @@
 """Outputs of the linears inside a unit: quantized, and the original's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from fp4dit_ao.observers import set_fake_quantize
-from fp4dit_ao.passes.partition import Segment
+from fp4dit_ao.passes.partition import Segment, with_outputs
 from fp4dit_ao.passes.reconstruction.streams import Stream
 
 
@@ -26,7 +26,7 @@ class LayerOutputs:
 
     def __init__(self, segment: Segment):
         self._segment = segment
-        self.graph = _with_linears(segment)
+        self.graph = with_outputs(segment, linears_of(segment))
 
     @torch.no_grad()
     def originals(self, stream: Stream, rows: Tensor | slice) -> list[Tensor]:
@@ -50,14 +50,3 @@ def linears_of(segment: Segment) -> list[Node]:
         user for node, _ in segment.observers for user in node.users if user.target is torch.ops.aten.linear.default
     }
     return [node for node in segment.graph.graph.nodes if node in found]
-
-
-def _with_linears(segment: Segment) -> GraphModule:
-    graph, copies = torch.fx.Graph(), dict[Node, Node]()
-    for node in segment.graph.graph.nodes:
-        if node.op == "output":
-            own: Callable[[Node], Node] = copies.__getitem__
-            graph.output((*map(own, node.args[0]), *map(own, linears_of(segment))))
-        else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    return GraphModule(segment.graph, graph)

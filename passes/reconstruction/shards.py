@@ -32,10 +32,6 @@ class Shard:
     streams: range
 
 
-Drawn = list[tuple[int, Tensor, float]]
-"""Rows of one step: position of a stream, rows in it, and the weight of their mean in the mean over all rows."""
-
-
 class Shards:
     """The rows that this process holds, and how many others do.
 
@@ -48,6 +44,7 @@ class Shards:
     Attributes:
         streams: of this process.
         own: its shards.
+        count: number of shards, of all processes.
         total_rows: number of rows of all shards.
         chunk: rows of one forward pass.
     """
@@ -59,43 +56,30 @@ class Shards:
         for number, part in enumerate(streams, world.rank * len(streams)):
             self.own.append(Shard(number, range(position, position + len(part))))
             position += len(part)
-        count = len(self.rows)
-        self.counts = [batch_size * (s + 1) // count - batch_size * s // count for s in range(count)]
-        self.chunk = max(self.counts)
+        self.count = len(self.rows)
+        self.chunk = max(self._counts(batch_size))
 
-    def is_last(self, shard: Shard) -> bool:
-        """Whether the shard is the last of all."""
-        return shard.number == len(self.rows) - 1
-
-    def draw(self, generator: Generator) -> dict[int, Drawn]:
-        """Rows of one step, without replacement, by shard of this process; every process draws for all."""
-        drawn = [
+    def draw(self, size: int, generator: Generator) -> list[Tensor]:
+        """Positions of ``size`` rows within every shard, drawn without replacement, from each alike."""
+        return [
             torch.randperm(rows, generator=generator)[:count].sort().values
-            for rows, count in zip(self.rows, self.counts, strict=True)
+            for rows, count in zip(self.rows, self._counts(size), strict=True)
         ]
-        return {shard.number: self._placed(shard, drawn[shard.number]) for shard in self.own}
 
-    def _placed(self, shard: Shard, chosen: Tensor) -> Drawn:
-        placed, first, share = Drawn(), 0, self.rows[shard.number] / self.total_rows
-        for position in shard.streams:
-            stream = self.streams[position]
-            inside = chosen[(chosen >= first) & (chosen < first + stream.rows)]
-            if len(inside):
-                placed.append((position, inside - first, len(inside) / len(chosen) * share))
-            first += stream.rows
-        return placed
+    def _counts(self, size: int) -> list[int]:
+        return [size * (s + 1) // self.count - size * s // self.count for s in range(self.count)]
+
+    def share(self, shard: Shard) -> float:
+        """The fraction of all rows that a shard has: the weight of its mean in that over all rows."""
+        return self.rows[shard.number] / self.total_rows
 
     def mean(self, over: Callable[[Shard], float]) -> float:
-        """A mean over all rows, given the sum over the rows of a shard."""
-        return self.sum_numbers(over) / self.total_rows
-
-    def sum_numbers(self, of: Callable[[Shard], float]) -> float:
-        """The sum over all shards of a number for each, in their order."""
+        """A mean over all rows, given the sum over the rows of a shard; shards are added up in their order."""
         total = 0.0
-        for part in self.world.gathered([of(shard) for shard in self.own]):
+        for part in self.world.gathered([over(shard) for shard in self.own]):
             for number in part:
                 total += number
-        return total
+        return total / self.total_rows
 
     def sum_tensors(self, of: Callable[[Shard], Sequence[Tensor]]) -> list[Tensor]:
         """The sums over all shards of tensors for each, by pairs; the tensors may be overwritten."""
@@ -103,6 +87,11 @@ class Shards:
         for shard in self.own:
             total.add(of(shard))
         return [self.world.summed(x) for x in total.total()]
+
+
+def one_shard(streams: Sequence[Stream], batch_size: int) -> Shards:
+    """All rows in one shard of one process."""
+    return Shards([sum(stream.rows for stream in streams)], [streams], batch_size, World())
 
 
 def divide(

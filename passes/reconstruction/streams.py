@@ -102,11 +102,12 @@ class Stream:
         full: values in full precision, by node name; what grows has ``rows * k`` entries along its dimension.
         quantized: the same, of the quantized model. What depends on nothing quantized, the two share.
         peak: the most bytes that the values took so far.
+        device: what computes.
     """
 
     def __init__(self, values: Sequence[Values], rows: Rows):
         self._rows = rows
-        self._device = self._home = torch.device("cpu")
+        self.device = self._home = torch.device("cpu")
         self._standing_for: int | None = None
         self.rows = sum(rows.count(v) for v in values)
         self.peak = 0
@@ -121,9 +122,14 @@ class Stream:
 
     def move_to(self, device: torch.device, offload: bool = False) -> None:
         """Compute on ``device``, and keep the values there too, or ``offload`` all but the rows in use to host memory."""
-        self._device, self._home = device, torch.device("cpu") if offload else device
+        self.device, self._home = device, torch.device("cpu") if offload else device
         self.full = {name: x.to(self._home) if isinstance(x, Tensor) else x for name, x in self.full.items()}
         self.quantized = dict(self.full)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the values are kept in host memory, and not on :attr:`device`."""
+        return self._home != self.device
 
     def grows(self, name: str) -> bool:
         """Whether a value has entries for each row."""
@@ -146,9 +152,9 @@ class Stream:
             if isinstance(rows, slice):
                 split = split.narrow(dim, rows.start, _length(rows))
             else:
-                split = split.index_select(dim, rows.to(split.device))
+                split = _rows_of(split, dim, rows.to(split.device), pinned=self.device.type == "cuda")
             value = split.flatten(dim, dim + 1)
-        return value.to(self._device, non_blocking=True)
+        return value.to(self.device, non_blocking=True)
 
     def first_row(self) -> "Stream":
         """A stream of one row, whose ``peak`` will be that of all."""
@@ -231,6 +237,14 @@ class Stream:
             id(x): (name, x) for name, x in (*self.full.items(), *self.quantized.items()) if isinstance(x, Tensor)
         }
         return sum(x.nbytes * (factor if self.grows(name) else 1) for name, x in values.values())
+
+
+def _rows_of(split: Tensor, dim: int, rows: Tensor, pinned: bool) -> Tensor:
+    """The rows; if they are to go from host memory to a GPU, in memory that it can read by itself."""
+    if split.is_cuda or not pinned:
+        return split.index_select(dim, rows)
+    shape = [*split.shape[:dim], len(rows), *split.shape[dim + 1 :]]
+    return torch.index_select(split, dim, rows, out=torch.empty(shape, dtype=split.dtype, pin_memory=True))
 
 
 def _length(rows: Tensor | slice) -> int:

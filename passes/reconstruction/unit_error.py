@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,31 @@ def settled(segment: Segment) -> contextlib.AbstractContextManager[None]:
     """Round every weight of a segment once, for all the calls inside: to the observer's codes, or to nearest."""
     with torch.no_grad():
         return rounding_by({o: Fixed(o.dequantized(weight_of(segment.graph, node))) for node, o in segment.observers})
+
+
+class Batch(NamedTuple):
+    """Some rows of a stream, on the device.
+
+    Attributes:
+        number: of the stream.
+        rows: positions in it.
+        inputs: arguments of the unit.
+        wanted: full-precision values of its outputs that count.
+    """
+
+    number: int
+    rows: Tensor | slice
+    inputs: list[Any]
+    wanted: list[Tensor]
+
+    @property
+    def size(self) -> int:
+        """How many rows."""
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [x for x in (self.rows, *self.inputs, *self.wanted) if isinstance(x, Tensor)]
 
 
 class UnitError:
@@ -110,24 +136,29 @@ class UnitError:
         values = self._predictions[0] if self._predictions else {}
         return [name for name, y in values.items() if _is_float(y) and stream.grows(name)]
 
-    def of(self, number: int, rows: Tensor | slice, run: Callable[..., Sequence[Tensor]]) -> Tensor:
-        """The objective for some rows of stream ``number``.
+    def gather(self, number: int, rows: Tensor | slice) -> Batch:
+        """Some rows of stream ``number``."""
+        stream, segment = self.streams[number], self.segment
+        inputs = stream.select(stream.quantized, segment.inputs, rows)
+        return Batch(number, rows, inputs, stream.select(stream.full, [segment.outputs[i] for i in self.targets], rows))
+
+    def of(self, batch: Batch, run: Callable[..., Sequence[Tensor]]) -> Tensor:
+        """The objective for some rows.
 
         Args:
-            run: :attr:`graph`, or its compiled form.
+            run: :attr:`graph`, or what stands for it.
         """
-        stream, segment = self.streams[number], self.segment
+        number, rows, inputs, wanted = batch
         # before the pass that is learned on: both are of the same modules
-        layers = self._layers.originals(stream, rows) if self._layers else []
-        outputs = run(*stream.select(stream.quantized, segment.inputs, rows))
-        wanted = stream.select(stream.full, [segment.outputs[i] for i in self.targets], rows)
+        layers = self._layers.originals(self.streams[number], rows) if self._layers else []
+        outputs = run(*inputs)
         errors = Errors(
             [
                 self.objective.error(outputs[i], y, power)
                 for i, y, power in zip(self.targets, wanted, self._power, strict=True)
             ],
             self._errors_of_layers(outputs, layers),
-            self._errors_of_predictions(number, rows, dict(zip(segment.outputs, outputs, strict=False))),
+            self._errors_of_predictions(number, rows, dict(zip(self.segment.outputs, outputs, strict=False))),
         )
         return self.objective.combined(errors)
 
@@ -158,11 +189,11 @@ class UnitError:
 
     def _summed(self, shard: Shard) -> float:
         """:meth:`of`, times the number of rows, over all rows of a shard."""
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.streams[0].device)
         for number in shard.streams:
             for rows in self.streams[number].chunks(self.shards.chunk):
-                total += float(self.of(number, rows, self.graph)) * (rows.stop - rows.start)
-        return total
+                total += self.of(batch := self.gather(number, rows), self.graph) * batch.size
+        return float(total)
 
     def _power_of(self, name: str, values: list[Values]) -> float:
         """The objective's power of a full-precision value, over all rows, given the values of each stream."""

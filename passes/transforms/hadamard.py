@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,12 @@ class RotatedGroup:
     Attributes:
         linears: their names; the matrix is the first one's ``rotation``.
         block: channels that are mixed with one another.
+        matrix: ``(block, block)``; None in a transform from a record.
     """
 
     linears: list[str]
     block: int
+    matrix: Tensor | None = None
 
 
 class Hadamard(OnlineTransform[RotatedGroup]):
@@ -101,26 +103,32 @@ class Hadamard(OnlineTransform[RotatedGroup]):
         for group, seen in self.observed(graph, groups, samples):
             self.errors[group.names[0]] = self._errors(graph, group, kept_rows(seen))
         chosen = {group.pattern for group in groups} if self.everywhere else self.gaining(groups)
-        self.groups = [
-            RotatedGroup(group.names, self._block_of(graph, group)) for group in groups if group.pattern in chosen
-        ]
+        blocks = [(group, self._block_of(graph, group)) for group in groups if group.pattern in chosen]
+        self.groups = [RotatedGroup(group.names, block, self.matrix(block)) for group, block in blocks]
         self.fitted = True
 
-    def _block_of(self, graph: GraphModule, group: LinearGroup) -> int:
-        width = tensor_at(graph, group.linears[0].weight).shape[1]
+    def largest_block(self, width: int) -> int:
+        """Channels of the largest block that divides ``width`` channels, and that there is a matrix for."""
         return min(width & -width, self.block)
+
+    def matrix(self, block: int) -> Tensor:
+        """The matrix of a block: float32 ``(block, block)``, a multiple of an orthogonal one, exact in every float type."""
+        return rotation(block, self.seed)
+
+    def _block_of(self, graph: GraphModule, group: LinearGroup) -> int:
+        return self.largest_block(tensor_at(graph, group.linears[0].weight).shape[1])
 
     def _errors(self, graph: GraphModule, group: LinearGroup, rows: Tensor) -> tuple[float, float]:
         weights = [tensor_at(graph, linear.weight) for linear in group.members]
         error = OutputError(group.members, weights, rows)
-        matrix = rotation(self._block_of(graph, group), self.seed).to(rows)
+        matrix = self.matrix(self._block_of(graph, group)).to(rows)
         rotated = [rotated_weight(weight, matrix) for weight in weights]
         return error.of(weights, rows), error.of(rotated, rotate(rows, matrix))
 
     # --- what is changed -------------------------------------------------------------------------------------------------
 
     def shared_value(self, group: RotatedGroup, like: Tensor) -> Tensor:
-        matrix = rotation(group.block, self.seed) if self.fitted else torch.eye(group.block)
+        matrix = torch.eye(group.block) if group.matrix is None else group.matrix
         return matrix.to(like.device, like.dtype)
 
     def changed_weight(self, weight: Tensor, shared: Tensor) -> Tensor:
@@ -134,7 +142,7 @@ class Hadamard(OnlineTransform[RotatedGroup]):
         return call(graph, reader, _ATEN.flatten.using_ints, (mixed, -2, -1), value)
 
     def changed_module(self, linear: nn.Linear, shared: Tensor, stored: bool) -> nn.Module:
-        return RotatedLinear(linear, shared, stored)
+        return RotatedLinear(linear, shared, stored, self.leaf)
 
     # --- records -----------------------------------------------------------------------------------------------------
 
@@ -142,7 +150,7 @@ class Hadamard(OnlineTransform[RotatedGroup]):
         return {"groups": [{"linears": list(group.linears), "block": group.block} for group in self.groups]}
 
     @classmethod
-    def from_record(cls, record: Record) -> "Hadamard":
+    def from_record(cls, record: Record) -> Self:
         transform = cls()
         transform.groups = [
             RotatedGroup([str(name) for name in group["linears"]], int(group["block"])) for group in record["groups"]
@@ -153,14 +161,17 @@ class Hadamard(OnlineTransform[RotatedGroup]):
 
 
 class _Rotation:
+    def __init__(self, leaf: str):
+        self.leaf = leaf
+
     def before(self, module: nn.Module, x: Tensor) -> Tensor:
-        return rotate(x, getattr(module, ROTATION))
+        return rotate(x, getattr(module, self.leaf))
 
     def beside(self, module: nn.Module, x: Tensor) -> None:
         return None
 
     def undone(self, module: nn.Module, weight: Tensor) -> Tensor:
-        matrix: Tensor = getattr(module, ROTATION)
+        matrix: Tensor = getattr(module, self.leaf)
         return rotate(weight, matrix.T.to(weight))
 
 
@@ -171,10 +182,11 @@ class RotatedLinear(TransformedLinear):
         linear: that it replaces; its parameters are shared.
         matrix: ``(block, block)``, of the input's type.
         stored: whether the matrix is one of the model's own tensors, rather than that of another linear with the same input.
+        leaf: its name.
     """
 
-    def __init__(self, linear: nn.Linear, matrix: Tensor, stored: bool = True):
-        super().__init__(linear, _Rotation(), {ROTATION: matrix}, {ROTATION: stored})
+    def __init__(self, linear: nn.Linear, matrix: Tensor, stored: bool = True, leaf: str = ROTATION):
+        super().__init__(linear, _Rotation(leaf), {leaf: matrix}, {leaf: stored})
 
 
 def rotation(block: int, seed: int = 0) -> Tensor:

@@ -19,18 +19,21 @@ class InputStatistics:
 
     Attributes:
         absmax: float32 ``(channels,)``, over all rows of all samples.
+        by_sample: the same of each sample alone.
         kept: ``(rows, channels)`` a sample, in the tensor's own type.
     """
 
     def __init__(self, rows: int):
         self._rows = rows
         self.absmax: Tensor | None = None
+        self.by_sample: list[Tensor] = []
         self.kept: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
         """Take note of one sample's tensor."""
         rows = x.detach().flatten(0, -2)
         absmax = rows.abs().amax(0).float()
+        self.by_sample.append(absmax)
         self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
         # midpoints of equal stretches: no part of the batch or of the sequence is preferred
         count = min(self._rows, len(rows))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from fp4dit_ao.passes.transforms.linear_groups import (
     tensor_at,
 )
 from fp4dit_ao.passes.transforms.split_inputs import joins_or_is_part
-from fp4dit_ao.passes.transforms.transformed_linear import TransformedLinear
+from fp4dit_ao.passes.transforms.transformed_linear import Step, TransformedLinear
 from fp4dit_ao.passes.transforms.trial_quantization import fake_quantized
 
 DOWN, UP = "low_rank_down", "low_rank_up"
@@ -84,6 +84,7 @@ class LowRank(InputTransform):
     leaf: ClassVar[str] = DOWN
     done: ClassVar[str] = "given a low-rank branch"
     fits_single_file: ClassVar[bool] = False
+    module: ClassVar[type["LowRankLinear"]]
     groups: list[BranchedGroup]
 
     def __init__(self, quantizer: Quantizer | None = None, rank: int = 32, rounds: int = 100, rows: int = 512):
@@ -118,7 +119,7 @@ class LowRank(InputTransform):
 
     def _fitted(self, graph: GraphModule, group: LinearGroup, rows: Tensor) -> tuple[BranchedGroup, float, float]:
         """The best branch of a group, and the relative errors without and with it."""
-        trial = _Trial(graph, group, rows)
+        trial = Trial(graph, group, rows)
         rank = min(self.rank, *trial.joined.shape)
         before, _ = trial.quantized(torch.zeros_like(trial.joined))
         best: tuple[float, Tensor, Tensor] | None = None
@@ -152,8 +153,14 @@ class LowRank(InputTransform):
                     factor = stored_tensor(graph, readers[0], self.shared_name(group), down)
                     product = value.new_empty([*value.shape[:-1], group.rank])
                     narrow = call(graph, readers[0], _ATEN.matmul.default, (source, factor), product)
+                    quantized = self._quantized_input(graph, readers[0], source, narrow, factor)
                 for node in readers:
+                    node.update_arg(0, quantized)
                     _add_branch(graph, node, narrow, ups[weight_path(node).removesuffix(".weight")])
+
+    def _quantized_input(self, graph: GraphModule, reader: Node, source: Node, narrow: Node, down: Node) -> Node:
+        """What the quantized linears read, given their input ``source`` and its product ``narrow`` with the matrix ``down``."""
+        return source
 
     def _tensors(self, group: BranchedGroup, weights: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The branch of a fitted transform; zeros in one from a record, until stored tensors take their places."""
@@ -173,7 +180,7 @@ class LowRank(InputTransform):
                 BranchedGroup(group.linears, group.rank), {name: linear.weight for name, linear in linears.items()}
             )
             for name, linear in linears.items():
-                model.set_submodule(name, LowRankLinear(linear, down, ups[name], stored=name == group.linears[0]))
+                model.set_submodule(name, self.module(linear, down, ups[name], name == group.linears[0]))
 
     def float_weight(self, name: str, weight: Tensor, graph: GraphModule) -> Tensor | None:
         owner = name.rpartition(".")[0]
@@ -191,7 +198,7 @@ class LowRank(InputTransform):
         return {"groups": [{"linears": list(group.linears), "rank": group.rank} for group in self.groups]}
 
     @classmethod
-    def from_record(cls, record: Record) -> "LowRank":
+    def from_record(cls, record: Record) -> Self:
         transform = cls()
         transform.groups = [
             BranchedGroup([str(name) for name in group["linears"]], int(group["rank"])) for group in record["groups"]
@@ -201,30 +208,32 @@ class LowRank(InputTransform):
         return transform
 
 
-class _Trial:
+class Trial:
     """The linears of one group, as they would be quantized beside a branch.
 
     Args:
         graph: that holds their weights.
         group: of linears.
         rows: of their input, ``(rows, in_features)``.
+        quantized_rows: what is quantized of them; they themselves if None.
 
     Attributes:
         joined: the weights' rows, float32.
         sizes: how many each weight has.
     """
 
-    def __init__(self, graph: GraphModule, group: LinearGroup, rows: Tensor):
+    def __init__(self, graph: GraphModule, group: LinearGroup, rows: Tensor, quantized_rows: Tensor | None = None):
         self.members = group.members
         weights = [tensor_at(graph, linear.weight) for linear in self.members]
         self.dtype, self.sizes = weights[0].dtype, [len(weight) for weight in weights]
         self.joined = torch.cat([weight.float() for weight in weights])
         self.rows = rows
-        made: dict[MakeObserver | None, Tensor] = {None: rows.float()}
+        inputs = rows if quantized_rows is None else quantized_rows
+        made: dict[MakeObserver | None, Tensor] = {None: inputs.float()}
         for linear in self.members:
             observer = linear.input_observer
             if observer is not None and observer not in made:
-                made[observer] = fake_quantized(observer, rows).float()
+                made[observer] = fake_quantized(observer, inputs).float()
         self.inputs = [made[linear.input_observer] for linear in self.members]
         self.wanted = rows.float() @ self.joined.T
         self.size = max(float(self.wanted.square().sum()), torch.finfo(torch.float32).tiny)
@@ -241,7 +250,9 @@ class _Trial:
         return float((found - self.wanted).square().sum()) / self.size, torch.cat(rounded)
 
 
-class _Branch:
+class Branch:
+    """The branch in the module form."""
+
     def before(self, module: nn.Module, x: Tensor) -> Tensor:
         return x
 
@@ -254,7 +265,7 @@ class _Branch:
 
 
 class LowRankLinear(TransformedLinear):
-    """``linear(x) + (x down) up``.
+    """``linear(x) + (x down) up``; a subclass may give the linear another input.
 
     Args:
         linear: that it replaces; its parameters are shared.
@@ -263,8 +274,13 @@ class LowRankLinear(TransformedLinear):
         stored: whether ``down`` is one of the model's own tensors, rather than that of another linear with the same input.
     """
 
+    step: ClassVar[Step] = Branch()
+
     def __init__(self, linear: nn.Linear, down: Tensor, up: Tensor, stored: bool = True):
-        super().__init__(linear, _Branch(), {DOWN: down, UP: up}, {DOWN: stored, UP: True})
+        super().__init__(linear, self.step, {DOWN: down, UP: up}, {DOWN: stored, UP: True})
+
+
+LowRank.module = LowRankLinear
 
 
 def residual(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:

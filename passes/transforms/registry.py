@@ -4,12 +4,18 @@ from collections.abc import Iterable
 
 from torch.fx import GraphModule
 
+from fp4dit_ao.passes.transforms.adaptive_rotation import AdaptiveRotation
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record, records_of
 from fp4dit_ao.passes.transforms.hadamard import Hadamard
 from fp4dit_ao.passes.transforms.low_rank import LowRank
+from fp4dit_ao.passes.transforms.momentum_balance import MomentumBalance
 from fp4dit_ao.passes.transforms.outlier_groups import OutlierGroups
+from fp4dit_ao.passes.transforms.principal_components import PrincipalComponents
+from fp4dit_ao.passes.transforms.regular_hadamard import RegularHadamard
+from fp4dit_ao.passes.transforms.salience_balance import SalienceBalance
 from fp4dit_ao.passes.transforms.smoothquant import SmoothQuant
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs
+from fp4dit_ao.passes.transforms.timestep_ranges import TimestepRanges
 from fp4dit_ao.passes.transforms.weight_equalization import WeightEqualization
 from fp4dit_ao.util.registry import Registry
 
@@ -22,6 +28,20 @@ TRANSFORMS.register(
     summary="Divides channels of linears' inputs, and multiplies their weights, by the factors that err least at the output.",
     source="SmoothQuant, arXiv 2211.10438, eq. 4; grid of SVDQuant, arXiv 2411.05007",
     cost="one pass over the samples, then 40 trial quantizations of each linear",
+)
+TRANSFORMS.register(
+    SalienceBalance.name,
+    SalienceBalance,
+    summary="The same with one vector of factors, from timesteps where inputs and weights are large in different channels.",
+    source="PTQ4DiT, arXiv 2405.16005",
+    cost="one pass over the samples, then 2 trial quantizations of each linear",
+)
+TRANSFORMS.register(
+    MomentumBalance.name,
+    MomentumBalance,
+    summary="The same with one vector of factors, from a moving average of inputs' ranges over the samples.",
+    source="ViDiT-Q, arXiv 2406.02540",
+    cost="one pass over the samples, then 2 trial quantizations of each linear",
 )
 TRANSFORMS.register(
     SplitInputs.name,
@@ -38,6 +58,20 @@ TRANSFORMS.register(
     cost="one pass over the samples; a product with a matrix of 128 columns before each linear",
 )
 TRANSFORMS.register(
+    RegularHadamard.name,
+    RegularHadamard,
+    summary="The same with matrices of equal row and column sums, which spread outliers of channels and of whole rows.",
+    source="ConvRot, arXiv 2512.03673",
+    cost="one pass over the samples; a product with a matrix of at most 256 columns before each linear",
+)
+TRANSFORMS.register(
+    AdaptiveRotation.name,
+    AdaptiveRotation,
+    summary="Mixes channels as hadamard does, and where outliers are massive by two fitted rotations.",
+    source="LRQ-DiT, arXiv 2508.03485; the fitted rotations: DuQuant, arXiv 2406.01721",
+    cost="one pass over the samples; as hadamard, and where outliers are massive twice that and a gather",
+)
+TRANSFORMS.register(
     LowRank.name,
     LowRank,
     summary="Takes a part of rank 32 out of weights, which stays in high precision, and quantizes the rest.",
@@ -45,11 +79,25 @@ TRANSFORMS.register(
     cost="one pass over the samples, then a few trial quantizations of each linear; two small products beside each linear",
 )
 TRANSFORMS.register(
+    PrincipalComponents.name,
+    PrincipalComponents,
+    summary="Keeps an eighth of the directions of linears' inputs in high precision, and quantizes the rest.",
+    source="DiRotQ, arXiv 2605.16732",
+    cost="one pass over the samples; three products with a matrix of an eighth of the channels beside each linear",
+)
+TRANSFORMS.register(
     WeightEqualization.name,
     WeightEqualization,
     summary="Gives value and output projections equal ranges in every channel that one writes and the other reads.",
     source="arXiv 1906.04721; minifloats: arXiv 2311.12359",
     cost="none; no data",
+)
+TRANSFORMS.register(
+    TimestepRanges.name,
+    TimestepRanges,
+    summary="Gives static ranges of linears' inputs another value at every timestep of the calibration.",
+    source="TFMQ-DM, arXiv 2311.16503",
+    cost="one pass over the samples; a division before each linear and a product behind it",
 )
 TRANSFORMS.register(
     OutlierGroups.name,

@@ -119,13 +119,12 @@ class SmoothQuant(InputTransform):
     def _search(self, graph: GraphModule, group: LinearGroup, seen: list[InputStatistics]) -> Tensor:
         """The factors that the input is multiplied by, ``(in_features,)``."""
         rows = kept_rows(seen)
-        inputs = torch.stack([statistics.absmax for statistics in seen if statistics.absmax is not None]).amax(0)
         weights = [tensor_at(graph, linear.weight) for linear in group.members]
         columns = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
         error = OutputError(group.members, weights, rows)
         best: tuple[float, Tensor] | None = None
         first = float("nan")
-        for scale in candidate_scales(inputs, columns, self.points):
+        for scale in self.candidates(seen, columns):
             scale = scale.to(rows.dtype)
             scaled = [(weight.float() / scale.float()).to(weight.dtype) for weight in weights]
             found = error.of(scaled, rows * scale)
@@ -136,6 +135,16 @@ class SmoothQuant(InputTransform):
         assert best is not None
         self.errors[group.names[0]] = (first, best[0])
         return best[1]
+
+    def candidates(self, seen: Sequence[InputStatistics], columns: Tensor) -> Iterator[Tensor]:
+        """The factors to try, the identity first: float32 ``(in_features,)``.
+
+        Args:
+            seen: what was seen of the linears' input; several where one weight serves several inputs.
+            columns: largest magnitude of every column of the weights, float32.
+        """
+        inputs = torch.stack([statistics.absmax for statistics in seen if statistics.absmax is not None]).amax(0)
+        return candidate_scales(inputs, columns, self.points)
 
     # --- applying ----------------------------------------------------------------------------------------------------
 
@@ -212,12 +221,17 @@ def candidate_scales(inputs: Tensor, columns: Tensor, points: int) -> Iterator[T
         points: on each of the two lines of the grid.
     """
     yield torch.ones_like(inputs)
-    x, w = (a.clamp(min=max(float(a.max()) * _RANGE, torch.finfo(torch.float32).tiny)) for a in (inputs, columns))
     for index in range(1, points + 1):
         alpha = index / points
         for beta in dict.fromkeys((0.0, 1 - alpha)):
-            log = beta * w.log2() - alpha * x.log2()
-            yield torch.exp2(log - log.mean()).to(torch.bfloat16).float()
+            yield balancing_scale(inputs, columns, alpha, beta)
+
+
+def balancing_scale(inputs: Tensor, columns: Tensor, alpha: float, beta: float) -> Tensor:
+    """``1 / t = columns^beta / inputs^alpha``, rounded to bfloat16, of geometric mean near 1; float32 ``(in_features,)``."""
+    x, w = (a.clamp(min=max(float(a.max()) * _RANGE, torch.finfo(torch.float32).tiny)) for a in (inputs, columns))
+    log = beta * w.log2() - alpha * x.log2()
+    return torch.exp2(log - log.mean()).to(torch.bfloat16).float()
 
 
 def _nodes(group: LinearGroup) -> list[Node]:
@@ -236,7 +250,7 @@ def _multiply(graph: GraphModule, nodes: list[Node], name: str, scale: Tensor | 
         value: Tensor = source.meta["val"]
         if scale is None:
             weight = tensor_at(graph, weight_path(readers[0]))
-            scale = torch.ones(value.shape[-1], dtype=value.dtype, device=weight.device)
+            scale = torch.ones(weight.shape[1], dtype=value.dtype, device=weight.device)
         with graph.graph.inserting_before(readers[0]):
             factor = stored_tensor(graph, readers[0], name, scale)
             scaled = call(graph, readers[0], _ATEN.mul.Tensor, (source, factor), value)

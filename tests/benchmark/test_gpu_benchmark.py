@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from benchmarks.gpu import attention, command, decode, device_tests, linears, measuring, reconstruction, step
 from benchmarks.gpu.measuring import Run, ratios
+from fp4dit_ao import AdaRoundConfig, capture, quantizer_for, reconstruct
 from fp4dit_ao.benchmark.transformers import PIXART_XL
 from tests.cuda_rules import GPU, on_gpu
 
@@ -176,13 +180,35 @@ def test_attention_is_compared_with_the_best_backend(run: Run, monkeypatch: pyte
 
 def test_reconstruction_is_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconstruction, "PIXART_XL", PIXART_XL | SMALL)
-    monkeypatch.setattr(reconstruction, "ITERATIONS", 2)
-    monkeypatch.setattr(run, "has_time", lambda what, seconds: "compiled" not in what)
+    how = reconstruction.How({"bfloat16": True}, True, 4)
+    broken = how._replace(settings={"bfloat16": True, "scope": "none"})
+    monkeypatch.setattr(reconstruction, "VARIANTS", {"broken": broken, "bfloat16": how})
     with torch.no_grad():
-        reconstruction.measure(run, layers=1, pixels=64, samples=2)
-    assert [row["stage"] for row in written(run)["reconstruction"]] == [
-        "to nearest, from capture to lowered graph", "2 iterations a block",
-    ]  # fmt: skip
+        reconstruction.measure(run, layers=2, pixels=64, samples=2)
+    (row,) = written(run)["reconstruction"]
+    assert row["variant"] == "bfloat16"
+    assert len(row["seconds"]) == 2 * (4 - 2)  # two of four iterations warm up
+    assert [error["row"] for error in written(run)["errors"]] == ["broken"]
+    told = {"seconds": [0.04], "around": [30.0, 2.0], "memory": 2**31, "errors": [[1e-3, 5e-4]], "roofline": 0.1}
+    assert reconstruction.whole(told) == 28 * 2500 * 0.04 + 30 + 27 * 2
+    assert "| 40.0 " in reconstruction.table({"x": told})
+    assert "| 10.0% " in reconstruction.table({"x": told})
+
+
+def test_the_operations_of_an_iteration_are_those_that_pytorch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two iterations more on one block, four rows each; attention as two products, of which the backward pass makes four."""
+    config = PIXART_XL | SMALL
+    given = step.sample(64, torch.float32, config)
+    model = step.random_model(config | {"num_layers": 1}, 64, torch.float32)
+    counts = []
+    for iterations in (1, 3):
+        prepared = prepare_pt2e(capture(model, given), quantizer_for(model, "w4a6"))
+        settings = AdaRoundConfig(iters=iterations, batch_size=4)
+        counter = FlopCounterMode(display=False)
+        with counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            reconstruct(prepared, [given, given], settings, progress=False)
+        counts.append(counter.get_total_flops())
+    assert counts[1] - counts[0] == 2 * reconstruction.products(4, 64, config)
 
 
 def test_tests_are_run_one_file_at_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

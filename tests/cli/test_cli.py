@@ -34,6 +34,7 @@ from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.util import tensor_state
 from fp4dit_ao.util.locks import only_process
 from fp4dit_ao.util.user_cache import VARIABLE
+from tests.evaluation.tiny_judges import tiny_dino
 from tests.tiny import CALL, tiny_pipeline
 
 
@@ -339,19 +340,71 @@ def test_block_formats_have_no_weights_to_unpack(tmp_path):
     refused(result, "no packed weight to unpack", "mxfp4")
 
 
-def test_evaluate_prints_a_table_and_writes_json(quantized, folders, tmp_path):
-    result = run(
+def test_evaluate_prints_a_table_and_writes_json(quantized, folders, tmp_path, monkeypatch):
+    out, dino = tmp_path / "e.json", tiny_dino(tmp_path / "tiny-dino")
+    arguments = [
         "evaluate", quantized, "--against", folders / "float", "--prompts", folders / "prompts.txt", "--seeds", 2,
-        "--out", tmp_path / "e.json",
-    )  # fmt: skip
+        "--out", out,
+    ]  # fmt: skip
+    result = run(*arguments)
     assert result.exit_code == 0, result.output
-    rows = [line for line in result.stdout.splitlines() if line.startswith("| /")]
-    assert len(rows) == 2
-    assert "identical" in rows[0]
-    data = json.loads((tmp_path / "e.json").read_text())
+    rows = [line for line in result.stdout.splitlines() if line.startswith(("| float", "| q "))]
+    assert "identical" in rows[0] and "identical" not in rows[1] and "batch size 3" in rows[2]
+    data = json.loads(out.read_text())
     assert data["settings"]["steps"] == 2
     assert len(data["variants"][1]["psnr"]) == 2
     assert len(data["variants"][1]["psnr"][0]) == 3
+    assert len(list((tmp_path / "e_images").rglob("*.png"))) == 3 * 6
+    assert "red cat" in out.with_suffix(".html").read_text()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a pipeline was opened")
+
+    monkeypatch.setattr(named_models, "open_pipeline", refuse)
+    again = run(*arguments, "--metric", f"dino={dino}", "--metric", f"kid={dino}", "--real", tmp_path / "e_images")
+    assert again.exit_code == 0, again.output
+    head = next(line for line in again.stdout.splitlines() if "PSNR" in line)
+    for title in ("DINO (tiny-dino)", "KID x 1000 (tiny-dino) to original", "KID x 1000 (tiny-dino) to real images"):
+        assert title in head
+    new = json.loads(out.read_text())
+    assert [row["psnr"] for row in new["variants"]] == [row["psnr"] for row in data["variants"]]
+    assert 0 < new["variants"][1]["scores"]["DINO (tiny-dino)"][0][0] <= 1
+
+
+def test_evaluate_shares_images_out(folders, tmp_path):
+    arguments = [
+        "evaluate", folders / "float", "--against", folders / "float", "--prompts", folders / "prompts.txt", "--seeds", 2,
+        "--seeding", "same", "--first-seed", 42, "--baseline", "none", "--batch-size", 2,
+    ]  # fmt: skip
+    part = run(*arguments, "--shard", "1/3", "--out", tmp_path / "part.json")
+    assert part.exit_code == 0, part.output
+    assert "part 2 of 3" in part.stdout and not (tmp_path / "part.json").exists()
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "part_images").rglob("*.png")}
+    assert sorted(drawn) == ["000-000002.png", "001-000000.png"]
+    whole = run(*arguments, "--devices", "cpu,cpu", "--out", tmp_path / "whole.json")
+    assert whole.exit_code == 0, whole.output
+    found = {path.name: path.read_bytes() for path in (tmp_path / "whole_images").rglob("*.png")}
+    assert len(found) == 6
+    assert found | drawn == found  # the same bits in another process
+    assert json.loads((tmp_path / "whole.json").read_text())["settings"]["seeding"] == "same"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--shard", "3/3"], ["--shard 3/3 is not K/N", "--shard 0/4"]),
+        (["--device", "cpu", "--devices", "cpu,cpu"], ["--device or --devices"]),
+        (["--metric", "clop"], ["unknown metric 'clop'"]),
+        (["--baseline", "size"], ["unknown --baseline 'size'", "batch, compiled, kernel"]),
+        (["--seeding", "odd"], ["unknown seeding 'odd'"]),
+        (["--sample", "last"], ["unknown --sample 'last'", "first, shuffled"]),
+        (["--prompt-set", "coco"], ["no file of the prompt set coco", "captions_val2014.json"]),
+    ],
+)
+def test_evaluations_that_are_refused(folders, tmp_path, options, words):
+    arguments = ["evaluate", folders / "float", "--against", folders / "float", "--prompts", folders / "prompts.txt"]
+    refused(run(*arguments, "--out", tmp_path / "e.json", *options), *words)
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_inspect_says_formats_errors_and_reasons(quantized, folders, tmp_path):
@@ -391,8 +444,8 @@ def test_inspect_names_the_units_that_run_on_this_machine(quantized, monkeypatch
 def test_inspect_is_a_certificate_for_this_machine(quantized, folders, monkeypatch):
     asked = []
 
-    def measurer(weights, rows, device, seconds):
-        asked.append((*weights[0].shape, rows))
+    def measurer(groups, rows, device, seconds):
+        asked.append((len(groups[0]), *groups[0][0].shape, rows))
         speed = 0.5 if rows < 100 else 2.0
         return LayerSpeed(1e-3 / speed, 1e-3, speed)
 
@@ -415,7 +468,8 @@ def test_inspect_is_a_certificate_for_this_machine(quantized, folders, monkeypat
     assert "at 32 image tokens a call (captured with hidden_states 2×4×8×8;" in text
     assert f"`fp4dit-ao generate {quantized} --weights auto --dtype bfloat16" in text
     assert "No linear of this model is faster than bfloat16 on this machine" in text
-    assert len(asked) == len(set(asked)) == 4
+    assert {(3, 128, 128, 32), (1, 128, 128, 32)} < set(asked)  # q, k and v of the image together; others alone
+    assert len(asked) == len(set(asked)) == 5
     count = len(asked)
     assert rows_and_end()[1] == text and len(asked) == count
     rows, text = rows_and_end("--tokens", 4096)
@@ -486,6 +540,7 @@ def test_benchmark_refuses_before_any_work(options, words, tmp_path):
         (["--scope", "world"], ["unknown scope 'world'", "block, layer, window"]),
         (["--rounding", "nearest", "--iters", 3], ["--iters", "--rounding nearest"]),
         (["--rounding", "gptq", "--iters", 3], ["--iters", "--rounding gptq"]),
+        (["--rounding", "gptq", "--patience", 3], ["--patience", "--rounding gptq"]),
         (["--prompts", "EMPTY"], ["holds no prompts"]),
         (["--prompts", "ABSENT"], ["there is no prompt file"]),
         (["--prompts", "BINARY"], ["is not UTF-8"]),

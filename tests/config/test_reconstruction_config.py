@@ -29,6 +29,8 @@ from fp4dit_ao import AdaRoundConfig, ReconstructionConfig
         ({"beta": (20.0, 1.0)}, r"each more than 1"),
         ({"beta": (math.nan, 2.0)}, r"each more than 1"),
         ({"beta": (math.inf, 2.0)}, r"each more than 1"),
+        ({"patience": 0}, "patience=0; it must be a whole number of at least 1, or None for all steps"),
+        ({"patience": 2.5}, "patience=2.5; it must be a whole number"),
         ({"beta": ("20", "2")}, r"it must be two numbers"),
     ],
     ids=str,

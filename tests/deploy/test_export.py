@@ -51,10 +51,14 @@ def program(tiny_quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def package(tiny_quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("export") / "package.pt2"
+    """What the command writes."""
+    folder = tmp_path_factory.mktemp("export")
+    tiny_quantized.save_pretrained(folder / "pipe")
+    path = folder / "package.pt2"
     with pytest.MonkeyPatch.context() as patch:  # as of a model whose tokens are worth the compiled loop
         patch.setattr(token_quantization, "_WORTHWHILE_ELEMENTS", 0)
-        exported_transformer.save_package(tiny_quantized.transformer, path)
+        result = CliRunner().invoke(app, ["export", str(folder / "pipe"), str(path), "--aoti", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
     return path
 
 
@@ -119,18 +123,18 @@ def test_half_precision(tiny_quantized: Any, tmp_path: Path) -> None:
 
 
 @functools.cache
-def in_blocks(recipe: str) -> Any:
-    """The transformer of the tiny pipeline in a block format."""
-    how = {"prompts": ["a cat"], "rounding": "nearest", "progress": False}
+def feed_forward_in(recipe: str) -> Any:
+    """The transformer of the tiny pipeline with its feed-forward alone in a recipe: compiling a package takes long enough."""
+    how = {"prompts": ["a cat"], "rounding": "nearest", "progress": False, "layers": {"*.attn?.to_*": None}}
     return quantize_pipeline(tiny_pipeline(layers=1), recipe, **how, **CALL).transformer
 
 
 def test_block_formats_export_too(tmp_path: Path) -> None:
-    transformer = in_blocks("nvfp4")
+    transformer = feed_forward_in("nvfp4")
     exported_transformer.save_program(transformer, tmp_path / "model.pt2")
     weights = torch.export.load(tmp_path / "model.pt2").state_dict
     assert not any(isinstance(x, TorchAOBaseTensor) for x in weights.values())
-    name = "transformer_blocks.0.attn1.to_q.weight"
+    name = "transformer_blocks.0.ff.net.2.weight"
     stored = transformer.graph.get_parameter(name)
     assert torch.equal(weights[f"{name}_qdata"], stored.qdata)
     assert torch.equal(weights[f"{name}_scale"].view(torch.uint8), stored.scale.view(torch.uint8))
@@ -158,7 +162,7 @@ def test_a_package_gives_the_compiled_graphs_bits_in_another_process(
     if recipe == "w4a6":
         path, transformer = request.getfixturevalue("package"), tiny_quantized.transformer
     else:
-        path, transformer = tmp_path / "package.pt2", in_blocks(recipe)
+        path, transformer = tmp_path / "package.pt2", feed_forward_in(recipe)
         exported_transformer.save_package(transformer, path)
     inputs = {name: sample(*shape) for name, shape in SHAPES.items()}
     outputs = elsewhere(path, inputs, tmp_path)

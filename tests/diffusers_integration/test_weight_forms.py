@@ -30,9 +30,10 @@ def wide_is_slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[
     """Every linear is twice as fast as bfloat16, but for the wide one, which is half as fast; returns what is measured."""
     asked = []
 
-    def measurer(weights, rows, device, seconds) -> LayerSpeed:
-        asked.append((*weights[0].shape, rows))
-        speed = 0.5 if tuple(weights[0].shape) == WIDE else 2.0
+    def measurer(groups, rows, device, seconds) -> LayerSpeed:
+        shape = tuple(groups[0][0].shape)
+        asked.append((*shape, rows))
+        speed = 0.5 if shape == WIDE else 2.0
         return LayerSpeed(1.0, speed, speed)
 
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))

@@ -23,8 +23,9 @@ class Measurer:
         self.asked: list[tuple[tuple[int, ...], int, int, float]] = []
         self.steady = True
 
-    def __call__(self, weights, rows, device, seconds) -> LayerSpeed:
-        self.asked.append((tuple(weights[0].shape), len(weights), rows, seconds))
+    def __call__(self, groups, rows, device, seconds) -> LayerSpeed:
+        features = sum(weight.shape[0] for weight in groups[0])
+        self.asked.append(((features, groups[0][0].shape[1]), len(groups), rows, seconds))
         return LayerSpeed(1.0, float(rows), float(rows), self.steady)
 
 
@@ -54,6 +55,43 @@ def test_one_measurement_serves_all_linears_of_a_kind() -> None:
     ]
     assert {name: speed.speed for name, speed in found.items()} == {name: float(rows) for name, rows in ROWS.items()}
     assert said[1] == "measuring 2 of 4: 16 x 64, 10 tokens"
+
+
+def test_linears_that_share_their_input_are_measured_together_and_have_their_shares() -> None:
+    """The made-up clock says one second for a group, and ten for it in bfloat16."""
+    inputs = {"q": "x", "k": "x", "up": "x", "down": "h", "text": "t"}
+    measurer, said = Measurer(), []
+    found = layer_speeds(WEIGHTS, ROWS, CPU, inputs=inputs, measurer=measurer, progress=said.append)
+    assert [asked[:3] for asked in measurer.asked] == [((8 + 8 + 16, 64), 1, 10), ((8, 64), 1, 10), ((8, 64), 1, 3)]
+    assert list(found) == list(WEIGHTS)
+    assert found["q"] == found["k"] == LayerSpeed(0.25, 2.5, 10.0)
+    assert found["up"] == LayerSpeed(0.5, 5.0, 10.0)
+    assert found["down"] == LayerSpeed(1.0, 10.0, 10.0)
+    assert said[0] == "measuring 1 of 3: 16 x 64 and 8 x 64 and 8 x 64, 10 tokens"
+    again = Measurer()
+    assert layer_speeds(WEIGHTS, ROWS, CPU, inputs=inputs, measurer=again) == found
+    assert again.asked == []
+    layer_speeds(WEIGHTS, ROWS, CPU, measurer=again)  # each with its own input: other kinds, but for those that had it
+    assert len(again.asked) == 2
+
+
+def test_inputs_of_two_formats_are_quantized_twice_and_measured_apart() -> None:
+    measurer = Measurer()
+    weights = {"a": packed(), "b": packed(act="e3m4"), "c": packed(16)}
+    layer_speeds(weights, dict.fromkeys(weights, 10), CPU, inputs=dict.fromkeys(weights, "x"), measurer=measurer)
+    assert [asked[0] for asked in measurer.asked] == [(24, 64), (8, 64)]
+
+
+def test_a_text_that_all_blocks_read_is_measured_with_eight_linears_at_a_time(monkeypatch) -> None:
+    measurer = Measurer()
+    weights = {f"{n}": packed() for n in range(20)}
+    shared = dict.fromkeys(weights, "text")
+    found = layer_speeds(weights, dict.fromkeys(weights, 10), CPU, inputs=shared, measurer=measurer)
+    assert [asked[:2] for asked in measurer.asked] == [((64, 64), 2), ((32, 64), 1)]
+    assert {speed.seconds for speed in found.values()} == {1 / 8, 1 / 4}
+    monkeypatch.setattr(layer_speed, "MOST_BYTES", 3 * 2 * 8 * 64)  # in bfloat16
+    layer_speeds(weights, dict.fromkeys(weights, 11), CPU, inputs=shared, measurer=measurer)
+    assert [asked[:2] for asked in measurer.asked[2:]] == [((24, 64), 6), ((16, 64), 1)]
 
 
 def test_a_linear_that_no_call_reaches_is_left_out() -> None:

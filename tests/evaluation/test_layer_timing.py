@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp4dit_ao import MinifloatTensor, QuantConfig
+from fp4dit_ao._compat import pytree
 from fp4dit_ao.evaluation import layer_timing
 from fp4dit_ao.evaluation.layer_timing import LEAST_ROUNDS, MOST_ROUNDS, OURS, WARM_UP, LayerSpeed, in_turns, summary
 from fp4dit_ao.kernels.cpu import native
@@ -57,13 +58,18 @@ def test_load_on_the_machine_cancels_and_is_noticed() -> None:
     assert not summary([{OURS: 1.0, "x": load} for load in (1.0, 2.1, 9.0)]).steady
 
 
+def results(calls) -> list[torch.Tensor]:
+    return pytree.tree_leaves([call() for call in calls])
+
+
+@pytest.mark.parametrize("together", [False, True])
 @torch.no_grad()
-def test_all_ways_call_every_weight_with_the_same_tokens(monkeypatch) -> None:
+def test_all_ways_call_every_weight_with_the_same_tokens(together, monkeypatch) -> None:
     weights = [MinifloatTensor.from_hp(torch.randn(48, 64), [1, 32], "e2m1", "e2m3") for _ in range(3)]
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(layer_timing, "_all", lambda calls: seen.append(torch.stack([call() for call in calls])))
+    monkeypatch.setattr(layer_timing, "_all", lambda calls: seen.append(torch.stack(results(calls))))
     x = torch.randn(5, 64).bfloat16()
-    ways = layer_timing._ways(x, weights, CPU)
+    ways = layer_timing._ways(x, [weights] if together else [[weight] for weight in weights], CPU)
     assert next(iter(ways)) == OURS and len(ways) == 2 + bool(
         layer_timing._prepacked(x, [torch.ones(48, 64).bfloat16()])
     )
@@ -90,21 +96,23 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("rows", [3, 2000])
 @torch.no_grad()
-def test_ours_are_the_operators_of_a_compiled_graph(rows: int) -> None:
-    """One quantizes the tokens, however few they are, and one multiplies."""
+def test_ours_are_the_operators_of_a_compiled_graph(rows: int, together: int) -> None:
+    """One quantizes the tokens of all linears that share them, however few they are, and one for each linear multiplies."""
     config = QuantConfig.from_name("w4a6_codebook")
-    weights = [scheme_of(config).round_to_nearest("fc", torch.randn(48, 128), config) for _ in range(3)]
+    weights = [scheme_of(config).round_to_nearest("fc", torch.randn(48, 128), config) for _ in range(6)]
     x = torch.randn(rows, 128).bfloat16()
-    calls = layer_timing.operators(x, weights)
+    groups = [weights[start : start + together] for start in range(0, 6, together)]
+    calls = layer_timing.operators(x, groups)
     with Operators() as called:
-        results = [call() for call in calls]
+        found = results(calls)
     own = [name for name in called.names if name.startswith("fp4dit_ao::")]
     expected = ["fp4dit_ao::int8_tokens"] if native.shared_object() is not None else []
-    assert own == [*expected, "fp4dit_ao::codebook_linear"] * 3
-    assert len(called.names) - len(own) <= (3 if expected else 90)
-    for weight, y in zip(weights, results, strict=True):
+    assert own == [*expected, *["fp4dit_ao::codebook_linear"] * together] * len(groups)
+    assert len(called.names) - len(own) <= (6 if expected else 180)
+    for weight, y in zip(weights, found, strict=True):
         assert torch.equal(y, F.linear(x, weight))
 
 
@@ -112,10 +120,13 @@ def test_a_measurement_is_positive_and_takes_no_more_weights_than_allowed(monkey
     weights = [MinifloatTensor.from_hp(torch.randn(16, 32), [1, 32], "e2m1", "e2m3") for _ in range(3)]
     counts = []
     monkeypatch.setattr(layer_timing, "MOST_BYTES", 2 * 2 * 16 * 32)
+    monkeypatch.setattr(layer_timing, "LONG_CALL", 600.0)  # however busy the machine is
     original = layer_timing._ways
     monkeypatch.setattr(
         layer_timing, "_ways", lambda x, some, device: counts.append((*x.shape, len(some))) or original(x, some, device)
     )
-    found = layer_timing.measure(weights, 7, CPU, 0.0)
+    found = layer_timing.measure([[weight] for weight in weights], 7, CPU, 0.0)
     assert counts[-1] == (7, 32, 2)
     assert min(found[:3]) > 0
+    layer_timing.measure([weights[:2], weights[1:]], 7, CPU, 0.0)
+    assert counts[-1] == (7, 32, 1)

@@ -217,6 +217,39 @@ def _consis(r: Random, s: Sizes) -> dict[str, Any]:
     }
 
 
+def _sana_wm(r: Random, s: Sizes) -> dict[str, Any]:
+    """A camera that turns and moves, other in each row, and a step of its own for each frame."""
+    turned = torch.linalg.qr(r.normal(s.batch, s.frames, 3, 3))[0]
+    last = torch.eye(4)[3:].expand(s.batch, s.frames, 1, 4)
+    pose = torch.cat([torch.cat([turned, r.normal(s.batch, s.frames, 3, 1)], -1), last], -2)
+    lens = torch.tensor([4.0, 5.0, s.width / 2, s.height / 2]).expand(s.batch, s.frames, 4)
+    return {
+        "hidden_states": r.normal(s.batch, 16, s.frames, s.height, s.width),
+        "timestep": r.whole(0, 1000, s.batch, 1, s.frames),
+        "encoder_hidden_states": r.normal(s.batch, 1, s.text, 64),
+        "encoder_attention_mask": r.mask(s.batch, s.text),
+        "camera_conditions": torch.cat([pose.flatten(2), lens], -1),
+        "chunk_plucker": r.normal(s.batch, 48, s.frames, s.height, s.width),
+    }
+
+
+def _stable_audio(r: Random, s: Sizes) -> dict[str, Any]:
+    """As many places as a picture of that size has, and the global one in front of them."""
+    places = s.height * s.width
+    return {
+        "hidden_states": r.normal(s.batch, 32, places),
+        "timestep": _time(r, s),
+        "encoder_hidden_states": r.normal(s.batch, s.text, 64),
+        "global_hidden_states": r.normal(s.batch, 1, 64),
+        "rotary_embedding": r.rotation(places + 1, 16),
+    }
+
+
+def _fibo2(r: Random, s: Sizes) -> dict[str, Any]:
+    """Texts that make four to eight gist tokens, and a bundle for the one block that reads them."""
+    return _image(r, s) | {"timestep": _time(r, s), "encoder_hidden_states": r.normal(s.batch, 2, s.text, 64)}
+
+
 def _cosmos(r: Random, s: Sizes) -> dict[str, Any]:
     return _video(r, s) | {"fps": 30, "padding_mask": torch.zeros(1, 1, s.height, s.width)}
 
@@ -259,6 +292,7 @@ def _lumina_next(r: Random, s: Sizes) -> dict[str, Any]:
 
 
 CALLS: dict[str, Callable[[Random, Sizes], dict[str, Any]]] = {
+    "BriaFibo2Transformer2DModel": _fibo2,
     "BriaTransformer2DModel": _packed,
     "ChromaTransformer2DModel": lambda r, s: _packed(r, s) | {"attention_mask": _joined(s.text, s)},
     "CogView4Transformer2DModel": lambda r, s: _image(r, s) | _sizes(s) | {"original_size": torch.full((s.batch, 2), 64.0)},
@@ -282,7 +316,9 @@ CALLS: dict[str, Callable[[Random, Sizes], dict[str, Any]]] = {
     "OvisImageTransformer2DModel": _packed,
     "QwenImage21Transformer2DModel": _qwen21,
     "QwenImageTransformer2DModel": _qwen,
+    "SanaWMTransformer3DModel": _sana_wm,
     "SkyReelsV2Transformer3DModel": _video,
+    "StableAudioDiTModel": _stable_audio,
     "WanAnimateTransformer3DModel": _wan_animate,
     "WanVACETransformer3DModel": lambda r, s: _video(r, s) | {
         "control_hidden_states": r.normal(s.batch, 12, s.frames, s.height, s.width)

@@ -416,16 +416,25 @@ def test_the_docs_say_what_the_table_says() -> None:
     assert rows["PixArt-Σ"][:3] == ["20 of 26", "e1m2 18, e3m0 2", "4 of 4"]
 
 
-def test_the_command_prints_the_table(tmp_path, capsys) -> None:
-    main(names="DiT", compile=True, out=tmp_path)
-    printed = cells(capsys.readouterr().out)
+def test_the_command_prints_the_tables(tmp_path, capsys, monkeypatch) -> None:
+    """Of all families and classes, which are two here; others are measured by the tests above, and test_every_transformer."""
+    monkeypatch.setattr(families, "SMALL", {"DiT": SMALL["DiT"]})
+    monkeypatch.setattr(families, "transformer_classes", lambda: ["DiTTransformer2DModel", "PriorTransformer"])
+    main(compile=True, out=tmp_path)
+    said = capsys.readouterr().out
+    printed = cells(said)
+    assert "Module form: 2 of 2 classes." in said
     row = dict(zip(printed["family"], printed["DiT"], strict=True))
     assert 0 < float(row["error"]) < 0.35
     assert float(row["error, compiled"]) == pytest.approx(float(row["error"]), abs=0.02)
     assert 0 <= float(row["compiled vs not"]) < 0.05
     assert float(row["compile, s"]) > 0
-    stored = json.loads((tmp_path / "families.json").read_text())["families"]["DiT"]
+    assert printed["DiTTransformer2DModel"][0] == printed["DiTTransformer2DModel"][2] == "7 of 11"
+    assert printed["PriorTransformer"][2] == "untried"
+    written = json.loads((tmp_path / "families.json").read_text())
+    stored = written["families"]["DiT"]
     assert stored["compiled"]["error"] < 0.35 and len(stored["layers"]) == 13
+    assert written["transformers"]["PriorTransformer"]["modules"]["failed"] is None
 
 
 def test_a_family_that_fails_has_a_row_and_the_others_theirs(tmp_path, capsys, monkeypatch) -> None:

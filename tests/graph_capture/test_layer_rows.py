@@ -50,6 +50,27 @@ def test_rows_are_those_of_the_described_call(family: str) -> None:
         assert found.source == f"{name} {'×'.join(map(str, x.shape))}"
 
 
+@pytest.mark.parametrize("family", ["PixArt-Σ", "FLUX.1"])
+def test_linears_read_the_same_value_that_read_the_same_tensor(family: str) -> None:
+    model, graph = captured(family)
+    sample = example_inputs(model)
+    read: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda module, args, name=name: read.update({name: args[0]}))
+    try:
+        with torch.no_grad():
+            model(**sample)
+    finally:
+        for module in model.modules():
+            module._forward_pre_hooks.clear()
+    inputs = layer_rows(graph, sample_description.describe(bind(model, sample))).inputs
+    assert inputs.keys() == read.keys()
+    for one in inputs:
+        assert [inputs[other] == inputs[one] for other in inputs] == [read[other] is read[one] for other in inputs], one
+    assert len(set(inputs.values())) < len(inputs)
+
+
 def test_other_tokens_change_the_rows_of_the_image_alone() -> None:
     model, graph = captured("PixArt-Σ")
     sample = example_inputs(model, Size(batch=2, height=16, width=16, text=5))

@@ -215,6 +215,7 @@ def test_choosing_it_breaks_no_graph(capability: tuple[int, int], monkeypatch: p
         patch.setattr(codebook_dispatch.triton_units, "decodes", decodes)
         patch.setattr(codebook_dispatch.triton_units, "capability", lambda device, c=capability: c)
         patch.setattr(decoded_linear, "decoded", lambda *a: codebook_linear.decode(*a[:4]).to(a[4]))
+        patch.setattr(decoded_linear, "_few_tokens", lambda tokens, group_size: None)
         assert CODEBOOK_LINEAR.pick(
             codebook_dispatch.operands(weight.qdata, 32, "nf4_groups", "e2m3", gpu, torch.bfloat16)
         ).name == (FP8_UNIT if capability == (9, 0) else INT8_UNIT)

@@ -205,7 +205,7 @@ def test_the_quickest_configuration_is_taken(kernel, monkeypatch) -> None:
             raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
         return seconds[tried[-1]]
 
-    monkeypatch.setattr(triton.testing, "do_bench", bench)
+    monkeypatch.setattr(triton.testing, "do_bench_cudagraph", bench)
     assert kernel.tune([third, first, second], tried.append, "test") == second
     with pytest.raises(RuntimeError, match="too little shared memory"):
         kernel.tune([third], tried.append, "test")
@@ -247,18 +247,26 @@ def execute(program: str, operands: dict[str, int]) -> dict[str, int]:
 
 
 def test_the_lookup_instructions_look_up() -> None:
+    """The first two bytes of a register in one table, the others in a second one, whatever the other operands hold."""
     rng = random.Random(0)
-    table = [rng.randrange(256) for _ in range(16)]
-    words = [int.from_bytes(bytes(table[i : i + 4]), "little") for i in range(0, 16, 4)]
-    inputs = {f"${3 + 4 * word + lane}": value for word, value in enumerate(words) for lane in range(4)}
+    tables = [[rng.randrange(256) for _ in range(16)] for _ in range(4)]
+    inputs = {
+        f"${3 + 4 * word + lane}": int.from_bytes(bytes(tables[lane][4 * word : 4 * word + 4]), "little")
+        for word in range(4) for lane in range(4)
+    }  # fmt: skip
+    of_byte = [tables[0], tables[0], tables[2], tables[2]]
     every_byte_in_every_place = [[byte if lane == place else rng.randrange(256) for lane in range(4)]
                                  for place, byte in itertools.product(range(4), range(256))]  # fmt: skip
     for packed in every_byte_in_every_place:
         out = execute(
             interpreter.loaded("triton_lookup").PROGRAM, inputs | {"$2": int.from_bytes(bytes(packed), "little")}
         )
-        assert list(out["$0"].to_bytes(4, "little")) == [table[byte & 15] for byte in packed]
-        assert list(out["$1"].to_bytes(4, "little")) == [table[byte >> 4] for byte in packed]
+        assert list(out["$0"].to_bytes(4, "little")) == [
+            table[byte & 15] for table, byte in zip(of_byte, packed, strict=True)
+        ]
+        assert list(out["$1"].to_bytes(4, "little")) == [
+            table[byte >> 4] for table, byte in zip(of_byte, packed, strict=True)
+        ]
 
 
 def test_the_lookup_of_words_keeps_the_order() -> None:
@@ -276,16 +284,18 @@ def test_the_lookup_of_words_keeps_the_order() -> None:
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
     lines: list[str] = []
-    for arguments in (["--capabilities", "90"], ["--capabilities", "80,89,100", "--no-every"]):
-        command = [sys.executable, "-m", "benchmarks.gpu_compile", "--json", *arguments]
-        lines += subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    command = [sys.executable, "-m", "benchmarks.gpu_compile", "--json", "--no-every"]
+    lines += subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def test_it_compiles_for_every_gpu_and_hardly_spills(compiled) -> None:
     assert {result["capability"] for result in compiled} == {80, 89, 90, 100}
-    assert len(compiled) > 35
+    assert len(compiled) > 50
     for result in compiled:
+        if "attention" in result:
+            assert result["capability"] < 90 or not result["spilled"], result
+            continue
         assert result["spilled"] <= 16, result  # bytes: Triton 3.9 spills three registers, once
         assert result["registers"] < 255, result
         assert result["shared"] <= 160 * 1024, result  # what an A100 gives a block, less than later ones
@@ -296,8 +306,16 @@ def test_it_multiplies_on_tensor_cores(compiled) -> None:
         if "decoding" in result:
             assert result["lookups"] >= 24 and result["stores of 16 bytes"] == 2 and not result["spilled"], result
             continue
+        if "few tokens" in result:
+            assert result["pairs of one row"], result
+        if "attention" in result:
+            found = " ".join(result["instructions"])
+            assert re.search(r"e4m3\.e4m3|kind::f8f6f4", found) and re.search(r"bf16\.bf16|kind::f16", found), result
+            continue
         (instruction,) = result["instructions"]
-        assert re.search(r"s8\.s8|kind::i8" if result["tokens"] == "i8" else r"e4m3\.e4m3|kind::f8f6f4", instruction)
+        # less than 64 features: Triton has no product of bytes on Hopper, and takes float16, which holds E4M3's levels
+        expected = r"s8\.s8|kind::i8" if result["tokens"] == "i8" else r"e4m3\.e4m3|kind::f8f6f4|m16n8k16\S*f16\.f16"
+        assert re.search(expected, instruction), result
         if result["capability"] == 90 and "block_n=32" not in result["config"]:
             assert instruction.startswith("wgmma")
 

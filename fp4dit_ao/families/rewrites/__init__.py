@@ -1,10 +1,12 @@
-"""Rewrites: functions that run in the place of diffusers' methods while a model is captured, and compute the same.
+"""Rewrites: functions that run in the place of diffusers' methods and functions while a model is captured, and compute the
+same.
 
 They stand where the own code cannot be recorded for every size: Python lists as long as the batch, numbers read from
 tensors, tensors cut by what masks say.
 """
 
 from fp4dit_ao.families.rewrites import (
+    bria_fibo2,
     conditions,
     experts,
     hunyuan,
@@ -13,6 +15,7 @@ from fp4dit_ao.families.rewrites import (
     patches,
     positions,
     qwen_image,
+    sana_wm,
     z_image,
 )
 from fp4dit_ao.families.rewrites.replacing import Method, methods_replaced
@@ -20,10 +23,12 @@ from fp4dit_ao.families.rewrites.replacing import Method, methods_replaced
 __all__ = ["REWRITES", "Method", "methods_replaced"]
 
 REWRITES: dict[str, Method] = {
+    "BriaFibo2Transformer2DModel.forward": bria_fibo2.bria_fibo2,
     "ChromaCombinedTimestepTextProjEmbeddings.forward": conditions.chroma_times,
     "CogVideoXPatchEmbed._get_positional_embeddings": positions.cogvideox_positions,
     "CosmosLearnablePositionalEmbed.forward": positions.cosmos_positions,
     "DiTTransformer2DModel.forward": patches.dit,
+    "GLUMBConvTemp.forward": sana_wm.gated_convolutions,
     "GlmImageTransformer2DModel.forward": conditions.glm_image,
     "HiDreamImageTransformer2DModel.patchify": patches.hidream_patches,
     "HiDreamImageTransformer2DModel.unpatchify": patches.hidream_unpatched,
@@ -45,5 +50,9 @@ REWRITES: dict[str, Method] = {
     "ZImageTransformer2DModel._build_unified_sequence": z_image.z_image_joined,
     "ZImageTransformer2DModel._pad_with_ids": z_image.z_image_padded,
     "ZImageTransformer2DModel._prepare_sequence": z_image.z_image_sequence,
+    "transformer_sana_wm.create_grid": sana_wm.pixels,
+    "transformer_sana_wm.torch_chunk_cam_single_path_delta_rule": sana_wm.camera_delta_rule,
+    "transformer_sana_wm.torch_chunk_sana_gdn": sana_wm.delta_rule,
 }
-"""All of them, by ``"Class.method"`` of diffusers: a model has them wherever it has a module of such a class."""
+"""All of them, by ``"Class.method"`` of diffusers, or ``"module.function"`` where a function does what cannot be recorded: a
+model has them wherever it has a module of such a class."""

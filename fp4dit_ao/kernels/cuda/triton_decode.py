@@ -19,6 +19,39 @@ WARPS = 4
 CODES_PER_WORD = 8
 
 
+FP8_PROGRAM = """
+{
+.reg .b32 offset, low, high, zero;
+.reg .b16 first, second;
+xor.b32 offset, $1, 0x80808080;
+mov.b32 zero, 0x64806480;
+prmt.b32 low, offset, 0x64646464, 0x4140;
+prmt.b32 high, offset, 0x64646464, 0x4342;
+sub.rn.f16x2 low, low, zero;
+sub.rn.f16x2 high, high, zero;
+cvt.rn.satfinite.e4m3x2.f16x2 first, low;
+cvt.rn.satfinite.e4m3x2.f16x2 second, high;
+mov.b32 $0, {first, second};
+}
+"""
+"""A word of four int8 levels to one of E4M3: a byte under 0x64 is the half number 1024 + byte, of which 1152 are taken off."""
+FP8_ASSEMBLY = tl.constexpr(FP8_PROGRAM)
+
+
+@triton.jit
+def table_as_fp8(t0, t1, t2, t3, ASSEMBLY: tl.constexpr):
+    """The words of a table, int8 levels, as E4M3, which must hold them."""
+    if ASSEMBLY:
+        return word_as_fp8(t0), word_as_fp8(t1), word_as_fp8(t2), word_as_fp8(t3)
+    return as_fp8(t0), as_fp8(t1), as_fp8(t2), as_fp8(t3)
+
+
+@triton.jit
+def word_as_fp8(word):
+    """:func:`as_fp8` by the assembly of GPUs that have E4M3."""
+    return tl.inline_asm_elementwise(FP8_ASSEMBLY, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
+
+
 @triton.jit
 def as_fp8(word):
     """Four int8 levels in a word to four of E4M3, which must hold them."""
@@ -53,7 +86,7 @@ def decode_kernel(
     book = tables + ((pair >> (group % 2 * 4)) & 15) * 4
     t0, t1, t2, t3 = tl.load(book), tl.load(book + 1), tl.load(book + 2), tl.load(book + 3)
     if FP8:
-        t0, t1, t2, t3 = as_fp8(t0), as_fp8(t1), as_fp8(t2), as_fp8(t3)
+        t0, t1, t2, t3 = table_as_fp8(t0, t1, t2, t3, ASSEMBLY)
     if WORDS:
         found = words_of_levels(packed, t0[:, None], t1[:, None], t2[:, None], t3[:, None], ASSEMBLY)
     else:  # not by assembly: a thread may hold bytes of rows with different tables

@@ -13,6 +13,7 @@ import functools
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import triton
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from fp4dit_ao.kernels.checks import refuse
 from fp4dit_ao.kernels.cuda.triton_lookup import INTERPRETED, levels
 
+_Choice = TypeVar("_Choice")
 MAX_BLOCK_K = 128
 """Inputs that a tile spans at most: 128 products of +-127 sum to less than 2^24, which float32 holds exactly."""
 MIN_BLOCK_K = 32
@@ -30,6 +32,8 @@ MIN_BLOCK_K = 32
 _BAND = 8
 """Blocks of tokens that run side by side and so read each weight from memory once."""
 BAND = tl.constexpr(_BAND)
+_TUNING_MS = 10
+"""Milliseconds for which a candidate is timed."""
 
 
 @triton.jit(do_not_specialize=["M", "t0", "t1", "t2", "t3"])
@@ -254,17 +258,19 @@ def _check(
         refuse(name, "bias", f"shape {tuple(bias.shape)}", f"{(features,)}")
 
 
-def tune(configs: Sequence[Config], launch: Callable[[Config], None], what: str) -> Config:
+def tune(configs: Sequence[_Choice], launch: Callable[[_Choice], object], what: str) -> _Choice:
     """The quickest of ``configs``, by the median; one that the device has no room for is left out.
 
     Raises:
         RuntimeError: the device has room for none.
     """
-    seconds: dict[Config, float] = {}
+    seconds: dict[_Choice, float] = {}
     for config in tqdm(configs, desc=what, leave=False):
         try:
-            seconds[config] = triton.testing.do_bench(
-                lambda c=config: launch(c), warmup=5, rep=20, return_mode="median"
+            launch(config)  # compiles
+            # in a CUDA graph: launching from Python takes longer than most of these kernels
+            seconds[config] = triton.testing.do_bench_cudagraph(
+                lambda c=config: launch(c), rep=_TUNING_MS, return_mode="median"
             )
         except triton.runtime.errors.OutOfResources:
             continue

@@ -9,13 +9,16 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton interprets its kernels (``TRITON_INTERPRET=1``), on tensors of the CPU."""
 
 
-def _program(t0: str, t1: str, t2: str, t3: str, ending: str) -> str:
-    """Assembly that looks eight codes, the nibbles of ``$2``, up in a table whose words are the operands ``t0`` to ``t3``.
+def _program(table: str, second_table: str, ending: str) -> str:
+    """Assembly that looks eight codes, the nibbles of ``$2``, up in a table for the lower four and one for the upper four,
+    each given by the four operands of its words.
 
     Each ``prmt`` picks four bytes of eight by four 3-bit selectors, and a third one picks between the table's halves by each
     code's top bit. ``first`` and ``second`` then hold four levels each, in the codes' order; ``ending`` makes the results
     ``$0`` and ``$1`` of them.
     """
+    t0, t1, t2, t3 = table.split()
+    u0, u1, u2, u3 = second_table.split()
     return f"""
 {{
 .reg .b32 magnitude, half, low, high, first, second;
@@ -28,18 +31,23 @@ prmt.b32 high, {t2}, {t3}, magnitude;
 prmt.b32 first, low, high, half;
 shr.u32 magnitude, magnitude, 16;
 shr.u32 half, half, 16;
-prmt.b32 low, {t0}, {t1}, magnitude;
-prmt.b32 high, {t2}, {t3}, magnitude;
+prmt.b32 low, {u0}, {u1}, magnitude;
+prmt.b32 high, {u2}, {u3}, magnitude;
 prmt.b32 second, low, high, half;
 {ending}
 }}
 """
 
 
-PROGRAM = _program("$3", "$7", "$11", "$15", "prmt.b32 $0, first, second, 0x6420;\nprmt.b32 $1, first, second, 0x7531;")
-"""Four packed bytes to eight levels: ``$0`` takes the low nibbles' levels, ``$1`` the high ones'."""
+PROGRAM = _program(
+    "$3 $7 $11 $15",
+    "$5 $9 $13 $17",
+    "prmt.b32 $0, first, second, 0x6420;\nprmt.b32 $1, first, second, 0x7531;",
+)
+"""Four packed bytes to eight levels: ``$0`` takes the low nibbles' levels, ``$1`` the high ones'. The first two bytes have the
+first one's table, the others the third one's: tensor cores want pairs of bytes of two rows in one register."""
 LOOKUP = tl.constexpr(PROGRAM)
-WORD_PROGRAM = _program("$3", "$4", "$5", "$6", "mov.b32 $0, first;\nmov.b32 $1, second;")
+WORD_PROGRAM = _program("$3 $4 $5 $6", "$3 $4 $5 $6", "mov.b32 $0, first;\nmov.b32 $1, second;")
 """A word of eight codes to two words of levels, in the codes' order, where each word has a table of its own."""
 WORD_LOOKUP = tl.constexpr(WORD_PROGRAM)
 WORD_CONSTRAINTS = tl.constexpr("=&r,=&r,r,r,r,r,r")
@@ -57,7 +65,8 @@ def level(code, t0, t1, t2, t3):
 def levels(packed, t0, t1, t2, t3, ASSEMBLY: tl.constexpr):
     """uint8 ``(N, K / 2)`` of two codes each to ``(N, K)`` bytes of the table, whose words are numbers.
 
-    With ``ASSEMBLY``, four bytes that one thread holds are looked up at once in one table, whatever their rows.
+    With ``ASSEMBLY``, four bytes that one thread holds are looked up at once. The table's words may be ``(N, 1)`` then, too, if
+    the first two of the four are of one row, and the last two.
     """
     if ASSEMBLY:
         low, high = tl.inline_asm_elementwise(

@@ -92,7 +92,7 @@ class AdaRound(LearnedRounding):
         self._gate = self.gate()
         return torch.addcmul(self.base, self.span, self._gate).to(self.dtype)
 
-    def regularizer(self, beta: float) -> Tensor:
+    def regularizer(self, beta: float | Tensor) -> Tensor:
         """``1 - |2 h - 1|^beta``, averaged over the weights: 0 when every gate is hard, 1 when all stand at one half.
 
         Uses the gates of the last ``forward``, so that a step computes them once.
@@ -142,15 +142,21 @@ class _Penalty(torch.autograd.Function):
     """``mean(1 - |2 h - 1|^beta)``, with the one power that value and derivative share."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, beta: float) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, beta: float | Tensor) -> Tensor:
+        if not isinstance(beta, Tensor):
+            beta = torch.full(
+                (), beta, dtype=torch.float64, device=gate.device
+            )  # a CUDA graph copies nothing from the host
         signed = gate * 2 - 1
         distance = signed.abs()
         power = distance.log2().mul_(beta - 1).exp2_()  # of distance 0: exp2(-inf) = 0; quicker than pow
-        ctx.save_for_backward(torch.copysign(power, signed))
-        ctx.factor = -2 * beta / gate.numel()
-        return 1 - torch.dot(power.flatten(), distance.flatten()) / gate.numel()
+        ctx.save_for_backward(torch.copysign(power, signed), beta)
+        # the compiler joins product and sum with what is before them, and calls a library for a dot product
+        compiling = torch.compiler.is_compiling()
+        total = (power * distance).sum() if compiling else torch.dot(power.flatten(), distance.flatten())
+        return 1 - total / gate.numel()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (power,) = ctx.saved_tensors
-        return power * (gradients[0] * ctx.factor), None
+        power, beta = ctx.saved_tensors
+        return power * (gradients[0] * beta * (-2 / power.numel())), None

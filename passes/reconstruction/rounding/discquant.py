@@ -81,7 +81,7 @@ class DiscQuant(AdaRound):
             return (progress + WARM_UP / 8) / WARM_UP
         return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
-    def regularizer(self, beta: float) -> Tensor:
+    def regularizer(self, beta: float | Tensor) -> Tensor:
         """0: the optimizer draws weights to the grid."""
         return self.alpha.new_zeros(())
 

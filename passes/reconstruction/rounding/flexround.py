@@ -102,7 +102,7 @@ class FlexRound(LearnedRounding):
         level = (grid.round(divided.detach()) / grid.scale).detach()
         return ((position + (level - position).detach()) * grid.scale).to(self.dtype)
 
-    def regularizer(self, beta: float) -> Tensor:
+    def regularizer(self, beta: float | Tensor) -> Tensor:
         """0: every value is one of the grid's."""
         return self.row.new_zeros(())
 

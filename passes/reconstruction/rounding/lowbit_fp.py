@@ -31,6 +31,6 @@ class LowBitFP(AdaRound):
         """h, between 0 and 1."""
         return self.alpha.sigmoid()
 
-    def regularizer(self, beta: float) -> Tensor:
+    def regularizer(self, beta: float | Tensor) -> Tensor:
         """``1 - |2 h - 1|^20``, averaged over the weights; ``beta`` is not looked at."""
         return super().regularizer(EXPONENT)

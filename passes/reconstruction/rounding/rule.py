@@ -22,8 +22,9 @@ class LearnedRounding(nn.Module, ABC):
        codes;
     2. calls :meth:`optimizer` on all of them: Adam over all ``parameters()``, at the learning rate ``config.lr``, or
        :meth:`learning_rate` if that is None;
-    3. in each step calls :meth:`forward` once per minibatch group and weight, under autograd, for the unit's output; then,
-       after the warm-up, :meth:`regularizer` once; then takes the step, at :meth:`pace` times the learning rate;
+    3. in each step calls :meth:`forward` once per weight, under autograd, then, after the warm-up, :meth:`regularizer`; and
+       takes the step, at :meth:`pace` times the learning rate. On a GPU, if the optimizer is capturable, all steps are one CUDA
+       graph, for which neither may read a tensor as a number;
     4. calls :meth:`scale_factor` and :meth:`hard_codes` once, and keeps them only if the unit's error on all calibration rows
        is less than before.
 
@@ -44,14 +45,19 @@ class LearnedRounding(nn.Module, ABC):
     @classmethod
     def optimizer(cls, rules: Sequence["LearnedRounding"], config: ReconstructionConfig) -> Optimizer:
         """Optimizer over the parameters of all weights of a unit."""
+        on_gpu = all(parameter.is_cuda for rule in rules for parameter in rule.parameters())
         return torch.optim.Adam(
-            [
-                {"params": list(rule.parameters()), "lr": config.lr or rule.learning_rate(config.step_in_logits)}
-                for rule in rules
-            ],
+            [{"params": list(rule.parameters()), "lr": rule._rate(config)} for rule in rules],
             eps=1e-20,  # one weight's share of millions in the gradient is far below the usual 1e-8
             fused=True,
+            capturable=on_gpu,
         )
+
+    def _rate(self, config: ReconstructionConfig) -> float | Tensor:
+        """The learning rate; on a GPU as a tensor, which a CUDA graph reads anew in each step."""
+        rate = config.lr or self.learning_rate(config.step_in_logits)
+        device = next(self.parameters()).device
+        return torch.tensor(rate, device=device) if device.type == "cuda" else rate
 
     @classmethod
     def pace(cls, progress: float) -> float:
@@ -82,11 +88,12 @@ class LearnedRounding(nn.Module, ABC):
         """The softly rounded weight, differentiable in the parameters; shaped and typed like ``weight``, the original again."""
 
     @abstractmethod
-    def regularizer(self, beta: float) -> Tensor:
+    def regularizer(self, beta: float | Tensor) -> Tensor:
         """A differentiable scalar: 0 where every element of the last :meth:`forward` is one of the grid's values, at most 1.
 
         Args:
-            beta: exponent, more than 1; the larger, the less elements in the middle between two values are penalised.
+            beta: exponent, more than 1, as a number or a scalar tensor; the larger, the less elements in the middle between
+                two values are penalised.
         """
 
     @abstractmethod

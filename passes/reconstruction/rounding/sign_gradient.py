@@ -93,7 +93,7 @@ class SignGradient(LearnedRounding):
         hard = torch.where(_takes_up(soft, around), around.up, around.low)
         return ((soft + (hard - soft).detach()) * grid.scale).to(self.dtype)
 
-    def regularizer(self, beta: float) -> Tensor:
+    def regularizer(self, beta: float | Tensor) -> Tensor:
         """0: every value is one of the grid's."""
         return self.offset.new_zeros(())
 

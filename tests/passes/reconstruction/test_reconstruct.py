@@ -300,7 +300,7 @@ def test_a_compiled_block_learns_as_well() -> None:
     eager, data, _ = prepare()
     compiled = copy.deepcopy(eager)
     row = reconstruct(eager, data, SHORT, progress=False).rows[0]
-    other = reconstruct(compiled, data, replace(SHORT, compile=True), progress=False).rows[0]
+    other = reconstruct(compiled, data, replace(SHORT, compile=True, bfloat16=True), progress=False).rows[0]
     assert other.kept == "learned"
     assert other.loss_before == row.loss_before
     assert other.loss_after == pytest.approx(row.loss_after, rel=0.1)

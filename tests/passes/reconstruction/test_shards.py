@@ -15,7 +15,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from fp4dit_ao import AdaRoundConfig, FP4DiTQuantizer, ReconstructionConfig, capture, reconstruct, w4a6
 from fp4dit_ao.passes.partition import weight_observers
-from fp4dit_ao.passes.reconstruction.learned_rounding import Learner
+from fp4dit_ao.passes.reconstruction.iteration import Iteration
 from fp4dit_ao.passes.reconstruction.shards import Shards, divide
 from fp4dit_ao.util.world import World, joined
 from tests.graphs import TinyDiT, tiny_sample
@@ -61,25 +61,24 @@ def division(count: int, batch_size: int = 8, world: World | None = None) -> Sha
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_the_drawn_rows_of_all_shards_weigh_one(count: int) -> None:
+def test_as_many_rows_are_drawn_from_every_shard(count: int) -> None:
     shards = division(count)
     assert sum(shards.rows) == shards.total_rows == 12
-    drawn = shards.draw(torch.Generator().manual_seed(0))
-    assert sum(len(rows) for part in drawn.values() for _, rows, _ in part) == 8
-    assert sum(weight for part in drawn.values() for *_, weight in part) == pytest.approx(1)
+    drawn = [len(rows) for rows in shards.draw(8, torch.Generator().manual_seed(0))]
+    assert sum(drawn) == 8
+    assert max(drawn) - min(drawn) <= 1
+    assert shards.chunk == max(drawn)
 
 
 def test_every_row_is_drawn_equally_often_in_the_mean() -> None:
-    """Shards of 4 and 2 samples: a row's expected weight is a twelfth, whichever it is in."""
+    """Shards of 4 and 2 rows: a row's expected weight is a twelfth, whichever it is in."""
     shards = division(5, 5)
     assert shards.rows == [4, 2, 2, 2, 2]
-    generator, weight = torch.Generator().manual_seed(0), torch.zeros(12)
+    generator, weight = torch.Generator().manual_seed(0), [torch.zeros(rows) for rows in shards.rows]
     for _ in range(2000):
-        for part in shards.draw(generator).values():
-            for stream, rows, share in part:
-                first = sum(s.rows for s in shards.streams[:stream])
-                weight[first + rows] += share / len(rows) / 2000
-    torch.testing.assert_close(weight, torch.full((12,), 1 / 12), rtol=0.1, atol=0)
+        for shard, rows in zip(shards.own, shards.draw(5, generator), strict=True):
+            weight[shard.number][rows] += shards.share(shard) / len(rows) / 2000
+    torch.testing.assert_close(torch.cat(weight), torch.full((12,), 1 / 12), rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("config", [replace(LEARNED, iters=1, warmup=0.0), ReconstructionConfig("gptq")])
@@ -133,7 +132,7 @@ def test_processes_hold_the_shards_one_after_the_other() -> None:
 def dies(rank: int, folder: Path) -> None:
     """Process 1 is killed in the third step of the second block."""
     if rank == 1:
-        steps, gradients = [0], Learner._gradients
+        steps, gradients = [0], Iteration._learned_from
 
         def counted(*args: Any) -> list[Tensor]:
             steps[0] += 1
@@ -141,7 +140,7 @@ def dies(rank: int, folder: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return gradients(*args)
 
-        Learner._gradients = counted  # type: ignore[method-assign]
+        Iteration._learned_from = counted  # type: ignore[method-assign]
     with joined():
         rounded(prepared(), LEARNED, checkpoint_dir=folder / str(rank))
 

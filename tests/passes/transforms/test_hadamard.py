@@ -2,15 +2,13 @@
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from benchmarks.families import small_model
 from fp4dit_ao import (
@@ -18,7 +16,6 @@ from fp4dit_ao import (
     FP4DiTQuantizer,
     capture,
     example_inputs,
-    lower,
     quantizer_for,
     reconstruct,
     transform,
@@ -28,7 +25,7 @@ from fp4dit_ao.passes.block_outlining import kinds_of_blocks, outline
 from fp4dit_ao.passes.transforms.hadamard import Hadamard, rotate, rotated_weight, rotation
 from fp4dit_ao.passes.transforms.smoothquant import SmoothQuant
 from tests.graphs import TinyDiT, show, tiny_sample
-from tests.passes.transforms.layers import Layer, relative
+from tests.passes.transforms.layers import Layer, quantized, relative
 
 E2M1 = replace(RECIPES["w4a6_e2m1"](), skip=())
 
@@ -39,13 +36,6 @@ def layer_and_sample(seed: int = 0, width: int = 128) -> tuple[Layer, dict[str, 
     x = torch.randn(2, 48, width)
     x[..., [3, 11, 14]] *= torch.tensor([60.0, 25.0, 100.0])
     return Layer(width).eval(), {"x": x}
-
-
-@torch.no_grad()
-def quantized(graph: GraphModule, config: Any, sample: dict[str, Tensor]) -> GraphModule:
-    prepared = prepare_pt2e(graph, FP4DiTQuantizer().set_global(config))
-    prepared(**sample)
-    return lower(convert_pt2e(prepared, fold_quantize=False))
 
 
 # --- the matrix ------------------------------------------------------------------------------------------------------

@@ -2,17 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from benchmarks.families import small_model
-from fp4dit_ao import FP4DiTQuantizer, QuantizedTransformer, capture, example_inputs, lower, quantizer_for, transform
+from fp4dit_ao import QuantizedTransformer, capture, example_inputs, lower, quantizer_for, transform
 from fp4dit_ao.checkpoint import graph_rebuilding
 from fp4dit_ao.config import RECIPES
 from fp4dit_ao.diffusers_integration.graph_form import load_graph
@@ -22,7 +20,7 @@ from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.passes.transforms.outlier_groups import OutlierGroups, candidate_orders
 from tests.graphs import show
-from tests.passes.transforms.layers import Layer, relative
+from tests.passes.transforms.layers import Layer, quantized, relative
 
 NVFP4 = replace(RECIPES["nvfp4"](), skip=())
 
@@ -36,13 +34,6 @@ def scattered(seed: int = 0) -> tuple[Layer, list[dict[str, Tensor]]]:
         for linear in (model.one, model.two):
             linear.weight.copy_(torch.randn(32, 128, generator=generator) / sizes / 10)
     return model, [{"x": torch.randn(2, 48, 128, generator=generator) * sizes} for _ in range(2)]
-
-
-@torch.no_grad()
-def quantized(graph: GraphModule, config: Any, sample: dict[str, Tensor]) -> GraphModule:
-    prepared = prepare_pt2e(graph, FP4DiTQuantizer().set_global(config))
-    prepared(**sample)
-    return lower(convert_pt2e(prepared, fold_quantize=False))
 
 
 def test_orders_sort_by_either_size_or_both() -> None:

@@ -80,6 +80,8 @@ extern const codebook_kernel codebook_avx2, codebook_avxvnni, codebook_avx512vnn
 #ifdef FP4DIT_AMX
 extern const codebook_kernel codebook_amx;
 #endif
+#elif defined(__aarch64__)
+extern const codebook_kernel codebook_dotprod;
 #endif
 
 #endif

@@ -38,6 +38,8 @@ static const codebook_kernel *const kernels[] = {
     &codebook_amx,
 #endif
     &codebook_avx512vnni, &codebook_avxvnni, &codebook_avx2,
+#elif defined(__aarch64__)
+    &codebook_dotprod,
 #endif
     &codebook_portable,
 };
@@ -51,6 +53,8 @@ static int supported(const codebook_kernel *kernel) {
     if (kernel == &codebook_avx512vnni) return has_avx512vnni();
     if (kernel == &codebook_avxvnni) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni");
     if (kernel == &codebook_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__aarch64__)
+    if (kernel == &codebook_dotprod) return has_dot_product();
 #endif
     return kernel == &codebook_portable;
 }

@@ -6,6 +6,8 @@
  *   add_lanes            the sums over each of four registers */
 #include "codebook_epilogue.h"
 
+typedef int32_t four_sums __attribute__((vector_size(16)));
+
 /* Rows of levels, one after another. A group that is no multiple of WIDTH spills into the next, which is written later. */
 static void decode(const codebook_weights *w, int64_t feature, uint8_t *panel) {
     for (int64_t n = feature; n < feature + FEATURES && n < w->features; n++, panel += padded_depth(w->depth)) {
@@ -43,8 +45,8 @@ INLINE void tile(const int8_t *t, const uint8_t *w, int64_t stride, const int to
     }
 #pragma GCC unroll 4
     for (int m = 0; m < tokens; m++) {
-        __m128i four = add_lanes(sum[m][0], sum[m][1], sum[m][2], sum[m][3]);
-        _mm_storeu_si128((__m128i *)(sums + m * FEATURES), _mm_add_epi32(four, _mm_set1_epi32(start[m])));
+        four_sums four = (four_sums)add_lanes(sum[m][0], sum[m][1], sum[m][2], sum[m][3]) + start[m];
+        memcpy(sums + m * FEATURES, &four, sizeof four);
     }
 }
 

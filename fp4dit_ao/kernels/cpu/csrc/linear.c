@@ -44,6 +44,8 @@ static const tile_kernel *const kernels[] = {
     &tile_amx,
 #endif
     &tile_avx512vnni, &tile_avxvnni, &tile_avx2,
+#elif defined(__aarch64__)
+    &tile_dotprod,
 #endif
     &tile_portable,
 };
@@ -57,6 +59,8 @@ static int supported(const tile_kernel *kernel) {
     if (kernel == &tile_avx512vnni) return has_avx512vnni();
     if (kernel == &tile_avxvnni) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni");
     if (kernel == &tile_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__aarch64__)
+    if (kernel == &tile_dotprod) return has_dot_product();
 #endif
     return kernel == &tile_portable;
 }

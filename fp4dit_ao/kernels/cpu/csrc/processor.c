@@ -15,6 +15,11 @@ enum {
 };
 #endif
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 int has_avx512(void) {
 #if defined(__x86_64__)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -39,6 +44,16 @@ int has_amx(void) {
     if (!has_avx512() || !__builtin_cpu_supports("avx512bf16")) return 0;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & wanted) != wanted) return 0;
     return !syscall(SYS_arch_prctl, REQUEST_STATE, TILE_STATE);
+#else
+    return 0;
+#endif
+}
+
+int has_dot_product(void) {
+#if defined(__aarch64__) && defined(__linux__)
+    return !!(getauxval(AT_HWCAP) & HWCAP_ASIMDDP);
+#elif defined(__aarch64__) && defined(__APPLE__)
+    return 1; /* every one has it */
 #else
     return 0;
 #endif

@@ -5,5 +5,6 @@
 int has_avx512(void);     /* F, BW, DQ and VL */
 int has_avx512vnni(void); /* with the four above */
 int has_amx(void);        /* int8 and bfloat16, with the AVX-512 above and its bfloat16; asks the system for permission */
+int has_dot_product(void); /* Arm's, of bytes */
 
 #endif

@@ -12,6 +12,13 @@
 #define END_TARGET PRAGMA(GCC pop_options)
 #endif
 
+/* Arm's dot product of bytes, as a feature. */
+#if defined(__clang__)
+#define DOT_PRODUCT "dotprod"
+#else
+#define DOT_PRODUCT "arch=armv8.2-a+dotprod"
+#endif
+
 /* Compilers that know tile registers; Linux grants their use. */
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define FP4DIT_AMX 1

@@ -73,6 +73,8 @@ extern const tile_kernel tile_avx2, tile_avxvnni, tile_avx512vnni;
 #ifdef FP4DIT_AMX
 extern const tile_kernel tile_amx;
 #endif
+#elif defined(__aarch64__)
+extern const tile_kernel tile_dotprod;
 #endif
 
 #endif

@@ -134,12 +134,12 @@ def derivative(found: Any) -> tuple[float, float]:
     everything = slice(0, found.shards.total_rows)
     with rounding_by({observer: module}):
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(found.of(0, everything, found.graph), module.shift)
+            (gradient,) = torch.autograd.grad(found.of(found.gather(0, everything), found.graph), module.shift)
         values = []
         for shift in (1e-2, -1e-2):
             module.shift.data.fill_(shift)
             with torch.no_grad():
-                values.append(float(found.of(0, everything, found.graph)))
+                values.append(float(found.of(found.gather(0, everything), found.graph)))
     return float(gradient), (values[0] - values[1]) / 2e-2
 
 

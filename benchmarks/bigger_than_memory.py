@@ -1,0 +1,216 @@
+"""Quantization of a model that is bigger than memory: ``python -m benchmarks.bigger_than_memory``.
+
+Writes a pipeline whose transformer has random bfloat16 weights in shards, and quantizes it to nearest in processes that have
+less memory than it takes: while ``from_pretrained`` reads it, by ``quantize_pipeline``, and by ``fp4dit-ao quantize``. Prints
+the most anonymous memory that each took beyond what the small reference pipeline had left, beside the bound: the quantized size
+and twice the largest tensor.
+"""
+
+import functools
+import gc
+import itertools
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks import limited_memory
+from fp4dit_ao import reference
+from fp4dit_ao.checkpoint.empty_model import empty_model
+from fp4dit_ao.evaluation.environment import environment
+from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.freed_memory import WORTH_IT, return_freed
+
+GB = 10**9
+WEIGHTS = "diffusion_pytorch_model"
+WAYS = ("from_pretrained", "quantize_pipeline", "command")
+"""Ways to quantize, each in a process of its own."""
+PROMPT = "a red square"
+
+
+@dataclass(frozen=True)
+class Large:
+    """A pipeline on disk.
+
+    Attributes:
+        folder: of the pipeline.
+        nbytes: of the transformer's tensors.
+        largest: of its largest tensor.
+    """
+
+    folder: Path
+    nbytes: int
+    largest: int
+
+
+def make(folder: Path, nbytes: float, width: int, shard: float, seed: int = 0) -> Large:
+    """Writes the reference pipeline with another transformer, of random bfloat16 weights, a file at a time in memory.
+
+    Tensors of one shape are equal, so that making them does not take longer than the rest.
+
+    Args:
+        folder: to write.
+        nbytes: of the transformer, about: whole blocks.
+        width: of its tokens.
+        shard: bytes of a file, about.
+        seed: of the weights.
+    """
+    shutil.copytree(reference.path(), folder, ignore=_without_transformer)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    config |= {"num_attention_heads": width // config["attention_head_dim"], "cross_attention_dim": width}
+    one, two = (_sizes(config | {"num_layers": layers}) for layers in (1, 2))
+    block = sum(two.values()) - sum(one.values())
+    config["num_layers"] = max(1, round((nbytes - sum(one.values())) / block) + 1)
+    (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2))
+    sizes = _sizes(config)
+    _write(config, folder / "transformer", shard, seed)
+    return Large(folder, sum(sizes.values()), max(sizes.values()))
+
+
+def _without_transformer(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(folder).name == "transformer" and name.startswith(WEIGHTS)]
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, int]:
+    return {name: 2 * x.numel() for name, x in empty_model(config).state_dict().items()}
+
+
+def _write(config: dict[str, Any], folder: Path, shard: float, seed: int) -> None:
+    files: list[list[str]] = [[]]
+    shapes = {name: x.shape for name, x in empty_model(config).state_dict().items()}
+    filled = 0
+    for name, shape in shapes.items():
+        if filled >= shard:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += 2 * shape.numel()
+    names = [f"{WEIGHTS}-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    generator = torch.Generator().manual_seed(seed)
+
+    @functools.cache
+    def drawn(shape: torch.Size) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+    for file, inside in zip(names, files, strict=True):
+        tensors: dict[str, Tensor] = {name: drawn(shapes[name]).clone() for name in inside}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {
+        "metadata": {},
+        "weight_map": {name: file for file, inside in zip(names, files, strict=True) for name in inside},
+    }
+    (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def quantize(way: str, recipe: str, folder: Path, out: Path) -> None:
+    """Quantizes the pipeline in ``folder`` to nearest, and saves its transformer (the command: all of it) to ``out``."""
+    if way == "from_pretrained":
+        from diffusers import PixArtTransformer2DModel
+
+        from fp4dit_ao import FP4DiTConfig
+
+        model = PixArtTransformer2DModel.from_pretrained(
+            folder, subfolder="transformer", quantization_config=FP4DiTConfig(recipe), torch_dtype=torch.bfloat16
+        )
+        model.save_pretrained(out / "transformer")
+    elif way == "quantize_pipeline":
+        from fp4dit_ao import quantize_pipeline
+        from fp4dit_ao.diffusers_integration.named_models import open_pipeline
+
+        pipe = open_pipeline(str(folder), "cpu", dtype="bfloat16")
+        quantized = quantize_pipeline(pipe, recipe, prompts=[PROMPT], rounding="nearest", progress=False)
+        quantized.transformer.save_pretrained(out / "transformer")
+    else:
+        from fp4dit_ao.cli.app import app
+
+        prompts = out.with_name(f"{out.name}.txt")
+        prompts.write_text(f"{PROMPT}\n")
+        arguments = ["--prompts", str(prompts), "--recipe", recipe, "--rounding", "nearest", "--dtype", "bfloat16"]
+        if app(["quantize", str(folder), "--out", str(out), *arguments], standalone_mode=False):
+            raise RuntimeError("the command failed")
+
+
+def child(way: str, recipe: str, folder: str, out: str) -> None:
+    """What a limited process does; its last line is JSON.
+
+    First it does the same to the small reference pipeline: torch.export alone imports some hundred MB of modules.
+    """
+    with tempfile.TemporaryDirectory() as small:
+        quantize(way, recipe, reference.path(), Path(small) / "out")
+    gc.collect()
+    return_freed(WORTH_IT)
+    began = time.perf_counter()
+    with limited_memory.Peak() as peak:
+        quantize(way, recipe, Path(folder), Path(out))
+    seconds = time.perf_counter() - began
+    print(json.dumps({"before": peak.before, "peak": peak.bytes, "added": peak.added, "seconds": seconds}))
+
+
+def measured(large: Large, way: str, recipe: str, limit: float, out: Path) -> dict[str, Any]:
+    """One row: memory and time of one way, in a process that is given ``limit`` bytes.
+
+    Raises:
+        RuntimeError: it failed, such as by needing more.
+    """
+    code = "import sys; from benchmarks.bigger_than_memory import child; child(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, way, recipe, str(large.folder), str(out)]
+    done, by = limited_memory.run(command, int(limit))
+    if done.returncode:
+        raise RuntimeError(f"{way} ended with {done.returncode} in {limit / GB:.1f} GB: {done.stderr[-2000:]}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    quantized = sum(path.stat().st_size for path in (out / "transformer").glob("*.safetensors"))
+    bound = quantized + 2 * large.largest
+    return {
+        "way": way,
+        "recipe": recipe,
+        "limited by": by,
+        "limit": int(limit),
+        "quantized": quantized,
+        "bound": bound,
+    } | found
+
+
+def table(large: Large, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Lines of Markdown."""
+    yield "| | recipe | memory allowed | quantized | + 2 largest tensors | peak, added | peak in all | seconds |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        sizes = (f"{row[name] / GB:.2f} GB" for name in ("limit", "quantized", "bound", "added", "peak"))
+        yield f"| {row['way']} | `{row['recipe']}` | {' | '.join(sizes)} | {row['seconds']:.0f} |"
+    yield ""
+    yield f"Float weights: {large.nbytes / GB:.2f} GB in bfloat16, the largest tensor {large.largest / 1e6:.0f} MB."
+
+
+def main(
+    size: Annotated[float, typer.Option(help="GB of float weights.")] = 6,
+    memory: Annotated[float, typer.Option(help="GB that a process may take, page cache included.")] = 4,
+    width: Annotated[int, typer.Option(help="Width of the transformer; more layers if less.")] = 4096,
+    shard: Annotated[float, typer.Option(help="GB of a file.")] = 1,
+    recipe: Annotated[list[str], typer.Option(help="Repeatable.")] = ["w4a6"],  # noqa: B006
+    way: Annotated[list[str], typer.Option(help="Repeatable.")] = list(WAYS),  # noqa: B006
+    out: Path = Path("benchmarks/results/bigger-than-memory.json"),
+) -> None:
+    """Writes the model into a temporary folder, measures and prints."""
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        root = Path(folder)
+        large = make(root / "float", size * GB, width, shard * GB)
+        rows = []
+        for each, name in itertools.product(way, recipe):
+            rows.append(measured(large, each, name, memory * GB, root / "quantized"))
+            shutil.rmtree(root / "quantized")
+    print("\n".join(table(large, rows)))
+    write_text(out, json.dumps({"environment": environment(), "bytes": large.nbytes, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

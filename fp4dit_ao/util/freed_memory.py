@@ -1,0 +1,29 @@
+"""Memory that was freed, and that the C library keeps for later."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+WORTH_IT = 2**20
+"""Elements of a tensor from which on its intermediates are worth returning: what they leave in the heap is in megabytes."""
+
+
+def return_freed(elements: int) -> None:
+    """Gives memory that is free back to the system, after work on a tensor of ``elements``; where the C library is not glibc,
+    nothing happens.
+
+    Tensors are aligned, and glibc seldom takes an aligned block for another one of the same size: the intermediates of one
+    weight after another would add up to several times what is kept of them.
+    """
+    trim = _trim()
+    if trim is not None and elements >= WORTH_IT:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library; Windows
+        return None
+    return found

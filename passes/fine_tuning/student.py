@@ -1,0 +1,50 @@
+"""The contract of a student: what stands for an observer's own rounding while a model is fine-tuned."""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import TypedDict
+
+from torch import Tensor, nn
+
+from fp4dit_ao.observers import WeightObserver
+from fp4dit_ao.observers.weight import Settled
+
+
+class ParameterGroup(TypedDict):
+    """Parameters that share a learning rate, as torch's optimizers take them."""
+
+    params: list[nn.Parameter]
+    lr: float
+
+
+class Student(nn.Module, ABC):
+    """One weight while it is trained. Its ``state_dict`` is all that a resumed run needs of it."""
+
+    @abstractmethod
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight that the model computes with, differentiable in what is trained; shaped and typed like ``weight``, the
+        float model's ``(out_features, in_features)``."""
+
+    @abstractmethod
+    def settled(self) -> Settled:
+        """Codes and scales that the training amounts to; :meth:`forward` gives their values at the end of it."""
+
+    @abstractmethod
+    def groups(self, lr: float) -> list[ParameterGroup]:
+        """What Adam trains, with learning rates in proportion to ``lr``."""
+
+    def advance(self, step: int, steps: int) -> None:
+        """Called before step ``step`` of ``steps``, for what follows a schedule."""
+
+
+@contextlib.contextmanager
+def standing_for(students: Mapping[WeightObserver, Student]) -> Iterator[None]:
+    """Lets students stand for their observers' own rounding."""
+    try:
+        for observer, student in students.items():
+            observer.rounding = student
+        yield
+    finally:
+        for observer in students:
+            observer.rounding = None

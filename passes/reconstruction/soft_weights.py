@@ -1,0 +1,129 @@
+"""The soft weights of a step, and the penalty of their gates: one piece of code for a unit, which compiles to a few loops.
+
+A step has two halves of autograd, so that gates are computed once, whatever the unit's graph does with a weight, and forward
+and backward of both halves can be compiled apart: the rules make the soft weights, and the unit's graph takes them as leaves.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from fp4dit_ao.observers import WeightObserver
+from fp4dit_ao.passes.reconstruction.rounding import LearnedRounding
+
+
+class Leaf(nn.Module):
+    """A soft weight, in the place of a weight observer's own rounding: the unit's backward pass leaves its gradient there."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.weight
+
+
+class Softened(nn.Module):
+    """A rule's soft weight in the type that products take, and its penalty."""
+
+    def __init__(self, rule: LearnedRounding, dtype: torch.dtype, penalised: bool):
+        super().__init__()
+        self.rule, self.dtype, self.penalised = rule, dtype, penalised
+
+    def forward(self, weight: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+        soft = self.rule(weight).to(self.dtype)
+        return (soft, self.rule.regularizer(beta)) if self.penalised else (soft,)
+
+
+class SoftWeights:
+    """Soft weights of all observers of a unit.
+
+    Args:
+        rules: one for each observer.
+        weights: the originals.
+        dtypes: type that each soft weight is made in.
+        compiled: whether what makes them is compiled.
+
+    Attributes:
+        leaves: what stands in for the observers' rounding.
+        beta: exponent of the penalties, a float64 scalar on the device: float32 cannot tell one just above 1 from 1.
+        penalty: mean over all weights of the last :meth:`soften`; 0 if it was not asked for.
+    """
+
+    def __init__(
+        self,
+        rules: Mapping[WeightObserver, LearnedRounding],
+        weights: Mapping[WeightObserver, Tensor],
+        dtypes: Mapping[WeightObserver, torch.dtype],
+        compiled: bool,
+    ):
+        self._weights = [weights[observer] for observer in rules]
+        self.leaves = {o: Leaf(weights[o].to(dtypes[o])) for o in rules}
+        device = self._weights[0].device
+        sizes = [weight.numel() for weight in self._weights]
+        self._shares = torch.tensor([size / sum(sizes) for size in sizes], device=device)
+        self.beta = torch.full((), 2.0, dtype=torch.float64, device=device)
+        self.penalty = torch.zeros((), device=device)
+        self._soft: Sequence[Tensor] = ()
+        self._graphs = {}
+        for penalised in (True,) if compiled else (False, True):  # compiling another one takes longer than the penalty
+            graph = _graph_of([Softened(rule, dtypes[o], penalised) for o, rule in rules.items()], penalised)
+            self._graphs[penalised] = torch.compile(graph) if compiled else graph
+
+    def soften(self, penalised: bool) -> None:
+        """Make the soft weights of the parameters as they are, and the penalty, which compiled code makes in any case."""
+        penalised = penalised or False not in self._graphs
+        found = self._graphs[penalised](self._weights, self.beta, self._shares)
+        self._soft = found[: len(self._weights)]
+        self.penalty = found[-1] if penalised else self._shares.new_zeros(())
+        for leaf, soft in zip(self.leaves.values(), self._soft, strict=True):
+            leaf.weight = soft.detach().requires_grad_()
+
+    def gradients(self) -> list[Tensor]:
+        """Takes the gradients out of the leaves, 0 where nothing left one."""
+        found = []
+        for weight in (leaf.weight for leaf in self.leaves.values()):
+            found.append(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+            weight.grad = None
+        return found
+
+    def receive(self, gradients: Sequence[Tensor]) -> None:
+        """Puts gradients into the leaves."""
+        for leaf, gradient in zip(self.leaves.values(), gradients, strict=True):
+            leaf.weight.grad = gradient
+
+    def backward(self, penalty_weight: Tensor) -> None:
+        """Pass the gradients of the leaves, and of ``penalty_weight`` (a scalar) times the penalty, on to the parameters."""
+        pairs = [(s, leaf.weight.grad) for s, leaf in zip(self._soft, self.leaves.values(), strict=True)]
+        pairs.append((self.penalty, penalty_weight))
+        wanted = [(value, gradient) for value, gradient in pairs if value.requires_grad and gradient is not None]
+        torch.autograd.backward([value for value, _ in wanted], [gradient for _, gradient in wanted])
+        self._soft, self.penalty = (), self.penalty.detach()
+
+
+def _graph_of(parts: Sequence[Softened], penalised: bool) -> GraphModule:
+    """Calls all parts. As a graph of its own, each unit's is compiled by itself, and the compiler's limit of variants of one
+    function does not count units."""
+    graph = Graph()
+    weights, beta, shares = (graph.placeholder(name) for name in ("weights", "beta", "shares"))
+    made = []
+    for number in range(len(parts)):
+        weight = graph.call_function(_item, (weights, number))
+        made.append(graph.call_module(str(number), (weight, beta)))
+    found = [graph.call_function(_item, (one, 0)) for one in made]
+    if penalised:
+        found.append(graph.call_function(_average, ([graph.call_function(_item, (one, 1)) for one in made], shares)))
+    graph.output(tuple(found))
+    return GraphModule({str(number): part for number, part in enumerate(parts)}, graph)
+
+
+def _item(values: Sequence[Tensor], index: int) -> Tensor:
+    return values[index]
+
+
+def _average(penalties: Sequence[Tensor], shares: Tensor) -> Tensor:
+    return torch.dot(torch.stack(list(penalties)).float(), shares)
