@@ -22,6 +22,7 @@ LATE = {
     "fp4dit_ao.deploy.exported_transformer": "an exported file is loaded without torchao",
     "fp4dit_ao.kernels.cuda.int8_linear": "Triton is optional",
     "fp4dit_ao.kernels.decoded_linear": "Triton is optional",
+    "fp4dit_ao.kernels.fp8_attention": "Triton is optional",
     "fp4dit_ao.kernels.level_linear": "Triton is optional",
 }
 """Modules that import another module of this package inside of a function, and what that saves."""
@@ -135,7 +136,7 @@ MOST_ANY = {
     "fp4dit_ao": 1, "fp4dit_ao/_compat": 9, "fp4dit_ao/benchmark": 13, "fp4dit_ao/calibration": 1, "fp4dit_ao/checkpoint": 6,
     "fp4dit_ao/cli": 8, "fp4dit_ao/config": 2, "fp4dit_ao/deploy": 2, "fp4dit_ao/diffusers_integration": 13,
     "fp4dit_ao/evaluation": 3, "fp4dit_ao/graph_capture": 4, "fp4dit_ao/kernels": 6, "fp4dit_ao/reference": 1,
-    "fp4dit_ao/schemes": 2, "fp4dit_ao/serving": 2, "fp4dit_ao/tensors": 6, "observers": 3, "passes/reconstruction": 11,
+    "fp4dit_ao/schemes": 2, "fp4dit_ao/serving": 2, "fp4dit_ao/tensors": 6, "observers": 3, "passes/reconstruction": 14,
     "passes/transforms": 1, "fp4dit_ao/util": 2,
 }  # fmt: skip
 """Most lines with ``Any``, by folder; other folders have none. What is left are contexts of autograd functions, arguments that

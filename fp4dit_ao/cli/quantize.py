@@ -74,15 +74,16 @@ class Methods:
             raise ValueError("--fine-tuning-steps is the length of fine-tuning; name a method with --fine-tuning")
         resolve_transforms(self.transforms)
         rounded = chosen_config(self.rounding, self.objective, self.scope)
-        lengths = {"iters": self.iters, "patience": self.patience}
-        given = {name: value for name, value in lengths.items() if value is not None}
+        given = [name for name in ("iters", "patience") if getattr(self, name) is not None]
         if given and isinstance(ROUNDINGS.find(rounded.rounding), ClosedFormRounding):
             options = " and ".join(f"--{name}" for name in given)
             raise ValueError(
                 f"{options} is for the length of learned rounding; leave it out with --rounding {self.rounding}"
             )
-        rounded = replace(rounded, shards=self.shards, batch_size=self.batch_size or rounded.batch_size)
-        rounded = replace(rounded, **given)
+        rounded = replace(
+            rounded, iters=self.iters or rounded.iters, patience=self.patience, shards=self.shards,
+            batch_size=self.batch_size or rounded.batch_size,
+        )  # fmt: skip
         tune = FineTuneConfig() if self.fine_tuning_steps is None else FineTuneConfig(steps=self.fine_tuning_steps)
         return {
             "reconstruction": rounded, "selection": self.selection, "transforms": self.transforms,

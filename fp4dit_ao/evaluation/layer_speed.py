@@ -106,7 +106,7 @@ def _shares(speed: LayerSpeed, weights: Mapping[str, LowBitWeight]) -> dict[str,
     whole = sum(weight.numel() for weight in weights.values())
     parts = {name: weight.numel() / whole for name, weight in weights.items()}
     return {
-        name: speed._replace(seconds=speed.seconds * part, bfloat16=speed.bfloat16 * part)
+        name: LayerSpeed(speed.seconds * part, speed.bfloat16 * part, speed.speed, speed.steady)
         for name, part in parts.items()
     }
 

@@ -11,7 +11,7 @@ exact as the tensor core's accumulator; ``python -m benchmarks.gpu --part linear
 All of it runs on CPUs, too, with levels decoded by PyTorch's operators: that is how its numbers are tested without a GPU.
 """
 
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def codebook_product(tokens: Tensor, qdata: Tensor, index: Tensor, codebooks: Te
         qdata, index, codebooks, group_size: see :func:`fp4dit_ao.kernels.codebook_linear.reference_codebook_linear`.
     """
 
-    def by(config: Any) -> Tensor:
+    def by(config: object) -> Tensor:
         if config is None:
             return integer_product(tokens, decoded(qdata, index, codebooks, group_size, torch.int8))
         return few_tokens.product(tokens, qdata, index, codebooks, group_size, config)
@@ -73,7 +73,7 @@ def fp8_codebook_linear(
         bias: ``(out_features,)`` or None.
     """
 
-    def by(config: Any) -> Tensor:
+    def by(config: object) -> Tensor:
         if config is not None:
             weight = qdata, index, codebooks, row_scale, bias
             return few_tokens.linear(tokens, token_scale, *weight, group_size, torch.bfloat16, config)
@@ -88,7 +88,7 @@ def fp8_codebook_linear(
     return by(few_tokens and few_tokens.chosen(tokens, qdata.shape[0], group_size, by))
 
 
-def _few_tokens(tokens: Tensor, group_size: int) -> Any:
+def _few_tokens(tokens: Tensor, group_size: int) -> ModuleType | None:
     """The module of the kernel that decodes as it multiplies, where it may run; else None."""
     if not triton_units.decodes(tokens.device, group_size):
         return None

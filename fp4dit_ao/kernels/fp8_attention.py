@@ -73,11 +73,11 @@ def _seconds(shape: AttentionShape) -> float:
             seconds = attention_backend.median_seconds(lambda: _on_triton(*levels, v, dim**-0.5), shape.device)
         except RuntimeError:
             return float("inf")
-        rounded = [
+        q, k = (
             (x[..., :dim].float().transpose(1, 2) * scale.unsqueeze(-1)).to(shape.dtype)
             for x, scale in (levels[:2], levels[2:])
-        ]
-        expected = F.scaled_dot_product_attention(*rounded, v.transpose(1, 2)).transpose(1, 2)
+        )
+        expected = F.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2)
     agrees = bool((found.float() - expected.float()).norm() <= _TOLERANCE * expected.float().norm())
     return seconds if agrees else float("inf")
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fp4dit_ao.families.rewrites.positions import rotation_of_places
@@ -40,7 +41,7 @@ def bria_fibo2(
         ).flatten(0, 2)
         for plane, image in enumerate(images, 1)
     ]
-    x = self.x_embedder(torch.cat([self._patchify(image) for image in images], dim=1))
+    x = self.x_embedder(torch.cat([F.pixel_unshuffle(image, patch).flatten(2).mT for image in images], dim=1))
     image_rotation = rotation_of_places(self.rope_embedder, torch.cat(places))[None]
     is_noisy = torch.arange(x.shape[1], device=device) < rows * columns
     for block in self.noise_refiner:

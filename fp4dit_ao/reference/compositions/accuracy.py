@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fp4dit_ao.reference.accuracy import batches, grid
 from fp4dit_ao.reference.compositions import generation
+from fp4dit_ao.reference.compositions.architecture import build_tokenizer
 from fp4dit_ao.reference.compositions.assembly import load
 from fp4dit_ao.reference.compositions.judge import ATTRIBUTES, Judge, verdict
 from fp4dit_ao.reference.compositions.scenes import Scenes, prompt
@@ -30,7 +31,6 @@ Scene = list[int]
 
 def random_scenes(count: int, seed: int, held_out: bool = True, tables: Scenes | None = None) -> list[Scene]:
     """Random scenes; with at least one combination that no training picture has, or only with trained ones."""
-    from fp4dit_ao.reference.compositions.architecture import build_tokenizer
 
     tables = tables or Scenes(build_tokenizer())
     return tables.sample(count, torch.Generator().manual_seed(seed), held_out).tolist()
@@ -95,8 +95,6 @@ def main(
 ) -> None:
     """Prints a table of accuracy by attribute: held-out combinations, trained ones, and real pictures."""
     from PIL import Image
-
-    from fp4dit_ao.reference.compositions.architecture import build_tokenizer
 
     pipe = load(model).to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -16,6 +16,7 @@ from fp4dit_ao.reference.compositions import accuracy
 from fp4dit_ao.reference.compositions.architecture import GENERATION
 from fp4dit_ao.reference.compositions.assembly import assemble
 from fp4dit_ao.reference.compositions.scenes import prompt
+from fp4dit_ao.reference.saving import save_pipeline
 
 HERE = Path(__file__).parent
 
@@ -44,8 +45,6 @@ def main(
 ) -> None:
     """Write the pipeline's folder."""
     import torch
-
-    from fp4dit_ao.reference.saving import save_pipeline
 
     out.mkdir(parents=True, exist_ok=True)
     pipe = assemble(run)
