@@ -22,6 +22,7 @@ from fp4dit_ao.passes.reconstruction.minibatches import Minibatches
 from fp4dit_ao.passes.reconstruction.objectives import OBJECTIVES
 from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS
 from fp4dit_ao.passes.reconstruction.scopes import SCOPES
+from fp4dit_ao.passes.reconstruction.shards import one_shard
 from fp4dit_ao.passes.reconstruction.streams import build
 from fp4dit_ao.passes.reconstruction.unit_error import UnitError, rounding_by
 from fp4dit_ao.passes.reconstruction.walk import walk
@@ -50,7 +51,7 @@ def unit(config: ReconstructionConfig, device: str = "cpu", sizes: tuple[int, ..
     plan = SCOPES.find("block")(prepared, config)
     block = next(walk(plan, streams, 8))
     set_fake_quantize(prepared, True, True)
-    return UnitError(block.segment, streams, OBJECTIVES.find("mse"), 8)
+    return UnitError(block.segment, one_shard(streams, 8), OBJECTIVES.find("mse"))
 
 
 def iteration_of(error: UnitError, config: ReconstructionConfig) -> tuple[Iteration, dict]:
