@@ -114,7 +114,7 @@ class Iteration:
 
     def losses(self) -> tuple[float, float]:
         """Sums since the last call of what is minimised, and of the penalty in it without its weight; waits for the device."""
-        loss, penalty = self._sums.tolist()
+        loss, penalty = map(float, self._sums)
         self._sums.zero_()
         return loss, penalty
 

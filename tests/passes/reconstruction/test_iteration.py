@@ -163,11 +163,13 @@ def test_minibatches_are_the_seeds() -> None:
         assert minibatches.fixed == (found is error)
         for step in range(6):
             minibatches.load(step)
-            batches = minibatches.batches()
+            batches = minibatches.batches(found.shards.own[0])
             first = [0, 8]
-            drawn = torch.cat([batch.rows + first[batch.number] for batch in batches])
-            assert drawn.tolist() == sorted(torch.randperm(found.rows, generator=expected)[:4].tolist())
-            for batch in batches:
+            drawn = torch.cat([batch.rows + first[batch.number] for batch, _ in batches])
+            rows = found.shards.total_rows
+            assert drawn.tolist() == sorted(torch.randperm(rows, generator=expected)[:4].tolist())
+            for batch, weight in batches:
+                assert weight == batch.size / 4
                 name = found.segment.inputs[0]
                 whole = found.streams[batch.number].quantized[name]
                 assert torch.equal(batch.inputs[0], whole[batch.rows])
