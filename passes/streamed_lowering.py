@@ -11,6 +11,7 @@ from fp4dit_ao.observers.weight import release, weight_of
 from fp4dit_ao.passes.device_placement import convert_tensors
 from fp4dit_ao.passes.lowering import lower_in_place, lower_linear
 from fp4dit_ao.passes.partition import weight_observers
+from fp4dit_ao.schemes.graph_patterns import tensor_of
 from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
 from fp4dit_ao.util.freed_memory import return_freed
 
@@ -51,6 +52,7 @@ def _lower_weight(model: GraphModule, node: Node, observer: WeightObserver, devi
         lower_linear(model, linear, weight.device)
     for source in sources:
         assert isinstance(source, Node)
+        _move(model, source, weight.device)  # of a linear that no scheme lowers
         release(model, source)
     observer.forget()  # codes, in graphs that share the observer
     return_freed(weight.numel())
@@ -62,6 +64,15 @@ def _replace(model: GraphModule, observer_node: Node, weight: Tensor) -> None:
     assert isinstance(source, Node)
     owner, _, leaf = str(source.target).rpartition(".")
     setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(weight, requires_grad=False))
+
+
+def _move(model: GraphModule, node: Node, device: torch.device) -> None:
+    """Moves the tensors that a node which is still read is computed from."""
+    if node.users and node.op == "get_attr":
+        owner, _, leaf = str(node.target).rpartition(".")
+        setattr(model.get_submodule(owner), leaf, tensor_of(model, node).to(device))
+    for source in node.all_input_nodes if node.users else ():
+        _move(model, source, device)
 
 
 def _own(x: Tensor) -> Tensor:

@@ -40,6 +40,9 @@ SLOW = (
     "tests/kernels/test_triton_linear.py",
     "tests/ops/test_ops.py::test_blocks_may_be_symbols",
     "tests/passes/fine_tuning/test_bias_correction.py",
+    "tests/passes/fine_tuning/test_binarydm.py",
+    "tests/passes/fine_tuning/test_distillation.py",
+    "tests/passes/fine_tuning/test_quest.py",
     "tests/passes/fine_tuning/test_scale_tuning.py::test_the_converted_graph_errs_less_by_what_the_report_says",
     "tests/passes/reconstruction/objectives/test_network_objectives.py",
     "tests/passes/reconstruction/test_reconstruct.py::test_a_killed_run_resumes_with_the_same_bits",
@@ -80,6 +83,7 @@ GPU = (
     "tests/passes/reconstruction/test_iteration.py::test_a_captured_step_learns_what_an_eager_one_does_on_cuda",
     "tests/passes/reconstruction/test_iteration.py::test_replays_take_steps_on_cuda",
     "tests/passes/reconstruction/test_iteration.py::test_what_cannot_be_captured_goes_on_eagerly_on_cuda",
+    "tests/passes/test_streamed_lowering.py::test_weights_in_host_memory_are_rounded_on_the_gpu",
 )
 """Tests that need a GPU, and are skipped without one."""
 

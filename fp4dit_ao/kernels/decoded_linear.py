@@ -44,12 +44,14 @@ def codebook_product(tokens: Tensor, qdata: Tensor, index: Tensor, codebooks: Te
         qdata, index, codebooks, group_size: see :func:`fp4dit_ao.kernels.codebook_linear.reference_codebook_linear`.
     """
 
-    def by(config: object) -> Tensor:
-        if config is None:
-            return integer_product(tokens, decoded(qdata, index, codebooks, group_size, torch.int8))
-        return few_tokens.product(tokens, qdata, index, codebooks, group_size, config)
-
     few_tokens = _few_tokens(tokens, group_size)
+
+    def by(config: object) -> Tensor:
+        if config is None or few_tokens is None:
+            return integer_product(tokens, decoded(qdata, index, codebooks, group_size, torch.int8))
+        product: Tensor = few_tokens.product(tokens, qdata, index, codebooks, group_size, config)
+        return product
+
     return by(few_tokens and few_tokens.chosen(tokens, qdata.shape[0], group_size, by))
 
 
@@ -73,10 +75,13 @@ def fp8_codebook_linear(
         bias: ``(out_features,)`` or None.
     """
 
+    few_tokens = _few_tokens(tokens, group_size)
+
     def by(config: object) -> Tensor:
-        if config is not None:
+        if config is not None and few_tokens is not None:
             weight = qdata, index, codebooks, row_scale, bias
-            return few_tokens.linear(tokens, token_scale, *weight, group_size, torch.bfloat16, config)
+            y: Tensor = few_tokens.linear(tokens, token_scale, *weight, group_size, torch.bfloat16, config)
+            return y
         levels = decoded(qdata, index, codebooks, group_size, FP8)
         columns = row_scale.float().reshape(1, -1)
         added = None if bias is None else bias.bfloat16()

@@ -1,7 +1,6 @@
 """A prepared graph that runs block by block: with little memory for gradients, and with values inside of it at hand."""
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ class BlockwiseModel:
         self.taps: list[str] = []
         self._graphs = [self._tapped(segment, taps) for segment in self.segments]
 
-    def _tapped(self, segment: Segment, wanted: Collection[str]) -> tuple[Callable[..., Any], list[str]]:
+    def _tapped(self, segment: Segment, wanted: Collection[str]) -> tuple[GraphModule, list[str]]:
         """A segment's graph with the taps inside it as further outputs, and the names of all outputs."""
         found = [node for node in segment.graph.graph.nodes if node.op != "placeholder" and node.name in wanted]
         self.taps += [node.name for node in found]

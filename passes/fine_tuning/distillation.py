@@ -26,7 +26,6 @@ from fp4dit_ao.passes.fine_tuning.activation_range import TunedRange, tuned_rang
 from fp4dit_ao.passes.fine_tuning.biases import own_biases, put_biases, trainable_copies
 from fp4dit_ao.passes.fine_tuning.blockwise import BlockwiseModel
 from fp4dit_ao.passes.fine_tuning.fine_tune import FineTuneConfig, FineTuneReport
-from fp4dit_ao.passes.fine_tuning.int8_latent import Int8Latent
 from fp4dit_ao.passes.fine_tuning.model_error import Call, calls_of, relative_error, teacher, total_error
 from fp4dit_ao.passes.fine_tuning.optimizers import Adam, Stepper, nbytes_of
 from fp4dit_ao.passes.fine_tuning.q_galore import QGaLore
@@ -77,6 +76,7 @@ class Course:
         biases: names of those of the lesson's that are trained.
         bias_lr: their learning rate, in parts of their mean magnitude.
         range_lr: learning rate of logarithms of static input ranges; None where they stay.
+        ranges: the static ranges that are trained, which the loop finds.
     """
 
     students: dict[WeightObserver, Student]
@@ -184,23 +184,13 @@ def _weights(prepared: GraphModule) -> dict[WeightObserver, Tensor]:
     return found
 
 
-def _latents(course: Course) -> list[tuple[Int8Latent, float]]:
-    """INT8 weights of the students, each with its learning rate."""
-    return [
-        (module, course.lr * getattr(student, "step", 1.0))
-        for student in course.students.values()
-        for module in student.modules()
-        if isinstance(module, Int8Latent)
-    ]
-
-
 def _steppers(course: Course, biases: Mapping[str, nn.Parameter], config: FineTuneConfig) -> list[Stepper]:
     groups = [group for student in course.students.values() for group in student.groups(course.lr)]
     groups += [_group(bias, course.bias_lr * float(bias.detach().abs().mean())) for bias in biases.values()]
     if course.range_lr is not None:
         groups += [_group(each.log_factor, course.range_lr) for each in course.ranges]
     found: list[Stepper] = [Adam(groups)] if groups else []
-    if latents := _latents(course):
+    if latents := [each for student in course.students.values() for each in student.latents(course.lr)]:
         found.append(QGaLore(latents, course.rank, max(1, min(200, config.steps // 10)), config.seed))
     return found
 
@@ -273,5 +263,6 @@ def _kept_if_better(course: Course, error: Callable[[], float], before: float) -
 
 
 def _count(student: Student) -> int:
-    latents = sum(x.codes.numel() for x in student.modules() if isinstance(x, Int8Latent))
-    return latents + sum(x.numel() for x in student.parameters())
+    return sum(latent.codes.numel() for latent, _ in student.latents(1.0)) + sum(
+        x.numel() for x in student.parameters()
+    )

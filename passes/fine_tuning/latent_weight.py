@@ -120,9 +120,8 @@ class FullWeight(LatentWeight):
 
     def __init__(self, weight: Tensor, observer: WeightObserver, by: str = "adam", learns_scale: bool = True):
         super().__init__(weight, observer, learns_scale)
-        self.by_q_galore = by == "q_galore"
         self.value: nn.Parameter | Int8Latent = (
-            Int8Latent(self.started()) if self.by_q_galore else nn.Parameter(self.started().clone())
+            Int8Latent(self.started()) if by == "q_galore" else nn.Parameter(self.started().clone())
         )
 
     def latent(self) -> Tensor:
@@ -134,3 +133,6 @@ class FullWeight(LatentWeight):
             [] if isinstance(self.value, Int8Latent) else [{"params": [self.value], "lr": lr * self.step}]
         )
         return own + super().groups(lr)
+
+    def latents(self, lr: float) -> list[tuple[Int8Latent, float]]:
+        return [(self.value, lr * self.step)] if isinstance(self.value, Int8Latent) else []

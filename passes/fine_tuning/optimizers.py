@@ -1,6 +1,5 @@
 """Optimizers of fine-tuning behind one small contract, whose states can be saved and restored."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -64,4 +63,4 @@ def nbytes_of(state: State) -> int:
     if isinstance(state, Tensor):
         return state.nbytes
     parts = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
-    return sum(map(nbytes_of, itertools.chain(parts)))
+    return sum(map(nbytes_of, parts))

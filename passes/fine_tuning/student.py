@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.observers.weight import Settled
+from fp4dit_ao.passes.fine_tuning.int8_latent import Int8Latent
 
 
 class ParameterGroup(TypedDict):
@@ -33,6 +34,10 @@ class Student(nn.Module, ABC):
     @abstractmethod
     def groups(self, lr: float) -> list[ParameterGroup]:
         """What Adam trains, with learning rates in proportion to ``lr``."""
+
+    def latents(self, lr: float) -> list[tuple[Int8Latent, float]]:
+        """What Q-GaLore trains, each with its learning rate, in proportion to ``lr``."""
+        return []
 
     def advance(self, step: int, steps: int) -> None:
         """Called before step ``step`` of ``steps``, for what follows a schedule."""

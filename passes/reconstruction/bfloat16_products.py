@@ -4,8 +4,6 @@ Linears and attentions, which are nearly all of a block's arithmetic, take bfloa
 functions, the rounding of tokens and the residual stream stay in float32. So do the learned variables.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -31,7 +29,7 @@ def with_bfloat16_products(model: GraphModule) -> GraphModule:
     return GraphModule(model, graph)
 
 
-def in_bfloat16(product: Operator, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+def in_bfloat16(product: Operator, x: Tensor, *arguments: object, **options: object) -> Tensor:
     """``product(x, *arguments)``, computed in bfloat16 and given as float32, if ``x`` is float32."""
     if x.dtype != torch.float32:
         result: Tensor = product(x, *arguments, **options)
@@ -46,5 +44,5 @@ def multiplies_alone(node: Node) -> bool:
     return all(user.target in PRODUCTS for user in node.users)
 
 
-def _lowered(value: Any) -> Any:
+def _lowered(value: object) -> object:
     return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.is_floating_point() else value

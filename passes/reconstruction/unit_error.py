@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
 
     number: int
     rows: Tensor | slice
-    inputs: list[Any]
+    inputs: list[object]
     wanted: list[Tensor]
 
     @property

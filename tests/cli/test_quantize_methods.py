@@ -45,7 +45,7 @@ CASES = [
     *((name, [*LEARNED, "--scope", name]) for name in SCOPES),
     *((name, [*NEAREST, "--selection", name]) for name in SELECTIONS),
     *((name, [*NEAREST, "--recipe", "w4a6_auto", "--allocation", name]) for name in ALLOCATIONS),
-    *((name, [*NEAREST, "--fine-tuning", name]) for name in FINE_TUNINGS),
+    *((name, [*NEAREST, "--fine-tuning-steps", "1", "--fine-tuning", name]) for name in FINE_TUNINGS),
     *((name, [*NEAREST, "--weight-search", name]) for name in SEARCHES),
 ]
 
@@ -66,16 +66,19 @@ def ends_at_the_transformer(pipe: object, recipe: str, **arguments: Any) -> Any:
     config = replace(QuantConfig.from_name(recipe), **arguments["fields"])
     methods = _Methods(
         resolve_transforms(arguments["transforms"]), arguments["allocation"], arguments["budget_bits"],
-        arguments["reconstruction"], arguments["fine_tuning"],
+        arguments["reconstruction"], arguments["fine_tuning"], arguments["fine_tune"],
     )  # fmt: skip
     methods.check(config)
     SELECTIONS.find(arguments["selection"])
     data, quantizer = samples(), FP4DiTQuantizer().set_global(config)
-    graph, _ = _quantized(Timed(layers=2).eval(), data, quantizer, config, methods, None, False)
+    layers = 2 if methods.rounding.scope == "window" else 1
+    graph, *_ = _quantized(Timed(layers=layers).eval(), data, quantizer, config, methods, None, False)
     with torch.no_grad():
         assert bool(torch.isfinite(graph(**data[0])[0]).all())
     assert any(hasattr(weight, "qdata") for weight in graph.parameters())
-    return SimpleNamespace(transformer=SimpleNamespace(report=None), save_pretrained=lambda folder: None)
+    return SimpleNamespace(
+        transformer=SimpleNamespace(report=None, fine_tuning_report=None), save_pretrained=lambda folder: None
+    )
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=["-".join(o[-2:]).strip("-") for _, o in CASES])

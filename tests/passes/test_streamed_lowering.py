@@ -54,3 +54,13 @@ def test_the_float_model_shares_nothing_with_the_graph() -> None:
         lowered.get_parameter("proj_out.weight").zero_()
     assert torch.equal(model.proj_out.weight, before)
     assert isinstance(model.blocks[0].ff.up.weight, torch.nn.Parameter)  # and it still has its weights
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("config", [w4a6(), replace(w4a6(), activation=None), nvfp4()])
+def test_weights_in_host_memory_are_rounded_on_the_gpu(config: QuantConfig) -> None:
+    prepared = prepared_graph(config)
+    expected = tensors(convert_and_lower(copy.deepcopy(prepared)))
+    found = tensors(convert_and_lower(prepared, torch.device("cuda")))
+    assert {x.device.type for x in found.values()} == {"cpu"}
+    assert all(torch.equal(x, expected[name]) for name, x in found.items())

@@ -24,9 +24,9 @@ class InceptionEncoder:
     """
 
     def __init__(self, weights: Path | None, device: torch.device):
-        from torchmetrics.image import fid
-
         try:
+            from torchmetrics.image import fid  # imports torch-fidelity, and that torchvision
+
             self.network = fid.NoTrainInceptionV3(
                 name="inception-v3-compat",
                 features_list=["2048"],

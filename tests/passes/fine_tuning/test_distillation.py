@@ -51,11 +51,13 @@ def test_the_converted_graph_errs_less_by_what_the_report_says(method: str) -> N
     assert error(lower(converted)) == pytest.approx(report.loss_after, rel=1e-2)
 
 
-@pytest.mark.parametrize("recipe", ["w4a6_codebook", "int_w4a6", "nvfp4", "mxfp4", "w4a6_static"])
-@pytest.mark.parametrize("method", ["efficientdm", "qvgen"])
+@pytest.mark.parametrize(
+    ("method", "recipe"),
+    [("efficientdm", x) for x in ("w4a6_codebook", "int_w4a6", "nvfp4", "w4a6_static")] + [("qvgen", "nvfp4")],
+)
 def test_it_works_in_other_formats(method: str, recipe: str) -> None:
     graph = prepared(replace(RECIPES[recipe](), skip=()))
-    report = run_fine_tuning(graph, samples(2), method, FineTuneConfig(steps=3, batch_size=2), progress=False)
+    report = run_fine_tuning(graph, samples(1), method, FineTuneConfig(steps=3, batch_size=1), progress=False)
     assert report.kept
     assert report.loss_after < report.loss_before
     if recipe == "w4a6_static" and method == "efficientdm":
@@ -64,7 +66,7 @@ def test_it_works_in_other_formats(method: str, recipe: str) -> None:
 
 @pytest.mark.parametrize("method", ["efficientdm", "quest", "q_galore", "qvgen", "binarydm"])
 def test_a_killed_run_resumes_with_the_same_bits(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = FineTuneConfig(steps=7, batch_size=1, save_every=3, share=0.3, rank=4)
+    config = FineTuneConfig(steps=4, batch_size=1, save_every=2, share=0.3, rank=4)
     whole = prepared()
     run_fine_tuning(whole, samples(), method, config, progress=False)
     save = TrainingState.save
@@ -84,7 +86,7 @@ def test_a_killed_run_resumes_with_the_same_bits(method: str, tmp_path: Path, mo
     run_fine_tuning(again, samples(), method, config, checkpoint_dir=tmp_path, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(state_of(whole), state_of(again), strict=True))
     with pytest.raises(ValueError, match="belongs to another run"):
-        other = FineTuneConfig(steps=7, batch_size=1, save_every=3, share=0.3, rank=2)
+        other = FineTuneConfig(steps=4, batch_size=1, save_every=2, share=0.3, rank=2)
         run_fine_tuning(prepared(), samples(), method, other, checkpoint_dir=tmp_path, progress=False)
 
 

@@ -14,6 +14,7 @@ from fp4dit_ao import FP4DiTQuantizer, QuantConfig, capture, lower
 from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.observers.weight import weight_of
 from fp4dit_ao.passes.fine_tuning import FineTuneConfig, run_fine_tuning, scale_tuning
+from fp4dit_ao.passes.fine_tuning.training_state import TrainingState
 from fp4dit_ao.passes.partition import weight_observers
 from tests.graphs import TinyDiT, tiny_sample
 
@@ -79,20 +80,19 @@ def test_the_gradient_is_that_of_the_scale() -> None:
 def test_a_killed_run_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = prepared()
     run_fine_tuning(whole, samples(), config=QUICK, progress=False)
-    store = scale_tuning._Store
-    save = store.save
+    save = TrainingState.save
 
-    def dies(self: Any, optimizer: Any, parameters: Any, step: int) -> None:
-        save(self, optimizer, parameters, step)
+    def dies(self: TrainingState, state: Any, step: int) -> None:
+        save(self, state, step)
         if step == 20:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "save", dies)
+    monkeypatch.setattr(TrainingState, "save", dies)
     killed = prepared()
     with pytest.raises(KeyboardInterrupt):
         run_fine_tuning(killed, samples(), config=QUICK, checkpoint_dir=tmp_path, progress=False)
     assert [o.codes for _, o in weight_observers(killed)] == [None] * len(list(weight_observers(killed)))
-    monkeypatch.setattr(store, "save", save)
+    monkeypatch.setattr(TrainingState, "save", save)
     again = prepared()
     run_fine_tuning(again, samples(), config=QUICK, checkpoint_dir=tmp_path, progress=False)
     for (_, a), (_, b) in zip(weight_observers(whole), weight_observers(again), strict=True):
@@ -103,7 +103,7 @@ def test_a_killed_run_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: py
 
 
 def test_what_cannot_be_tuned_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown fine-tuning 'lora'; choose one of bias_correction, scales"):
+    with pytest.raises(ValueError, match="unknown fine-tuning 'lora'; choose one of bias_correction"):
         run_fine_tuning(prepared(), samples(), "lora")
     with pytest.raises(ValueError, match="needs samples"):
         run_fine_tuning(prepared(), [])
