@@ -80,10 +80,10 @@ class Methods:
             raise ValueError(
                 f"{options} is for the length of learned rounding; leave it out with --rounding {self.rounding}"
             )
-        rounded = replace(
-            rounded, iters=rounded.iters if self.iters is None else self.iters, patience=self.patience, shards=self.shards,
-            batch_size=rounded.batch_size if self.batch_size is None else self.batch_size,
-        )  # fmt: skip
+        iters = rounded.iters if self.iters is None else self.iters
+        rounded = replace(rounded, iters=iters, patience=self.patience, shards=self.shards)
+        if self.batch_size is not None:
+            rounded = replace(rounded, batch_size=self.batch_size)
         tune = FineTuneConfig() if self.fine_tuning_steps is None else FineTuneConfig(steps=self.fine_tuning_steps)
         return {
             "reconstruction": rounded, "selection": self.selection, "transforms": self.transforms,
