@@ -48,6 +48,7 @@ SLOW = (
     "tests/passes/reconstruction/test_plateau.py",
     "tests/passes/reconstruction/test_reconstruct.py::test_a_killed_run_resumes_with_the_same_bits",
     "tests/passes/reconstruction/scopes",
+    "tests/passes/reconstruction/test_shards.py::test_two_processes_give_the_bits_of_one_and_resume_when_one_was_killed",
     "tests/passes/reconstruction/test_closed_form.py",
     "tests/passes/transforms/test_smoothquant.py",
     "tests/passes/test_lowering.py::test_the_lowered_graph_keeps_nothing_else_alive",
@@ -73,6 +74,7 @@ SLOW = (
     "tests/test_compat.py",
     "tests/test_public_names.py::test_diffusers_finds_the_quantizer",
     "tests/test_registration.py",
+    "tests/util/test_world.py::test_three_processes_get_the_bits_of_one",
 )
 """Folders, files and tests that take longer than the fast set can wait for; so does every test with ``compile`` in its name."""
 DOCS = ("tests/test_docs.py::test_page", "tests/test_docs.py::test_docstring", "tests/test_tutorials.py")

@@ -79,6 +79,9 @@ ELSEWHERE = {
     "serve run fp4dit_ao.serving.ray:build model=DIR replicas=4 gpus=1": "needs GPUs; tests/serving/test_ray.py runs two",
     "python -m benchmarks.gpu --part linears --only FLUX --out benchmarks/results/gpu-h200-linears.json": "needs a GPU; "
     "tests/benchmark/test_gpu_benchmark.py runs its parts",
+    "torchrun --nproc-per-node 8 --max-restarts 3 -m fp4dit_ao.cli quantize MODEL --prompts prompts.txt --out DIR --resume": ""
+    "needs 8 devices; tests/cli/test_torchrun.py runs two processes",
+    "fp4dit-ao sweep table.json --out results --gpus 1 --address auto": "a cluster; tests/cli/test_sweep.py has two workers",
     "python benchmarks/quality.py": "hours; tests/evaluation/test_evaluate.py tests its parts",
     "python benchmarks/paper_table.py deepcompressor --prompts meta_data.json --real mjhq30k_imgs --work outputs/paper": (
         "a GPU, for days; tests/benchmark/test_paper_table.py runs all of it on small things"

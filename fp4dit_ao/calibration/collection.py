@@ -7,6 +7,7 @@ of guidance in one batch if the pipeline batches them, the scheduler's timesteps
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ from fp4dit_ao.calibration.recording import Enough, Recorder
 from fp4dit_ao.calibration.sample_cache import Sample
 from fp4dit_ao.calibration.sample_selection import SELECTIONS, check_chosen
 from fp4dit_ao.graph_capture.sample_description import tensors
+from fp4dit_ao.util.placement import on_device
+from fp4dit_ao.util.world import current
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -52,7 +55,8 @@ def collect_samples(
 
     With uniform selection every timestep is represented equally and prompts take turns, so ``samples`` calls are spread
     evenly over prompts and timesteps. The choice is deterministic. Each batch of prompts starts from noise of its own
-    seed. No image is decoded.
+    seed. No image is decoded. Inside of :func:`fp4dit_ao.util.world.joined`, processes share out the batches; each gets all
+    samples, and the first one writes the cache.
 
     Args:
         pipe: a diffusers pipeline with a float transformer.
@@ -92,6 +96,7 @@ def collect_samples(
     if steps is not None:
         arguments["num_inference_steps"] = steps
     batches = _batches(pipe, prompts, arguments, batch_size)
+    world = current()
     key = None
     if cache_dir is not None:
         settings = {
@@ -105,11 +110,11 @@ def collect_samples(
         if component != "transformer":
             settings["component"] = component
         key = sample_cache.fingerprint(pipe, settings, arguments)
-        found = sample_cache.load(cache_dir, key, device_of(transformer))
+        found = world.agreed(partial(sample_cache.load, cache_dir, key, torch.device("cpu")))
         if found is not None:
-            return found
-    kept = _collect(pipe, transformer, batches, seed, samples, selection, memory_limit_bytes, progress)
-    if cache_dir is not None and key is not None:
+            return on_device(found, device_of(transformer))
+    kept = _collect(pipe, transformer, batches, seed, samples, selection, memory_limit_bytes, progress and world.first)
+    if cache_dir is not None and key is not None and world.first:
         sample_cache.save(cache_dir, key, kept)
     return kept
 
@@ -156,7 +161,7 @@ def _collect(
     limit: int,
     progress: bool,
 ) -> list[Sample]:
-    choose = SELECTIONS.find(selection)
+    choose, world = SELECTIONS.find(selection), current()
     bar = tqdm(desc="calibration data", unit="call", disable=not progress)
     bar_settings = _compat.progress_bar_config(pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -184,18 +189,24 @@ def _collect(
                 )
             wanted = len(batches) * first.calls if samples is None else min(samples, len(batches) * first.calls)
             wanted = _fit(list(first.kept.values()), wanted, len(batches), limit)
-            chosen = choose(first.calls, len(batches), wanted, torch.stack(features) if features else None)
+            chosen = world.agreed(
+                partial(choose, first.calls, len(batches), wanted, torch.stack(features) if features else None)
+            )
             check_chosen(chosen, first.calls, len(batches), wanted, selection)
-            bar.total = first.calls + sum(max(calls) + 1 for index, calls in chosen.items() if index)
+            own = sorted(chosen)[world.rank :: world.size]
+            bar.total = first.calls + sum(max(chosen[index]) + 1 for index in own if index)
             bar.refresh()
-            kept = []
-            for index, calls in sorted(chosen.items()):
-                recorded = first.kept if index == 0 else run(index, set(calls)).kept
-                kept += [recorded[call] for call in calls]
+            found = {}
+            for index in own:
+                recorded = first.kept if index == 0 else run(index, set(chosen[index])).kept
+                found[index] = [recorded[call] for call in chosen[index]]
     finally:
         bar.close()
         pipe.set_progress_bar_config(**bar_settings)
-    return kept
+    everyone: dict[int, list[Sample]] = {}
+    for rank, part in enumerate(world.gathered(found)):
+        everyone |= found if rank == world.rank else on_device(part, device_of(transformer))
+    return [sample for _, kept in sorted(everyone.items()) for sample in kept]
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,10 @@ app = typer.Typer(
     help="4-bit floating-point diffusion transformers. MODEL is a pipeline's folder, a hub id, or 'reference' for the "
     "small pipeline that ships. --debug, anywhere, shows the traceback of an error.",
 )  # fmt: skip
+
+
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""Exception of wrong options: click's, or that of the copy that newer versions of typer bring along."""
 
 
 def print_version(asked: bool) -> None:
@@ -164,6 +168,14 @@ def quantize(
     text_encoder_recipe: Annotated[
         str | None, typer.Option(help="Recipe of text encoders, such as w4a8; if not given, 4-bit weights alone.")
     ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Calibration rows per iteration (16).")] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Parts of the calibration data, one or more per process of torchrun; they decide the result's bits.",
+        ),
+    ] = None,
 ) -> None:
     """Quantize MODEL and save it. `fp4dit-ao methods` lists the names that options for methods take."""
     from fp4dit_ao.cli import quantize as run
@@ -180,6 +192,8 @@ def quantize(
         fine_tuning,
         patience,
         fine_tuning_steps,
+        batch_size,
+        shards,
     )
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),
@@ -187,6 +201,42 @@ def quantize(
         fields=config_fields(config, group_size, weight_search), layers=layer_rules(layer),
         encoded_prompts=encoded_prompts, components=component, text_encoder_recipe=text_encoder_recipe,
     )  # fmt: skip
+
+
+@app.command()
+def sweep(
+    table: Annotated[
+        Path,
+        typer.Argument(
+            help='JSON list of rows: {"name": …, "model": …} and options of quantize; those of evaluate under "evaluate".'
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the results, which every machine sees; finished rows are kept.")],
+    cpus: Annotated[float, typer.Option(min=0, help="CPUs of each row.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each row; rows with fractions share one.")] = 0,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, such as 'auto'; a local one is started if not given.")
+    ] = None,
+) -> None:
+    """Quantize, and evaluate, a list of models and recipes over a Ray cluster."""
+    from fp4dit_ao.cli import sweep as run
+
+    check_writable_folder(out)
+    run.sweep(table, out, cpus=cpus, gpus=gpus, address=address, check=check_command, run=run_command)
+
+
+def check_command(arguments: list[str]) -> None:
+    """Raises ``ValueError`` if ``fp4dit-ao`` does not take these arguments."""
+    commands: Any = typer.main.get_command(app)
+    try:
+        commands.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+    except USAGE_ERROR as error:
+        raise ValueError(error.format_message()) from error
+
+
+def run_command(arguments: list[str]) -> int:
+    """Runs ``fp4dit-ao`` in this process, and returns its exit status."""
+    return int(app(args=arguments, standalone_mode=False) or 0)
 
 
 @app.command()

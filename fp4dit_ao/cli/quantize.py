@@ -24,6 +24,7 @@ from fp4dit_ao.passes.reconstruction.choice import chosen_config
 from fp4dit_ao.passes.reconstruction.rounding import ClosedFormRounding
 from fp4dit_ao.util.atomic_files import write_text
 from fp4dit_ao.util.locks import only_process
+from fp4dit_ao.util.world import joined
 
 CALIBRATION_PROMPTS = 64
 """Number of the reference pipeline's own prompts that are used if the user gives none."""
@@ -41,6 +42,8 @@ class Methods:
         iters: iterations of learned rounding per unit; None for the default.
         patience: iterations without progress after which a unit ends early; None for never.
         fine_tuning_steps: optimisation steps of fine-tuning; None for the default.
+        batch_size: calibration rows per iteration; None for the default.
+        shards: parts of the calibration data; None for as many as there are processes.
     """
 
     rounding: str = "adaround"
@@ -54,6 +57,8 @@ class Methods:
     fine_tuning: str | None = None
     patience: int | None = None
     fine_tuning_steps: int | None = None
+    batch_size: int | None = None
+    shards: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``quantize_pipeline``.
@@ -76,7 +81,9 @@ class Methods:
                 f"{options} is for the length of learned rounding; leave it out with --rounding {self.rounding}"
             )
         iters = rounded.iters if self.iters is None else self.iters
-        rounded = replace(rounded, iters=iters, patience=self.patience)
+        rounded = replace(rounded, iters=iters, patience=self.patience, shards=self.shards)
+        if self.batch_size is not None:
+            rounded = replace(rounded, batch_size=self.batch_size)
         tune = FineTuneConfig() if self.fine_tuning_steps is None else FineTuneConfig(steps=self.fine_tuning_steps)
         return {
             "reconstruction": rounded, "selection": self.selection, "transforms": self.transforms,
@@ -91,7 +98,7 @@ def quantize(
     components: Sequence[str] | None = None, text_encoder_recipe: str | None = None,
 ) -> None:  # fmt: skip
     """Quantizes ``model`` and saves it to ``out``; a killed run leaves ``<out>.unfinished``, from which ``resume``
-    continues.
+    continues. Processes that ``torchrun`` started share the work, and the first one writes.
 
     Raises:
         ValueError, OSError: wrong input; as much of it as possible is checked before the model is loaded.
@@ -115,11 +122,8 @@ def quantize(
         "fields": fields,
         "layers": layers,
     }
-    with only_process(out):
-        if out.exists() and any(out.iterdir()):
-            raise FileExistsError(f"cannot save to {out}: the folder is not empty; name a new one, or empty it")
-        if unfinished.exists() and not resume:
-            raise FileExistsError(f"{unfinished} holds an unfinished run; continue it with --resume, or delete it")
+    with joined() as world, contextlib.ExitStack() as stack:
+        world.agreed(lambda: _claim(stack, out, unfinished, resume))
         if not needs_data(
             config, resolve_transforms(methods.transforms), arguments["reconstruction"], methods.fine_tuning
         ):
@@ -129,8 +133,10 @@ def quantize(
         pipe = named_models.open_pipeline(model, device, dtype=dtype, text_encoders=not encoded)
         arguments |= {name: x.to(pipe.device) for name, x in encoded.items()}
         start = time.perf_counter()
-        with _kept(unfinished):
-            quantized = quantize_pipeline(pipe, recipe, **arguments, **call)
+        with _kept(unfinished) if world.first else contextlib.nullcontext():
+            quantized = quantize_pipeline(pipe, recipe, **arguments, progress=world.first, **call)
+            if not world.first:
+                return  # the first process writes
             quantized.save_pretrained(out)
         if quantized.transformer.report is not None:
             print(quantized.transformer.report.to_markdown(), end="\n\n")
@@ -141,6 +147,19 @@ def quantize(
         print(sizes(pipe.transformer, quantized.transformer))
         print(f"saved after {time.perf_counter() - start:.0f} s: {out}")
         print(f"next: fp4dit-ao generate {out} --compare {model} --prompt {(texts or [PROMPT])[0]!r}")
+
+
+def _claim(stack: contextlib.ExitStack, out: Path, unfinished: Path, resume: bool) -> None:
+    """Keeps other processes from ``out`` until ``stack`` ends.
+
+    Raises:
+        OSError: another run writes there, or one has: finished, or unfinished and not to be resumed.
+    """
+    stack.enter_context(only_process(out))
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"cannot save to {out}: the folder is not empty; name a new one, or empty it")
+    if unfinished.exists() and not resume:
+        raise FileExistsError(f"{unfinished} holds an unfinished run; continue it with --resume, or delete it")
 
 
 def _prompts(model: str, prompts: Path | None, encoded: Path | None) -> tuple[list[str], dict[str, Tensor]]:

@@ -57,6 +57,9 @@ class ReconstructionConfig:
     """Multiply in bfloat16 while a rounding is learned: linears and attention, forward and backward. Learned variables,
     the optimizer's state, norms and the residual stream are float32 in any case, and so is what judges a rounding. None: on
     GPUs that have it."""
+    shards: int | None = None
+    """Parts of the calibration data whose gradients are added up, by pairs. None: as many as there are processes. Any number of
+    processes gives the same bits, if it divides ``shards`` by 1, 2, 4, …"""
     compile: bool = False
     """Run each unit through ``torch.compile``: worth its start where there are many iterations."""
     offload: bool | None = None
@@ -76,6 +79,10 @@ class ReconstructionConfig:
         patience = self.patience
         if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
             raise self._error("patience", "it must be a whole number of at least 1, or None for all steps")
+        if self.shards is not None and (
+            isinstance(self.shards, bool) or not isinstance(self.shards, int) or self.shards < 1
+        ):
+            raise self._error("shards", "it must be a whole number of at least 1, or None for the number of processes")
         if not 0 <= self.regularizer < math.inf:
             raise self._error("regularizer", "it must be at least 0, and finite")
         if not 0 <= self.warmup < 1:

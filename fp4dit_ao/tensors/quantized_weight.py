@@ -7,7 +7,8 @@ multiples of the group size; nothing is computed, so nothing changes.
 
 DTensor shards weights by the same slices. Split over rows (``ColwiseParallel``), a linear gives the same bits. Split over
 columns (``RowwiseParallel``), every process has a part of each token, and quantizes that with a scale of its own: finer than
-unsharded, not equal. Without quantized input it is equal up to the order of float32 sums.
+unsharded, not equal; :mod:`fp4dit_ao.tensors.whole_tokens` keeps the whole token's. Then, and without quantized input, it is
+equal up to the order of float32 sums.
 
 A subclass lists its stored tensors and attributes (``tensor_data_names``, ``tensor_attribute_names``, as torchao asks) and
 defines :meth:`QuantizedWeight.tiles`, :meth:`~QuantizedWeight.stored_values`, :meth:`~QuantizedWeight.stored_linear` and

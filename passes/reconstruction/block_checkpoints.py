@@ -17,6 +17,7 @@ from fp4dit_ao.passes.partition import Segment, weight_observers
 from fp4dit_ao.passes.reconstruction.report import BlockReport
 from fp4dit_ao.passes.reconstruction.rounding import RoundingRule
 from fp4dit_ao.util.tensor_state import bytes_of, load_state, save_state
+from fp4dit_ao.util.world import World
 
 _SCALE = "#scale"
 """Follows a weight's name: its learned scale."""
@@ -47,21 +48,28 @@ def fingerprint(
 
 
 class Store:
-    """The units of one run, a file each.
+    """The units of one run, a file each; the first process reads and writes them for all.
 
     Raises:
         ValueError: the folder holds units of another run (other settings, weights or data), or a broken file.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: str):
-        self.folder, self.fingerprint = Path(folder), fingerprint
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: str | Path, fingerprint: str, world: World):
+        self.folder, self.fingerprint, self.world = Path(folder), fingerprint, world
+        if len(set(world.gathered(fingerprint))) > 1:
+            raise ValueError(
+                "the processes have different models, settings or calibration data; give all of them the same (numbers can "
+                "differ in their last bits between kinds of processors and GPUs)"
+            )
+        world.agreed(lambda: self.folder.mkdir(parents=True, exist_ok=True))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:03d}.safetensors"
 
     def save(self, index: int, segment: Segment, row: BlockReport) -> None:
         """Write one finished unit; a kill leaves either all of it or nothing."""
+        if not self.world.first:
+            return
         tensors = {o.name: o.codes for o in _observers(segment) if o.codes is not None}
         tensors |= {f"{o.name}{_SCALE}": o.scale for o in _observers(segment) if o.rescaled and o.scale is not None}
         texts = {"fingerprint": self.fingerprint, "row": json.dumps(dataclasses.asdict(row))}
@@ -69,20 +77,10 @@ class Store:
 
     def load(self, index: int, segment: Segment) -> BlockReport | None:
         """Restore one unit's codes, and scales that were learned; None if it was not finished."""
-        path = self._path(index)
-        if not path.exists():
+        found = self.world.agreed(lambda: self._read(self._path(index)))
+        if found is None:
             return None
-        remedy = "delete it to reconstruct that part again"
-        tensors, texts = load_state(path, remedy)
-        if texts.get("fingerprint") != self.fingerprint:
-            raise ValueError(
-                f"{path} belongs to another run (other settings, weights or calibration data); "
-                "repeat the settings of that run, or delete this folder to start anew"
-            )
-        try:
-            row = BlockReport(**json.loads(texts["row"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is broken (its row of the report cannot be read: {error!r}); {remedy}") from error
+        tensors, row = found
         for observer in _observers(segment):
             codes, scale = tensors.get(observer.name), tensors.get(f"{observer.name}{_SCALE}")
             assert observer.scale is not None  # every weight was quantized before units are rounded
@@ -94,6 +92,22 @@ class Store:
                 )
             )
         return row
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], BlockReport] | None:
+        """A file's codes, learned scales and row of the report; None if there is no file."""
+        if not path.exists():
+            return None
+        remedy = "delete it to reconstruct that part again"
+        tensors, texts = load_state(path, remedy)
+        if texts.get("fingerprint") != self.fingerprint:
+            raise ValueError(
+                f"{path} belongs to another run (other settings, weights or calibration data); "
+                "repeat the settings of that run, or delete this folder to start anew"
+            )
+        try:
+            return tensors, BlockReport(**json.loads(texts["row"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is broken (its row of the report cannot be read: {error!r}); {remedy}") from error
 
 
 def _observers(segment: Segment) -> Iterator[WeightObserver]:

@@ -11,6 +11,7 @@ from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.observers.weight import Settled
 from fp4dit_ao.passes.partition import Segment
 from fp4dit_ao.passes.reconstruction.rounding import ClosedFormRounding
+from fp4dit_ao.passes.reconstruction.shards import Shard
 from fp4dit_ao.passes.reconstruction.unit_error import UnitError, settled
 
 
@@ -73,15 +74,20 @@ def hessian_of(error: UnitError, inputs: list[Node]) -> Tensor:
     Products of a chunk of rows are float32, their sum float64.
     """
     run = up_to(error.segment.graph, inputs)
-    hessian: Tensor | None = None
-    with settled(error.segment):
-        for stream in error.streams:
-            for rows in stream.chunks(error.batch_size):
+
+    def summed(shard: Shard) -> list[Tensor]:
+        hessian: Tensor | None = None
+        for stream in (error.streams[number] for number in shard.streams):
+            for rows in stream.chunks(error.shards.chunk):
                 for value in run(*stream.select(stream.quantized, error.segment.inputs, rows)):
                     tokens = value.flatten(0, -2).float()
                     product = (tokens.T @ tokens).double()
                     hessian = product if hessian is None else hessian.add_(product)
-    assert hessian is not None  # there is at least one row
+        assert hessian is not None  # there is at least one row
+        return [hessian]
+
+    with settled(error.segment):
+        (hessian,) = error.shards.sum_tensors(summed)
     return hessian.mul_(2)
 
 

@@ -8,6 +8,7 @@ weight observers.
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,10 +25,12 @@ from fp4dit_ao.passes.reconstruction.objectives import OBJECTIVES
 from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
 from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS
 from fp4dit_ao.passes.reconstruction.scopes import SCOPES
-from fp4dit_ao.passes.reconstruction.streams import Stream, build
+from fp4dit_ao.passes.reconstruction.shards import divide
+from fp4dit_ao.passes.reconstruction.streams import Stream
 from fp4dit_ao.passes.reconstruction.unit_error import UnitError
 from fp4dit_ao.passes.reconstruction.unit_rounding import round_unit, steps_of
 from fp4dit_ao.passes.reconstruction.walk import planned_bytes, walk
+from fp4dit_ao.util.world import current
 
 
 def reconstruct(
@@ -39,6 +42,9 @@ def reconstruct(
     progress: bool = True,
 ) -> ReconstructionReport:
     """Round every quantized weight of ``prepared``, unit by unit, in place.
+
+    Inside of :func:`fp4dit_ao.util.world.joined`, processes share out the rows of ``samples``, which each of them has in full;
+    all end with the same codes, and the first one writes the checkpoint.
 
     Args:
         prepared: from ``prepare_pt2e`` with :class:`~fp4dit_ao.FP4DiTQuantizer`, calibrated.
@@ -60,7 +66,10 @@ def reconstruct(
     scope = SCOPES.find(config.scope)
     began = time.monotonic()
     device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
-    streams = build(prepared, samples)
+    world = current()
+    config = replace(config, shards=config.shards or world.size)
+    shards = divide(prepared, samples, config.shards or world.size, config.batch_size, world)
+    streams = shards.streams
     for node, observer in weight_observers(prepared):
         weight = weight_of(prepared, node)
         observer.resolve(weight, gram_of(prepared, node))
@@ -68,23 +77,24 @@ def reconstruct(
         observer.quantized(weight)
     plan = scope(prepared, config)
     store = (
-        block_checkpoints.Store(checkpoint_dir, block_checkpoints.fingerprint(prepared, samples, config, rule))
+        block_checkpoints.Store(checkpoint_dir, block_checkpoints.fingerprint(prepared, samples, config, rule), world)
         if checkpoint_dir
         else None
     )
     report, results = ReconstructionReport([], 0.0, 0), model_results(prepared)
     total = sum(steps_of(unit.segment, rule, config) for unit in plan.units)
-    with frozen_parameters(prepared), tqdm(total=total, desc="reconstruct", disable=not progress) as bar:
+    silent = not (progress and world.first)
+    with frozen_parameters(prepared), tqdm(total=total, desc="reconstruct", disable=silent) as bar:
         planned = planned_bytes(plan, streams, device, objective.needs_layers)
         _check_memory(planned, streams, config)
         for stream in streams:
             stream.move_to(device, offload=_offload(planned, device, config))
-        for index, unit in enumerate(walk(plan, streams, config.batch_size, objective.needs_layers)):
+        for index, unit in enumerate(walk(plan, streams, shards.chunk, objective.needs_layers)):
             bar.set_postfix_str(unit.segment.name)
             row = store.load(index, unit.segment) if store else None
             if row is None:
                 tail = NetworkTail(plan.steps[unit.last + 1 :], results) if objective.needs_tail else None
-                error = UnitError(unit.segment, streams, objective, config.batch_size, tail)
+                error = UnitError(unit.segment, shards, objective, tail)
                 row = round_unit(error, rule, config, index, bar)
                 if store:
                     store.save(index, unit.segment, row)

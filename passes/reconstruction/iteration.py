@@ -11,6 +11,7 @@ from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.passes.reconstruction.bfloat16_products import multiplies_alone, with_bfloat16_products
 from fp4dit_ao.passes.reconstruction.minibatches import Minibatches
 from fp4dit_ao.passes.reconstruction.rounding import LearnedRounding
+from fp4dit_ao.passes.reconstruction.shards import Shard
 from fp4dit_ao.passes.reconstruction.soft_weights import SoftWeights
 from fp4dit_ao.passes.reconstruction.unit_error import UnitError
 
@@ -82,15 +83,21 @@ class Iteration:
         """
         self.optimizer.zero_grad(set_to_none=True)
         self.soft.soften(penalised)
-        loss = torch.zeros((), device=self._device)
-        for batch in self._minibatches.batches():
-            share = self._error.of(batch, self._run) * (batch.size / self._minibatches.size / self._before)
-            share.backward()  # type: ignore[no-untyped-call]
-            loss += share.detach()
+        loss, *gradients = self._error.shards.sum_tensors(self._learned_from)
+        self.soft.put_gradients(gradients)
         self._remember(loss)
         self.soft.backward(self._penalty_weight)
         self._sums += torch.stack([torch.addcmul(loss, self._penalty_weight, self.soft.penalty), self.soft.penalty])
         self.optimizer.step()
+
+    def _learned_from(self, shard: Shard) -> list[Tensor]:
+        """What a shard's rows add to the loss, and to the gradients of the soft weights."""
+        loss = torch.zeros((), device=self._device)
+        for batch, weight in self._minibatches.batches(shard):
+            share = self._error.of(batch, self._run) * (weight / self._before)
+            share.backward()  # type: ignore[no-untyped-call]
+            loss += share.detach()
+        return [loss, *self.soft.take_gradients()]
 
     def _remember(self, loss: Tensor) -> None:
         """Keep the parameters if their loss is the least so far."""

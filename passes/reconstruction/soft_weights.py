@@ -69,6 +69,7 @@ class SoftWeights:
         self.beta = torch.full((), 2.0, dtype=torch.float64, device=device)
         self.penalty = torch.zeros((), device=device)
         self._soft: Sequence[Tensor] = ()
+        self._reached: list[Tensor] = []
         self._graphs = {}
         for penalised in (True,) if compiled else (False, True):  # compiling another one takes longer than the penalty
             graph = _graph_of([Softened(rule, dtypes[o], penalised) for o, rule in rules.items()], penalised)
@@ -83,13 +84,26 @@ class SoftWeights:
         for leaf, soft in zip(self.leaves.values(), self._soft, strict=True):
             leaf.weight = soft.detach().requires_grad_()
 
+    def take_gradients(self) -> list[Tensor]:
+        """Take the gradients out of the leaves that got one; which these are, the unit's graph decides, not its rows."""
+        self._reached = [leaf.weight for leaf in self.leaves.values() if leaf.weight.grad is not None]
+        found = [weight.grad for weight in self._reached if weight.grad is not None]
+        for weight in self._reached:
+            weight.grad = None
+        return found
+
+    def put_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Put others in their places."""
+        for weight, gradient in zip(self._reached, gradients, strict=True):
+            weight.grad = gradient
+
     def backward(self, penalty_weight: Tensor) -> None:
         """Pass the gradients of the leaves, and of ``penalty_weight`` (a scalar) times the penalty, on to the parameters."""
         pairs = [(s, leaf.weight.grad) for s, leaf in zip(self._soft, self.leaves.values(), strict=True)]
         pairs.append((self.penalty, penalty_weight))
         wanted = [(value, gradient) for value, gradient in pairs if value.requires_grad and gradient is not None]
         torch.autograd.backward([value for value, _ in wanted], [gradient for _, gradient in wanted])
-        self._soft, self.penalty = (), self.penalty.detach()
+        self._soft, self._reached, self.penalty = (), [], self.penalty.detach()
 
 
 def _graph_of(parts: Sequence[Softened], penalised: bool) -> GraphModule:

@@ -255,14 +255,27 @@ def build(model: GraphModule, samples: Sequence[Mapping[str, object]]) -> list[S
     """Group samples that can be stacked.
 
     Raises:
+        ValueError: see :func:`checked`.
+    """
+    flat = checked(model, samples)
+    return stacked(flat, Rows(model, flat))
+
+
+def checked(model: GraphModule, samples: Sequence[Mapping[str, object]]) -> list[Values]:
+    """The placeholders' values of every sample.
+
+    Raises:
         ValueError: no samples, one that does not fit the graph's signature, or one that holds NaN or Inf.
     """
     if not samples:
         raise ValueError("no calibration samples; collect_samples(pipe, prompts) records some")
-    flat = [_checked(model, number, sample) for number, sample in enumerate(samples)]
-    rows = Rows(model, flat)
+    return [_checked(model, number, sample) for number, sample in enumerate(samples)]
+
+
+def stacked(samples: Sequence[Values], rows: Rows) -> list[Stream]:
+    """A stream for all samples that can be stacked."""
     groups: dict[object, list[Values]] = {}
-    for number, values in enumerate(flat):
+    for number, values in enumerate(samples):
         key = tuple(rows.identity(name, value) for name, value in values.items()) if rows.dims else number
         groups.setdefault(key, []).append(values)
     return [Stream(values, rows) for values in groups.values()]

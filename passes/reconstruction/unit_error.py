@@ -13,7 +13,8 @@ from fp4dit_ao.passes.partition import Segment
 from fp4dit_ao.passes.reconstruction.layer_outputs import LayerOutputs
 from fp4dit_ao.passes.reconstruction.network_tail import NetworkTail
 from fp4dit_ao.passes.reconstruction.objectives import Errors, Objective
-from fp4dit_ao.passes.reconstruction.streams import Stream, Values
+from fp4dit_ao.passes.reconstruction.shards import Shard, Shards
+from fp4dit_ao.passes.reconstruction.streams import Values
 
 
 class Fixed(nn.Module):
@@ -84,15 +85,15 @@ class UnitError:
 
     Args:
         segment: with observers set to fake quantization.
-        streams: their ``quantized`` values are before the segment, its inputs; their ``full`` ones behind it, its targets.
+        shards: the ``quantized`` values of their streams are before the segment, its inputs; the ``full`` ones behind it, its
+            targets.
         objective: what counts as its error.
-        batch_size: rows at a time.
         tail: the rest of the network; None unless the objective needs it.
 
     Attributes:
         weights: the original weight of every observer.
         grids: the values that each can be rounded to.
-        rows: calibration rows.
+        streams: of the shards, in this process.
         targets: positions of the outputs that depend on the unit's weights, and that something reads.
         graph: what a step of learning runs: the segment's, or one that also puts out what its linears do.
     """
@@ -100,22 +101,22 @@ class UnitError:
     def __init__(
         self,
         segment: Segment,
-        streams: list[Stream],
+        shards: Shards,
         objective: Objective,
-        batch_size: int,
         tail: NetworkTail | None = None,
     ):
-        self.segment, self.streams, self.objective, self.batch_size = segment, streams, objective, batch_size
+        self.segment, self.shards, self.objective, self.streams = segment, shards, objective, shards.streams
         self.weights = {observer: weight_of(segment.graph, node) for node, observer in segment.observers}
         self.grids: dict[WeightObserver, Grid] = {o: o.grid(weight) for o, weight in self.weights.items()}
-        self.rows = sum(stream.rows for stream in streams)
         self.targets = self._differentiable()
         self._layers = LayerOutputs(segment) if objective.needs_layers else None
         self._tail = tail
         self.graph = self._layers.graph if self._layers else segment.graph
-        full = [stream.full for stream in streams]
+        full = [stream.full for stream in self.streams]
         self._power = [self._power_of(segment.outputs[i], full) for i in self.targets]
-        self._predictions: list[Values] = [tail.originals(stream, batch_size) for stream in streams] if tail else []
+        self._predictions: list[Values] = (
+            [tail.originals(stream, shards.chunk) for stream in self.streams] if tail else []
+        )
         self._results = self._predicted()
         self._predicted_power = {name: self._power_of(name, self._predictions) for name in self._results}
 
@@ -183,21 +184,30 @@ class UnitError:
         """:meth:`of` all rows, with the rounding that the observers hold; 0 if nothing depends on the weights."""
         if not self.targets:
             return 0.0
-        total = torch.zeros((), dtype=torch.float64, device=self.streams[0].device)
         with settled(self.segment):
-            for number, stream in enumerate(self.streams):
-                for rows in stream.chunks(self.batch_size):
-                    total += self.of(batch := self.gather(number, rows), self.graph) * batch.size
-        return float(total) / self.rows
+            return self.shards.mean(self._summed)
+
+    def _summed(self, shard: Shard) -> float:
+        """:meth:`of`, times the number of rows, over all rows of a shard."""
+        total = torch.zeros((), dtype=torch.float64, device=self.streams[0].device)
+        for number in shard.streams:
+            for rows in self.streams[number].chunks(self.shards.chunk):
+                total += self.of(batch := self.gather(number, rows), self.graph) * batch.size
+        return float(total)
 
     def _power_of(self, name: str, values: list[Values]) -> float:
         """The objective's power of a full-precision value, over all rows, given the values of each stream."""
-        total = 0.0
-        for stream, own in zip(self.streams, values, strict=True):
-            for rows in stream.chunks(self.batch_size):
-                (value,) = stream.select(own, [name], rows)
-                total += float(self.objective.power(value)) * (rows.stop - rows.start)
-        return max(total / self.rows, torch.finfo(torch.float32).tiny)
+
+        def summed(shard: Shard) -> float:
+            total = 0.0
+            for number in shard.streams:
+                stream = self.streams[number]
+                for rows in stream.chunks(self.shards.chunk):
+                    (value,) = stream.select(values[number], [name], rows)
+                    total += float(self.objective.power(value)) * (rows.stop - rows.start)
+            return total
+
+        return max(self.shards.mean(summed), torch.finfo(torch.float32).tiny)
 
 
 def _is_float(value: object) -> bool:

@@ -34,7 +34,7 @@ def round_unit(
     steps = steps_of(error.segment, rule, config)
     if steps and before > 0:
         learned = not isinstance(rule, ClosedFormRounding)
-        _assign(_solve(error, rule, config, index, before, bar))
+        _assign(_of_first(error, _solve(error, rule, config, index, before, bar)))
         solved = error.total()
         if solved < before:
             after, kept = solved, "learned" if learned else "solved"
@@ -57,6 +57,12 @@ def _solve(
     if isinstance(rule, ClosedFormRounding):
         return closed_form_rounding.solve(error, rule, bar)
     return Learner(error, rule, config, index).solve(before, bar)
+
+
+def _of_first(error: UnitError, roundings: dict[WeightObserver, Settled]) -> dict[WeightObserver, Settled]:
+    """The first process's roundings: where processors differ in a last bit, others could have learned something else."""
+    take = error.shards.world.of_first
+    return {o: Settled(*(None if x is None else take(x) for x in rounding)) for o, rounding in roundings.items()}
 
 
 def _assign(roundings: dict[WeightObserver, Settled]) -> None:

@@ -22,6 +22,7 @@ from fp4dit_ao.passes.reconstruction.minibatches import Minibatches
 from fp4dit_ao.passes.reconstruction.objectives import OBJECTIVES
 from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS
 from fp4dit_ao.passes.reconstruction.scopes import SCOPES
+from fp4dit_ao.passes.reconstruction.shards import one_shard
 from fp4dit_ao.passes.reconstruction.streams import build
 from fp4dit_ao.passes.reconstruction.unit_error import UnitError, rounding_by
 from fp4dit_ao.passes.reconstruction.walk import walk
@@ -50,7 +51,7 @@ def unit(config: ReconstructionConfig, device: str = "cpu", sizes: tuple[int, ..
     plan = SCOPES.find("block")(prepared, config)
     block = next(walk(plan, streams, 8))
     set_fake_quantize(prepared, True, True)
-    return UnitError(block.segment, streams, OBJECTIVES.find("mse"), 8)
+    return UnitError(block.segment, one_shard(streams, 8), OBJECTIVES.find("mse"))
 
 
 def iteration_of(error: UnitError, config: ReconstructionConfig) -> tuple[Iteration, dict]:
@@ -162,11 +163,13 @@ def test_minibatches_are_the_seeds() -> None:
         assert minibatches.fixed == (found is error)
         for step in range(6):
             minibatches.load(step)
-            batches = minibatches.batches()
+            batches = minibatches.batches(found.shards.own[0])
             first = [0, 8]
-            drawn = torch.cat([batch.rows + first[batch.number] for batch in batches])
-            assert drawn.tolist() == sorted(torch.randperm(found.rows, generator=expected)[:4].tolist())
-            for batch in batches:
+            drawn = torch.cat([batch.rows + first[batch.number] for batch, _ in batches])
+            rows = found.shards.total_rows
+            assert drawn.tolist() == sorted(torch.randperm(rows, generator=expected)[:4].tolist())
+            for batch, weight in batches:
+                assert weight == batch.size / 4
                 name = found.segment.inputs[0]
                 whole = found.streams[batch.number].quantized[name]
                 assert torch.equal(batch.inputs[0], whole[batch.rows])

@@ -131,7 +131,7 @@ def derivative(found: Any) -> tuple[float, float]:
 
     observer = next(o for o in found.weights if o.name.endswith("ff.down.weight"))
     module = Shifted(observer.dequantized(found.weights[observer]))
-    everything = slice(0, found.rows)
+    everything = slice(0, found.shards.total_rows)
     with rounding_by({observer: module}):
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(found.of(found.gather(0, everything), found.graph), module.shift)
