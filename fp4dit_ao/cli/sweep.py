@@ -188,7 +188,7 @@ def markdown(outcomes: Sequence[Outcome], out: Path) -> str:
         if outcome.done and path.exists():
             data = json.loads(path.read_text(encoding="utf-8"))
             shared = {name: value for name, value in data["settings"].items() if name != "model"}
-            original, own = (Fidelity.from_dict(variant) for variant in data["variants"])
+            original, own, *_ = (Fidelity.from_dict(variant) for variant in data["variants"])
             key = json.dumps(shared, sort_keys=True)
             settings[key] = shared
             evaluated.setdefault(key, [original]).append(own)

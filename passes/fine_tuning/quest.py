@@ -94,13 +94,13 @@ def _observers(prepared: GraphModule, node: Node) -> list[FloatObserver]:
 
 
 def chosen_layers(lesson: Lesson) -> list[Node]:
-    """The linears that are trained, in the order of the graph."""
+    """The linears that are trained, in the order of the graph: the most sensitive one even where ``share`` holds none."""
     time = time_layers(lesson.prepared)
     budget = lesson.config.share * sum(weight.numel() for weight in lesson.weights.values())
-    sensitive = []
+    sensitive: list[Node] = []
     for node, _ in sorted(sensitivities(lesson).items(), key=lambda item: -item[1]):
         size = lesson.weights[weight_observer(lesson.prepared, node)].numel()
-        if node not in time and size <= budget:
+        if node not in time and (size <= budget or not (time or sensitive)):
             sensitive.append(node)
             budget -= size
     return [node for node in linears(lesson.prepared) if node in time or node in sensitive]
@@ -112,16 +112,8 @@ def weight_observer(prepared: GraphModule, node: Node) -> WeightObserver:
 
 
 def plan(lesson: Lesson) -> Course:
-    """The chosen layers and their errors. ``lr`` is in steps of the format.
-
-    Raises:
-        ValueError: no layer fits into ``share``.
-    """
+    """The chosen layers and their errors. ``lr`` is in steps of the format."""
     layers = chosen_layers(lesson)
-    if not layers:
-        raise ValueError(
-            f"share={lesson.config.share} of this model's quantized weights is less than its smallest layer; give a larger one"
-        )
     by = lesson.config.optimizer or "adam"
     lr = lesson.config.lr or LR[by]
     observers = [weight_observer(lesson.prepared, node) for node in layers]

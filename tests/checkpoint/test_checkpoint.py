@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,8 @@ def test_every_tensor_comes_back_bit_for_bit(transformer: Any, original: Path) -
         for a, b in zip(graph_tensors.flatten(name, x).values(), graph_tensors.flatten(name, y).values(), strict=True):
             assert a.dtype == b.dtype
             assert torch.equal(a, b)
-    assert loaded.graph.code == transformer.graph.code
+    numbered = re.compile(r"(_weight)_\d+\b")  # names of nodes count what was there when they were made
+    assert numbered.sub(r"\1", loaded.graph.code) == numbered.sub(r"\1", transformer.graph.code)
     assert loaded.config == transformer.config
     assert loaded.decisions == transformer.decisions
     assert loaded.recipe == transformer.recipe

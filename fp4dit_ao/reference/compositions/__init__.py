@@ -2,13 +2,7 @@
 
 Unlike the first reference pipeline it has not seen the prompts that it is judged by: one in ten combinations of two
 emoji, and of an emoji and a colour, appears in no training picture. Importing this module loads neither torch nor
-diffusers::
-
-    from diffusers import PixArtSigmaPipeline
-    from fp4dit_ao.reference import compositions
-
-    pipe = PixArtSigmaPipeline.from_pretrained(compositions.path())
-    image = pipe("a tiger left of a tulip on blue", **compositions.generation()).images[0]
+diffusers. The pipeline is not in the package; see ``README.md`` beside this file for how to make it.
 """
 
 import json

@@ -3,14 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-from fp4dit_ao import FP4DiTQuantizer, QuantConfig, capture
-from fp4dit_ao.passes.fine_tuning import FineTuneConfig, run_fine_tuning
+from fp4dit_ao.passes.fine_tuning import FineTuneConfig, quest, run_fine_tuning
 from fp4dit_ao.passes.fine_tuning.blockwise import linears
 from fp4dit_ao.passes.fine_tuning.quest import LayerLoss, chosen_layers, sensitivities, time_layers
 from fp4dit_ao.passes.partition import weight_observers
-from tests.graphs import TinyDiT, tiny_sample
 from tests.passes.fine_tuning.methods import TimedDiT, lesson, prepared, samples
 
 
@@ -94,8 +91,8 @@ def test_other_layers_stay_and_chosen_ones_biases_are_trained() -> None:
     assert all(graph.get_parameter(name).requires_grad == p.requires_grad for name, p in before.items())
 
 
-def test_a_share_that_no_layer_fits_is_refused() -> None:
-    data = [tiny_sample()]  # no layer sees the timestep alone
-    graph = prepare_pt2e(capture(TinyDiT().eval(), data[0]), FP4DiTQuantizer().set_global(QuantConfig()))
-    with pytest.raises(ValueError, match="less than its smallest layer"):
-        run_fine_tuning(graph, data, "quest", FineTuneConfig(share=0.01), progress=False)
+def test_where_no_layer_fits_the_share_the_most_sensitive_one_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quest, "time_layers", lambda prepared: [])
+    found = lesson(prepared(), FineTuneConfig(share=1e-6))
+    errors = sensitivities(found)
+    assert chosen_layers(found) == [max(errors, key=errors.__getitem__)]

@@ -305,7 +305,7 @@ def test_files_of_version_2_are_read(split: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("transforms", "found"),
     [
-        ([{"name": "sharpen"}], "unknown transform 'sharpen'; choose one of smoothquant, split_inputs, "),
+        ([{"name": "sharpen"}], "unknown transform 'sharpen'; choose one of smoothquant, "),
         ([{"name": "smoothquant"}], "KeyError"),
         ([{"name": "smoothquant", "groups": [{"linears": [], "folded": []}]}], "is empty"),
         ([{"parts": {}}], "KeyError"),
