@@ -169,4 +169,4 @@ def test_the_command_quantizes_two_rows_side_by_side(
     assert max(a.began, b.began) < min(a.ended, b.ended), "at the same time, on two workers"
     lines = [line for line in (out / "sweep.md").read_text().splitlines() if line.startswith("| ")]
     names = [line.split("|")[1].strip() for line in lines]
-    assert names == ["row", "nearest", "gptq", "", shared["model"], str(out / "nearest"), str(out / "gptq")]
+    assert names == ["row", "nearest", "gptq", "", Path(shared["model"]).name, "nearest", "gptq"]
