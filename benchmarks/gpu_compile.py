@@ -5,6 +5,7 @@ the decoding of codebook groups; no speed is measured.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -23,6 +24,8 @@ from fp4dit_ao.kernels.cuda import triton_attention, triton_codebook_linear, tri
 from fp4dit_ao.kernels.cuda.triton_linear import CONFIGS, Config, block_k, linear_kernel
 from fp4dit_ao.util.markdown import markdown_table
 
+FP8 = 89
+"""Compute capability, times ten, from which GPUs have FP8 units."""
 HEADS = (72, 128)
 """Features of a head of PixArt and of FLUX."""
 
@@ -48,11 +51,11 @@ def variants(capabilities: Iterable[int], every: bool = True) -> Iterator[Varian
         for configs in CONFIGS.values():
             yield from (Variant(config, capability) for config in (configs if every else configs[:1]))
             yield Variant(configs[0], capability, packed=False)
-            if capability >= 89:
+            if capability >= FP8:
                 yield Variant(configs[0], capability, tokens="fp8e4nv")
                 yield Variant(configs[0], capability, tokens="fp8e4nv", packed=False)
         yield Variant(CONFIGS[512][0], capability, group=112)
-        if capability >= 89:
+        if capability >= FP8:
             yield from (Variant(CONFIGS[512][0], capability, "fp8e4nv", packed, group=112) for packed in (True, False))
 
 
@@ -74,10 +77,9 @@ def compiled(variant: Variant) -> dict[str, Any]:
     }  # fmt: skip
     options = {"num_warps": variant.config.warps, "num_stages": variant.config.stages}
     kernel = _compiled(linear_kernel, types, constants, ("N", "K", "ROW"), variant.capability, options)
-    instructions = sorted(set(re.findall(r"w?gmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", kernel.asm["ptx"])))
     return {
         "capability": variant.capability, "config": str(variant.config), "tokens": variant.tokens,
-        "packed": variant.packed, "group": variant.group, "instructions": instructions, **usage(kernel),
+        "packed": variant.packed, "group": variant.group, "instructions": products(kernel), **usage(kernel),
     }  # fmt: skip
 
 
@@ -123,9 +125,8 @@ def compiled_few_tokens(
     }  # fmt: skip
     options = {"num_warps": config.warps, "num_stages": config.stages}
     kernel = _compiled(triton_codebook_linear.codebook_linear_kernel, types, constants, ("N", "K"), capability, options)
-    instructions = sorted(set(re.findall(r"w?gmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", kernel.asm["ptx"])))
     return {
-        "capability": capability, "config": str(config), "tokens": tokens, "group": group, "instructions": instructions,
+        "capability": capability, "config": str(config), "tokens": tokens, "group": group, "instructions": products(kernel),
         "pairs of one row": pairs_of_one_row(kernel.asm["ttgir"]), **usage(kernel),
     }  # fmt: skip
 
@@ -142,19 +143,19 @@ def pairs_of_one_row(ttgir: str) -> bool:
 
 
 def _few_token_types(capability: int, both: bool) -> tuple[str, ...]:
-    if capability < 89:
+    if capability < FP8:
         return ("i8",)
     return ("i8", "fp8e4nv") if both else ("fp8e4nv",)
 
 
-def few_token_variants(capability: int, every: bool) -> Iterator[tuple[int, triton_codebook_linear.Config, str, int]]:
-    """Arguments of :func:`compiled_few_tokens`; types of tokens and small groups for the first configuration of each kind."""
+def few_token_variants(capability: int, every: bool) -> Iterator[tuple[triton_codebook_linear.Config, str, int]]:
+    """Configurations, types of tokens and groups: all of the latter two for the first configuration of each kind."""
     for configs in triton_codebook_linear.CONFIGS.values():
         for config in configs if every else configs[:1]:
             for tokens in _few_token_types(capability, config is configs[0]):
                 for group in (128, 32) if config is configs[0] else (128,):
                     if triton_codebook_linear.fits(config, group):
-                        yield capability, config, tokens, group
+                        yield config, tokens, group
 
 
 def compiled_attention(capability: int, config: triton_attention.Config, dim: int) -> dict[str, Any]:
@@ -169,8 +170,13 @@ def compiled_attention(capability: int, config: triton_attention.Config, dim: in
     options = {"num_warps": config.warps, "num_stages": config.stages}
     sizes = ("HEADS", "QUERIES", "KEYS")
     kernel = _compiled(triton_attention.attention_kernel, types, constants, sizes, capability, options)
-    instructions = sorted(set(re.findall(r"w?gmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", kernel.asm["ptx"])))
-    return {"capability": capability, "config": str(config), "dim": dim, "instructions": instructions, **usage(kernel)}
+    return {
+        "capability": capability,
+        "config": str(config),
+        "dim": dim,
+        "instructions": products(kernel),
+        **usage(kernel),
+    }
 
 
 def _compiled(
@@ -187,6 +193,11 @@ def _compiled(
         {(index,): [["tt.divisibility", 16]] for index in aligned},
     )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def products(kernel: Any) -> list[str]:
+    """The tensor cores' instructions that a compiled kernel has."""
+    return sorted(set(re.findall(r"w?gmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", kernel.asm["ptx"])))
 
 
 def usage(kernel: Any) -> dict[str, int]:
@@ -211,49 +222,32 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Compiles and prints."""
-    rows = []
-    asked = [int(capability) for capability in capabilities.split(",")]
-    decodings = [(capability, group, fp8) for capability in asked for group in (128, 112) for fp8 in (False, True)]
-    for result in (compiled_decoding(*each) for each in decodings if each[0] >= 89 or not each[2]):
+    rows: list[list[str]] = []
+
+    def say(result: dict[str, Any], mark: str, kind: str, tile: str, warps: int, stages: int | str) -> None:
         if as_json:
-            print(json.dumps({"decoding": True, **result}))
-        kind = f"decoding to {'E4M3' if result['fp8'] else 'int8'}, groups of {result['group']}"
-        rows.append(
-            [f"sm_{result['capability']}", kind, f"{triton_decode.ROWS} rows",
-             str(triton_decode.WARPS), "", str(result["registers"]), str(result["spilled"]), f"{result['shared'] / 1024:.0f}"]
-        )  # fmt: skip
-    for capability in asked:
-        for arguments in dict.fromkeys(few_token_variants(capability, every)):
-            result = compiled_few_tokens(*arguments)
-            if as_json:
-                print(json.dumps({"few tokens": True, **result}))
-            _, config, tokens, group = arguments
-            rows.append(
-                [f"sm_{capability}", f"{tokens}, codebooks, groups of {group}",
-                 f"{config.block_n} x {config.block_m}, {config.splits} parts", str(config.warps), str(config.stages),
-                 str(result["registers"]), str(result["spilled"]), f"{result['shared'] / 1024:.0f}"]
-            )  # fmt: skip
-    for capability in (each for each in asked if each >= 89):
-        for config in triton_attention.CONFIGS if every else triton_attention.CONFIGS[:1]:
+            print(json.dumps(({mark: True} if mark else {}) | result))
+        usage = str(result["registers"]), str(result["spilled"]), f"{result['shared'] / 1024:.0f}"
+        rows.append([f"sm_{result['capability']}", kind, tile, str(warps), str(stages), *usage])
+
+    for capability in map(int, capabilities.split(",")):
+        for group, fp8 in itertools.product((128, 112), (False, True) if capability >= FP8 else (False,)):
+            kind = f"decoding to {'E4M3' if fp8 else 'int8'}, groups of {group}"
+            decoding = compiled_decoding(capability, group, fp8)
+            say(decoding, "decoding", kind, f"{triton_decode.ROWS} rows", triton_decode.WARPS, "")
+        for few, tokens, group in dict.fromkeys(few_token_variants(capability, every)):
+            kind, tile = f"{tokens}, codebooks, groups of {group}", f"{few.block_n} x {few.block_m}, {few.splits} parts"
+            result = compiled_few_tokens(capability, few, tokens, group)
+            say(result, "few tokens", kind, tile, few.warps, few.stages)
+        for attention in triton_attention.CONFIGS[: None if every else 1] if capability >= FP8 else ():
             for dim in HEADS:
-                result = compiled_attention(capability, config, dim)
-                if as_json:
-                    print(json.dumps({"attention": True, **result}))
-                rows.append(
-                    [f"sm_{capability}", f"attention, heads of {dim}", f"{config.block_m} x {config.block_n}",
-                     str(config.warps), str(config.stages), str(result["registers"]), str(result["spilled"]),
-                     f"{result['shared'] / 1024:.0f}"]
-                )  # fmt: skip
-    for variant in dict.fromkeys(variants(asked, every)):
-        result = compiled(variant)
-        if as_json:
-            print(json.dumps(result))
-        config = variant.config
-        kind = f"{variant.tokens}, {'packed' if variant.packed else 'levels'}, groups of {variant.group}"
-        rows.append(
-            [f"sm_{variant.capability}", kind, f"{config.block_n} x {config.block_m}", str(config.warps), str(config.stages),
-             str(result["registers"]), str(result["spilled"]), f"{result['shared'] / 1024:.0f}"]
-        )  # fmt: skip
+                tile = f"{attention.block_m} x {attention.block_n}"
+                result = compiled_attention(capability, attention, dim)
+                say(result, "attention", f"attention, heads of {dim}", tile, attention.warps, attention.stages)
+        for variant in dict.fromkeys(variants([capability], every)):
+            config = variant.config
+            kind = f"{variant.tokens}, {'packed' if variant.packed else 'levels'}, groups of {variant.group}"
+            say(compiled(variant), "", kind, f"{config.block_n} x {config.block_m}", config.warps, config.stages)
     if not as_json:
         head = ["GPU", "operands", "features x tokens", "warps", "stages", "registers", "spilled, B", "shared, KiB"]
         print(markdown_table(head, rows))

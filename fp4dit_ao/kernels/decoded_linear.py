@@ -43,7 +43,6 @@ def codebook_product(tokens: Tensor, qdata: Tensor, index: Tensor, codebooks: Te
         tokens: int8 ``(rows, in_features)``.
         qdata, index, codebooks, group_size: see :func:`fp4dit_ao.kernels.codebook_linear.reference_codebook_linear`.
     """
-
     few_tokens = _few_tokens(tokens, group_size)
 
     def by(config: object) -> Tensor:
@@ -74,7 +73,6 @@ def fp8_codebook_linear(
         row_scale: float32 ``(out_features,)``.
         bias: ``(out_features,)`` or None.
     """
-
     few_tokens = _few_tokens(tokens, group_size)
 
     def by(config: object) -> Tensor:
@@ -89,7 +87,6 @@ def fp8_codebook_linear(
             tokens.contiguous(), levels.T, token_scale, columns, torch.bfloat16, added, fast=True
         )
 
-    few_tokens = _few_tokens(tokens, group_size)
     return by(few_tokens and few_tokens.chosen(tokens, qdata.shape[0], group_size, by))
 
 

@@ -18,8 +18,8 @@ from fp4dit_ao.kernels.cuda import int8_linear as triton_units
 from fp4dit_ao.kernels.token_quantization import fits_fp8, fp8_tokens
 from fp4dit_ao.ops import LIBRARY
 
-LARGEST_HEAD = 128
-LEAST_HEAD = 16
+LEAST_HEAD, LARGEST_HEAD = 16, 128
+"""Features of a head that the kernel takes."""
 _WORTHWHILE = 0.97
 """Part of the best backend's time that the kernel may take, so that noise alone decides nothing."""
 _TOLERANCE = 2**-6
@@ -69,7 +69,7 @@ def _seconds(shape: AttentionShape) -> float:
         )
         levels = *_levels(q.transpose(1, 2), "e2m3"), *_levels(k.transpose(1, 2), "e2m3")
         try:
-            found = _on_triton(*levels, v, dim**-0.5)
+            computed = _on_triton(*levels, v, dim**-0.5)
             seconds = attention_backend.median_seconds(lambda: _on_triton(*levels, v, dim**-0.5), shape.device)
         except RuntimeError:
             return float("inf")
@@ -78,7 +78,7 @@ def _seconds(shape: AttentionShape) -> float:
             for x, scale in (levels[:2], levels[2:])
         )
         expected = F.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2)
-    agrees = bool((found.float() - expected.float()).norm() <= _TOLERANCE * expected.float().norm())
+    agrees = bool((computed.float() - expected.float()).norm() <= _TOLERANCE * expected.float().norm())
     return seconds if agrees else float("inf")
 
 

@@ -220,6 +220,12 @@ def execute(program: str, operands: dict[str, int]) -> dict[str, int]:
     def value(name: str) -> int:
         return registers[name] if name in registers else int(name, 0)
 
+    def halves(bits: int) -> torch.Tensor:
+        return torch.frombuffer(bytearray(bits.to_bytes(4, "little")), dtype=torch.float16)
+
+    def word(numbers: torch.Tensor) -> int:
+        return int.from_bytes(numbers.view(torch.uint8).numpy().tobytes(), "little")
+
     def prmt(a: int, b: int, selectors: int) -> int:
         source = (b << 32 | a).to_bytes(8, "little")
         result = []
@@ -235,12 +241,17 @@ def execute(program: str, operands: dict[str, int]) -> dict[str, int]:
         "shr": lambda a, b: a >> b,
         "prmt": prmt,
         "mov": lambda a: a,
+        "xor": lambda a, b: a ^ b,
+        "sub.rn.f16x2": lambda a, b: word(halves(a) - halves(b)),
+        "cvt.rn.satfinite.e4m3x2.f16x2": lambda a: word(halves(a).to(torch.float8_e4m3fn)),
+        "pack": lambda low, high: low | high << 16,
     }
     registers = dict(operands)
     for line in program.splitlines():
-        found = re.fullmatch(r"(and|or|shr|prmt|mov)\.[bu]32 ([$\w]+), (.+);", line)
+        line = re.sub(r"^mov\.b32 (\S+), \{(.+)\};$", r"pack \1, \2;", line)  # two halves of a word
+        found = re.fullmatch(r"(and|or|shr|prmt|mov|xor|pack|sub\.rn\.f16x2|cvt\S+)(?:\.[bu]32)? ([$\w]+), (.+);", line)
         if found is None:
-            assert line in ("", "{", "}") or line.startswith(".reg .b32"), line
+            assert line in ("", "{", "}") or line.startswith((".reg .b32", ".reg .b16")), line
             continue
         registers[found[2]] = semantics[found[1]](*(value(name.strip()) for name in found[3].split(",")))
     return registers
@@ -279,6 +290,22 @@ def test_the_lookup_of_words_keeps_the_order() -> None:
         word = sum(code << 4 * place for place, code in enumerate(codes))
         out = execute(program, inputs | {"$2": word})
         assert [*out["$0"].to_bytes(4, "little"), *out["$1"].to_bytes(4, "little")] == [table[code] for code in codes]
+
+
+def test_the_conversion_of_tables_gives_e4m3s_levels() -> None:
+    """All levels that E4M3 holds, in every byte of a word."""
+    program = interpreter.loaded("triton_lookup").FP8_PROGRAM
+    levels = torch.arange(-127, 128)
+    levels = levels[levels.float().to(torch.float8_e4m3fn).float() == levels]
+    assert len(levels) == 79
+    for place, level in itertools.product(range(4), levels.tolist()):
+        given = [0, 0, 0, 0]
+        given[place] = level
+        out = execute(
+            program, {"$1": int.from_bytes(torch.tensor(given, dtype=torch.int8).numpy().tobytes(), "little")}
+        )
+        found = torch.frombuffer(bytearray(out["$0"].to_bytes(4, "little")), dtype=torch.float8_e4m3fn).float()
+        assert found.tolist() == given
 
 
 @pytest.fixture(scope="module")

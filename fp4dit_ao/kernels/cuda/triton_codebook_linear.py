@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp4dit_ao.kernels.cuda.triton_decode import table_as_fp8
 from fp4dit_ao.kernels.cuda.triton_linear import tune
-from fp4dit_ao.kernels.cuda.triton_lookup import INTERPRETED, levels
+from fp4dit_ao.kernels.cuda.triton_lookup import INTERPRETED, levels, table_as_fp8
 
 MOST_ROWS = 1024
 """Tokens up to which the kernel is tried; more of them are faster decoded once and multiplied by the vendor's product."""

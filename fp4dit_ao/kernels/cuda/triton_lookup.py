@@ -52,6 +52,50 @@ WORD_PROGRAM = _program("$3 $4 $5 $6", "$3 $4 $5 $6", "mov.b32 $0, first;\nmov.b
 WORD_LOOKUP = tl.constexpr(WORD_PROGRAM)
 WORD_CONSTRAINTS = tl.constexpr("=&r,=&r,r,r,r,r,r")
 CONSTRAINTS = tl.constexpr("=r,=r" + ",r" * 17)  # a register of codes, and four for each word of the table
+FP8_PROGRAM = """
+{
+.reg .b32 offset, low, high, zero;
+.reg .b16 first, second;
+xor.b32 offset, $1, 0x80808080;
+mov.b32 zero, 0x64806480;
+prmt.b32 low, offset, 0x64646464, 0x4140;
+prmt.b32 high, offset, 0x64646464, 0x4342;
+sub.rn.f16x2 low, low, zero;
+sub.rn.f16x2 high, high, zero;
+cvt.rn.satfinite.e4m3x2.f16x2 first, low;
+cvt.rn.satfinite.e4m3x2.f16x2 second, high;
+mov.b32 $0, {first, second};
+}
+"""
+"""A word of four int8 levels to one of E4M3: a byte under 0x64 is the half number 1024 + byte, of which 1152 are taken off."""
+FP8_ASSEMBLY = tl.constexpr(FP8_PROGRAM)
+
+
+@triton.jit
+def table_as_fp8(t0, t1, t2, t3, ASSEMBLY: tl.constexpr):
+    """The words of a table, int8 levels, as E4M3, which must hold them."""
+    if ASSEMBLY:
+        return word_as_fp8(t0), word_as_fp8(t1), word_as_fp8(t2), word_as_fp8(t3)
+    return as_fp8(t0), as_fp8(t1), as_fp8(t2), as_fp8(t3)
+
+
+@triton.jit
+def word_as_fp8(word):
+    """:func:`as_fp8` by the assembly of GPUs that have E4M3."""
+    return tl.inline_asm_elementwise(FP8_ASSEMBLY, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def as_fp8(word):
+    """Four int8 levels in a word to four of E4M3, which must hold them."""
+    return as_byte(word << 24) | as_byte(word << 16) << 8 | as_byte(word << 8) << 16 | as_byte(word) << 24
+
+
+@triton.jit
+def as_byte(level):
+    """The int8 in the highest byte of ``level`` as E4M3, in the lowest byte."""
+    value = (level >> 24).to(tl.float32).to(tl.float8e4nv)
+    return value.to(tl.uint8, bitcast=True).to(tl.int32)
 
 
 @triton.jit
