@@ -141,7 +141,7 @@ def quantize(way: str, recipe: str, folder: Path, out: Path) -> None:
 
 
 def child(way: str, recipe: str, folder: str, out: str) -> None:
-    """What a limited process does; its last line is JSON.
+    """Quantizes the model, in the process whose memory is limited; prints JSON as its last line.
 
     First it does the same to the small reference pipeline: torch.export alone imports some hundred MB of modules.
     """

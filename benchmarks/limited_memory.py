@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup/memory")
-"""Where version 1 of control groups is mounted."""
+"""Mount point of version 1 of control groups."""
 _INTERVAL = 0.001
 """Seconds between two looks at a process's memory."""
 
@@ -57,7 +57,8 @@ def anonymous_bytes() -> int:
 
 
 def limiter() -> str | None:
-    """What can limit a command's memory on this machine, page cache included: ``"cgroup"``, ``"systemd-run"``, or None."""
+    """Name of the means to limit a command's memory on this machine, page cache included: ``"cgroup"`` or
+    ``"systemd-run"``; None if there is none."""
     if os.access(_CGROUP / "memory.limit_in_bytes", os.W_OK):
         return "cgroup"
     if shutil.which("systemd-run") and not subprocess.run(_scope(1 << 30, ["true"]), capture_output=True).returncode:

@@ -22,7 +22,8 @@ import typer
 from scipy import stats  # type: ignore[import-untyped]
 from tqdm import tqdm
 
-from fp4dit_ao import QuantConfig, ReconstructionConfig, collect_samples, quantize_pipeline, reference
+from benchmarks.quality import split_prompts
+from fp4dit_ao import QuantConfig, ReconstructionConfig, collect_samples, quantize_pipeline
 from fp4dit_ao.config import RECIPES
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.evaluation.environment import one_line
@@ -36,8 +37,6 @@ from fp4dit_ao.util.markdown import markdown_table
 BUDGETS = ("w4a8", "w4a6", "w4a4")
 BLOCK_RECIPES = ("nvfp4", "mxfp4")
 LEARNED = "scale_aware"
-CALIBRATION = 128
-"""Number of calibration prompts, none of which is evaluated."""
 SIGNIFICANT = 0.05
 BITS, SECONDS = (4.3, 5.3, 8.5), (60, 600, 3600)
 """Limits for which a method is recommended: bits per weight, seconds to quantize."""
@@ -109,7 +108,7 @@ def all_rows(budgets: Sequence[str]) -> dict[str, Row]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every row of a table has in common."""
+    """Settings that all rows of a table share."""
 
     prompts: int
     seeds: int
@@ -126,10 +125,7 @@ class Settings:
 def make_row(key: str, settings: Settings, work: Path) -> None:
     """Makes a row and writes ``KEY.json``, which is compared with the original's images; those are made first."""
     row = all_rows(BUDGETS)[key]
-    indices = named_models.reference_indices(settings.prompts)
-    texts = [reference.prompts()[index] for index in indices]
-    others = [text for text in reference.prompts() if text not in set(texts)]
-    calibration = others[:: max(1, len(others) // CALIBRATION)][:CALIBRATION]
+    indices, texts, calibration = split_prompts(settings.prompts)
     original = named_models.open_pipeline(named_models.REFERENCE, "cpu")
     if row.config is None:
         collect_samples(original, calibration, samples=settings.samples, cache_dir=work / "samples", **settings.call)

@@ -14,7 +14,7 @@ import typer
 from PIL import Image
 
 from fp4dit_ao import reference
-from fp4dit_ao.cli.evaluate import How, What, Where, evaluate
+from fp4dit_ao.cli.evaluate import OutputFiles, Procedure, WantedImages, evaluate
 from fp4dit_ao.cli.quantize import Methods, quantize
 from fp4dit_ao.config import Fields
 from fp4dit_ao.diffusers_integration import named_models
@@ -40,7 +40,7 @@ class Protocol:
     Attributes:
         model: hub id of the model, or ``reference``.
         source: where the protocol is from, and what of it is not published.
-        what: how prompts are read, how many, their seeds, and the pipeline's arguments.
+        wanted: how prompts are read, how many, their seeds, and the pipeline's arguments.
         rows: by name; names of ours beside the published ones.
         metrics: of ``fp4dit-ao evaluate``.
         calibration: prompts that rows are calibrated on, none of which is drawn.
@@ -51,7 +51,7 @@ class Protocol:
 
     model: str
     source: str
-    what: What
+    wanted: WantedImages
     rows: Mapping[str, Row]
     metrics: tuple[str, ...] = EVERYTHING
     calibration: int = 128
@@ -78,7 +78,7 @@ FP4DIT = {
 
 def _fp4dit(model: str, weight: str, preferences: bool) -> Protocol:
     """On COCO's captions; or on HPSv2's prompts, which have no real images."""
-    what = What(
+    wanted = WantedImages(
         prompt_set="hpsv2" if preferences else "coco", count=3200 if preferences else 10_000, seeds=(42,), seeding="same",
         call={"num_inference_steps": 20},
     )  # fmt: skip
@@ -87,7 +87,7 @@ def _fp4dit(model: str, weight: str, preferences: bool) -> Protocol:
         "FP4DiT, arXiv 2503.15465, section 5 and released code: 10 000 captions of COCO's validation set, and HPSv2's prompts; "
         "seed 42 before every image, the pipeline's own 20 steps and guidance, calibration on 128 captions of COCO. Which "
         "captions is not published: the file's order is taken here.",
-        what,
+        wanted,
         {
             "W4A8": Row("w4a8", fields={"weight": weight}),
             "W4A6": Row("w4a6", fields={"weight": weight}),
@@ -109,7 +109,7 @@ def protocols() -> dict[str, Protocol]:
             "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
             "deepcompressor, examples/diffusion: 5000 prompts of MJHQ-30K by random.Random(0).shuffle, generators seeded by "
             "the prompt's name, 20 steps, guidance 4.5; FID against MJHQ's images of these prompts.",
-            What(
+            WantedImages(
                 prompt_set="mjhq", count=5000, sample="shuffled", seeds=(0,), seeding="name",
                 call={"num_inference_steps": 20, "guidance_scale": 4.5},
             ),
@@ -125,7 +125,7 @@ def protocols() -> dict[str, Protocol]:
         "reference": Protocol(
             named_models.REFERENCE,
             "This package's own pipeline and prompts: no published table.",
-            What(count=200, call={"num_inference_steps": 20}),
+            WantedImages(count=200, call={"num_inference_steps": 20}),
             {
                 "W4A6, nearest": Row("w4a6", Methods("nearest")),
                 "W4A6": Row("w4a6", Methods("scale_aware", iters=400)),
@@ -146,7 +146,7 @@ class Run:
     protocol: Protocol
     work: Path
     model: str
-    what: What
+    wanted: WantedImages
     dtype: str
     device: str | None = None
     samples: int | None = None
@@ -155,17 +155,17 @@ class Run:
     texts: list[Prompt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.texts = self.what.texts(self.model)
+        self.texts = self.wanted.texts(self.model)
 
     def calibration(self) -> Path:
         """File of the prompts that rows are calibrated on."""
         if self.calibrate_on is not None:
             return self.calibrate_on
         drawn = {prompt.text for prompt in self.texts}
-        if self.what.prompts is None:
+        if self.wanted.prompts is None:
             every = reference.prompts()
         else:
-            every = [prompt.text for prompt in read_prompt_set(self.what.prompt_set, self.what.prompts)]
+            every = [prompt.text for prompt in read_prompt_set(self.wanted.prompt_set, self.wanted.prompts)]
         rest = [" ".join(text.split()) for text in dict.fromkeys(every) if text not in drawn]
         if not rest:
             raise ValueError("no prompts are left to calibrate on: all are drawn; give others: --calibration FILE")
@@ -182,7 +182,7 @@ class Run:
                 methods = Methods(**{**vars(methods), "iters": self.iters})
             quantize(
                 self.model, folder, recipe=row.recipe, prompts=self.calibration(), methods=methods, skip=(),
-                call=self.what.call, samples=self.samples or self.protocol.samples, seed=0, resume=True,
+                call=self.wanted.call, samples=self.samples or self.protocol.samples, seed=0, resume=True,
                 device=self.device, dtype=self.dtype, fields=row.fields, layers={},
             )  # fmt: skip
         return str(folder)
@@ -255,14 +255,14 @@ def main(
     if table not in known:
         raise typer.BadParameter(f"no table {table}; there are {', '.join(known)}")
     protocol, work = known[table], work / table
-    if protocol.what.prompt_set != LINES and prompts is None:
-        raise typer.BadParameter(f"{table} needs --prompts FILE of the prompt set {protocol.what.prompt_set}")
+    if protocol.wanted.prompt_set != LINES and prompts is None:
+        raise typer.BadParameter(f"{table} needs --prompts FILE of the prompt set {protocol.wanted.prompt_set}")
     chosen = list(protocol.rows) if rows == "all" else rows.split(";")
     if unknown := [name for name in chosen if name not in protocol.rows]:
         raise typer.BadParameter(f"no row {unknown[0]}; there are {'; '.join(protocol.rows)}")
-    call = protocol.what.call | ({} if steps is None else {"num_inference_steps": steps})
-    changes = {"prompts": prompts, "count": count or protocol.what.count, "call": call}
-    what = What(**{**vars(protocol.what), **changes})
+    call = protocol.wanted.call | ({} if steps is None else {"num_inference_steps": steps})
+    changes = {"prompts": prompts, "count": count or protocol.wanted.count, "call": call}
+    wanted = WantedImages(**{**vars(protocol.wanted), **changes})
     run = Run(
         protocol, work, model or protocol.model, what, dtype or protocol.dtype, device, samples, iters, calibration
     )
@@ -271,10 +271,10 @@ def main(
     true = run.pictures() if table == "reference" and real is None else run.real(real)
     models = {run.quantized(name, protocol.rows[name]): name for name in chosen}
     drawn_on = tuple(devices.split(",")) if devices else (device,)
-    how = How(batch_size, devices=drawn_on, dtype=run.dtype, metrics=tuple(metrics), real=true)
+    how = Procedure(batch_size, devices=drawn_on, dtype=run.dtype, metrics=tuple(metrics), real=true)
     print(f"{table}: {protocol.source}\n")
-    places = Where(work / "table.json", work / "table.html", work / "images")
-    evaluate(list(models), run.model, what, how, places, models | {run.model: "original"})
+    places = OutputFiles(work / "table.json", work / "table.html", work / "images")
+    evaluate(list(models), run.model, wanted, how, places, models | {run.model: "original"})
 
 
 if __name__ == "__main__":

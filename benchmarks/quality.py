@@ -139,6 +139,14 @@ CALIBRATION = 128
 """Number of calibration prompts, none of which is evaluated."""
 
 
+def split_prompts(count: int) -> tuple[list[int], list[str], list[str]]:
+    """Positions and texts of the reference pipeline's prompts that are evaluated, and those that a model is calibrated on."""
+    indices = named_models.reference_indices(count)
+    texts = [reference.prompts()[index] for index in indices]
+    others = [text for text in reference.prompts() if text not in set(texts)]
+    return indices, texts, others[:: max(1, len(others) // CALIBRATION)][:CALIBRATION]
+
+
 class Run:
     """One table; everything that is finished is kept in ``work``.
 
@@ -152,8 +160,7 @@ class Run:
         self.work, self.batch_size, self.compile = work, batch_size, compile
         self.seeds, self.iters, self.samples = range(seeds), iters, samples
         self.call: dict[str, Any] = {"num_inference_steps": steps}
-        self.indices = named_models.reference_indices(prompts)
-        self.texts = [reference.prompts()[index] for index in self.indices]
+        self.indices, self.texts, self.calibration = split_prompts(prompts)
         weights = reference.path() / "transformer" / "diffusion_pytorch_model.safetensors"
         self.settings: dict[str, Any] = {
             "prompts": prompts, "seeds": seeds, "steps": steps, "iterations": iters, "calibration samples": samples,
@@ -173,8 +180,6 @@ class Run:
             f"--prompts={prompts}", f"--seeds={seeds}", f"--steps={steps}", f"--iters={iters}", f"--samples={samples}",
             f"--batch-size={batch_size}", f"--work={work}", "--compile" if compile else "--no-compile",
         ]  # fmt: skip
-        others = [text for text in reference.prompts() if text not in set(self.texts)]
-        self.calibration = others[:: max(1, len(others) // CALIBRATION)][:CALIBRATION]
 
     def share_out(self, keys: list[str], workers: int) -> None:
         """Makes the missing rows in ``workers`` processes, with one log file each; the caller makes those that remain.

@@ -26,7 +26,7 @@ from fp4dit_ao.util.markdown import markdown_table
 RECIPE = "w4a6_codebook"
 BATCH = 16
 WHOLE = {"blocks": 28, "iterations": 2500}
-"""What is asked for: PixArt-XL in less than an hour, so at most 50 ms an iteration."""
+"""Size of the whole task, PixArt-XL: done in an hour, it leaves 50 ms for an iteration."""
 PEAKS = {"H100": 989e12, "H200": 989e12}
 """Dense bfloat16 operations a second, of the SXM modules, by a part of the GPU's name."""
 WARM_UP = 10
@@ -95,7 +95,7 @@ class Ticks:
             torch.cuda.synchronize()
 
     def seconds(self, iterations: int, warm_up: int) -> list[float]:
-        """Of every iteration but the first ``warm_up`` of each block, which has so many ``iterations``."""
+        """Seconds of each iteration, without the first ``warm_up`` of the ``iterations`` of each block."""
         pairs = zip(self._ticks, self._ticks[1:], strict=False)
         return [self._between(a, b) for n, (a, b) in enumerate(pairs, 1) if n % iterations >= warm_up]
 

@@ -322,12 +322,12 @@ def evaluate(
 
     run.evaluate(
         model, against,
-        run.What(prompts, prompt_set, count, sample, tuple(range(first_seed, first_seed + seeds)), seeding, arguments),
-        run.How(
+        run.WantedImages(prompts, prompt_set, count, sample, tuple(range(first_seed, first_seed + seeds)), seeding, arguments),
+        run.Procedure(
             batch_size, compile, tuple(devices.split(",")) if devices else (device,), run.shard_of(shard), dtype,
             () if baseline == ["none"] else tuple(baseline or ["batch"]), tuple(metric or ()), real,
         ),
-        run.Where(
+        run.OutputFiles(
             out, out.with_suffix(".html") if report else None, images or out.with_name(f"{out.stem}_images"), shown
         ),
     )  # fmt: skip

@@ -23,7 +23,7 @@ _FACTS = "facts.json"
 
 
 class Facts(TypedDict):
-    """What a table says of a pipeline beside its images: bytes and bits per weight of its transformer, and steps."""
+    """Columns of a table beside scores: bytes and bits per weight of a pipeline's transformer, and its steps."""
 
     bytes: int
     bits: float

@@ -20,8 +20,8 @@ SAMPLES = ("first", "shuffled")
 
 
 @dataclass(frozen=True)
-class What:
-    """What is drawn.
+class WantedImages:
+    """Images to draw.
 
     Attributes:
         prompts: file or folder of a prompt set; the reference pipeline's own prompts if None.
@@ -53,8 +53,8 @@ class What:
 
 
 @dataclass(frozen=True)
-class How:
-    """How it is drawn and judged.
+class Procedure:
+    """Settings of drawing and judging.
 
     Attributes:
         batch_size: images drawn together.
@@ -78,8 +78,8 @@ class How:
 
 
 @dataclass(frozen=True)
-class Where:
-    """What is written.
+class OutputFiles:
+    """Files to write.
 
     Attributes:
         json: every number of every image.
@@ -95,44 +95,51 @@ class Where:
 
 
 def evaluate(
-    models: Sequence[str], against: str, what: What, how: How, where: Where, labels: Mapping[str, str] | None = None
+    models: Sequence[str],
+    against: str,
+    wanted: WantedImages,
+    procedure: Procedure,
+    files: OutputFiles,
+    labels: Mapping[str, str] | None = None,
 ) -> Evaluation | None:
     """Draws with ``against`` and ``models``, prints the tables, writes JSON and page; None if only a part is drawn.
 
     Args:
         models: names of pipelines.
         against: that of the original.
-        what, how, where: see these.
+        wanted, procedure, files: see these.
         labels: rows of the tables, by name of a pipeline; :func:`short_names` if not given.
     """
     for name in (against, *models):
         named_models.folder_of(name)
-    prompts = what.texts(against)
+    prompts = wanted.texts(against)
     labels = short_names([against, *models]) | dict(labels or {})
-    drawings = _drawings(models, against, labels, prompts, what, how, where)
-    if how.shard is None:  # what is missing is said before hours of drawing, not after
-        open_metrics(how.metrics, "cpu")
-        if how.real is not None:
-            folder_of_images(how.real)
-    if how.shard is not None:
+    drawings = _drawings(models, against, labels, prompts, wanted, procedure, files)
+    if procedure.shard is None:  # what is missing is said before hours of drawing, not after
+        open_metrics(procedure.metrics, "cpu")
+        if procedure.real is not None:
+            folder_of_images(procedure.real)
+    if procedure.shard is not None:
         for drawing in drawings:
-            drawing.draw(how.devices[0], how.shard)
-        print(f"drawn: part {how.shard[0] + 1} of {how.shard[1]}, in {where.images}; run without --shard to judge")
+            drawing.draw(procedure.devices[0], procedure.shard)
+        print(
+            f"drawn: part {procedure.shard[0] + 1} of {procedure.shard[1]}, in {files.images}; run without --shard to judge"
+        )
         return None
     for drawing in drawings:
-        drawing.draw_on(how.devices)
+        drawing.draw_on(procedure.devices)
     kept = [drawing.kept() for drawing in drawings]
-    metrics = open_metrics(how.metrics, how.devices[0] or named_models.default_device())
+    metrics = open_metrics(procedure.metrics, procedure.devices[0] or named_models.default_device())
     texts = [prompt.text for prompt in prompts]
-    evaluation = _judged(drawings, kept, texts, metrics, what, how)
+    evaluation = _judged(drawings, kept, texts, metrics, wanted, procedure)
     print(evaluation.markdown())
     print("Megabytes count everything that is not quantized at 16 bits.")
-    evaluation.save(where.json)
-    print(f"image by image: {where.json}")
-    if where.report is not None:
+    evaluation.save(files.json)
+    print(f"image by image: {files.json}")
+    if files.report is not None:
         better = {metric.title: metric.higher_is_better for metric in metrics}
-        write_report(where.report, evaluation, kept, texts, what.seeds, better, where.shown)
-        print(f"images, worst first: {where.report}")
+        write_report(files.report, evaluation, kept, texts, wanted.seeds, better, files.shown)
+        print(f"images, worst first: {files.report}")
     return evaluation
 
 
@@ -143,40 +150,47 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def _drawings(
-    models: Sequence[str], against: str, labels: Mapping[str, str], prompts: Sequence[Prompt], what: What, how: How,
-    where: Where,
+    models: Sequence[str], against: str, labels: Mapping[str, str], prompts: Sequence[Prompt], wanted: WantedImages,
+    procedure: Procedure,
+    files: OutputFiles,
 ) -> list[Drawing]:  # fmt: skip
     """The original, the models, then the original in other ways."""
 
     def drawing(model: str, label: str, other: str | None = None) -> Drawing:
         return Drawing(
-            model, label, where.images, tuple(prompts), what.seeds, what.seeding, what.call, how.batch_size, how.compile,
-            how.dtype, other,
+            model, label, files.images, tuple(prompts), wanted.seeds, wanted.seeding, wanted.call,
+            procedure.batch_size, procedure.compile,
+            procedure.dtype, other,
         )  # fmt: skip
 
     found = [drawing(name, labels[name]) for name in dict.fromkeys((against, *models))]
-    for name in how.baseline:
+    for name in procedure.baseline:
         own = drawing(against, "", name)
         found.append(drawing(against, f"{labels[against]}, {other_way(name).label.format(batch=own.batch)}", name))
     return found
 
 
 def _judged(
-    drawings: Sequence[Drawing], kept: Sequence[KeptImages], texts: list[str], metrics: Sequence[ImageMetric], what: What,
-    how: How,
+    drawings: Sequence[Drawing], kept: Sequence[KeptImages], texts: list[str], metrics: Sequence[ImageMetric],
+    wanted: WantedImages,
+    procedure: Procedure,
 ) -> Evaluation:  # fmt: skip
     against = drawings[0].model
     indices = named_models.known_prompts(texts) if named_models.is_reference(against) else None
-    judge = Judge(kept[0], texts, metrics, how.real, indices)
+    judge = Judge(kept[0], texts, metrics, procedure.real, indices)
     variants: list[Fidelity] = []
     for drawing, images in zip(drawings, kept, strict=True):
         facts = drawing.facts()
         notes = {"bits / weight": f"{facts['bits']:.2f}", "transformer, MB": f"{facts['bytes'] / 1e6:.2f}"}
         variants.append(judge.judge(drawing.label, images, seconds_per_image(images), notes))
-    settings: dict[str, object] = {"prompts": len(texts), "seeds": len(what.seeds), "batch size": how.batch_size}
-    settings |= {name: value for name, value in what.call.items() if name != "num_inference_steps"}
+    settings: dict[str, object] = {
+        "prompts": len(texts),
+        "seeds": len(wanted.seeds),
+        "batch size": procedure.batch_size,
+    }
+    settings |= {name: value for name, value in wanted.call.items() if name != "num_inference_steps"}
     settings |= {"steps": drawings[0].facts()["steps"]}
-    settings |= {"prompt set": what.prompt_set, "seeding": what.seeding} if what.prompts is not None else {}
+    settings |= {"prompt set": wanted.prompt_set, "seeding": wanted.seeding} if wanted.prompts is not None else {}
     names = [drawing.model for drawing in drawings[1:] if drawing.other is None]
     settings |= {"model": ", ".join(names), "against": against, "prompt texts": texts}
     original, models = variants[0], [v for v, d in zip(variants, drawings, strict=True) if d.other is None][1:]

@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a row.
+    """Result of a row.
 
     Attributes:
         done: whether every step ended well.

@@ -42,7 +42,8 @@ OTHER_WAYS = {
     "compiled": OtherWay("compiled", around=_compiled),
     "kernel": OtherWay("plain attention kernel", around=lambda pipe: sdpa_kernel(SDPBackend.MATH)),
 }
-"""By name: half the batch size; under ``torch.compile``; attention by PyTorch's plain kernel instead of the default one."""
+"""Ways to draw the original once more, by name: half the batch size; under ``torch.compile``; attention by PyTorch's plain
+kernel instead of the default one."""
 
 
 def other_way(name: str) -> OtherWay:

@@ -30,9 +30,9 @@ def _by_name(seed: int, index: int, prompt: Prompt) -> int:
 
 
 SEEDINGS: dict[str, Callable[[int, int, Prompt], int]] = {"distinct": _distinct, "same": _same, "name": _by_name}
-"""By name: the generator's seed from an image's seed, its prompt's position, and its prompt. ``distinct`` draws every image
-from other noise; ``same`` resets the generator to the same seed before every image, as FP4DiT does with 42; ``name`` is
-deepcompressor's."""
+"""Rules by name, which give the generator's seed from an image's seed, its prompt's position, and its prompt. ``distinct``
+draws every image from other noise; ``same`` resets the generator to the same seed before every image, as FP4DiT does with 42;
+``name`` is deepcompressor's."""
 
 
 def seeding(name: str) -> Callable[[int, int, Prompt], int]:

@@ -11,7 +11,7 @@ from fp4dit_ao.evaluation.image_metrics.pretrained import TextImageEncoder, arra
 from fp4dit_ao.evaluation.image_metrics.weight_files import weight_file
 
 TOKENIZER = "openai/clip-vit-large-patch14"
-"""Where the tokenizer and the image processor of ViT-H-14, which are those of every CLIP, come from."""
+"""Hub id of the tokenizer and the image processor: ViT-H-14 has those of every CLIP."""
 
 
 class Hpsv2(PromptMetric):

@@ -14,7 +14,7 @@ TOKENIZER = "google-bert/bert-base-uncased"
 LONGEST = 35
 """Tokens of a prompt."""
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the rewards of the authors' test set, which a reward is counted from."""
+"""Mean and standard deviation of rewards on the authors' test set: a reward is given in these units."""
 HEAD = 64
 """Width of an attention head, in both transformers."""
 _VISION = (
