@@ -264,7 +264,7 @@ def main(
     changes = {"prompts": prompts, "count": count or protocol.wanted.count, "call": call}
     wanted = WantedImages(**{**vars(protocol.wanted), **changes})
     run = Run(
-        protocol, work, model or protocol.model, what, dtype or protocol.dtype, device, samples, iters, calibration
+        protocol, work, model or protocol.model, wanted, dtype or protocol.dtype, device, samples, iters, calibration
     )
     given = {one.partition("=")[0]: one for one in metric or ()}
     metrics = [given.pop(name, name) for name in protocol.metrics] + list(given.values())

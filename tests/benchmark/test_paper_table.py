@@ -19,15 +19,15 @@ RANDOM = np.random.default_rng(0)
 def test_the_protocols_are_the_published_ones() -> None:
     known = paper_table.protocols()
     ours = known["fp4dit-pixart-sigma"]
-    assert (ours.what.count, ours.what.seeds, ours.what.seeding) == (10_000, (42,), "same")
+    assert (ours.wanted.count, ours.wanted.seeds, ours.wanted.seeding) == (10_000, (42,), "same")
     assert {name: row.fields.get("weight") for name, row in ours.rows.items() if row.methods.rounding == "scale_aware"} == {
         "W4A8": "e1m2", "W4A6": "e1m2",
     }  # fmt: skip
     assert ours.rows["W4A6"].methods.iters == 2500
-    assert (known["fp4dit-hunyuan-hpsv2"].what.prompt_set, known["fp4dit-hunyuan-hpsv2"].real) == ("hpsv2", None)
+    assert (known["fp4dit-hunyuan-hpsv2"].wanted.prompt_set, known["fp4dit-hunyuan-hpsv2"].real) == ("hpsv2", None)
     theirs = known["deepcompressor"]
-    assert (theirs.what.count, theirs.what.sample, theirs.what.seeding) == (5000, "shuffled", "name")
-    assert theirs.what.call == {"num_inference_steps": 20, "guidance_scale": 4.5}
+    assert (theirs.wanted.count, theirs.wanted.sample, theirs.wanted.seeding) == (5000, "shuffled", "name")
+    assert theirs.wanted.call == {"num_inference_steps": 20, "guidance_scale": 4.5}
     assert {"image_reward", "lpips", "fid", "clip"} <= set(theirs.metrics)
 
 
