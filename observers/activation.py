@@ -80,14 +80,17 @@ class StaticActivationObserver(ActivationObserver):
 
     Attributes:
         absmax: float32 scalar; negative until something was seen.
+        factor: float32 scalar by which training multiplied the range that calibration found; None for 1.
         rounding: a module that maps an input to its quantized value while the range is being trained.
     """
 
     absmax: Tensor
+    factor: Tensor | None
 
     def __init__(self, fmt: str | NumberFormat, name: str = "activation", collect_gram: bool = False, **spec: object):
         super().__init__(fmt, name, collect_gram, **spec)
         self.register_buffer("absmax", torch.tensor(-1.0))
+        self.register_buffer("factor", None)
         self.rounding: nn.Module | None = None
 
     def block_size(self, x: Tensor) -> list[int]:
@@ -102,6 +105,11 @@ class StaticActivationObserver(ActivationObserver):
         Raises:
             RuntimeError: nothing was observed.
         """
+        found = self._calibrated_scale(rank)
+        return found if self.factor is None else found * self.factor
+
+    def _calibrated_scale(self, rank: int) -> Tensor:
+        """:meth:`scale` as calibration found it."""
         if self.absmax < 0:
             raise RuntimeError(f"the static range at {self.name} saw no data; run calibrate(prepared, samples) first")
         return choose_scale(self.absmax.reshape([1] * rank), [-1] * rank, str(self.fmt), torch.float32)

@@ -66,14 +66,10 @@ class SearchedActivationObserver(StaticActivationObserver):
         if slot < CALLS:
             self._kept[slot] = kept
 
-    def scale(self, rank: int) -> Tensor:
-        """float32, ``[1] * rank``; chooses the format, too.
-
-        Raises:
-            RuntimeError: nothing was observed.
-        """
+    def _calibrated_scale(self, rank: int) -> Tensor:
+        """Chooses the format, too."""
         if self._found is None:
-            largest = super().scale(2)  # or its error
+            largest = super()._calibrated_scale(2)  # or its error
             values = torch.cat([x.to(largest.device) for x in self._kept])[None]
             found = [self._least(values, fmt) for fmt in self.candidates]
             best = min(range(len(found)), key=lambda index: found[index][0])

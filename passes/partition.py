@@ -47,6 +47,12 @@ class Segment:
         return list(weight_observers(self.graph))
 
 
+def quantized_linears(graph: GraphModule) -> list[Node]:
+    """The linears of a prepared graph that multiply an observed weight, in the order of the graph."""
+    found = {user for node, _ in weight_observers(graph) for user in node.users}
+    return [node for node in graph.graph.nodes if node in found and node.target is torch.ops.aten.linear.default]
+
+
 def weight_observers(graph: GraphModule) -> Iterator[tuple[Node, WeightObserver]]:
     """Yields (node, observer) for every weight observer of a prepared graph."""
     for node in graph.graph.nodes:

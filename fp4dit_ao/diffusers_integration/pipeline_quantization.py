@@ -39,7 +39,6 @@ from fp4dit_ao.passes.streamed_lowering import convert_and_lower
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.quantizer import FP4DiTQuantizer
 from fp4dit_ao.schemes import scheme_of
-from fp4dit_ao.util.world import current
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -229,8 +228,7 @@ def _quantized(
     if methods.round_on_data:
         report = reconstruct(prepared, data, methods.rounding, checkpoint_dir=checkpoint_dir, progress=progress)
     if methods.fine_tuning is not None:
-        # every process does the same, and the first one writes
-        folder = None if checkpoint_dir is None or not current().first else Path(checkpoint_dir) / "fine_tuning"
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir) / "fine_tuning"
         how = methods.fine_tuning, methods.fine_tune
         tuned = run_fine_tuning(prepared, data, *how, checkpoint_dir=folder, progress=progress)
     del captured  # with what was observed, more than the model itself

@@ -14,7 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import RowwiseParallel
 
+from fp4dit_ao.formats import parse
 from fp4dit_ao.tensors.codebook import CodebookTensor
+from fp4dit_ao.tensors.minifloat import MinifloatTensor
 from fp4dit_ao.tensors.quantized_weight import QuantizedWeight
 
 LEAST = 16
@@ -78,6 +80,10 @@ def widened(weight: QuantizedWeight, parts: int) -> tuple[QuantizedWeight, int]:
 
 def _bytes_of_zero(weight: QuantizedWeight) -> dict[str, int]:
     """The byte of each stored tensor with which a weight is zero."""
+    if isinstance(weight, MinifloatTensor):
+        fmt = parse(weight.fmt)
+        code = int(fmt.encode(torch.zeros(1)))
+        return {"qdata": 17 * code if fmt.bits <= 4 else code}
     if not isinstance(weight, CodebookTensor):
         return {"qdata": 0}
     found = (weight.codebooks == 0).nonzero().tolist()

@@ -7,9 +7,6 @@ converted graph's scale is a constant, and recipes quantize inputs token by toke
 follows the timestep by itself and leaves nothing to train.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +19,7 @@ RANGE_PACE = 0.1
 
 
 class TunedRange(nn.Module):
-    """What stands for an observer with a static range while the range is trained.
+    """A static range with a trained factor, in the place of its observer's.
 
     Args:
         observer: calibrated.
@@ -46,25 +43,13 @@ class TunedRange(nn.Module):
         return straight_through(Grid(self.observer.fmt, scale), x, learns_scale=True).to(x.dtype)
 
     @torch.no_grad()
-    def settle(self) -> Tensor:
-        """Gives the observer the range that was learned; returns its old one."""
-        old = self.observer.absmax
-        self.observer.absmax = old * self.log_factor.exp()
+    def settle(self) -> Tensor | None:
+        """Gives the observer the range that was learned; returns its old factor."""
+        old, learned = self.observer.factor, self.log_factor.exp()
+        self.observer.factor = learned if old is None else old * learned
         return old
 
 
 def tuned_ranges(prepared: nn.Module) -> list[TunedRange]:
     """One for each static range of a prepared graph; none where inputs are quantized online."""
     return [TunedRange(module) for module in prepared.modules() if isinstance(module, StaticActivationObserver)]
-
-
-@contextlib.contextmanager
-def using(ranges: Sequence[TunedRange]) -> Iterator[None]:
-    """Lets trained ranges stand for their observers' own."""
-    try:
-        for each in ranges:
-            each.observer.rounding = each
-        yield
-    finally:
-        for each in ranges:
-            each.observer.rounding = None

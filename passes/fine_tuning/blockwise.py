@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fp4dit_ao import _compat
 from fp4dit_ao._compat import pytree
-from fp4dit_ao.passes.partition import Segment, cut_into_blocks, weight_observers, with_outputs
+from fp4dit_ao.passes.partition import Segment, cut_into_blocks, with_outputs
 
 
 class BlockwiseModel:
@@ -57,13 +57,6 @@ class BlockwiseModel:
                 if name not in self._results:
                     values.pop(name, None)
         return [values[x] for x in self._results if isinstance(values[x], Tensor)], [tapped[x] for x in self.taps]
-
-
-def linears(prepared: GraphModule) -> list[Node]:
-    """The linears of a prepared graph that multiply an observed weight, in the order of the graph."""
-    found = {user for node, _ in weight_observers(prepared) for user in node.users}
-    target = torch.ops.aten.linear.default
-    return [node for node in prepared.graph.nodes if node in found and node.target is target]
 
 
 def block_features(model: BlockwiseModel) -> list[str]:

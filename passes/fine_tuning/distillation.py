@@ -22,21 +22,23 @@ from tqdm import tqdm
 from fp4dit_ao.observers import WeightObserver, set_fake_quantize
 from fp4dit_ao.observers.fake_quantization import frozen_parameters
 from fp4dit_ao.observers.weight import gram_of, weight_of
-from fp4dit_ao.passes.fine_tuning.activation_range import TunedRange, tuned_ranges, using
+from fp4dit_ao.passes.fine_tuning.activation_range import TunedRange, tuned_ranges
 from fp4dit_ao.passes.fine_tuning.biases import own_biases, put_biases, trainable_copies
 from fp4dit_ao.passes.fine_tuning.blockwise import BlockwiseModel
 from fp4dit_ao.passes.fine_tuning.fine_tune import FineTuneConfig, FineTuneReport
 from fp4dit_ao.passes.fine_tuning.model_error import Call, calls_of, relative_error, teacher, total_error
 from fp4dit_ao.passes.fine_tuning.optimizers import Adam, Stepper, nbytes_of
 from fp4dit_ao.passes.fine_tuning.q_galore import QGaLore
-from fp4dit_ao.passes.fine_tuning.student import ParameterGroup, Student, standing_for
+from fp4dit_ao.passes.fine_tuning.student import ParameterGroup, Student
 from fp4dit_ao.passes.fine_tuning.training_state import State, TrainingState, fingerprint
 from fp4dit_ao.passes.partition import weight_observers
+from fp4dit_ao.passes.reconstruction.unit_error import rounding_by
+from fp4dit_ao.util.world import World, current
 
 
 @dataclass
 class Lesson:
-    """What a method is given to choose its students and its loss by.
+    """Inputs of a method's plan, which chooses students and the loss.
 
     Attributes:
         prepared: the graph, set to fake quantization.
@@ -66,7 +68,7 @@ class Lesson:
 
 @dataclass
 class Course:
-    """What a method trains, and by which loss.
+    """A method's plan: students, and the loss that trains them.
 
     Attributes:
         students: in place of the rounding of their observers.
@@ -76,7 +78,6 @@ class Course:
         biases: names of those of the lesson's that are trained.
         bias_lr: their learning rate, in parts of their mean magnitude.
         range_lr: learning rate of logarithms of static input ranges; None where they stay.
-        ranges: the static ranges that are trained, which the loop finds.
     """
 
     students: dict[WeightObserver, Student]
@@ -86,7 +87,6 @@ class Course:
     biases: Sequence[str] = ()
     bias_lr: float = 0.0
     range_lr: float | None = None
-    ranges: list[TunedRange] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -143,12 +143,12 @@ def distil(
     calls = calls_of(prepared, samples)
     held = int(config.held_out * len(calls))
     weights = _weights(prepared)
-    store = None
+    world, store = current(), None
     if checkpoint_dir is not None:
         key = fingerprint(prepared, samples, config, method)
-        store = TrainingState(Path(checkpoint_dir) / f"{method}.safetensors", key)
+        store = TrainingState(Path(checkpoint_dir) / f"{method}.safetensors", key, world)
     trained = {name: bias.requires_grad for name, bias in biases.items()}
-    bar = tqdm(total=config.steps, desc=f"fine-tune {method}", disable=not progress)
+    bar = tqdm(total=config.steps, desc=f"fine-tune {method}", disable=not (progress and world.first))
     with frozen_parameters(prepared), bar, trainable_copies(prepared, biases) as copies:
         targets = teacher(prepared, calls)
         set_fake_quantize(prepared, weight=True, activation=True)
@@ -157,18 +157,17 @@ def distil(
         last = len(calls) - held
         course = plan(Lesson(prepared, calls[:last], targets[:last], config, weights, copies))
         own = {name: copies[name] for name in course.biases}
-        if course.range_lr is not None:
-            course.ranges = tuned_ranges(prepared)
-        set_fake_quantize(prepared, weight=True, activation=True)
-        with standing_for(course.students), using(course.ranges):
-            steppers = _steppers(course, own, config)
-            state_bytes = _optimise(course, list(own.values()), steppers, last, config, store, bar)
-        after, kept = _kept_if_better(course, lambda: total_error(prepared, calls[judges], targets[judges]), before)
+        ranges = tuned_ranges(prepared) if course.range_lr is not None else []
+        with rounding_by(course.students), rounding_by({each.observer: each for each in ranges}):
+            steppers = _steppers(course, ranges, own, config)
+            state_bytes = _optimise(course, ranges, list(own.values()), steppers, last, config, store, bar)
+        error = lambda: total_error(prepared, calls[judges], targets[judges])  # noqa: E731
+        after, kept = _kept_if_better(course.students, ranges, error, before, world)
         if not kept:
             put_biases(prepared, biases)
     for name, wanted in trained.items():
         prepared.get_parameter(name).requires_grad_(wanted)
-    count = sum(map(_count, course.students.values())) + sum(x.numel() for x in own.values()) + len(course.ranges)
+    count = sum(map(_count, course.students.values())) + sum(x.numel() for x in own.values()) + len(ranges)
     return FineTuneReport(before, after if kept else before, kept, count, time.monotonic() - began, held, state_bytes)
 
 
@@ -184,11 +183,15 @@ def _weights(prepared: GraphModule) -> dict[WeightObserver, Tensor]:
     return found
 
 
-def _steppers(course: Course, biases: Mapping[str, nn.Parameter], config: FineTuneConfig) -> list[Stepper]:
+def _steppers(
+    course: Course, ranges: Sequence[TunedRange], biases: Mapping[str, nn.Parameter], config: FineTuneConfig
+) -> list[Stepper]:
     groups = [group for student in course.students.values() for group in student.groups(course.lr)]
-    groups += [_group(bias, course.bias_lr * float(bias.detach().abs().mean())) for bias in biases.values()]
+    sizes = [float(bias.detach().abs().mean()) for bias in biases.values()]
+    usual = sum(sizes) / max(1, len(sizes))  # a bias of zeros learns as fast as the others
+    groups += [_group(x, course.bias_lr * max(size, usual)) for x, size in zip(biases.values(), sizes, strict=True)]
     if course.range_lr is not None:
-        groups += [_group(each.log_factor, course.range_lr) for each in course.ranges]
+        groups += [_group(each.log_factor, course.range_lr) for each in ranges]
     found: list[Stepper] = [Adam(groups)] if groups else []
     if latents := [each for student in course.students.values() for each in student.latents(course.lr)]:
         found.append(QGaLore(latents, course.rank, max(1, min(200, config.steps // 10)), config.seed))
@@ -201,6 +204,7 @@ def _group(parameter: nn.Parameter, lr: float) -> ParameterGroup:
 
 def _optimise(
     course: Course,
+    ranges: Sequence[TunedRange],
     biases: Sequence[nn.Parameter],
     steppers: Sequence[Stepper],
     samples: int,
@@ -209,7 +213,7 @@ def _optimise(
     bar: tqdm,
 ) -> int:
     """Takes the steps that a saved state has not taken; returns :attr:`FineTuneReport.state_bytes`."""
-    modules: list[nn.Module] = [*course.students.values(), *course.ranges]
+    modules: list[nn.Module] = [*course.students.values(), *ranges]
 
     def state() -> State:
         return {
@@ -239,26 +243,29 @@ def _optimise(
             for index in chosen:
                 torch.autograd.backward(course.loss(index) / len(chosen))
         for stepper in steppers:
-            stepper.step(0.5 * (1 + math.cos(math.pi * step / config.steps)), step)
+            stepper.step(0.5 * (1 + math.cos(math.pi * step / config.steps)))
         bar.update()
         if store is not None and ((step + 1) % config.save_every == 0 or step + 1 == config.steps):
             store.save(state(), step + 1)
     return nbytes_of(state())
 
 
-def _kept_if_better(course: Course, error: Callable[[], float], before: float) -> tuple[float, bool]:
+def _kept_if_better(
+    students: Mapping[WeightObserver, Student], ranges: Sequence[TunedRange], error: Callable[[], float], before: float,
+    world: World,
+) -> tuple[float, bool]:  # fmt: skip
     """(error with what was learned, whether that is less than ``before``); observers keep the better rounding."""
-    old = {observer: observer.settled for observer in course.students}
-    for observer, student in course.students.items():
+    old = {observer: observer.settled for observer in students}
+    for observer, student in students.items():
         observer.settle(student.settled())
-    ranges = [each.settle() for each in course.ranges]
+    factors = [each.settle() for each in ranges]
     after = error()
-    if after < before:
+    if world.agreed(lambda: after < before):
         return after, True
     for observer, rounding in old.items():
         observer.settle(rounding)
-    for each, absmax in zip(course.ranges, ranges, strict=True):
-        each.observer.absmax = absmax
+    for each, factor in zip(ranges, factors, strict=True):
+        each.observer.factor = factor
     return after, False
 
 

@@ -25,7 +25,7 @@ from fp4dit_ao.passes.fine_tuning.latent_weight import LatentWeight
 from fp4dit_ao.passes.fine_tuning.student import ParameterGroup
 
 RANK = 32
-"""Of both paper and code."""
+"""Rank of adapters in the paper and in its code."""
 LR = 0.02
 """Learning rate in steps of the format, for some hundred optimisation steps."""
 
@@ -34,8 +34,8 @@ class LowRankAdapter(LatentWeight):
     """A weight with an adapter.
 
     Args:
-        rank: of the adapter.
-        seed: of A.
+        rank: the adapter's rank.
+        seed: seed of A's random start.
 
     Attributes:
         down: float32 ``(rank, in_features)``, A, uniform within ``± in_features ** -0.5`` at first (Kaiming, as in LoRA).

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from fp4dit_ao.util.registry import Registry
 
 OPTIMIZERS = ("adam", "q_galore")
-"""What trains whole weights."""
+"""Optimizers of whole weights."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class FineTuneConfig:
     rank: int | None = None
     """Rank of adapters, of branches that fade out, and of Q-GaLore's projections; None takes the method's own."""
     optimizer: str | None = None
-    """What whole weights are trained by: ``"adam"``, or ``"q_galore"``, which takes some 2 bytes a weight in place of 12; None
+    """Optimizer of whole weights: ``"adam"``, or ``"q_galore"``, which takes some 2 bytes a weight in place of 12; None
     takes the method's own."""
     share: float = 0.07
     """Share of the weights that ``"quest"`` trains, besides those that see the timestep alone."""
     checkpoint_activations: bool = True
-    """Keep of each block its input alone, and compute the block a second time for its gradient: the same bits, in much less
-    memory and a third more time."""
+    """Keep of each block its input alone, and compute the block a second time for its gradient: the same bits, in less
+    memory and more time."""
     save_every: int = 50
     """Steps between two saved states, where a checkpoint folder is given."""
 

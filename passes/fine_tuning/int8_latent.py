@@ -32,7 +32,7 @@ class Int8Latent(nn.Module):
         codes: uint8, shaped like the matrix.
         scale: float32 ``(groups, 1)``.
         zero: float32 ``(groups, 1)``, the code of 0.
-        receive: what is given the gradient of each backward pass, at once; without it gradients are dropped.
+        receive: function that gets the gradient of each backward pass; without one, gradients are dropped.
     """
 
     codes: Tensor

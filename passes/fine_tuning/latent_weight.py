@@ -63,7 +63,7 @@ class LatentWeight(Student):
         raise NotImplementedError
 
     def beside(self, latent: Tensor, value: Tensor) -> Tensor:
-        """What is added to the rounded weight while it is trained, and gone at the end."""
+        """The rounded weight with what stands beside it while it is trained, and is gone at the end."""
         return value
 
     def grid(self) -> Grid:

@@ -16,8 +16,8 @@ class Stepper(Protocol):
     def zero_grad(self) -> None:
         """Forgets gradients."""
 
-    def step(self, pace: float, number: int) -> None:
-        """Takes step ``number`` on the accumulated gradients, with ``pace`` (1 at first) times the learning rates."""
+    def step(self, pace: float) -> None:
+        """Takes a step on the accumulated gradients, with ``pace`` (1 at first) times the learning rates."""
 
     def state(self) -> State:
         """All that a resumed run needs."""
@@ -42,7 +42,7 @@ class Adam:
     def zero_grad(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
-    def step(self, pace: float, number: int) -> None:
+    def step(self, pace: float) -> None:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * pace
         self._optimizer.step()

@@ -174,7 +174,7 @@ class QGaLore:
         for layer in self.layers:
             layer.gradient = None
 
-    def step(self, pace: float, number: int) -> None:
+    def step(self, pace: float) -> None:
         for layer in self.layers:
             layer.step(pace)
 

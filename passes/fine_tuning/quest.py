@@ -15,7 +15,7 @@ layer. Here one stage trains both kinds, on samples from all timesteps, and inpu
 quantized online.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,12 +24,13 @@ from torch.fx import GraphModule, Node
 from fp4dit_ao.observers import FloatObserver, WeightObserver
 from fp4dit_ao.passes.fine_tuning.activation_range import RANGE_PACE
 from fp4dit_ao.passes.fine_tuning.biases import bias_of
-from fp4dit_ao.passes.fine_tuning.blockwise import BlockwiseModel, linears
+from fp4dit_ao.passes.fine_tuning.blockwise import BlockwiseModel
 from fp4dit_ao.passes.fine_tuning.distillation import Course, Distilled, Lesson, computing_floats
 from fp4dit_ao.passes.fine_tuning.fine_tune import FINE_TUNINGS
 from fp4dit_ao.passes.fine_tuning.full_weights import LR
 from fp4dit_ao.passes.fine_tuning.latent_weight import FullWeight
 from fp4dit_ao.passes.fine_tuning.model_error import relative_error, total_error
+from fp4dit_ao.passes.partition import quantized_linears
 
 PROBES = 4
 """Samples that sensitivity is measured on, evenly spread."""
@@ -62,7 +63,7 @@ class LayerLoss:
 
 def time_layers(prepared: GraphModule) -> list[Node]:
     """Linears whose input is one vector per image: two dimensions."""
-    return [node for node in linears(prepared) if _rank(node.args[0]) == 2]
+    return [node for node in quantized_linears(prepared) if _rank(node.args[0]) == 2]
 
 
 def _rank(node: object) -> int:
@@ -72,13 +73,13 @@ def _rank(node: object) -> int:
     return value.ndim if isinstance(value, Tensor) else 0
 
 
-def sensitivities(lesson: Lesson) -> dict[Node, float]:
-    """What quantizing each linear alone, its weight and its input, does to the model's output: the relative squared error."""
+def sensitivities(lesson: Lesson, nodes: Iterable[Node]) -> dict[Node, float]:
+    """The relative squared error of the model's output with each of these linears alone quantized, weight and input."""
     count = len(lesson.calls)
     probes = sorted({(2 * i + 1) * count // (2 * PROBES) for i in range(PROBES)})
     calls, targets = [lesson.calls[i] for i in probes], [lesson.targets[i] for i in probes]
     found = {}
-    for node in linears(lesson.prepared):
+    for node in nodes:
         with computing_floats(lesson.prepared):
             for observer in _observers(lesson.prepared, node):
                 observer.paused, observer.fake_quantize = False, True
@@ -95,15 +96,16 @@ def _observers(prepared: GraphModule, node: Node) -> list[FloatObserver]:
 
 def chosen_layers(lesson: Lesson) -> list[Node]:
     """The linears that are trained, in the order of the graph: the most sensitive one even where ``share`` holds none."""
-    time = time_layers(lesson.prepared)
+    time, every = time_layers(lesson.prepared), quantized_linears(lesson.prepared)
     budget = lesson.config.share * sum(weight.numel() for weight in lesson.weights.values())
-    sensitive: list[Node] = []
-    for node, _ in sorted(sensitivities(lesson).items(), key=lambda item: -item[1]):
+    chosen = set(time)
+    errors = sensitivities(lesson, [node for node in every if node not in chosen])
+    for node in sorted(errors, key=lambda node: -errors[node]):
         size = lesson.weights[weight_observer(lesson.prepared, node)].numel()
-        if node not in time and (size <= budget or not (time or sensitive)):
-            sensitive.append(node)
+        if size <= budget or not chosen:
+            chosen.add(node)
             budget -= size
-    return [node for node in linears(lesson.prepared) if node in time or node in sensitive]
+    return [node for node in every if node in chosen]
 
 
 def weight_observer(prepared: GraphModule, node: Node) -> WeightObserver:

@@ -1,13 +1,10 @@
 """The contract of a student: what stands for an observer's own rounding while a model is fine-tuned."""
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
 from typing import TypedDict
 
 from torch import Tensor, nn
 
-from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.observers.weight import Settled
 from fp4dit_ao.passes.fine_tuning.int8_latent import Int8Latent
 
@@ -33,23 +30,11 @@ class Student(nn.Module, ABC):
 
     @abstractmethod
     def groups(self, lr: float) -> list[ParameterGroup]:
-        """What Adam trains, with learning rates in proportion to ``lr``."""
+        """Parameters for Adam, with learning rates in proportion to ``lr``."""
 
     def latents(self, lr: float) -> list[tuple[Int8Latent, float]]:
-        """What Q-GaLore trains, each with its learning rate, in proportion to ``lr``."""
+        """INT8 weights for Q-GaLore, each with its learning rate, in proportion to ``lr``."""
         return []
 
     def advance(self, step: int, steps: int) -> None:
         """Called before step ``step`` of ``steps``, for what follows a schedule."""
-
-
-@contextlib.contextmanager
-def standing_for(students: Mapping[WeightObserver, Student]) -> Iterator[None]:
-    """Lets students stand for their observers' own rounding."""
-    try:
-        for observer, student in students.items():
-            observer.rounding = student
-        yield
-    finally:
-        for observer in students:
-            observer.rounding = None

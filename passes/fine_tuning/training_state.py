@@ -1,19 +1,18 @@
 """The state of a fine-tuning in one file: whatever its parts consist of, and the step it belongs to."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fp4dit_ao._compat import pytree
 from fp4dit_ao.passes.fine_tuning.fine_tune import FineTuneConfig
-from fp4dit_ao.passes.partition import weight_observers
-from fp4dit_ao.util.tensor_state import bytes_of, load_state, save_state
+from fp4dit_ao.passes.fingerprint import fingerprint as hash_of
+from fp4dit_ao.util.tensor_state import load_state, save_state
+from fp4dit_ao.util.world import World
 
 State = Any
 """Dictionaries (of text), lists, tensors, numbers, texts and None, one inside the other."""
@@ -23,15 +22,18 @@ class TrainingState:
     """A file that holds the state of one run.
 
     Args:
-        path: of the file.
-        fingerprint: of everything that the result depends on.
+        path: the file.
+        fingerprint: hash of everything that the result depends on.
+        world: the processes that take the same steps; the first one reads and writes for all.
     """
 
-    def __init__(self, path: Path, fingerprint: str):
-        self.path, self.fingerprint = path, fingerprint
+    def __init__(self, path: Path, fingerprint: str, world: World):
+        self.path, self.fingerprint, self.world = path, fingerprint, world
 
     def save(self, state: State, step: int) -> None:
         """Writes the state after ``step`` steps, whole or not at all."""
+        if not self.world.first:
+            return
         tensors: dict[str, Tensor] = {}
         texts = {"fingerprint": self.fingerprint, "step": str(step), "state": json.dumps(_flat(state, tensors))}
         save_state(self.path, tensors, texts)
@@ -42,6 +44,9 @@ class TrainingState:
         Raises:
             ValueError: the file is damaged, or of another run.
         """
+        return self.world.agreed(self._read)
+
+    def _read(self) -> tuple[State, int]:
         if not self.path.exists():
             return None, 0
         tensors, texts = load_state(self.path, "delete it to start anew")
@@ -77,10 +82,6 @@ def _nested(flat: State, tensors: Mapping[str, Tensor]) -> State:
 def fingerprint(
     prepared: GraphModule, samples: Sequence[Mapping[str, object]], config: FineTuneConfig, method: str
 ) -> str:
-    """SHA-256 of everything that the result depends on: method, settings, graph, weights, scales, codes and samples."""
-    digest = hashlib.sha256(repr((method, *astuple(config))).encode() + prepared.code.encode())
-    tensors = [x for _, o in weight_observers(prepared) for x in (o.scale, o.codes) if x is not None]
-    leaves = [leaf for sample in samples for leaf in pytree.tree_leaves(dict(sample))]
-    for x in (*prepared.parameters(), *tensors, *leaves):
-        digest.update(bytes_of(x) if isinstance(x, Tensor) else repr(x).encode())
-    return digest.hexdigest()
+    """SHA-256 of everything that the result depends on; how often it is saved and what is computed again are no part of it."""
+    settings = replace(config, save_every=1, checkpoint_activations=True)
+    return hash_of(repr((method, *astuple(settings))), prepared, samples)

@@ -1,7 +1,6 @@
 """A checkpoint per reconstructed unit, so that a killed run resumes and ends with the same bits."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,14 +8,14 @@ from pathlib import Path
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fp4dit_ao._compat import pytree
 from fp4dit_ao.config import ReconstructionConfig
-from fp4dit_ao.observers import FloatObserver, WeightObserver
-from fp4dit_ao.observers.weight import Settled, weight_of
-from fp4dit_ao.passes.partition import Segment, weight_observers
+from fp4dit_ao.observers import WeightObserver
+from fp4dit_ao.observers.weight import Settled
+from fp4dit_ao.passes.fingerprint import fingerprint as hash_of
+from fp4dit_ao.passes.partition import Segment
 from fp4dit_ao.passes.reconstruction.report import BlockReport
 from fp4dit_ao.passes.reconstruction.rounding import RoundingRule
-from fp4dit_ao.util.tensor_state import bytes_of, load_state, save_state
+from fp4dit_ao.util.tensor_state import load_state, save_state
 from fp4dit_ao.util.world import World
 
 _SCALE = "#scale"
@@ -31,20 +30,7 @@ def fingerprint(
     An ``AdaRoundConfig`` counts as the ``ReconstructionConfig`` that it stands for.
     """
     settings = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(ReconstructionConfig)]
-    digest = hashlib.sha256(f"{settings} {rule!r}".encode())
-    digest.update(prepared.code.encode())
-    for node, observer in weight_observers(prepared):
-        digest.update(f"{observer.name} {observer.fmt} {observer.granularity}".encode())
-        digest.update(bytes_of(weight_of(prepared, node)))
-    for name, module in prepared.named_modules():
-        if isinstance(module, FloatObserver):
-            digest.update(f"{name} {module.fmt}".encode())
-            for state in module.state_dict().values():  # scales, and static ranges
-                digest.update(bytes_of(state))
-    for sample in samples:
-        for leaf in pytree.tree_leaves(dict(sample)):
-            digest.update(bytes_of(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
-    return digest.hexdigest()
+    return hash_of(f"{settings} {rule!r}", prepared, samples)
 
 
 class Store:

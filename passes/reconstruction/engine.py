@@ -67,8 +67,9 @@ def reconstruct(
     began = time.monotonic()
     device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
     world = current()
-    config = replace(config, shards=config.shards or world.size)
-    shards = divide(prepared, samples, config.shards or world.size, config.batch_size, world)
+    count = config.shards or world.size
+    config = replace(config, shards=count)
+    shards = divide(prepared, samples, count, config.batch_size, world)
     streams = shards.streams
     for node, observer in weight_observers(prepared):
         weight = weight_of(prepared, node)

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from fp4dit_ao.observers import set_fake_quantize
-from fp4dit_ao.passes.partition import Segment, with_outputs
+from fp4dit_ao.passes.partition import Segment, quantized_linears, with_outputs
 from fp4dit_ao.passes.reconstruction.streams import Stream
 
 
@@ -26,7 +25,7 @@ class LayerOutputs:
 
     def __init__(self, segment: Segment):
         self._segment = segment
-        self.graph = with_outputs(segment, linears_of(segment))
+        self.graph = with_outputs(segment, quantized_linears(segment.graph))
 
     @torch.no_grad()
     def originals(self, stream: Stream, rows: Tensor | slice) -> list[Tensor]:
@@ -42,11 +41,3 @@ class LayerOutputs:
         """The linears' among all outputs of :attr:`graph`."""
         found: list[Tensor] = list(outputs[len(self._segment.outputs) :])
         return found
-
-
-def linears_of(segment: Segment) -> list[Node]:
-    """The linears of a segment's graph that multiply its quantized weights, in the order of the graph."""
-    found = {
-        user for node, _ in segment.observers for user in node.users if user.target is torch.ops.aten.linear.default
-    }
-    return [node for node in segment.graph.graph.nodes if node in found]

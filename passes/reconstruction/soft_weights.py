@@ -4,6 +4,7 @@ A step has two halves of autograd, so that gates are computed once, whatever the
 and backward of both halves can be compiled apart: the rules make the soft weights, and the unit's graph takes them as leaves.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,19 +13,7 @@ from torch.fx import Graph, GraphModule
 
 from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.passes.reconstruction.rounding import LearnedRounding
-
-
-class Leaf(nn.Module):
-    """A soft weight, in the place of a weight observer's own rounding: the unit's backward pass leaves its gradient there."""
-
-    weight: Tensor
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.register_buffer("weight", weight, persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return self.weight
+from fp4dit_ao.passes.reconstruction.unit_error import Fixed
 
 
 class Softened(nn.Module):
@@ -62,7 +51,7 @@ class SoftWeights:
         compiled: bool,
     ):
         self._weights = [weights[observer] for observer in rules]
-        self.leaves = {o: Leaf(weights[o].to(dtypes[o])) for o in rules}
+        self.leaves = {o: Fixed(weights[o].to(dtypes[o])) for o in rules}
         device = self._weights[0].device
         sizes = [weight.numel() for weight in self._weights]
         self._shares = torch.tensor([size / sum(sizes) for size in sizes], device=device)
@@ -113,17 +102,15 @@ def _graph_of(parts: Sequence[Softened], penalised: bool) -> GraphModule:
     weights, beta, shares = (graph.placeholder(name) for name in ("weights", "beta", "shares"))
     made = []
     for number in range(len(parts)):
-        weight = graph.call_function(_item, (weights, number))
+        weight = graph.call_function(operator.getitem, (weights, number))
         made.append(graph.call_module(str(number), (weight, beta)))
-    found = [graph.call_function(_item, (one, 0)) for one in made]
+    found = [graph.call_function(operator.getitem, (one, 0)) for one in made]
     if penalised:
-        found.append(graph.call_function(_average, ([graph.call_function(_item, (one, 1)) for one in made], shares)))
+        found.append(
+            graph.call_function(_average, ([graph.call_function(operator.getitem, (one, 1)) for one in made], shares))
+        )
     graph.output(tuple(found))
     return GraphModule({str(number): part for number, part in enumerate(parts)}, graph)
-
-
-def _item(values: Sequence[Tensor], index: int) -> Tensor:
-    return values[index]
 
 
 def _average(penalties: Sequence[Tensor], shares: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class Stream:
         full: values in full precision, by node name; what grows has ``rows * k`` entries along its dimension.
         quantized: the same, of the quantized model. What depends on nothing quantized, the two share.
         peak: the most bytes that the values took so far.
-        device: what computes.
+        device: where the graph runs.
     """
 
     def __init__(self, values: Sequence[Values], rows: Rows):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4dit_ao.observers import Grid, WeightObserver
+from fp4dit_ao.observers.activation import StaticActivationObserver
 from fp4dit_ao.observers.weight import weight_of
 from fp4dit_ao.passes.partition import Segment
 from fp4dit_ao.passes.reconstruction.layer_outputs import LayerOutputs
@@ -18,7 +19,8 @@ from fp4dit_ao.passes.reconstruction.streams import Values
 
 
 class Fixed(nn.Module):
-    """A settled rounding: stands in for a weight observer's own, which would round anew in every call."""
+    """A weight that is rounded already, in the place of a weight observer's own rounding, which would round anew in every call;
+    what requires a gradient gets it."""
 
     weight: Tensor
 
@@ -38,8 +40,10 @@ class Differentiable(nn.Module):
 
 
 @contextlib.contextmanager
-def rounding_by(rules: Mapping[WeightObserver, nn.Module]) -> Iterator[None]:
-    """Let these modules round the observers' weights."""
+def rounding_by(
+    rules: Mapping[WeightObserver, nn.Module] | Mapping[StaticActivationObserver, nn.Module],
+) -> Iterator[None]:
+    """Let these modules round for the observers: weights, or inputs with a static range."""
     try:
         for observer, rule in rules.items():
             observer.rounding = rule

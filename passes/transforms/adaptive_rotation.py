@@ -40,7 +40,7 @@ class AdaptiveRotation(InputTransform):
 
     Source: LRQ-DiT (arXiv 2508.03485). The fluctuation of a linear's input is ``J = ||X||_F / sqrt(B N C)``, its root mean
     square. Where it is less than ``threshold`` (the paper: 1), outliers are mild, and blocks of channels are rotated by a
-    randomised Hadamard matrix, as ``hadamard`` does. Elsewhere, in about one linear of twenty, they are massive: few channels
+    randomised Hadamard matrix, as ``hadamard`` does. Elsewhere they are massive: few channels
     hold most of the energy, and are rotated twice, by matrices that are fitted to them, with the channels dealt out to the
     blocks in between, as in DuQuant (arXiv 2406.01721): see ``passes.transforms.dual_rotation``. The paper divides by
     SmoothQuant's factors first: ``transforms=["smoothquant", "adaptive_rotation"]``. Its other half, the twin log quantizer of

@@ -3,7 +3,7 @@
     X R1 P R2,   R1 and R2 block-diagonal with one matrix for all blocks, P a permutation
 
 Each rotation is a product of simple ones, ``E R E``: ``E`` swaps the channel that holds the largest magnitude with the first of
-its block, and the first row of ``R``, of equal entries, spreads it over all of them; the others are mixed by chance
+its block, and the first row of ``H``, of equal entries, spreads it over all of them, which ``Q`` mixes by chance
 (``R = H diag(1, Q) / sqrt(n)``, H a Hadamard matrix, Q a random orthogonal one). As many are taken, of at most ``steps``, as
 leave the smallest peak. In between, channels are sorted by size and dealt out to the blocks to and fro, so that the blocks
 have like shares of large ones.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp4dit_ao.passes.transforms.hadamard import rotate
+from fp4dit_ao.passes.transforms.hadamard import rotate, sylvester
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,16 @@ def greedy_rotation(rows: Tensor, block: int, steps: int, seed: int = 0) -> Tens
     x = rows.reshape(-1, block)
     simple = spreading_rotation(block, seed).to(x)
     product = torch.eye(block, device=x.device)
-    best = float(x.abs().max()), product
+    sizes = x.abs().amax(0)
+    best = float(sizes.max()), product
     for _ in range(steps):
         swap = torch.arange(block, device=x.device)
-        outlier = int(x.abs().amax(0).argmax())
+        outlier = int(sizes.argmax())
         swap[0], swap[outlier] = outlier, 0
         step = simple[swap][:, swap]
         x, product = x @ step, product @ step
-        peak = float(x.abs().max())
+        sizes = x.abs().amax(0)
+        peak = float(sizes.max())
         if peak < best[0]:
             best = peak, product
     return best[1]
@@ -75,11 +77,8 @@ def greedy_rotation(rows: Tensor, block: int, steps: int, seed: int = 0) -> Tens
 
 def spreading_rotation(block: int, seed: int = 0) -> Tensor:
     """The matrix R: orthogonal, float32 ``(block, block)``, its first column even."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < block:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     inner = torch.linalg.qr(torch.randn(block - 1, block - 1, generator=torch.Generator().manual_seed(seed))).Q
-    return matrix * block**-0.5 @ torch.block_diag(torch.ones(1, 1), inner)
+    return sylvester(block) * block**-0.5 @ torch.block_diag(torch.ones(1, 1), inner)
 
 
 def dealt_order(size: Tensor, block: int) -> Tensor:

@@ -196,11 +196,8 @@ def rotation(block: int, seed: int = 0) -> Tensor:
         block: a power of two.
         seed: of the signs.
     """
-    matrix = torch.ones(1, 1)
-    while len(matrix) < block:  # Sylvester's construction
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     signs = torch.randint(0, 2, (block, 1), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return signs * matrix * 2.0 ** -math.ceil(math.log2(block) / 2)
+    return signs * sylvester(block) * 2.0 ** -math.ceil(math.log2(block) / 2)
 
 
 def rotate(x: Tensor, matrix: Tensor) -> Tensor:
@@ -212,3 +209,11 @@ def rotated_weight(weight: Tensor, matrix: Tensor) -> Tensor:
     """The weight ``(out_features, in_features)`` of inputs that are multiplied by ``matrix``, ``c`` times an orthogonal one."""
     wide = matrix.float()
     return (rotate(weight.float(), wide) / wide[0].square().sum()).to(weight.dtype)
+
+
+def sylvester(block: int) -> Tensor:
+    """Sylvester's Hadamard matrix of a size that is a power of two: float32 ``(block, block)`` of 1 and -1."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < block:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix

@@ -49,7 +49,8 @@ class PrincipalComponents(LowRank):
     Args:
         quantizer: says which linears are quantized, and with which observers.
         fraction: of the input's channels, how many components are kept; the paper: 1/8.
-        rows: of each input, kept to find the components and measure output errors on; more than the components.
+        rows: of each input, kept: every other one to find components, as many as these at most, the rest to measure output
+            errors on.
 
     Raises:
         ValueError: a fraction that is not between 0 and 1, or fewer than one row.
@@ -67,8 +68,9 @@ class PrincipalComponents(LowRank):
 
     def _fitted(self, graph: GraphModule, group: LinearGroup, rows: Tensor) -> tuple[BranchedGroup, float, float]:
         weights = [tensor_at(graph, linear.weight) for linear in group.members]
-        rank = max(1, round(self.fraction * rows.shape[1]))
-        down = principal_components(rows, rank).to(rows.dtype)
+        fitted, rows = rows[::2], rows[1::2]
+        rank = max(1, min(round(self.fraction * fitted.shape[1]), len(fitted)))
+        down = principal_components(fitted, rank).to(fitted.dtype)
         ups = [(weight.float() @ down.float()).T.contiguous().to(weight.dtype) for weight in weights]
         low = torch.cat([up.T.float() for up in ups]) @ down.T.float()
         before, _ = Trial(graph, group, rows).quantized(torch.zeros_like(low))

@@ -1,5 +1,6 @@
 """Static ranges and formats by search: every candidate by NumPy, the reservoir, what a pipeline stores, refusals."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from fp4dit_ao.checkpoint import graph_rebuilding
 from fp4dit_ao.config import RECIPES, QuantConfig
 from fp4dit_ao.formats import parse
 from fp4dit_ao.observers.static_search import CALLS, VALUES, SearchedActivationObserver
+from fp4dit_ao.passes.fine_tuning.activation_range import TunedRange
 from tests.graphs import TinyDiT, tiny_sample
 
 SEARCHED = replace(RECIPES["w4a6_lowbit_fp"](), skip=("p*",), weight_candidates=())
@@ -37,6 +39,20 @@ def test_range_and_format_are_the_best_of_all_candidates() -> None:
     assert float(scale) == pytest.approx(step, rel=1e-5)
     observer.fake_quantize = True
     assert float((observer(x) - x).square().sum()) == pytest.approx(error, rel=1e-4)
+
+
+def test_what_training_makes_of_the_range_is_on_top_of_the_search() -> None:
+    observer = SearchedActivationObserver(("e2m3", "e3m2"))
+    observer(torch.randn(1, 8, 96))
+    found = observer.scale(2)
+    ranged = TunedRange(observer)
+    with torch.no_grad():
+        ranged.log_factor.fill_(-0.5)
+        trained = ranged(x := torch.randn(4, 96))
+        ranged.settle()
+    assert torch.allclose(observer.scale(2), found * math.exp(-0.5))
+    observer.fake_quantize = True
+    assert torch.allclose(observer(x), trained)
 
 
 def test_the_reservoir_holds_calls_from_first_to_last() -> None:

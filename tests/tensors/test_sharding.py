@@ -23,7 +23,7 @@ def linear(kind: str) -> nn.Linear:
     torch.manual_seed(0)
     layer = nn.Linear(COLUMNS, ROWS)
     packed = MinifloatTensor.from_hp(
-        layer.weight.detach(), [1, GROUP], "e2m1", None if kind == "float input" else "e2m3"
+        layer.weight.detach(), [1, GROUP], "nf4" if kind == "nf4" else "e2m1", None if kind == "float input" else "e2m3"
     )
     weight = LevelTensor.from_packed(packed, "int8") if kind == "levels" else packed
     if kind == "a scale a row":
@@ -121,7 +121,7 @@ def test_two_processes_compute_what_one_does() -> None:
 
 
 def test_zeros_stand_behind_each_part() -> None:
-    for kind in ("packed", "levels", "a scale a row", "codebook", "codebook levels"):
+    for kind in ("packed", "nf4", "levels", "a scale a row", "codebook", "codebook levels"):
         weight = linear(kind).weight.data
         wide, added = widened(weight, 4)
         values = wide.dequantize().unflatten(1, (4, -1))

@@ -141,7 +141,7 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits() -> None:
         for gradient in gradients[steps]:
             optimizer.zero_grad()
             optimizer.layers[0].receive(gradient)
-            optimizer.step(0.5, 0)
+            optimizer.step(0.5)
 
     def new() -> tuple[Int8Latent, QGaLore]:
         latent = Int8Latent(torch.randn(96, 64, generator=torch.Generator().manual_seed(1)))

@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from fp4dit_ao.passes.fine_tuning import FineTuneConfig, quest, run_fine_tuning
-from fp4dit_ao.passes.fine_tuning.blockwise import linears
 from fp4dit_ao.passes.fine_tuning.quest import LayerLoss, chosen_layers, sensitivities, time_layers
-from fp4dit_ao.passes.partition import weight_observers
+from fp4dit_ao.passes.partition import quantized_linears, weight_observers
 from tests.passes.fine_tuning.methods import TimedDiT, lesson, prepared, samples
 
 
@@ -19,7 +18,7 @@ def test_layers_that_see_the_timestep_alone_are_chosen_and_those_that_err_most()
     """In the order of their errors, as long as they fit."""
     found = lesson(prepared(), FineTuneConfig(share=0.3))
     assert names(time_layers(found.prepared)) == ["time"]
-    errors = sensitivities(found)
+    errors = sensitivities(found, quantized_linears(found.prepared))
     assert len(errors) == 13
     left = 0.3 * sum(weight.numel() for weight in found.weights.values())
     wanted = ["time"]
@@ -38,7 +37,7 @@ def test_a_sensitivity_is_the_error_with_that_layer_alone_quantized() -> None:
     """Against the modules, with the one linear's weight and input rounded by its observers."""
     graph = prepared()
     found = lesson(graph)
-    node = next(x for x in sensitivities(found) if names([x]) == ["blocks_0_ff_up"])
+    node = next(x for x in quantized_linears(found.prepared) if names([x]) == ["blocks_0_ff_up"])
     inputs, weights = (graph.get_submodule(str(x.target)) for x in node.args[:2])
     model = TimedDiT().eval()
     wanted = [model(**sample)[0].detach() for sample in samples()]
@@ -50,14 +49,16 @@ def test_a_sensitivity_is_the_error_with_that_layer_alone_quantized() -> None:
             float((model(**sample)[0] - x).square().mean() / x.square().mean())
             for sample, x in zip(samples(), wanted, strict=True)
         ]
-    assert sensitivities(found)[node] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+    assert sensitivities(found, [node])[node] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
 
 
 def test_the_loss_is_that_of_the_outputs_and_of_the_layers() -> None:
     """Layers' outputs in the float model are those of its modules."""
     found = lesson(prepared())
     wanted = ("time", "blocks.0.attn.to_v", "blocks.1.ff.down")
-    layers = [node for node in linears(found.prepared) if names([node])[0] in {x.replace(".", "_") for x in wanted}]
+    layers = [
+        node for node in quantized_linears(found.prepared) if names([node])[0] in {x.replace(".", "_") for x in wanted}
+    ]
     loss = LayerLoss(found, layers)
     model, kept = TimedDiT().eval(), {}
     for module in wanted:
@@ -94,5 +95,5 @@ def test_other_layers_stay_and_chosen_ones_biases_are_trained() -> None:
 def test_where_no_layer_fits_the_share_the_most_sensitive_one_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quest, "time_layers", lambda prepared: [])
     found = lesson(prepared(), FineTuneConfig(share=1e-6))
-    errors = sensitivities(found)
+    errors = sensitivities(found, quantized_linears(found.prepared))
     assert chosen_layers(found) == [max(errors, key=errors.__getitem__)]
