@@ -179,8 +179,8 @@ def quantize(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory that a process may take, such as 8GB: what does not fit beside the block at work goes into files beside "
-            "OUT; the result's bits are the same."
+            help="Memory that a process may take, such as 8GB: what does not fit beside the block at work goes into files "
+            "beside OUT; the result's bits are the same."
         ),
     ] = None,
 ) -> None:

@@ -131,7 +131,7 @@ def quantize_pipeline(
     limit = None if memory is None else byte_count(memory)
     if limit is not None and fine_tuning is not None:
         raise ValueError(
-            f"memory={memory!r} is for rounding, unit by unit; fine-tuning {fine_tuning!r} trains the whole model: leave one out"
+            f"memory={memory!r} is for rounding, unit by unit; {fine_tuning!r} trains the whole model: leave one out"
         )
     files = files_for(limit, checkpoint_dir)
     names = components_of(pipe) if components is None else list(components)

@@ -13,7 +13,7 @@ LowBitWeight = QuantizedWeight | MXWeight | NVFP4Weight
 
 
 def store_parts(weight: Tensor, keep: Callable[[Tensor], Tensor]) -> None:
-    """Replaces the plain tensors that a low-bit weight consists of by what ``keep`` makes of them: copies, in the same layout."""
+    """Replaces the plain tensors that a low-bit weight consists of by the copies that ``keep`` makes, in the same layout."""
     for part in _compat.parts(type(weight)):
         if isinstance(value := getattr(weight, part), Tensor):
             setattr(weight, part, keep(value))

@@ -50,8 +50,8 @@ class MappedFiles:
             return torch.from_file(path, shared=True, size=meta.numel(), dtype=dtype).view(meta.shape)
         except OSError as error:
             raise OSError(
-                f"cannot keep {meta.nbytes / 1e6:.1f} MB in a file in {self.folder}: {error.strerror or error}; make room on that "
-                "disk, or allow more memory"
+                f"cannot keep {meta.nbytes / 1e6:.1f} MB in a file in {self.folder}: {error.strerror or error}; make room on "
+                "that disk, or allow more memory"
             ) from error
         finally:
             if path is not None:

@@ -22,7 +22,7 @@ LEARNED, SOLVED = 64, 24
 """Bytes that a weight of the unit at work takes at most: its levels, scales, learned variables, gradients and Adam's state; and
 where it is solved for."""
 HESSIAN = 48
-"""Bytes for each entry of the largest Hessian: six matrices in float64, of which a factorization needs some beside its result."""
+"""Bytes for each entry of the largest Hessian: six matrices in float64, some of them a factorization's own."""
 BACKWARD = 2
 """How many times what autograd keeps a step takes: gradients and intermediates are as large as that."""
 
@@ -81,8 +81,8 @@ def check(memory: int, taken: int, need: Need, rows: int) -> int:
     if left >= 0:
         return left
     raise ValueError(
-        f"{_gb(memory)} of memory are too little: this process takes {_gb(taken)} already, and rounding {need.unit}, the largest "
-        f"unit, about {_gb(need.weights)} for its weights and {_gb(need.rows)} for a step of {rows} rows; allow "
+        f"{_gb(memory)} of memory are too little: this process takes {_gb(taken)} already, and rounding {need.unit}, the "
+        f"largest unit, about {_gb(need.weights)} for its weights and {_gb(need.rows)} for a step of {rows} rows; allow "
         f"{_gb(taken + need.total, up=True)}, or choose a smaller batch_size, scope='layer', or rounding='gptq'"
     )
 

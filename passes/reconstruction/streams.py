@@ -123,8 +123,8 @@ class Stream:
         self._overdue: set[str] = set()
 
     def move_to(self, device: torch.device, offload: bool = False, files: MappedFiles | None = None) -> None:
-        """Compute on ``device``, and keep the values there too, or ``offload`` all but the rows in use to host memory; what is in
-        host memory is in these ``files``."""
+        """Compute on ``device``, and keep the values there too, or ``offload`` all but the rows in use to host memory; in these
+        ``files``, if any."""
         self.device, self._home, self._files = device, torch.device("cpu") if offload else device, files
         self.full = {name: self._kept(x) if isinstance(x, Tensor) else x for name, x in self.full.items()}
         self.quantized = dict(self.full)
