@@ -75,7 +75,9 @@ def _reserve(file: int, nbytes: int) -> None:
 def will_need(tensors: Iterable[Tensor]) -> None:
     """Starts to read what of these tensors is mapped from files and not in memory, without waiting for it."""
     advise = _madvise()
-    for x in tensors if advise is not None else ():
+    if advise is None:
+        return
+    for x in tensors:
         if x.device.type == "cpu" and type(x.detach()) is Tensor and x.nbytes:
             start = x.data_ptr() // _page() * _page()
             advise(ctypes.c_void_p(start), ctypes.c_size_t(x.data_ptr() + x.nbytes - start), _WILL_NEED)

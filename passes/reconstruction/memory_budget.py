@@ -18,11 +18,11 @@ from fp4dit_ao.passes.reconstruction.streams import Stream
 from fp4dit_ao.passes.reconstruction.unit_error import Differentiable, rounding_by
 from fp4dit_ao.util.mapped_files import will_need
 
-LEARNED, SOLVED = 64, 24
+LEARNED, SOLVED = 88, 24
 """Bytes that a weight of the unit at work takes at most: its levels, scales, learned variables, gradients and Adam's state; and
 where it is solved for."""
-HESSIAN = 48
-"""Bytes for each entry of the largest Hessian: six matrices in float64, some of them a factorization's own."""
+HESSIAN = 64
+"""Bytes for each entry of the largest Hessian: eight matrices in float64, while it is inverted."""
 BACKWARD = 2
 """How many times what autograd keeps a step takes: gradients and intermediates are as large as that."""
 

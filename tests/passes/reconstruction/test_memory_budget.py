@@ -1,6 +1,10 @@
 """Reconstruction in limited memory: the same bits, with everything but the unit at work in files."""
 
 import copy
+import gc
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +22,12 @@ from fp4dit_ao.passes.reconstruction import engine, memory_budget
 from fp4dit_ao.passes.reconstruction.unit_rounding import round_unit
 from fp4dit_ao.passes.streamed_lowering import convert_and_lower
 from fp4dit_ao.util import mapped_files
-from fp4dit_ao.util.mapped_files import MappedFiles
+from fp4dit_ao.util.freed_memory import WORTH_IT, return_freed
+from fp4dit_ao.util.mapped_files import MappedFiles, anonymous_bytes
 from fp4dit_ao.util.tensor_state import bytes_of
 from tests.graphs import TinyDiT, tiny_sample
 
-LEARNED = AdaRoundConfig(iters=5, batch_size=3, relative_lr=0.2)
+LEARNED = AdaRoundConfig(iters=20, batch_size=3, relative_lr=0.5)
 SCALES = ReconstructionConfig("sign_gradient", scope="window", iters=5, batch_size=3)
 GPTQ = ReconstructionConfig("gptq", batch_size=3)
 
@@ -159,3 +164,40 @@ def test_the_next_units_weights_are_read_while_one_is_at_work(monkeypatch) -> No
     blocks = [{name.split(".")[1] for name in each if name.startswith("blocks.")} for each in asked]
     assert blocks == [{"1"}, {"2"}, set()]
     assert "proj_out.weight" in asked[-1]  # what is behind the last unit
+
+
+def child(folder: str) -> None:
+    """Reconstructs a model of 20 blocks that are in files, in a third of its size beside what modules take; prints JSON."""
+    from benchmarks.limited_memory import Peak
+
+    def prepared(width: int, layers: int) -> tuple[torch.fx.GraphModule, list[dict[str, Tensor]], int]:
+        files, data = MappedFiles(folder), [tiny_sample(width=width, seed=seed) for seed in range(2)]
+        model = TinyDiT(width=width, layers=layers)
+        for parameter in model.parameters():
+            parameter.data = files.keep(parameter.data)
+        graph = prepare_pt2e(capture(model, data[0]), FP4DiTQuantizer().set_global(w4a6()))
+        return graph, data, sum(parameter.nbytes for parameter in model.parameters())
+
+    def quantize(graph: torch.fx.GraphModule, data: Any, memory: int) -> None:
+        config = ReconstructionConfig(scope="layer", iters=1, batch_size=2)
+        reconstruct(graph, data, config, checkpoint_dir=f"{folder}/{memory}", memory=memory, progress=False)
+        convert_and_lower(graph, None, MappedFiles(folder))
+
+    quantize(*prepared(128, 1)[:2], 10**12)  # modules are imported
+    graph, data, size = prepared(512, 20)
+    gc.collect()
+    return_freed(WORTH_IT)
+    memory = anonymous_bytes() + size // 3
+    with Peak() as peak:
+        quantize(graph, data, memory)
+    print(json.dumps({"size": size, "memory": memory, "peak": peak.bytes, "added": peak.added}))
+
+
+@pytest.mark.skipif(not anonymous_bytes(), reason="anonymous memory is read from /proc")
+def test_a_model_three_times_as_large_as_its_memory(tmp_path: Path) -> None:
+    code = "import sys; from tests.passes.reconstruction.test_memory_budget import child; child(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["size"] > 160e6
+    assert found["peak"] < found["memory"], found
