@@ -103,11 +103,10 @@ def quantize(
     Raises:
         ValueError, OSError: wrong input; as much of it as possible is checked before the model is loaded.
     """
-    config = QuantConfig.from_name(recipe)  # the table of families decides what it means for the model
+    # the table of families decides what recipes mean for the model
+    named = [QuantConfig.from_name(name) for name in (recipe, *layers.values()) if name is not None]
+    configs = [replace(config, **fields) for config in named]
     arguments = methods.arguments()
-    for rule in layers.values():
-        if rule is not None:
-            QuantConfig.from_name(rule)
     named_models.folder_of(model)
     texts, encoded = _prompts(model, prompts, encoded_prompts)
     check_writable_folder(out)
@@ -125,11 +124,9 @@ def quantize(
     with joined() as world, contextlib.ExitStack() as stack:
         world.agreed(lambda: _claim(stack, out, unfinished, resume))
         if not needs_data(
-            config, resolve_transforms(methods.transforms), arguments["reconstruction"], methods.fine_tuning
-        ):
-            device = (
-                device or "cpu"
-            )  # where weights stay in their file until each is rounded, on the GPU if there is one
+            configs, resolve_transforms(methods.transforms), arguments["reconstruction"], methods.fine_tuning
+        ):  # weights stay in their file until each is rounded, on the GPU if there is one
+            device = device or "cpu"
         pipe = named_models.open_pipeline(model, device, dtype=dtype, text_encoders=not encoded)
         arguments |= {name: x.to(pipe.device) for name, x in encoded.items()}
         start = time.perf_counter()
