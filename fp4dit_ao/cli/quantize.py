@@ -111,7 +111,7 @@ def quantize(
     """
     # the table of families decides what recipes mean for the model
     named = [QuantConfig.from_name(name) for name in (recipe, *layers.values()) if name is not None]
-    configs = [replace(config, **fields) for config in named]
+    configs = [config.with_fields(fields) for config in named]
     arguments = methods.arguments()
     named_models.folder_of(model)
     texts, encoded = _prompts(model, prompts, encoded_prompts)
