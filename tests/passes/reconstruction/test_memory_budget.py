@@ -28,7 +28,7 @@ from fp4dit_ao.util.tensor_state import bytes_of
 from tests.graphs import TinyDiT, tiny_sample
 
 LEARNED = AdaRoundConfig(iters=20, batch_size=3, relative_lr=0.5)
-SCALES = ReconstructionConfig("sign_gradient", scope="window", iters=5, batch_size=3)
+SCALES = ReconstructionConfig("sign_gradient", scope="window", iters=60, batch_size=3)
 GPTQ = ReconstructionConfig("gptq", batch_size=3)
 
 
