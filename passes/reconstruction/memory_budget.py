@@ -18,7 +18,7 @@ from fp4dit_ao.passes.reconstruction.streams import Stream
 from fp4dit_ao.passes.reconstruction.unit_error import Differentiable, rounding_by
 from fp4dit_ao.util.mapped_files import will_need
 
-LEARNED, SOLVED = 88, 24
+LEARNED, SOLVED = 88, 36
 """Bytes that a weight of the unit at work takes at most: its levels, scales, learned variables, gradients and Adam's state; and
 where it is solved for."""
 HESSIAN = 64
