@@ -86,7 +86,7 @@ def reconstruct(
         observer.quantized(weight)
         if files is not None:
             observer.store(files.keep)
-            return_freed(weight.numel())
+            return_freed(WORTH_IT)
     plan = scope(prepared, config)
     store = (
         block_checkpoints.Store(checkpoint_dir, block_checkpoints.fingerprint(prepared, samples, config, rule), world)
@@ -102,10 +102,14 @@ def reconstruct(
         def note(unit: Unit, row: Stream) -> None:
             if memory is not None:
                 needs.append(need_of(unit, rule, row, shards.chunk))
+                return_freed(WORTH_IT)
 
         planned = planned_bytes(plan, streams, device, objective.needs_layers, note)
         _check_memory(planned, streams, config)
         in_files = None
+        if memory is not None:
+            gc.collect()
+            return_freed(WORTH_IT)
         if memory is not None and device.type == "cpu" and needs:
             left = check(memory, anonymous_bytes(), max(needs, key=lambda need: need.total), shards.chunk)
             in_files = files if planned > left else None
@@ -155,9 +159,9 @@ def _let_go(unit: Unit, files: MappedFiles | None) -> None:
         size += weight_of(unit.segment.graph, node).numel()
         if files is not None:
             observer.store(files.keep)
-    if size >= WORTH_IT:
+    if files is not None or size >= WORTH_IT:
         gc.collect()
-        return_freed(size)
+        return_freed(WORTH_IT)
 
 
 def _offload(planned: int, device: torch.device, config: ReconstructionConfig) -> bool:

@@ -167,7 +167,7 @@ def test_the_next_units_weights_are_read_while_one_is_at_work(monkeypatch) -> No
 
 
 def child(folder: str) -> None:
-    """Reconstructs a model of 20 blocks that are in files, in a third of its size beside what modules take; prints JSON."""
+    """Reconstructs a model of 24 blocks that are in files, in a third of its size beside what modules take; prints JSON."""
     from benchmarks.limited_memory import Peak
 
     def prepared(width: int, layers: int) -> tuple[torch.fx.GraphModule, list[dict[str, Tensor]], int]:
@@ -175,7 +175,8 @@ def child(folder: str) -> None:
         model = TinyDiT(width=width, layers=layers)
         for parameter in model.parameters():
             parameter.data = files.keep(parameter.data)
-        graph = prepare_pt2e(capture(model, data[0]), FP4DiTQuantizer().set_global(w4a6()))
+        quantizer = FP4DiTQuantizer().set_global(w4a6()).set_module_name("*attn*", None)  # fewer units
+        graph = prepare_pt2e(capture(model, data[0]), quantizer)
         return graph, data, sum(parameter.nbytes for parameter in model.parameters())
 
     def quantize(graph: torch.fx.GraphModule, data: Any, memory: int) -> None:
@@ -184,7 +185,7 @@ def child(folder: str) -> None:
         convert_and_lower(graph, None, MappedFiles(folder))
 
     quantize(*prepared(128, 1)[:2], 10**12)  # modules are imported
-    graph, data, size = prepared(512, 20)
+    graph, data, size = prepared(512, 24)
     gc.collect()
     return_freed(WORTH_IT)
     memory = anonymous_bytes() + size // 3
@@ -199,5 +200,5 @@ def test_a_model_three_times_as_large_as_its_memory(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["size"] > 160e6
+    assert found["size"] > 200e6
     assert found["peak"] < found["memory"], found
