@@ -103,7 +103,8 @@ def quantize(
     Raises:
         ValueError, OSError: wrong input; as much of it as possible is checked before the model is loaded.
     """
-    config = QuantConfig.from_name(recipe)  # the table of families decides what it means for the model
+    # the table of families decides what a recipe means for the model
+    config = QuantConfig.from_name(recipe).with_fields(fields)
     arguments = methods.arguments()
     for rule in layers.values():
         if rule is not None:

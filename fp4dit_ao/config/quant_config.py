@@ -1,7 +1,7 @@
 """Formats, groups and scale search of every linear: :class:`QuantConfig`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from fp4dit_ao.config.scheme_rules import FLOAT_SCALES, rules_of
@@ -122,6 +122,17 @@ class QuantConfig:
         if name not in RECIPES:
             raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(sorted(RECIPES))}")
         return RECIPES[name]()
+
+    def with_fields(self, values: Mapping[str, object]) -> "QuantConfig":
+        """This config with other values of some fields, by name.
+
+        Raises:
+            ValueError: no such field, or a value that it cannot have.
+        """
+        names = [field.name for field in fields(QuantConfig)]
+        if unknown := [name for name in values if name not in names]:
+            raise ValueError(f"QuantConfig has no field {unknown[0]!r}; choose among {', '.join(names)}")
+        return replace(self, **values)  # type: ignore[arg-type]
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "QuantConfig":
