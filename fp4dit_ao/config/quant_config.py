@@ -123,16 +123,17 @@ class QuantConfig:
             raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(sorted(RECIPES))}")
         return RECIPES[name]()
 
-    def with_fields(self, values: Mapping[str, object]) -> "QuantConfig":
+    def with_fields(self, values: Fields | None) -> "QuantConfig":
         """This config with other values of some fields, by name.
 
         Raises:
             ValueError: no such field, or a value that it cannot have.
         """
         names = [field.name for field in fields(QuantConfig)]
+        values = values or {}
         if unknown := [name for name in values if name not in names]:
             raise ValueError(f"QuantConfig has no field {unknown[0]!r}; choose among {', '.join(names)}")
-        return replace(self, **values)  # type: ignore[arg-type]
+        return replace(self, **values)
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "QuantConfig":

@@ -74,6 +74,17 @@ def quantize(
         int | None,
         typer.Option(min=1, help="End a unit's learned rounding early, where so many iterations bring less than 1 %."),
     ] = None,
+    compile_rounding: Annotated[
+        bool,
+        typer.Option(
+            "--compile-rounding",
+            help="Learn rounding under torch.compile: worth its start if there are many iterations.",
+        ),
+    ] = False,
+    bfloat16: Annotated[
+        bool | None,
+        typer.Option(help="Multiply in bfloat16 while rounding is learned; on GPUs that have it if not given."),
+    ] = None,
     encoded_prompts: Annotated[
         Path | None,
         typer.Option(
@@ -117,6 +128,8 @@ def quantize(
         fine_tuning_steps,
         batch_size,
         shards,
+        compile_rounding,
+        bfloat16,
     )
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),
