@@ -244,13 +244,16 @@ def test_a_recipe_is_changed_as_a_whole_and_layer_by_layer(folders, tmp_path):
         (["--layer", "*=w4a7"], ["unknown recipe 'w4a7'"]),
         (["--config", "prompts.txt"], ["prompts.txt", "not valid JSON"]),
         (["--config", "list.json"], ["JSON object"]),
-        (["--config", "typo.json"], ["does not know grup_size"]),
+        (["--config", "typo.json"], ["no field 'grup_size'", "group_size"]),
+        (["--config", "wrong.json"], ["group_size"]),
+        (["--config", "none.json"], ["cannot read none.json", "No such file"]),
         (["--dtype", "float8"], ["unknown dtype 'float8'", "bfloat16"]),
     ],
 )
 def test_changes_of_a_recipe_that_are_refused(folders, tmp_path, options, words):
     (folders / "list.json").write_text("[1]")
     (folders / "typo.json").write_text('{"grup_size": 32}')
+    (folders / "wrong.json").write_text('{"group_size": "many"}')
     options = [str(folders / option) if (folders / option).is_file() else option for option in options]
     call = ["--prompts", folders / "prompts.txt", "--out", tmp_path / "q", "--rounding", "nearest"]
     refused(run("quantize", folders / "float", *call, *options), *words)
