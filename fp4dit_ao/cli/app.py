@@ -100,7 +100,9 @@ def quantize(
         str, typer.Option(help="'adaround' learns it; 'gptq' takes minutes, 'nearest' seconds; see docs/methods.md.")
     ] = "adaround",
     objective: Annotated[str, typer.Option(help="What learned rounding minimises, such as 'layer_weighted'.")] = "mse",
-    scope: Annotated[str, typer.Option(help="What is rounded together: 'block', 'layer' or 'window'.")] = "block",
+    scope: Annotated[
+        str, typer.Option(help="What is rounded together: 'block', 'layer', 'window' or 'model'.")
+    ] = "block",
     iters: Iterations = None,
     transform: Annotated[
         list[str] | None,

@@ -18,7 +18,7 @@ from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.pipeline_quantization import needs_data, quantize_pipeline
 from fp4dit_ao.graph_capture.transforming import resolve_transforms
 from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, FineTuneConfig
-from fp4dit_ao.passes.mixed_precision import ALLOCATIONS
+from fp4dit_ao.passes.mixed_precision import ALLOCATIONS, measures
 from fp4dit_ao.passes.reconstruction import ROUNDINGS
 from fp4dit_ao.passes.reconstruction.choice import chosen_config
 from fp4dit_ao.passes.reconstruction.rounding import ClosedFormRounding
@@ -112,7 +112,8 @@ def quantize(
     texts, encoded = _prompts(model, prompts, encoded_prompts)
     check_writable_folder(out)
     unfinished = out.with_name(out.name + ".unfinished")
-    if ROUNDINGS.find(arguments["reconstruction"].rounding).needs_samples or methods.fine_tuning is not None:
+    rounds_on_data = ROUNDINGS.find(arguments["reconstruction"].rounding).needs_samples
+    if rounds_on_data or methods.fine_tuning is not None or measures(methods.allocation):
         arguments |= {"checkpoint_dir": unfinished / "blocks", "cache_dir": unfinished / "samples"}
     arguments |= {
         "prompts": texts or None,

@@ -223,14 +223,16 @@ def _quantized(
         prepared = prepare_pt2e(captured, quantizer)
         if _calibrates(config):
             calibrate(prepared, data, progress=progress)
-        choose_formats(prepared, methods.allocation, methods.budget_bits)
+        how = methods.allocation, methods.budget_bits
+        choose_formats(prepared, *how, data, checkpoint_dir=checkpoint_dir, progress=progress)
     report, tuned = None, None
     if methods.round_on_data:
         report = reconstruct(prepared, data, methods.rounding, checkpoint_dir=checkpoint_dir, progress=progress)
     if methods.fine_tuning is not None:
         folder = None if checkpoint_dir is None else Path(checkpoint_dir) / "fine_tuning"
-        how = methods.fine_tuning, methods.fine_tune
-        tuned = run_fine_tuning(prepared, data, *how, checkpoint_dir=folder, progress=progress)
+        tuned = run_fine_tuning(
+            prepared, data, methods.fine_tuning, methods.fine_tune, checkpoint_dir=folder, progress=progress
+        )
     del captured  # with what was observed, more than the model itself
     return convert_and_lower(prepared, quantizing_device(device_of(model))), report, tuned
 

@@ -23,7 +23,7 @@ from fp4dit_ao.passes.reconstruction import block_checkpoints
 from fp4dit_ao.passes.reconstruction.network_tail import NetworkTail, model_results
 from fp4dit_ao.passes.reconstruction.objectives import OBJECTIVES
 from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
-from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS
+from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS, ClosedFormRounding
 from fp4dit_ao.passes.reconstruction.scopes import SCOPES
 from fp4dit_ao.passes.reconstruction.shards import divide
 from fp4dit_ao.passes.reconstruction.streams import Stream
@@ -86,16 +86,17 @@ def reconstruct(
     total = sum(steps_of(unit.segment, rule, config) for unit in plan.units)
     silent = not (progress and world.first)
     with frozen_parameters(prepared), tqdm(total=total, desc="reconstruct", disable=silent) as bar:
-        planned = planned_bytes(plan, streams, device, objective.needs_layers)
+        keep_inputs = objective.needs_layers or (objective.drop > 0 and not isinstance(rule, ClosedFormRounding))
+        planned = planned_bytes(plan, streams, device, keep_inputs)
         _check_memory(planned, streams, config)
         for stream in streams:
             stream.move_to(device, offload=_offload(planned, device, config))
-        for index, unit in enumerate(walk(plan, streams, shards.chunk, objective.needs_layers)):
+        for index, unit in enumerate(walk(plan, streams, shards.chunk, keep_inputs)):
             bar.set_postfix_str(unit.segment.name)
             row = store.load(index, unit.segment) if store else None
             if row is None:
                 tail = NetworkTail(plan.steps[unit.last + 1 :], results) if objective.needs_tail else None
-                error = UnitError(unit.segment, shards, objective, tail)
+                error = UnitError(unit.segment, shards, objective, tail, unit.recompute)
                 row = round_unit(error, rule, config, index, bar)
                 if store:
                     store.save(index, unit.segment, row)

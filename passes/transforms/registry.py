@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch.fx import GraphModule
 
 from fp4dit_ao.passes.transforms.adaptive_rotation import AdaptiveRotation
+from fp4dit_ao.passes.transforms.first_token import FirstToken
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record, records_of
 from fp4dit_ao.passes.transforms.hadamard import Hadamard
 from fp4dit_ao.passes.transforms.low_rank import LowRank
@@ -105,6 +106,13 @@ TRANSFORMS.register(
     summary="Sorts linears' input channels by size, so that like ones share a scale, where that errs less at the output.",
     source="DGQ, arXiv 2501.04304",
     cost="one pass over the samples, then 4 trial quantizations of each linear; a gather before each linear",
+)
+TRANSFORMS.register(
+    FirstToken.name,
+    FirstToken,
+    summary="Keeps what linears make of the text's first token in high precision, where that token is the same in all samples.",
+    source="MixDQ, arXiv 2405.17873, section 4.1",
+    cost="one pass over the samples; a difference and a sum of one token beside each linear that reads text",
 )
 
 
