@@ -46,9 +46,9 @@ class QuantConfig:
     activation_granularity: Literal["token", "tensor", "block"] = "token"
     """``"token"``: online, from each token's own absmax (the paper); ``"tensor"``: one static range, calibrated;
     ``"block"``: online, the hardware's block formats, for weights and inputs alike (``scale_dtype`` says which)."""
-    activation_search: Literal["absmax", "lowbit_fp"] = "absmax"
-    """How a static range is found: the largest magnitude that was seen, or of 111 parts of it the one with the least squared
-    error on a reservoir of values. ``"tensor"`` ranges alone."""
+    activation_search: Literal["absmax", "lowbit_fp", "four_over_six"] = "absmax"
+    """How the scale of an input is found: from the largest magnitude; for a static range (``"tensor"``) also of 111 parts of it
+    the one with the least squared error on a reservoir of values; for NVFP4 blocks also online ``"four_over_six"``."""
     activation_candidates: tuple[str, ...] = ()
     """Formats, ``activation`` among them, of which each linear's input takes the one with the least squared error; with
     ``activation_search="lowbit_fp"`` alone. Where ``activation`` is another (a rule for some layers), that holds."""
@@ -96,12 +96,19 @@ class QuantConfig:
         rules_of(self).check(self)
 
     def _check_static_search(self) -> None:
-        if self.activation_search != "absmax" and self.activation_granularity != "tensor":
+        if self.activation_search == "four_over_six":
+            if self.activation_granularity != "block" or self.scale_dtype != "e4m3":
+                raise ValueError(
+                    f"QuantConfig: activation_search='four_over_six' with activation_granularity="
+                    f"{self.activation_granularity!r} and scale_dtype={self.scale_dtype!r}; it is for blocks of 16 with 'e4m3' "
+                    "scales, recipe nvfp4"
+                )
+        elif self.activation_search != "absmax" and self.activation_granularity != "tensor":
             raise ValueError(
                 f"QuantConfig: activation_search={self.activation_search!r} with activation_granularity="
                 f"{self.activation_granularity!r}; scales that are found online are not searched for: choose 'tensor'"
             )
-        if self.activation_candidates and (self.activation_search == "absmax" or self.activation is None):
+        if self.activation_candidates and (self.activation_search != "lowbit_fp" or self.activation is None):
             raise ValueError(
                 f"QuantConfig: activation_candidates={self.activation_candidates} are chosen among by the search of static "
                 "ranges; set activation_search='lowbit_fp', activation_granularity='tensor' and activation to one of them"
@@ -163,7 +170,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "weight_granularity": ("group", "channel", "tensor"),
     "weight_search": WEIGHT_SEARCHES,
     "activation_granularity": ("token", "tensor", "block"),
-    "activation_search": ("absmax", "lowbit_fp"),
+    "activation_search": ("absmax", "lowbit_fp", "four_over_six"),
     "scale_dtype": (*FLOAT_SCALES, *BLOCKS),
     "indivisible": ("error", "divisor", "keep"),
 }

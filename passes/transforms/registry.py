@@ -11,6 +11,7 @@ from fp4dit_ao.passes.transforms.hadamard import Hadamard
 from fp4dit_ao.passes.transforms.low_rank import LowRank
 from fp4dit_ao.passes.transforms.momentum_balance import MomentumBalance
 from fp4dit_ao.passes.transforms.outlier_groups import OutlierGroups
+from fp4dit_ao.passes.transforms.outlier_scaling import OutlierScaling
 from fp4dit_ao.passes.transforms.principal_components import PrincipalComponents
 from fp4dit_ao.passes.transforms.regular_hadamard import RegularHadamard
 from fp4dit_ao.passes.transforms.salience_balance import SalienceBalance
@@ -42,6 +43,13 @@ TRANSFORMS.register(
     MomentumBalance,
     summary="The same with one vector of factors, from a moving average of inputs' ranges over the samples.",
     source="ViDiT-Q, arXiv 2406.02540",
+    cost="one pass over the samples, then 2 trial quantizations of each linear",
+)
+TRANSFORMS.register(
+    OutlierScaling.name,
+    OutlierScaling,
+    summary="The same with factors for the channels that have outliers alone, found coarse to fine.",
+    source="CBQ, arXiv 2312.07950, its pre-processing of activations",
     cost="one pass over the samples, then 2 trial quantizations of each linear",
 )
 TRANSFORMS.register(
