@@ -178,6 +178,14 @@ def quantize(
             help="Parts of the calibration data, one or more per process of torchrun; they decide the result's bits.",
         ),
     ] = None,
+    search_combination: Annotated[
+        bool,
+        typer.Option(
+            "--search-combination",
+            help="Try equalization, SmoothQuant, GPTQ and --rounding, and bias correction in turn; keep what errs less on "
+            "held-out samples. Six models are quantized.",
+        ),
+    ] = False,
 ) -> None:
     """Quantize MODEL and save it. `fp4dit-ao methods` lists the names that options for methods take."""
     from fp4dit_ao.cli import quantize as run
@@ -196,6 +204,7 @@ def quantize(
         fine_tuning_steps,
         batch_size,
         shards,
+        search_combination,
     )
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),

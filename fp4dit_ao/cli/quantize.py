@@ -44,6 +44,7 @@ class Methods:
         fine_tuning_steps: optimisation steps of fine-tuning; None for the default.
         batch_size: calibration rows per iteration; None for the default.
         shards: parts of the calibration data; None for as many as there are processes.
+        search_combination: find the best combination of methods by measurement.
     """
 
     rounding: str = "adaround"
@@ -59,6 +60,7 @@ class Methods:
     fine_tuning_steps: int | None = None
     batch_size: int | None = None
     shards: int | None = None
+    search_combination: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``quantize_pipeline``.
@@ -88,6 +90,7 @@ class Methods:
         return {
             "reconstruction": rounded, "selection": self.selection, "transforms": self.transforms,
             "allocation": self.allocation, "budget_bits": self.budget_bits, "fine_tuning": self.fine_tuning, "fine_tune": tune,
+            "search_combination": self.search_combination,
         }  # fmt: skip
 
 
@@ -113,7 +116,8 @@ def quantize(
     check_writable_folder(out)
     unfinished = out.with_name(out.name + ".unfinished")
     rounds_on_data = ROUNDINGS.find(arguments["reconstruction"].rounding).needs_samples
-    if rounds_on_data or methods.fine_tuning is not None or measures(methods.allocation):
+    tunes = methods.fine_tuning is not None or methods.search_combination
+    if rounds_on_data or tunes or measures(methods.allocation):
         arguments |= {"checkpoint_dir": unfinished / "blocks", "cache_dir": unfinished / "samples"}
     arguments |= {
         "prompts": texts or None,
@@ -125,7 +129,7 @@ def quantize(
     }
     with joined() as world, contextlib.ExitStack() as stack:
         world.agreed(lambda: _claim(stack, out, unfinished, resume))
-        if not needs_data(
+        if not methods.search_combination and not needs_data(
             config, resolve_transforms(methods.transforms), arguments["reconstruction"], methods.fine_tuning
         ):
             device = (
@@ -142,6 +146,8 @@ def quantize(
         if quantized.transformer.report is not None:
             print(quantized.transformer.report.to_markdown(), end="\n\n")
             write_text(out / "reconstruction.md", quantized.transformer.report.to_markdown() + "\n")
+        if (tried := quantized.transformer.combination_report) is not None:
+            print(tried.to_markdown(), end="\n\n")
         if (tuned := quantized.transformer.fine_tuning_report) is not None:
             print(tuned.sentence())
         shutil.rmtree(unfinished, ignore_errors=True)

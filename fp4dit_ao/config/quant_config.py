@@ -7,6 +7,7 @@ from typing import Any, Literal
 from fp4dit_ao.config.scheme_rules import FLOAT_SCALES, rules_of
 from fp4dit_ao.formats import CODEBOOK_SETS, parse
 from fp4dit_ao.ops.block_scale import BLOCKS
+from fp4dit_ao.ops.log_probability import MOST_BITS
 
 HIGH_PRECISION = (
     "*pos_embed*", "*time_embed*", "*timestep*", "*time_text_embed*", "*text_embed*", "*context_embed*", "*x_embed*",
@@ -37,6 +38,9 @@ class QuantConfig:
     """Format of the linear whose output reaches a GELU or SiLU gate; ``None`` uses ``weight``."""
     attention: str | None = "e2m3"
     """Format of the q, k and v that enter scaled-dot-product attention, per head and token; ``None`` leaves them."""
+    attention_probabilities: Literal["log2_3", "log2_4", "log2_5", "log2_6"] | None = None
+    """Attention's probabilities in codes of so many bits, powers of two of each prompt's largest (DGQ); in attention to a text
+    its first key and that key's probability stay as they are. Computed by plain operators, in graphs alone."""
     weight_candidates: tuple[str, ...] = ()
     """If given, each linear takes the one with the smallest output error on calibration data, instead of ``weight``."""
     weight_granularity: Literal["group", "channel", "tensor"] = "group"
@@ -115,6 +119,11 @@ class QuantConfig:
             )
 
     @property
+    def probability_bits(self) -> int | None:
+        """Bits of attention's probabilities; None where they are not quantized."""
+        return None if self.attention_probabilities is None else int(self.attention_probabilities.rpartition("_")[2])
+
+    @property
     def scheme(self) -> str:
         """Name of the quantization scheme that the fields choose, a key of ``fp4dit_ao.schemes.SCHEMES``."""
         return rules_of(self).name
@@ -170,6 +179,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "weight_granularity": ("group", "channel", "tensor"),
     "weight_search": WEIGHT_SEARCHES,
     "activation_granularity": ("token", "tensor", "block"),
+    "attention_probabilities": (None, *(f"log2_{bits}" for bits in range(3, MOST_BITS + 1))),
     "activation_search": ("absmax", "lowbit_fp", "four_over_six"),
     "scale_dtype": (*FLOAT_SCALES, *BLOCKS),
     "indivisible": ("error", "divisor", "keep"),
