@@ -133,6 +133,8 @@ def quantize_pipeline(
         ValueError: the pipeline has no transformer or one that is already quantized, the name of a recipe or method is
             unknown, or the calibration data is bad.
     """
+    if search_combination and (list(transforms) or fine_tuning is not None):
+        raise ValueError("search_combination finds transforms and fine-tuning itself; leave out what you gave of them")
     names = components_of(pipe) if components is None else list(components)
     encoders = {name: _float_component(pipe, name) for name in names if is_text_encoder(name)}
     models = {name: _float_component(pipe, name) for name in names if name not in encoders}
@@ -145,8 +147,6 @@ def quantize_pipeline(
         resolve_transforms(transforms), allocation, budget_bits,
         chosen_config(rounding, objective, scope, adaround, reconstruction), fine_tuning, fine_tune or FineTuneConfig(),
     )  # fmt: skip
-    if search_combination and (methods.transforms or fine_tuning is not None):
-        raise ValueError("search_combination finds transforms and fine-tuning itself; leave out what you gave of them")
     quantized: dict[str, nn.Module] = {}
     for name, model in models.items():
         config = recipe_for(model, recipe, fields)

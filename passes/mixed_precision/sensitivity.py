@@ -16,6 +16,7 @@ from fp4dit_ao.observers.weight import WeightObserver
 from fp4dit_ao.passes.fingerprint import fingerprint
 from fp4dit_ao.passes.model_error import calls_of, outputs_of, relative_error, teacher, total_error
 from fp4dit_ao.util.tensor_state import load_state, save_state
+from fp4dit_ao.util.world import current
 
 Metric = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 """Given the model's outputs and what they should be, a scalar: 0 where they are equal."""
@@ -98,7 +99,8 @@ class Trials:
             self._layers.items(), desc="sensitivity", unit="layer", disable=not progress
         ):
             if name not in found:
-                found[name] = [self._alone(observer, weight, fmt, groups[name]) for fmt in observer.candidates]
+                own = [self._alone(observer, weight, fmt, groups[name]) for fmt in observer.candidates]
+                found[name] = current().gathered(own)[0]  # the first process's: all must choose alike
                 if store:
                     store.save(found)
         return found
@@ -118,7 +120,7 @@ class Trials:
         for name, (observer, weight) in self._layers.items():
             observer.choose(next(fmt for fmt in observer.candidates if str(fmt) == formats[name]), weight)
             observer.paused, observer.fake_quantize = False, True
-        found = total_error(self._prepared, self._calls, self._wanted)
+        found = current().gathered(total_error(self._prepared, self._calls, self._wanted))[0]
         set_fake_quantize(self._prepared, weight=False, activation=False, paused=True)
         return found
 
@@ -128,7 +130,7 @@ class _Store:
 
     def __init__(self, folder: str | Path, key: str):
         self._path, self._key = Path(folder) / "sensitivity.safetensors", key
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        current().agreed(lambda: self._path.parent.mkdir(parents=True, exist_ok=True))
 
     def load(self) -> dict[str, list[float]]:
         """The errors of the layers that are done.
@@ -136,6 +138,9 @@ class _Store:
         Raises:
             ValueError: they are another run's, or the file is broken.
         """
+        return current().agreed(self._read)
+
+    def _read(self) -> dict[str, list[float]]:
         if not self._path.exists():
             return {}
         tensors, texts = load_state(self._path, "delete it to measure again")
@@ -148,5 +153,7 @@ class _Store:
 
     def save(self, errors: Mapping[str, list[float]]) -> None:
         """Write the errors of the layers that are done."""
+        if not current().first:
+            return
         tensors = {name: torch.tensor(found, dtype=torch.float64) for name, found in errors.items()}
         save_state(self._path, tensors, {"fingerprint": self._key})

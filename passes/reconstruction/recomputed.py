@@ -1,9 +1,9 @@
 """A unit of many blocks with the memory of one block's gradients."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
@@ -20,16 +20,16 @@ class Recomputed:
 
     def __init__(self, graph: GraphModule, compiled: bool = False):
         self._segments = cut_into_blocks(graph).segments()
-        self._runs: list[Callable[..., Sequence[Any]]] = [
+        self._runs: list[Callable[..., Sequence[Tensor]]] = [
             torch.compile(segment.graph) if compiled else segment.graph for segment in self._segments
         ]
         self._inputs = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
         (results,) = next(node for node in graph.graph.nodes if node.op == "output").args
         self._results = [node.name for node in results]
 
-    def __call__(self, *arguments: object) -> list[Any]:
+    def __call__(self, *arguments: Tensor) -> list[Tensor]:
         """What the graph puts out."""
-        values: dict[str, Any] = dict(zip(self._inputs, arguments, strict=True))
+        values: dict[str, Tensor] = dict(zip(self._inputs, arguments, strict=True))
         for segment, run in zip(self._segments, self._runs, strict=True):
             inputs = [values[name] for name in segment.inputs]
             # random numbers are drawn again as they were: what an objective drops is the same in both runs

@@ -109,7 +109,7 @@ def test_the_products_are_attention(masked: str) -> None:
     graph, float_model, _ = prepared(CONFIG, masked)
     set_fake_quantize(graph, False, False, paused=True)
     for batch in (2, 3):
-        torch.testing.assert_close(graph(**sample(batch)), float_model(**sample(batch)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(graph(**sample(batch)), float_model(**sample(batch)), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("attention", [None, "e2m3"])

@@ -2,14 +2,31 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from fp4dit_ao import FP4DiTQuantizer, capture, transform
+from benchmarks.families import small_model
+from fp4dit_ao import (
+    FP4DiTQuantizer,
+    QuantizedTransformer,
+    capture,
+    example_inputs,
+    export_single_file,
+    lower,
+    quantizer_for,
+    transform,
+)
+from fp4dit_ao.checkpoint import graph_rebuilding
 from fp4dit_ao.config import RECIPES
+from fp4dit_ao.diffusers_integration.graph_form import load_graph
+from fp4dit_ao.diffusers_integration.module_conversion import load_modules
+from fp4dit_ao.graph_capture import sample_description
+from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.passes.transforms.first_token import FirstToken
 from tests.graphs import show
 from tests.passes.transforms.layers import quantized, relative
@@ -132,3 +149,27 @@ def test_without_a_constant_token_or_a_second_prompt_nothing_changes() -> None:
         FirstToken(FP4DiTQuantizer().set_global(CONFIG)).fit(capture(model(), samples()[0]), [])
     with pytest.raises(ValueError, match="is empty"):
         FirstToken.from_record({"groups": [[]]})
+
+
+@torch.no_grad()
+def test_files_come_back_in_both_forms_with_the_same_bits(tmp_path: Path) -> None:
+    float_model = small_model("PixArt-Σ")
+    data = [example_inputs(float_model), example_inputs(float_model)]
+    data[1]["encoder_hidden_states"] = data[1]["encoder_hidden_states"].flip(1).clone()
+    for sample in data:
+        sample["encoder_hidden_states"][:, 0] = 10 * torch.linspace(-1, 1, sample["encoder_hidden_states"].shape[-1])
+    quantizer = quantizer_for(float_model, "w4a6")
+    method = FirstToken()
+    graph = transform(capture(float_model, data[0]), data, [method], quantizer, progress=False)
+    names = {name.partition(".")[2].partition(".")[2] for group in method.groups for name in group.linears}
+    assert names == {"attn2.to_k", "attn2.to_v"}
+    lowered = lower(convert_pt2e(prepare_pt2e(graph, quantizer), fold_quantize=False))
+    decisions = graph_rebuilding.resolve(quantizer.decisions.values(), lowered)
+    description = sample_description.describe(bind(float_model, data[0]))
+    whole = QuantizedTransformer(lowered, float_model, description, decisions)
+    whole.save_pretrained(tmp_path / "saved")
+    expected = whole(**data[1], return_dict=False)[0]
+    for form in (load_graph(tmp_path / "saved"), load_modules(tmp_path / "saved")):
+        assert torch.equal(form(**data[1], return_dict=False)[0], expected)
+    with pytest.raises(ValueError, match=r"changed by the transform 'first_token'"):
+        export_single_file(tmp_path / "saved", tmp_path / "one.safetensors")
