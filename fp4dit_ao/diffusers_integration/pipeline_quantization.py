@@ -29,7 +29,6 @@ from fp4dit_ao.diffusers_integration.pipeline_folder import with_transformers
 from fp4dit_ao.diffusers_integration.text_encoders import (
     is_text_encoder,
     quantize_text_encoder,
-    text_encoder_config,
 )
 from fp4dit_ao.families import quantizer_for, recipe_for
 from fp4dit_ao.graph_capture import sample_description
@@ -112,7 +111,7 @@ def quantize_pipeline(
         search_combination: try weight equalization, SmoothQuant, GPTQ and the learned rounding, and bias correction in turn,
             and keep each where the model's output errs less on held-out samples; in place of ``transforms`` and
             ``fine_tuning``. Six models are quantized, one or two of them with the learned rounding.
-        skip: globs over module names that stay in high precision, besides the recipe's own.
+        skip: globs over module names that stay in high precision, besides the recipe's own; of text encoders, too.
         fields: fields of the recipe's ``QuantConfig`` that take other values, such as ``{"group_size": 64}``.
         layers: recipes or configs of some modules, by globs over their names, such as ``{"*.attn2.*": "w4a8", "*.0.*": None}``;
             None leaves them in high precision.
@@ -140,38 +139,37 @@ def quantize_pipeline(
     models = {name: _float_component(pipe, name) for name in names if name not in encoders}
     if not models:
         raise ValueError(f"components={names} names no transformer; give one, such as {components_of(pipe)[0]!r}, too")
-    text_encoder_config(text_encoder_recipe)
     for model in models.values():
         check_source(model)
     methods = _Methods(
         resolve_transforms(transforms), allocation, budget_bits,
         chosen_config(rounding, objective, scope, adaround, reconstruction), fine_tuning, fine_tune or FineTuneConfig(),
     )  # fmt: skip
-    quantized: dict[str, nn.Module] = {}
+    quantized: dict[str, nn.Module] = {
+        name: quantize_text_encoder(model, text_encoder_recipe, skip) for name, model in encoders.items()
+    }
+    every = [x for name, x in pipe.components.items() if _NAME.fullmatch(name) and isinstance(x, nn.Module)]
     for name, model in models.items():
-        config = recipe_for(model, recipe, fields)
-        methods.check(config)
-        needed = search_combination or methods.need_data(config)  # else the shapes of one call are enough
-        with contextlib.nullcontext() if needed else uncomputed(models.values()):
+        config, quantizer = recipe_for(model, recipe, fields), quantizer_for(model, recipe, skip, fields, layers)
+        methods.check(quantizer.configs)
+        needed = search_combination or methods.need_data(quantizer.configs)  # else the shapes of one call are enough
+        with contextlib.nullcontext() if needed else uncomputed(every):
             data = collect_samples(
                 pipe, prompts, steps=steps, seed=seed, samples=samples if needed else 1, batch_size=batch_size,
                 selection=selection, component=name, cache_dir=cache_dir if needed else None,
                 memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
             )  # fmt: skip
-        quantizer = quantizer_for(model, recipe, skip, fields, layers)
         folder = checkpoint_dir if checkpoint_dir is None or name == "transformer" else Path(checkpoint_dir) / name
         tried: CombinationReport | None = None
         if search_combination:
-            (graph, report, tuned), tried = _searched(model, data, quantizer, config, methods, folder, progress)
+            (graph, report, tuned), tried = _searched(model, data, quantizer, methods, folder, progress)
         else:
-            graph, report, tuned = _quantized(model, data, quantizer, config, methods, folder, progress)
+            graph, report, tuned = _quantized(model, data, quantizer, methods, folder, progress)
         source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path if the pipeline was loaded from one
         decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
         transformer = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
         transformer.report, transformer.fine_tuning_report, transformer.combination_report = report, tuned, tried
         quantized[name] = transformer.compile_graph(compile)
-    for name, model in encoders.items():
-        quantized[name] = quantize_text_encoder(model, text_encoder_recipe)
     return with_transformers(pipe, quantized, pipeline_arguments.defaults_of(pipe))
 
 
@@ -192,12 +190,12 @@ class _Methods:
     fine_tuning: str | None
     fine_tune: FineTuneConfig
 
-    def check(self, config: QuantConfig) -> None:
+    def check(self, configs: Sequence[QuantConfig]) -> None:
         """Raises ``ValueError`` early for names that are not registered, and a budget that nothing could spend."""
         ALLOCATIONS.find(self.allocation)
         if self.fine_tuning is not None:
             FINE_TUNINGS.find(self.fine_tuning)
-        if self.budget_bits is not None and not config.weight_candidates:
+        if self.budget_bits is not None and not any(config.weight_candidates for config in configs):
             raise ValueError(
                 "budget_bits is shared out among weight_candidates, and this recipe has none; choose a recipe with "
                 "candidates, such as w4a6_auto"
@@ -207,30 +205,37 @@ class _Methods:
     def round_on_data(self) -> bool:
         return ROUNDINGS.find(self.rounding.rounding).needs_samples
 
-    def need_data(self, config: QuantConfig) -> bool:
+    def need_data(self, configs: Sequence[QuantConfig]) -> bool:
         """Whether more samples are needed than the one that the graph is captured with."""
-        return needs_data(config, self.transforms, self.rounding, self.fine_tuning)
+        return needs_data(configs, self.transforms, self.rounding, self.fine_tuning)
 
 
 def needs_data(
-    config: QuantConfig, transforms: Sequence[GraphTransform], rounding: ReconstructionConfig, fine_tuning: str | None
+    configs: Sequence[QuantConfig],
+    transforms: Sequence[GraphTransform],
+    rounding: ReconstructionConfig,
+    fine_tuning: str | None,
 ) -> bool:
-    """Whether anything in these methods looks at calibration data: if not, weights are all that is read."""
+    """Whether anything in these methods looks at calibration data: if not, weights are all that is read.
+
+    Args:
+        configs: of all layers.
+        transforms, rounding, fine_tuning: as :func:`quantize_pipeline` takes them.
+    """
     changes = any(found.needs_data for found in transforms)
     on_data = ROUNDINGS.find(rounding.rounding).needs_samples
-    return changes or _calibrates(config) or on_data or fine_tuning is not None
+    return changes or _calibrates(configs) or on_data or fine_tuning is not None
 
 
-def _calibrates(config: QuantConfig) -> bool:
+def _calibrates(configs: Sequence[QuantConfig]) -> bool:
     """Whether observers have to see data: to choose formats, or ranges that do not change from call to call."""
-    return bool(config.weight_candidates) or not scheme_of(config).quantizes_online(config)
+    return any(config.weight_candidates or not scheme_of(config).quantizes_online(config) for config in configs)
 
 
 def _quantized(
     model: nn.Module,
     data: Sequence[Mapping[str, object]],
     quantizer: FP4DiTQuantizer,
-    config: QuantConfig,
     methods: _Methods,
     checkpoint_dir: str | Path | None,
     progress: bool,
@@ -239,7 +244,7 @@ def _quantized(
     with torch.no_grad():
         captured = transform(capture(model, data[0]), data, methods.transforms, quantizer, progress)
         prepared = prepare_pt2e(captured, quantizer)
-        if _calibrates(config):
+        if _calibrates(quantizer.configs):
             calibrate(prepared, data, progress=progress)
         how = methods.allocation, methods.budget_bits
         choose_formats(prepared, *how, data, checkpoint_dir=checkpoint_dir, progress=progress)
@@ -259,7 +264,6 @@ def _searched(
     model: nn.Module,
     data: Sequence[Mapping[str, object]],
     quantizer: FP4DiTQuantizer,
-    config: QuantConfig,
     methods: _Methods,
     checkpoint_dir: str | Path | None,
     progress: bool,
@@ -271,7 +275,9 @@ def _searched(
     calls = calls_of(captured, judged)
     with torch.no_grad():
         wanted = [outputs_of(captured, call) for call in calls]
-    key = fingerprint(f"{config} {methods.rounding} {methods.allocation} {methods.budget_bits}", captured, data)
+    key = fingerprint(
+        f"{quantizer.configs} {methods.rounding} {methods.allocation} {methods.budget_bits}", captured, data
+    )
     del captured
 
     def quantize(
@@ -283,7 +289,7 @@ def _searched(
             rounding=replace(methods.rounding, rounding=found.rounding),
             fine_tuning=found.fine_tuning,
         )
-        return _quantized(model, learned, quantizer, config, own, folder, progress)
+        return _quantized(model, learned, quantizer, own, folder, progress)
 
     roundings = tuple(name for name in dict.fromkeys(("gptq", methods.rounding.rounding)) if name != "nearest")
     folder = None if checkpoint_dir is None else Path(checkpoint_dir) / "combinations"

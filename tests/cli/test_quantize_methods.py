@@ -68,11 +68,11 @@ def ends_at_the_transformer(pipe: object, recipe: str, **arguments: Any) -> Any:
         resolve_transforms(arguments["transforms"]), arguments["allocation"], arguments["budget_bits"],
         arguments["reconstruction"], arguments["fine_tuning"], arguments["fine_tune"],
     )  # fmt: skip
-    methods.check(config)
+    methods.check([config])
     SELECTIONS.find(arguments["selection"])
     data, quantizer = samples(), FP4DiTQuantizer().set_global(config)
     layers = 2 if methods.rounding.scope == "window" else 1
-    graph, *_ = _quantized(Timed(layers=layers).eval(), data, quantizer, config, methods, None, False)
+    graph, *_ = _quantized(Timed(layers=layers).eval(), data, quantizer, methods, None, False)
     with torch.no_grad():
         assert bool(torch.isfinite(graph(**data[0])[0]).all())
     assert any(hasattr(weight, "qdata") for weight in graph.parameters())

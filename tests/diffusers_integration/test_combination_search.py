@@ -64,7 +64,7 @@ def test_errors_are_those_of_the_model_on_samples_that_nothing_saw() -> None:
     model, quantizer = TinyDiT().eval(), FP4DiTQuantizer().set_global(config)
     rounding = ReconstructionConfig("gptq", batch_size=8)
     methods = _Methods((), "least_error", None, rounding, None, FineTuneConfig())
-    (graph, report, tuned), tried = _searched(model, data, quantizer, config, methods, None, False)
+    (graph, report, tuned), tried = _searched(model, data, quantizer, methods, None, False)
     assert list(tried.errors)[:2] == ["nearest", "weight_equalization+nearest"]
     assert len(tried.errors) == 5 and tried.errors[tried.best] == min(tried.errors.values())
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_errors_are_those_of_the_model_on_samples_that_nothing_saw() -> None:
         error = (graph(**data[9])[0] - wanted).square().mean() / wanted.square().mean()
         assert tried.errors[tried.best] == pytest.approx(float(error), rel=1e-4)
         nearest = replace(methods, rounding=replace(rounding, rounding="nearest"))
-        plain, *_ = _quantized(model, data[:9], quantizer, config, nearest, None, False)
+        plain, *_ = _quantized(model, data[:9], quantizer, nearest, None, False)
         error = (plain(**data[9])[0] - wanted).square().mean() / wanted.square().mean()
         assert tried.errors["nearest"] == pytest.approx(float(error), rel=1e-4)
     assert (report is not None) == ("gptq" in tried.best) and (tuned is not None) == ("bias" in tried.best)
