@@ -183,7 +183,7 @@ _EXAMPLES = {
 WEIGHT_SEARCHES = ["absmax", "mse", "lowbit_fp", "four_over_six", "outlier_cut"]
 """Names that ``weight_search`` takes; ``observers.scale_search.register_search`` adds to them."""
 
-_CHOICES: dict[str, Sequence[str]] = {
+_CHOICES: dict[str, Sequence[str | None]] = {
     "weight_granularity": ("group", "channel", "tensor"),
     "weight_search": WEIGHT_SEARCHES,
     "activation_granularity": ("token", "tensor", "block"),

@@ -87,9 +87,9 @@ def attention_products(graph: GraphModule) -> list[AttentionProducts]:
             k, v = turned.args[0], result.args[1]
             edges = [_edge(q, scores), _edge(k, turned), _edge(v, result)]
             joined = edges[1][0]
-            apart = joined.target is _ATEN.cat.default and joined.args[0][0].args[1:] == (-2, 0, 1)
+            apart = joined.target is _ATEN.cat.default and joined.all_input_nodes[0].args[1:] == (-2, 0, 1)
             if apart:
-                edges[1] = (joined.args[0][1], joined)
+                edges[1] = (joined.all_input_nodes[1], joined)
             found.append(AttentionProducts(result, node, scores, tuple(edges), apart))
     return found
 

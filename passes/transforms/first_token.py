@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import Quantizer
 
+from fp4dit_ao._compat import Operator
 from fp4dit_ao.passes.transforms.annotated_linears import weight_path
 from fp4dit_ao.passes.transforms.graph_transform import Record
 from fp4dit_ao.passes.transforms.input_statistics import InputStatistics
@@ -194,7 +195,7 @@ def _tensors(group: FirstTokenGroup, weights: Mapping[str, Tensor]) -> tuple[Ten
     }
 
 
-def _on_first_token(graph: GraphModule, like: Node, change: torch._ops.OpOverload, x: Node, by: Node) -> Node:
+def _on_first_token(graph: GraphModule, like: Node, change: Operator, x: Node, by: Node) -> Node:
     """``x`` ``(rows, tokens, channels)`` with ``change(first token, by)``, at the current insertion point."""
     value: Tensor = x.meta["val"]
     first = call(graph, like, _ATEN.slice.Tensor, (x, 1, 0, 1), value[:, :1])
