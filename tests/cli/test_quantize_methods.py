@@ -72,7 +72,7 @@ def ends_at_the_transformer(pipe: object, recipe: str, **arguments: Any) -> Any:
     SELECTIONS.find(arguments["selection"])
     data, quantizer = samples(), FP4DiTQuantizer().set_global(config)
     layers = 2 if methods.rounding.scope == "window" else 1
-    graph, *_ = _quantized(Timed(layers=layers).eval(), data, quantizer, methods, None, False)
+    graph, *_ = _quantized(Timed(layers=layers).eval(), data, quantizer, methods, None, None, None, False)
     with torch.no_grad():
         assert bool(torch.isfinite(graph(**data[0])[0]).all())
     assert any(hasattr(weight, "qdata") for weight in graph.parameters())

@@ -72,7 +72,7 @@ def test_errors_are_those_of_the_model_on_samples_that_nothing_saw() -> None:
         error = (graph(**data[9])[0] - wanted).square().mean() / wanted.square().mean()
         assert tried.errors[tried.best] == pytest.approx(float(error), rel=1e-4)
         nearest = replace(methods, rounding=replace(rounding, rounding="nearest"))
-        plain, *_ = _quantized(model, data[:9], quantizer, nearest, None, False)
+        plain, *_ = _quantized(model, data[:9], quantizer, nearest, None, None, None, False)
         error = (plain(**data[9])[0] - wanted).square().mean() / wanted.square().mean()
         assert tried.errors["nearest"] == pytest.approx(float(error), rel=1e-4)
     assert (report is not None) == ("gptq" in tried.best) and (tuned is not None) == ("bias" in tried.best)
