@@ -20,10 +20,13 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.observers.log_probability import LogProbabilityObserver
+from fp4dit_ao.passes.transforms.attention_products import AttentionProducts, attention_products, split_attention
 from fp4dit_ao.passes.transforms.low_rank import adds_branch
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs, part_name, whole_name
 from fp4dit_ao.passes.transforms.timestep_ranges import adds_range
 from fp4dit_ao.schemes import scheme_of
+from fp4dit_ao.schemes.scheme import ObserverSpec
 
 ANNOTATION = "quantization_annotation"
 _ATEN = torch.ops.aten
@@ -98,17 +101,30 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
     # --- torchao's interface -----------------------------------------------------------------------------------------
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        """Split the linears whose config says ``split_inputs``."""
+        """Split the linears whose config says ``split_inputs``, and attention with quantized probabilities into products."""
         split = SplitInputs(wanted=self._splits)
         split.fit(model)
         split.apply(model)
+        for node in list(model.graph.nodes):
+            if node.target is _ATEN.scaled_dot_product_attention.default:
+                config, _ = self._config(_module_name(node), _types(node))
+                if config is not None and config.attention_probabilities is not None:
+                    split_attention(model, node)
+        model.graph.lint()
+        model.recompile()
         return model
 
     def annotate(self, model: GraphModule) -> GraphModule:
         self._refuse_unmatched(model)
         self.decisions = {}
         shared: dict[tuple[object, ...], EdgeOrNode] = {}
+        products = attention_products(model)
+        for found in products:
+            self._annotate_products(found, shared)
+        split = {node for found in products for node in (found.result, found.scores)}
         for node in model.graph.nodes:
+            if node in split:
+                continue
             if node.target is _ATEN.linear.default:
                 self._annotate_linear(node, shared)
             elif node.target is _ATEN.scaled_dot_product_attention.default:
@@ -195,6 +211,27 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
             gram = bool(config.weight_candidates)
             specs[source] = _activation_spec(source, node, config.activation, config, f"{name}.input", gram, shared)
         node.meta[ANNOTATION] = QuantizationAnnotation(specs, allow_implicit_sharing=False, _annotated=True)
+
+    def _annotate_products(self, found: AttentionProducts, shared: dict[tuple[object, ...], EdgeOrNode]) -> None:
+        name = _module_name(found.result)
+        config, reason = self._config(name, _types(found.result))
+        unique = name if name not in self.decisions else f"{name}#{found.result.name}"
+        self.decisions[unique] = Decision(name, "attention", config, reason)
+        if config is None or config.probability_bits is None:
+            return
+        readers: dict[Node, dict[Node, QuantizationSpecBase | None]] = {}
+        for role, (source, reader) in zip("qkv", found.edges, strict=True):
+            if config.attention is not None:
+                spec = _activation_spec(source, reader, config.attention, config, f"{name}.{role}", False, shared)
+                readers.setdefault(reader, {})[source] = spec
+        observer = ObserverSpec(
+            LogProbabilityObserver, {"bits": config.probability_bits, "keep_first": found.keeps_first}
+        )
+        make = observer.constructor(name=f"{name}.probabilities")
+        spec = QuantizationSpec(dtype=torch.uint8, observer_or_fake_quant_ctr=make)
+        readers.setdefault(found.result, {})[found.probabilities] = spec
+        for reader, specs in readers.items():
+            reader.meta[ANNOTATION] = QuantizationAnnotation(specs, allow_implicit_sharing=False, _annotated=True)
 
     def _annotate_attention(self, node: Node, shared: dict[tuple[object, ...], EdgeOrNode]) -> None:
         name = _module_name(node)

@@ -17,6 +17,7 @@ class ActivationObserver(FloatObserver):
 
     Attributes:
         gram: float32 ``(features, features)``, summed over all observed tokens; None until seen or if not asked for.
+        drop: probability that fake quantization leaves an element as it is, which learned rounding may ask for; else 0.
     """
 
     gram: Tensor | None
@@ -25,13 +26,15 @@ class ActivationObserver(FloatObserver):
         super().__init__(fmt, **spec)
         self.name = name
         self.collect_gram = collect_gram
+        self.drop = 0.0
         self.register_buffer("gram", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.paused:
             return x
         if self.fake_quantize:
-            return self._fake_quantize(x)
+            rounded = self._fake_quantize(x)
+            return torch.where(torch.rand(x.shape, device=x.device) < self.drop, x, rounded) if self.drop else rounded
         refuse_non_finite(x, f"calibration data at {self.name}")
         if self.collect_gram:
             rows = x.detach().flatten(0, -2).float()

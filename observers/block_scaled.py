@@ -14,7 +14,7 @@ from fp4dit_ao.observers.activation import ActivationObserver
 from fp4dit_ao.observers.base import add_buffer
 from fp4dit_ao.observers.four_over_six import four_over_six_scales
 from fp4dit_ao.observers.weight import WeightObserver
-from fp4dit_ao.ops.block_scale import BLOCKS, choose_block_scale, two_level_scale
+from fp4dit_ao.ops.block_scale import BLOCKS, FOUR_OVER_SIX, choose_block_scale, two_level_scale
 
 TWO_LEVEL_SEARCHES: dict[str, Callable[[Tensor, list[int], str], tuple[Tensor, Tensor]]] = {
     "absmax": two_level_scale,
@@ -87,7 +87,7 @@ class BlockActivationObserver(ActivationObserver):
     batch moves the last bits.
 
     Args:
-        kind: as in :class:`BlockWeightObserver`.
+        kind: a kind of ``choose_block_scale``: of scales as in :class:`BlockWeightObserver`, and how they are found.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class BlockActivationObserver(ActivationObserver):
         self.kind = kind
 
     def block_size(self, x: Tensor) -> list[int]:
-        return [1] * (x.ndim - 1) + [BLOCKS[self.kind]]
+        return [1] * (x.ndim - 1) + [BLOCKS["e4m3" if self.kind == FOUR_OVER_SIX else self.kind]]
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
         return self._quantize_dequantize(x, choose_block_scale(x, self.block_size(x), str(self.fmt), self.kind))

@@ -13,14 +13,10 @@ from torch import Tensor
 from fp4dit_ao.formats import FloatFormat, NumberFormat
 from fp4dit_ao.kernels.candidate_search import best_candidate
 from fp4dit_ao.ops import choose_scale, to_scale_dtype
-from fp4dit_ao.ops.block_scale import two_level_scale
+from fp4dit_ao.ops.block_scale import RATIO, TOP, two_level_scale
 
 FORMAT = "e2m1"
 """The only format with this gap."""
-RATIO = 6 / 4
-"""The larger scale over the smaller one."""
-TOP = 256.0
-"""Largest block scale of the smaller kind."""
 
 
 def four_over_six(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale_dtype: torch.dtype) -> Tensor:

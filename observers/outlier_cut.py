@@ -5,7 +5,7 @@ where the variance of the lower set less the squared gap between the sets is sma
 to the largest magnitude below: in blocks with such weights the largest level stands for that, and rounding saturates.
 
 The criterion is from notes on the paper, whose text was not at hand. The paper also divides channels of activations that have
-outliers: ``smoothquant`` does that here.
+outliers: transform ``outlier_scaling``.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,7 @@ def outlier_cut(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, sc
 def threshold(weight: Tensor) -> float:
     """The largest magnitude that is kept; the largest of all where fewer than two are candidates."""
     magnitudes = weight.detach().flatten().abs().double().sort().values
-    first, third = (magnitudes[(len(magnitudes) - 1) * quarter // 4] for quarter in (1, 3))
-    candidates = magnitudes[magnitudes > third + REACH * (third - first)]
+    candidates = magnitudes[magnitudes > coarse_bound(magnitudes)]
     if len(candidates) < 2:
         return float(magnitudes[-1])
     count = torch.arange(1, len(candidates), dtype=torch.float64, device=candidates.device)
@@ -38,3 +37,9 @@ def threshold(weight: Tensor) -> float:
     mean = shifted[:-1].cumsum(0) / count
     variance = shifted[:-1].square().cumsum(0) / count - mean.square()
     return float(candidates[int((variance - candidates.diff().square()).argmin())])
+
+
+def coarse_bound(ascending: Tensor) -> Tensor:
+    """``Q3 + 1.5 (Q3 - Q1)`` of magnitudes in ascending order, above which they may be outliers."""
+    first, third = (ascending[(len(ascending) - 1) * quarter // 4] for quarter in (1, 3))
+    return third + REACH * (third - first)

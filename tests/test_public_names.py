@@ -58,7 +58,8 @@ OPERATORS = {
 """``torch.ops.fp4dit_ao``: with the leading arguments, which exported files call by position."""
 
 RECIPE_NAMES = {
-    "int_w4a4", "int_w4a6", "int_w4a8", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "nvfp4", "nvfp4_four_over_six", "w4a4",
+    "int_w4a4", "int_w4a6", "int_w4a8", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "nvfp4", "nvfp4_four_over_six",
+    "nvfp4_four_over_six_both", "w4a4",
     "w4a4_codebook", "w4a4_twin_log", "w4a6", "w4a6_lowbit_fp", "w4a8_lowbit_fp", "w4a6_auto", "w4a6_e1m2", "w4a6_e2m1",
     "w4a6_mse", "w4a6_nf4", "w4a6_static", "w4a8", "w4a8_e4m3", "w4a8_int8",
 }  # fmt: skip

@@ -56,6 +56,11 @@ def export_single_file(folder: str | Path, out: str | Path) -> None:
             f"{folder} was changed by the transform {beyond!r}, which layout {LAYOUT_VERSION} of single files cannot describe; "
             "load the folder itself, or quantize without it"
         )
+    if any(x.config is not None and x.config.attention_probabilities is not None for x in record.decisions):
+        raise ValueError(
+            f"{folder} was quantized with attention_probabilities, which layout {LAYOUT_VERSION} of single files cannot "
+            "describe; load the folder itself, or quantize without it"
+        )
     tensors = dict(tensor_files.read(folder, record.tensors))
     formats: dict[str, object] = {}
     layers: dict[str, object] = {}

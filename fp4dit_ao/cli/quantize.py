@@ -18,7 +18,7 @@ from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.pipeline_quantization import needs_data, quantize_pipeline
 from fp4dit_ao.graph_capture.transforming import resolve_transforms
 from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, FineTuneConfig
-from fp4dit_ao.passes.mixed_precision import ALLOCATIONS
+from fp4dit_ao.passes.mixed_precision import ALLOCATIONS, measures
 from fp4dit_ao.passes.reconstruction import ROUNDINGS
 from fp4dit_ao.passes.reconstruction.choice import chosen_config
 from fp4dit_ao.passes.reconstruction.rounding import ClosedFormRounding
@@ -47,6 +47,7 @@ class Methods:
         shards: parts of the calibration data; None for as many as there are processes.
         compile_rounding: whether rounding is learned under ``torch.compile``.
         bfloat16: whether products are in bfloat16 while rounding is learned; None for GPUs that have it.
+        search_combination: find the best combination of methods by measurement.
     """
 
     rounding: str = "adaround"
@@ -64,6 +65,7 @@ class Methods:
     shards: int | None = None
     compile_rounding: bool = False
     bfloat16: bool | None = None
+    search_combination: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``quantize_pipeline``.
@@ -95,6 +97,7 @@ class Methods:
         return {
             "reconstruction": rounded, "selection": self.selection, "transforms": self.transforms,
             "allocation": self.allocation, "budget_bits": self.budget_bits, "fine_tuning": self.fine_tuning, "fine_tune": tune,
+            "search_combination": self.search_combination,
         }  # fmt: skip
 
 
@@ -120,7 +123,9 @@ def quantize(
     texts, encoded = _prompts(model, prompts, encoded_prompts)
     check_writable_folder(out)
     unfinished = out.with_name(out.name + ".unfinished")
-    if ROUNDINGS.find(arguments["reconstruction"].rounding).needs_samples or methods.fine_tuning is not None:
+    rounds_on_data = ROUNDINGS.find(arguments["reconstruction"].rounding).needs_samples
+    tunes = methods.fine_tuning is not None or methods.search_combination
+    if rounds_on_data or tunes or measures(methods.allocation):
         arguments |= {"checkpoint_dir": unfinished / "blocks", "cache_dir": unfinished / "samples"}
     elif memory is not None:
         arguments |= {"checkpoint_dir": unfinished / "blocks"}
@@ -135,7 +140,7 @@ def quantize(
     }
     with joined() as world, contextlib.ExitStack() as stack:
         world.agreed(lambda: _claim(stack, out, unfinished, resume))
-        if not needs_data(
+        if not methods.search_combination and not needs_data(
             configs, resolve_transforms(methods.transforms), arguments["reconstruction"], methods.fine_tuning
         ):  # weights stay in their file until each is rounded, on the GPU if there is one
             device = device or "cpu"
@@ -150,6 +155,8 @@ def quantize(
         if quantized.transformer.report is not None:
             print(quantized.transformer.report.to_markdown(), end="\n\n")
             write_text(out / "reconstruction.md", quantized.transformer.report.to_markdown() + "\n")
+        if (tried := quantized.transformer.combination_report) is not None:
+            print(tried.to_markdown(), end="\n\n")
         if (tuned := quantized.transformer.fine_tuning_report) is not None:
             print(tuned.sentence())
         shutil.rmtree(unfinished, ignore_errors=True)

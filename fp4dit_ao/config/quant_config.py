@@ -7,6 +7,7 @@ from typing import Any, Literal
 from fp4dit_ao.config.scheme_rules import FLOAT_SCALES, rules_of
 from fp4dit_ao.formats import CODEBOOK_SETS, parse
 from fp4dit_ao.ops.block_scale import BLOCKS
+from fp4dit_ao.ops.log_probability import MOST_BITS
 
 HIGH_PRECISION = (
     "*pos_embed*", "*time_embed*", "*timestep*", "*time_text_embed*", "*text_embed*", "*context_embed*", "*x_embed*",
@@ -37,6 +38,9 @@ class QuantConfig:
     """Format of the linear whose output reaches a GELU or SiLU gate; ``None`` uses ``weight``."""
     attention: str | None = "e2m3"
     """Format of the q, k and v that enter scaled-dot-product attention, per head and token; ``None`` leaves them."""
+    attention_probabilities: Literal["log2_3", "log2_4", "log2_5", "log2_6"] | None = None
+    """Attention's probabilities in codes of so many bits, powers of two of each prompt's largest (DGQ); in attention to a text
+    its first key and that key's probability stay as they are. Computed by plain operators, in graphs alone."""
     weight_candidates: tuple[str, ...] = ()
     """If given, each linear takes the one with the smallest output error on calibration data, instead of ``weight``."""
     weight_granularity: Literal["group", "channel", "tensor"] = "group"
@@ -46,9 +50,9 @@ class QuantConfig:
     activation_granularity: Literal["token", "tensor", "block"] = "token"
     """``"token"``: online, from each token's own absmax (the paper); ``"tensor"``: one static range, calibrated;
     ``"block"``: online, the hardware's block formats, for weights and inputs alike (``scale_dtype`` says which)."""
-    activation_search: Literal["absmax", "lowbit_fp"] = "absmax"
-    """How a static range is found: the largest magnitude that was seen, or of 111 parts of it the one with the least squared
-    error on a reservoir of values. ``"tensor"`` ranges alone."""
+    activation_search: Literal["absmax", "lowbit_fp", "four_over_six"] = "absmax"
+    """How the scale of an input is found: from the largest magnitude; for a static range (``"tensor"``) also of 111 parts of it
+    the one with the least squared error on a reservoir of values; for NVFP4 blocks also online ``"four_over_six"``."""
     activation_candidates: tuple[str, ...] = ()
     """Formats, ``activation`` among them, of which each linear's input takes the one with the least squared error; with
     ``activation_search="lowbit_fp"`` alone. Where ``activation`` is another (a rule for some layers), that holds."""
@@ -96,16 +100,28 @@ class QuantConfig:
         rules_of(self).check(self)
 
     def _check_static_search(self) -> None:
-        if self.activation_search != "absmax" and self.activation_granularity != "tensor":
+        if self.activation_search == "four_over_six":
+            if self.activation_granularity != "block" or self.scale_dtype != "e4m3":
+                raise ValueError(
+                    f"QuantConfig: activation_search='four_over_six' with activation_granularity="
+                    f"{self.activation_granularity!r} and scale_dtype={self.scale_dtype!r}; it is for blocks of 16 with 'e4m3' "
+                    "scales, recipe nvfp4"
+                )
+        elif self.activation_search != "absmax" and self.activation_granularity != "tensor":
             raise ValueError(
                 f"QuantConfig: activation_search={self.activation_search!r} with activation_granularity="
                 f"{self.activation_granularity!r}; scales that are found online are not searched for: choose 'tensor'"
             )
-        if self.activation_candidates and (self.activation_search == "absmax" or self.activation is None):
+        if self.activation_candidates and (self.activation_search != "lowbit_fp" or self.activation is None):
             raise ValueError(
                 f"QuantConfig: activation_candidates={self.activation_candidates} are chosen among by the search of static "
                 "ranges; set activation_search='lowbit_fp', activation_granularity='tensor' and activation to one of them"
             )
+
+    @property
+    def probability_bits(self) -> int | None:
+        """Bits of attention's probabilities; None where they are not quantized."""
+        return None if self.attention_probabilities is None else int(self.attention_probabilities.rpartition("_")[2])
 
     @property
     def scheme(self) -> str:
@@ -171,11 +187,12 @@ _EXAMPLES = {
 WEIGHT_SEARCHES = ["absmax", "mse", "lowbit_fp", "four_over_six", "outlier_cut"]
 """Names that ``weight_search`` takes; ``observers.scale_search.register_search`` adds to them."""
 
-_CHOICES: dict[str, Sequence[str]] = {
+_CHOICES: dict[str, Sequence[str | None]] = {
     "weight_granularity": ("group", "channel", "tensor"),
     "weight_search": WEIGHT_SEARCHES,
     "activation_granularity": ("token", "tensor", "block"),
-    "activation_search": ("absmax", "lowbit_fp"),
+    "attention_probabilities": (None, *(f"log2_{bits}" for bits in range(3, MOST_BITS + 1))),
+    "activation_search": ("absmax", "lowbit_fp", "four_over_six"),
     "scale_dtype": (*FLOAT_SCALES, *BLOCKS),
     "indivisible": ("error", "divisor", "keep"),
 }

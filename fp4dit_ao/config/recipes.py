@@ -124,6 +124,9 @@ RECIPES |= {
     "int_w4a8": int_w4a8,
     "nvfp4": nvfp4,
     "nvfp4_four_over_six": lambda: replace(nvfp4(), weight_search="four_over_six"),
+    "nvfp4_four_over_six_both": lambda: replace(
+        nvfp4(), weight_search="four_over_six", activation_search="four_over_six"
+    ),
     "mxfp4": mxfp4,
     "mxfp6_e2m3": lambda: _blocks("e2m3", "e8m0"),
     "mxfp6_e3m2": lambda: _blocks("e3m2", "e8m0"),

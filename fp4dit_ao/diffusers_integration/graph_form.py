@@ -23,6 +23,7 @@ from fp4dit_ao.checkpoint.empty_model import empty_model
 from fp4dit_ao.checkpoint.quantization_record import Record, model_config
 from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.diffusers_integration.combination_search import CombinationReport
 from fp4dit_ao.diffusers_integration.layer_summary import (
     LayerSummary,
     beside_weights,
@@ -68,6 +69,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         graph: the lowered graph, a ``GraphModule``.
         report: result of ``reconstruct``; None if nothing was reconstructed in this process.
         fine_tuning_report: result of fine-tuning; None if nothing was fine-tuned in this process.
+        combination_report: what a search for the best combination of methods tried; None without one.
     """
 
     # model_index.json of a saved pipeline names this module, so that from_pretrained finds the class
@@ -91,7 +93,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         # pipelines read plain attributes of their transformer, such as Hunyuan-DiT's num_heads
         for name, value in vars(model).items():
             plain = isinstance(value, bool | int | float | str) and not name.startswith("_")
-            if plain and name not in ("training", "report", "fine_tuning_report"):
+            if plain and name not in ("training", "report", "fine_tuning_report", "combination_report"):
                 setattr(self, name, value)
         self.graph = graph
         self.description = description
@@ -100,6 +102,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.source = source
         self.report: ReconstructionReport | None = None
         self.fine_tuning_report: FineTuneReport | None = None
+        self.combination_report: CombinationReport | None = None
         self._mode: Callable[[GraphModule], nn.Module] | None = None
         self._ready: tuple[GraphModule, torch.device] | None = None
         self._read: tuple[GraphModule, tuple[list[str], set[str], dict[str, object]]] | None = None

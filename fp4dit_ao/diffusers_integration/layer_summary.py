@@ -29,6 +29,7 @@ class LayerSummary:
         bytes: bytes of the weight, scales included; 0 for an attention.
         quantized: whether the weight or an input is quantized.
         reason: the rule that chose the format, or the reason for high precision.
+        probabilities: format of an attention's probabilities; None if they are not quantized.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LayerSummary:
     bytes: int
     quantized: bool
     reason: str
+    probabilities: str | None = None
 
 
 def layer_summaries(decisions: Iterable[Decision], weights: Mapping[str, Tensor]) -> list[LayerSummary]:
@@ -52,8 +54,10 @@ def layer_summaries(decisions: Iterable[Decision], weights: Mapping[str, Tensor]
     for decision in decisions:
         config = decision.config
         if decision.kind == "attention":
-            fmt = config.attention if config else None
-            rows.append(LayerSummary(decision.name, "attention", None, fmt, None, 0, fmt is not None, decision.reason))
+            fmt, inside = (config.attention, config.attention_probabilities) if config else (None, None)
+            quantized = fmt is not None or inside is not None
+            row = LayerSummary(decision.name, "attention", None, fmt, None, 0, quantized, decision.reason, inside)
+            rows.append(row)
             continue
         weight = weights.get(f"{decision.name}.weight")
         shape, size, kept = None, 0, None
@@ -78,6 +82,8 @@ def unit_of(row: LayerSummary, weight: LowBitWeight | None, device: torch.device
     """
     if weight is not None:
         return str(weight.unit(device))
+    if row.probabilities is not None:
+        return "float32 products, plain operators"
     if row.kind == "attention" and row.activation is not None:
         return str(ATTENTION.pick(AttentionOperands(parse(row.activation), device, LARGEST_HEAD)))
     return "float"
@@ -114,7 +120,7 @@ def layer_lines(rows: Sequence[LayerSummary], unit: Callable[[LayerSummary], str
     for row in rows:
         before, number, after = _numbered(row.name)
         shape = "×".join(map(str, row.shape)) if row.shape else "q, k, v" if row.kind == "attention" else ""
-        formats = " × ".join(fmt for fmt in (row.weight, row.activation) if fmt)
+        formats = " × ".join(fmt for fmt in (row.weight, row.activation, row.probabilities) if fmt)
         cells = shape, formats, unit(row) if row.quantized else row.reason
         found = numbers.setdefault((before, after, *cells), [])
         if number is not None:

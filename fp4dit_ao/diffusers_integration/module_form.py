@@ -63,6 +63,11 @@ def decide(
             f"recipe {asked} needs calibration data for static input ranges, which only the graph form computes; "
             "use quantize_pipeline, or a recipe that quantizes inputs online"
         )
+    if config.attention_probabilities is not None:
+        raise ValueError(
+            f"recipe {asked} has attention_probabilities, which only the graph form computes; use quantize_pipeline, or leave "
+            "it out"
+        )
     if config.weight_candidates:
         raise ValueError(
             f"recipe {asked} needs calibration data; use quantize_pipeline, then load_pipeline(…, form='module')"

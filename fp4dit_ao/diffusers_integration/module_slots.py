@@ -24,6 +24,11 @@ def check_online(record: Record) -> None:
                 f"{decision.name} quantizes its input in a static range, which only the graph form computes; use "
                 "form='graph', or a recipe that quantizes inputs online"
             )
+        if decision.config is not None and decision.config.attention_probabilities is not None:
+            raise ValueError(
+                f"{decision.name} was quantized with attention_probabilities, which only the graph form computes; use "
+                "form='graph'"
+            )
 
 
 def quantized_linears(record: Record) -> Iterable[tuple[str, QuantConfig]]:

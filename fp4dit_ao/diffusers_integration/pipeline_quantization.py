@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,12 @@ from fp4dit_ao.calibration.observation import device_of
 from fp4dit_ao.calibration.uncomputed_calls import uncomputed
 from fp4dit_ao.checkpoint import graph_rebuilding
 from fp4dit_ao.config import DEFAULT_RECIPE, AdaRoundConfig, Fields, QuantConfig, ReconstructionConfig
+from fp4dit_ao.diffusers_integration.combination_search import (
+    HELD_OUT,
+    Combination,
+    CombinationReport,
+    CombinationSearch,
+)
 from fp4dit_ao.diffusers_integration.float_source import check_source
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.pipeline_folder import with_transformers
@@ -30,7 +36,9 @@ from fp4dit_ao.graph_capture.capturing import bind, capture
 from fp4dit_ao.graph_capture.transforming import resolve_transforms, transform
 from fp4dit_ao.passes.device_placement import quantizing_device
 from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, FineTuneConfig, FineTuneReport, run_fine_tuning
+from fp4dit_ao.passes.fingerprint import fingerprint
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS, choose_formats
+from fp4dit_ao.passes.model_error import calls_of, outputs_of, total_error
 from fp4dit_ao.passes.reconstruction import ROUNDINGS, reconstruct
 from fp4dit_ao.passes.reconstruction.choice import chosen_config
 from fp4dit_ao.passes.reconstruction.engine import files_for
@@ -67,6 +75,7 @@ def quantize_pipeline(
     reconstruction: ReconstructionConfig | None = None,
     fine_tuning: str | None = None,
     fine_tune: FineTuneConfig | None = None,
+    search_combination: bool = False,
     skip: Sequence[str] = (),
     fields: Fields | None = None,
     layers: Mapping[str, str | QuantConfig | None] | None = None,
@@ -103,6 +112,9 @@ def quantize_pipeline(
         reconstruction: rounding, objective, scope and their settings in one config, in place of those four.
         fine_tuning: method of fine-tuning after rounding, such as ``"scales"`` or ``"efficientdm"``; None for none.
         fine_tune: settings of fine-tuning; ``passes.fine_tuning.FineTuneConfig()`` if None.
+        search_combination: try weight equalization, SmoothQuant, GPTQ and the learned rounding, and bias correction in turn,
+            and keep each where the model's output errs less on held-out samples; in place of ``transforms`` and
+            ``fine_tuning``. Six models are quantized, one or two of them with the learned rounding.
         skip: globs over module names that stay in high precision, besides the recipe's own; of text encoders, too.
         fields: fields of the recipe's ``QuantConfig`` that take other values, such as ``{"group_size": 64}``.
         layers: recipes or configs of some modules, by globs over their names, such as ``{"*.attn2.*": "w4a8", "*.0.*": None}``;
@@ -127,10 +139,13 @@ def quantize_pipeline(
         ValueError: the pipeline has no transformer or one that is already quantized, the name of a recipe or method is
             unknown, or the calibration data is bad; too little memory, or with what trains the whole model.
     """
+    if search_combination and (list(transforms) or fine_tuning is not None):
+        raise ValueError("search_combination finds transforms and fine-tuning itself; leave out what you gave of them")
     limit = None if memory is None else byte_count(memory)
-    if limit is not None and fine_tuning is not None:
+    trains = "search_combination" if search_combination else fine_tuning
+    if limit is not None and trains is not None:
         raise ValueError(
-            f"memory={memory!r} is for rounding, unit by unit; {fine_tuning!r} trains the whole model: leave one out"
+            f"memory={memory!r} is for rounding, unit by unit; {trains!r} trains the whole model: leave one out"
         )
     files = files_for(limit, checkpoint_dir)
     names = components_of(pipe) if components is None else list(components)
@@ -151,7 +166,7 @@ def quantize_pipeline(
     for name, model in models.items():
         config, quantizer = recipe_for(model, recipe, fields), quantizer_for(model, recipe, skip, fields, layers)
         methods.check(quantizer.configs)
-        needed = methods.need_data(quantizer.configs)  # else the shapes of one call are enough
+        needed = search_combination or methods.need_data(quantizer.configs)  # else the shapes of one call are enough
         with contextlib.nullcontext() if needed else uncomputed(every):
             data = collect_samples(
                 pipe, prompts, steps=steps, seed=seed, samples=samples if needed else 1, batch_size=batch_size,
@@ -159,11 +174,15 @@ def quantize_pipeline(
                 memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
             )  # fmt: skip
         folder = checkpoint_dir if checkpoint_dir is None or name == "transformer" else Path(checkpoint_dir) / name
-        graph, report, tuned = _quantized(model, data, quantizer, methods, folder, limit, files, progress)
+        tried: CombinationReport | None = None
+        if search_combination:
+            (graph, report, tuned), tried = _searched(model, data, quantizer, methods, folder, progress)
+        else:
+            graph, report, tuned = _quantized(model, data, quantizer, methods, folder, limit, files, progress)
         source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path if the pipeline was loaded from one
         decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
         transformer = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
-        transformer.report, transformer.fine_tuning_report = report, tuned
+        transformer.report, transformer.fine_tuning_report, transformer.combination_report = report, tuned, tried
         quantized[name] = transformer.compile_graph(compile)
     return with_transformers(pipe, quantized, pipeline_arguments.defaults_of(pipe))
 
@@ -243,7 +262,8 @@ def _quantized(
         prepared = prepare_pt2e(captured, quantizer)
         if _calibrates(quantizer.configs):
             calibrate(prepared, data, progress=progress)
-        choose_formats(prepared, methods.allocation, methods.budget_bits)
+        how = methods.allocation, methods.budget_bits
+        choose_formats(prepared, *how, data, checkpoint_dir=checkpoint_dir, progress=progress)
     report, tuned = None, None
     if methods.round_on_data:
         report = reconstruct(
@@ -251,10 +271,50 @@ def _quantized(
         )
     if methods.fine_tuning is not None:
         folder = None if checkpoint_dir is None else Path(checkpoint_dir) / "fine_tuning"
-        how = methods.fine_tuning, methods.fine_tune
-        tuned = run_fine_tuning(prepared, data, *how, checkpoint_dir=folder, progress=progress)
+        tuned = run_fine_tuning(
+            prepared, data, methods.fine_tuning, methods.fine_tune, checkpoint_dir=folder, progress=progress
+        )
     del captured  # with what was observed, more than the model itself
     return convert_and_lower(prepared, quantizing_device(device_of(model)), files), report, tuned
+
+
+def _searched(
+    model: nn.Module,
+    data: Sequence[Mapping[str, object]],
+    quantizer: FP4DiTQuantizer,
+    methods: _Methods,
+    checkpoint_dir: str | Path | None,
+    progress: bool,
+) -> tuple[tuple[GraphModule, ReconstructionReport | None, FineTuneReport | None], CombinationReport]:
+    """As :func:`_quantized`, by the best combination of methods, and what was tried."""
+    held = int(HELD_OUT * len(data))  # with less than ten samples all of them judge
+    learned, judged = data[: len(data) - held], data[-held:]
+    captured = capture(model, data[0])
+    calls = calls_of(captured, judged)
+    with torch.no_grad():
+        wanted = [outputs_of(captured, call) for call in calls]
+    key = fingerprint(
+        f"{quantizer.configs} {methods.rounding} {methods.allocation} {methods.budget_bits}", captured, data
+    )
+    del captured
+
+    def quantize(
+        found: Combination, folder: Path | None
+    ) -> tuple[GraphModule, ReconstructionReport | None, FineTuneReport | None]:
+        own = replace(
+            methods,
+            transforms=resolve_transforms(found.transforms),
+            rounding=replace(methods.rounding, rounding=found.rounding),
+            fine_tuning=found.fine_tuning,
+        )
+        return _quantized(model, learned, quantizer, own, folder, None, None, progress)
+
+    roundings = tuple(name for name in dict.fromkeys(("gptq", methods.rounding.rounding)) if name != "nearest")
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir) / "combinations"
+    search = CombinationSearch(
+        quantize, lambda found: total_error(found[0], calls, wanted), roundings, folder, key, progress
+    )
+    return search.run(), search.report
 
 
 def _float_component(pipe: "DiffusionPipeline", name: str) -> nn.Module:

@@ -4,6 +4,7 @@ The emulation converts operands to bfloat16 (bfloat16 input on GPUs) or float32.
 types hold them exactly, and only the sum is rounded. Exported files contain the emulation.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from fp4dit_ao.formats import FloatFormat, unpack
 from fp4dit_ao.kernels.cuda.int8_linear import capability
 from fp4dit_ao.kernels.units import Unit, UnitTable
 from fp4dit_ao.ops import LIBRARY, dequantize, quantize
-from fp4dit_ao.ops.block_scale import BLOCKS, choose_block_scale, two_level_scale, unit
+from fp4dit_ao.ops.block_scale import BLOCKS, choose_block_scale, four_over_six_scale, two_level_scale, unit
 
 NATIVE = (10, 0)
 """Blackwell: the first capability with block-scaled instructions."""
@@ -28,15 +29,23 @@ class BlockOperands(NamedTuple):
         fmt: format of the elements.
         device: of weight and input.
         dtype: of the input.
+        by_largest: whether scales of inputs follow from the largest magnitudes alone, as torchao finds them.
     """
 
     fmt: str
     device: torch.device
     dtype: torch.dtype
+    by_largest: bool = True
 
 
 class BlockWeight(Protocol):
-    """A weight in a block format that computes its own linears."""
+    """A weight in a block format that computes its own linears.
+
+    Attributes:
+        by_largest: as in :class:`BlockOperands`.
+    """
+
+    by_largest: bool
 
     def on_torchao(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ W^T + bias`` on block-scaled instructions; ``x`` is bfloat16 or float32 and contiguous."""
@@ -58,7 +67,9 @@ BLOCK_SCALED_LINEAR: UnitTable[BlockOperands] = UnitTable(
     "block_scaled_linear",
     [
         Unit(
-            "block-scaled, Blackwell", lambda o: o.fmt == "e2m1" and capability(o.device) >= NATIVE, _on_blackwell
+            "block-scaled, Blackwell",
+            lambda o: o.by_largest and o.fmt == "e2m1" and capability(o.device) >= NATIVE,
+            _on_blackwell,
         ),  # torchao has no native product of MXFP6
         Unit(
             "block-scaled, emulated in bfloat16",
@@ -80,7 +91,7 @@ def linear(x: Tensor, weight: BlockWeight, bias: Tensor | None, fmt: str) -> Ten
         bias: ``(out_features,)`` or None.
         fmt: format of the weight's elements.
     """
-    y: Tensor = BLOCK_SCALED_LINEAR.pick(BlockOperands(fmt, x.device, x.dtype)).run(x, weight, bias)
+    y: Tensor = BLOCK_SCALED_LINEAR.pick(BlockOperands(fmt, x.device, x.dtype, weight.by_largest)).run(x, weight, bias)
     return y
 
 
@@ -117,9 +128,23 @@ def nvfp4_linear(x: Tensor, qdata: Tensor, scale: Tensor, per_tensor_scale: Tens
     Returns:
         ``(..., out_features)`` in the type of ``x``.
     """
+    return _nvfp4_linear(two_level_scale, x, qdata, scale, per_tensor_scale, bias)
+
+
+def four_over_six_linear(
+    x: Tensor, qdata: Tensor, scale: Tensor, per_tensor_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """:func:`nvfp4_linear` with each block of ``x`` on the better of two scales (``ops.block_scale.four_over_six_scale``)."""
+    return _nvfp4_linear(four_over_six_scale, x, qdata, scale, per_tensor_scale, bias)
+
+
+def _nvfp4_linear(
+    choose: Callable[[Tensor, list[int], str], tuple[Tensor, Tensor]],
+    x: Tensor, qdata: Tensor, scale: Tensor, per_tensor_scale: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
     dtype, fmt = exact_type(x.device, x.dtype), str(_E2M1)
     block = [1] * (x.ndim - 1) + [BLOCKS["e4m3"]]
-    steps, whole = two_level_scale(x, block, fmt)
+    steps, whole = choose(x, block, fmt)
     values = dequantize(quantize(x, block, steps * whole, fmt), block, steps, fmt, dtype)
     levels = dequantize(unpack(qdata, _E2M1.bits), [1, BLOCKS["e4m3"]], scale, fmt, dtype)
     return _product(x, values, levels, whole * per_tensor_scale * unit(_E2M1), bias)

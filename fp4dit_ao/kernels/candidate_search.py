@@ -9,7 +9,7 @@ from torch import Tensor
 from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.units import Unit, UnitTable
-from fp4dit_ao.ops import fake_quantize
+from fp4dit_ao.ops import quantization
 
 
 class SearchOperands(NamedTuple):
@@ -83,11 +83,4 @@ def best_candidate(weight: Tensor, block_size: Sequence[int], scales: Tensor, fm
 
 def squared_error(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale: Tensor) -> Tensor:
     """Squared error of rounding to nearest, summed over each block: float32, shaped like ``scale``."""
-    rounded = fake_quantize(weight, block_size, scale, str(fmt), torch.float32)
-    return _sum_blocks((rounded - weight.float()).square(), scale.shape)
-
-
-def _sum_blocks(x: Tensor, blocks: Sequence[int]) -> Tensor:
-    """Sum ``x`` over equal blocks: the result has shape ``blocks``."""
-    shape = [part for size, count in zip(x.shape, blocks, strict=True) for part in (count, size // count)]
-    return x.reshape(shape).sum(dim=list(range(1, 2 * len(blocks), 2)))
+    return quantization.squared_error(weight, block_size, scale, str(fmt))

@@ -14,12 +14,16 @@ from torch import Tensor
 from fp4dit_ao.formats import FloatFormat
 from fp4dit_ao.ops.division import divided
 from fp4dit_ao.ops.library import LIBRARY
-from fp4dit_ao.ops.quantization import choose_scale
+from fp4dit_ao.ops.quantization import choose_scale, squared_error
 
 BLOCKS = {"e8m0": 32, "e4m3": 16}
 """Elements per block, by the type of the scale."""
 ELEMENTS = {"e8m0": ("e2m1", "e2m3", "e3m2"), "e4m3": ("e2m1",)}
 """Element formats that the standard (OCP MX, NVFP4) defines, by the type of the scale."""
+FOUR_OVER_SIX = "e4m3_four_over_six"
+"""The kind of :func:`choose_block_scale` that gives each block the better of two E4M3 scales."""
+RATIO, TOP = 6 / 4, 256.0
+"""The larger of the two over the smaller, and the smaller one of the largest magnitude: ``1.5 * 256 = 384`` still fits E4M3."""
 E4M3_MIN, E4M3_MAX = 2.0**-6, 448.0
 """Smallest normal and largest number of E4M3, the range of hardware scales."""
 
@@ -65,11 +69,26 @@ def two_level_scale(
 
 
 def choose_block_scale(x: Tensor, block_size: Sequence[int], fmt: str, kind: str) -> Tensor:
-    """Step of every block: float32, shape ``x.shape[i] // block_size[i]``; ``kind`` is a key of :data:`BLOCKS`."""
+    """Step of every block: float32, shape ``x.shape[i] // block_size[i]``.
+
+    Args:
+        kind: a key of :data:`BLOCKS`, or :data:`FOUR_OVER_SIX`.
+    """
     if kind == "e8m0":
         return power_of_two_above(choose_scale(x, block_size, fmt, torch.float32))
-    scale, tensor = two_level_scale(x, block_size, fmt)
+    scale, tensor = (
+        four_over_six_scale(x, block_size, fmt) if kind == FOUR_OVER_SIX else two_level_scale(x, block_size, fmt)
+    )
     return scale * tensor
+
+
+def four_over_six_scale(x: Tensor, block_size: Sequence[int], fmt: str) -> tuple[Tensor, Tensor]:
+    """Scales of NVFP4 with the largest magnitude of each block on 6 or on 4, E2M1's two largest values, whichever errs less by
+    the squared error; of equals, on 6 (Four over six, arXiv 2512.02010). As :func:`two_level_scale` gives them."""
+    six, tensor = two_level_scale(x, block_size, fmt, TOP)
+    four, _ = two_level_scale(x, block_size, fmt, TOP, stretch=RATIO)
+    errors = [squared_error(x, block_size, blocks * tensor, fmt) for blocks in (six, four)]
+    return torch.where(errors[1] < errors[0], four, six), tensor
 
 
 LIBRARY.define("choose_block_scale(Tensor x, SymInt[] block_size, str fmt, str kind) -> Tensor")

@@ -95,6 +95,13 @@ def choose_scale(x: Tensor, block_size: Sequence[int], fmt: str, scale_dtype: to
     return to_scale_dtype(scale, scale_dtype).reshape(_scale_shape(x, block_size))
 
 
+def squared_error(x: Tensor, block_size: Sequence[int], scale: Tensor, fmt: str) -> Tensor:
+    """Squared error of rounding to nearest, summed over each block: float32, shaped like ``scale``."""
+    error = (fake_quantize(x, block_size, scale, fmt, torch.float32) - x.float()).square()
+    blocked, reduce = _blocked(error, block_size)
+    return (blocked.sum(reduce) if reduce else blocked).reshape(_scale_shape(x, block_size))
+
+
 def to_scale_dtype(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Float32 ``scale`` cast to ``dtype``, clamped to its largest number and to its smallest one that is normal in
     float32.

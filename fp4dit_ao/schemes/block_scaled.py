@@ -19,14 +19,16 @@ from fp4dit_ao.kernels import block_scaled_linear
 from fp4dit_ao.observers import BlockActivationObserver, BlockWeightObserver, TokenActivationObserver, WeightObserver
 from fp4dit_ao.observers.activation import ActivationObserver
 from fp4dit_ao.ops import quantize
-from fp4dit_ao.ops.block_scale import BLOCKS, unit
+from fp4dit_ao.ops.block_scale import BLOCKS, FOUR_OVER_SIX, unit
 from fp4dit_ao.schemes.graph_patterns import block_wise_input, stored_weight
 from fp4dit_ao.schemes.grouped import repeated
 from fp4dit_ao.schemes.scheme import Arrays, Description, LowBitLinear, ObserverSpec, PlainLinear, describe_format
-from fp4dit_ao.tensors.block_scaled import MXWeight, NVFP4Weight
+from fp4dit_ao.tensors.block_scaled import FourOverSixWeight, MXWeight, NVFP4Weight
 
 _STORED = {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}
 """torch's type of the stored scales, by ``QuantConfig.scale_dtype``."""
+_NVFP4: dict[str, type[NVFP4Weight]] = {"e4m3": NVFP4Weight, FOUR_OVER_SIX: FourOverSixWeight}
+"""The tensor class of NVFP4 weights, by how scales of inputs are found."""
 _TENSOR_SCALE = "per_tensor_scale"
 """NVFP4's second scale, which MX does not have."""
 
@@ -48,7 +50,7 @@ class BlockScaledScheme:
         return ObserverSpec(BlockWeightObserver, arguments)
 
     def input_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec[ActivationObserver]:
-        return ObserverSpec(BlockActivationObserver, {"fmt": fmt, "kind": config.scale_dtype})
+        return ObserverSpec(BlockActivationObserver, {"fmt": fmt, "kind": _kind(config)})
 
     def attention_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec[ActivationObserver]:
         return ObserverSpec(TokenActivationObserver, {"fmt": fmt})
@@ -66,14 +68,14 @@ class BlockScaledScheme:
 
     def from_parts(self, parts: Mapping[str, Tensor], config: QuantConfig, dtype: torch.dtype) -> Tensor:
         if _has_tensor_scale(config):
-            return NVFP4Weight.from_parts(parts["qdata"], parts["scale"], parts[_TENSOR_SCALE], dtype)
+            return _NVFP4[_kind(config)].from_parts(parts["qdata"], parts["scale"], parts[_TENSOR_SCALE], dtype)
         return MXWeight.from_parts(parts["qdata"], parts["scale"], str(parse(str(config.weight))), dtype)
 
     @torch.no_grad()
     def round_to_nearest(self, name: str, weight: Tensor, config: QuantConfig) -> Tensor:
         observer = self.weight_observer(config).constructor(name=f"{name}.weight")()
         codes, _ = observer.quantized(weight.detach())
-        return _from_codes(codes, observer.factors, str(observer.fmt), weight.dtype)
+        return _from_codes(codes, observer.factors, str(observer.fmt), weight.dtype, _kind(config))
 
     def owns(self, weight: Tensor) -> bool:
         return isinstance(weight, MXWeight | NVFP4Weight)
@@ -88,13 +90,14 @@ class BlockScaledScheme:
         found, stored = block_wise_input(linear.args[0]), stored_weight(model, linear.args[1])
         if found is None or stored is None:
             return None
-        weight = _from_codes(stored.codes, stored.scales, stored.fmt, stored.dtype)
+        weight = _from_codes(stored.codes, stored.scales, stored.fmt, stored.dtype, str(found.kind))
         return LowBitLinear(found.source, weight, stored.path)
 
     def plain_linear(self, weight: Tensor) -> PlainLinear:
         if isinstance(weight, NVFP4Weight):
             parts = {"qdata": weight.qdata, "scale": weight.scale, _TENSOR_SCALE: weight.per_tensor_scale}
-            return PlainLinear(block_scaled_linear.nvfp4_linear, parts)
+            by_largest = block_scaled_linear.nvfp4_linear
+            return PlainLinear(by_largest if weight.by_largest else block_scaled_linear.four_over_six_linear, parts)
         assert isinstance(weight, MXWeight)
         parts = {"qdata": weight.qdata, "scale": weight.scale.view(torch.uint8)}  # archives have no E8M0
         return PlainLinear(block_scaled_linear.mx_linear, parts, (weight.fmt,))
@@ -107,7 +110,9 @@ class BlockScaledScheme:
         return describe_format(str(config.weight))
 
     def input_scale(self, config: QuantConfig, attention: bool) -> str:
-        return "token" if attention else "block"
+        if attention:
+            return "token"
+        return "block" if config.activation_search == "absmax" else f"block, {config.activation_search}"
 
     def dequantize(
         self, codes: NDArray[np.uint8], parts: Arrays, layer: Description, fmt: Description
@@ -122,10 +127,15 @@ def _has_tensor_scale(config: QuantConfig) -> bool:
     return config.scale_dtype == "e4m3"
 
 
-def _from_codes(codes: Tensor, factors: list[Tensor], fmt: str, dtype: torch.dtype) -> Tensor:
-    """NVFP4 from the factors of ``two_level_scale``, MX from one step."""
+def _kind(config: QuantConfig) -> str:
+    """How scales of inputs are found, a kind of ``ops.choose_block_scale``."""
+    return config.scale_dtype if config.activation_search == "absmax" else FOUR_OVER_SIX
+
+
+def _from_codes(codes: Tensor, factors: list[Tensor], fmt: str, dtype: torch.dtype, kind: str) -> Tensor:
+    """NVFP4 from the factors of ``two_level_scale``, MX from one step; inputs have scales of ``kind``."""
     if len(factors) == 2:
         blocks, whole = factors
-        return NVFP4Weight.from_codes(codes, blocks, whole, dtype)
+        return _NVFP4[kind].from_codes(codes, blocks, whole, dtype)
     (step,) = factors
     return MXWeight.from_codes(codes, step, fmt, dtype)

@@ -22,10 +22,12 @@ class QuantizedInput:
     Attributes:
         source: the float value.
         fmt: name of the format.
+        kind: type of the scale, or how it is found (``ops.choose_scale``, ``ops.choose_block_scale``).
     """
 
     source: Node
     fmt: str
+    kind: object = torch.float32
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ def _online_input(node: object, choose: Operator) -> tuple[QuantizedInput, list[
     if not (is_call(scale, choose) and is_call(codes, _OPS.quantize.default)):
         return None
     of_scale: Arguments = scale.args
-    x, block_size = of_scale[:2]
-    return (QuantizedInput(x, str(fmt)), list(block_size)) if isinstance(x, Node) and codes.args[0] is x else None
+    x, block_size, _, kind = of_scale
+    return (QuantizedInput(x, str(fmt), kind), list(block_size)) if isinstance(x, Node) and codes.args[0] is x else None
 
 
 def is_call(node: object, target: Operator) -> TypeGuard[Node]:

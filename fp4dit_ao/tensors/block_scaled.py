@@ -39,6 +39,7 @@ class _BlockTensor(block_scaled_linear.BlockWeight, Protocol):
 
     device: torch.device
     dtype: torch.dtype
+    by_largest: bool
 
     @property
     def fmt(self) -> str: ...
@@ -49,12 +50,15 @@ class _BlockTensor(block_scaled_linear.BlockWeight, Protocol):
 class _OnAnyHardware:
     """Methods that both weights add to torchao's tensors."""
 
+    by_largest = True
     # torchao's block tensors disable the handlers of torch functions
     __torch_function__: object = classmethod(TorchAOBaseTensor.__torch_function__.__func__)
 
     def unit(self: _BlockTensor, device: torch.device | str | None = None) -> Unit[Any]:
         """The unit that computes this weight's linear for input of its type, on ``device`` or where the weight is."""
-        operands = block_scaled_linear.BlockOperands(self.fmt, torch.device(device or self.device), self.dtype)
+        operands = block_scaled_linear.BlockOperands(
+            self.fmt, torch.device(device or self.device), self.dtype, self.by_largest
+        )
         return block_scaled_linear.BLOCK_SCALED_LINEAR.pick(operands)
 
     def stored_linear(self: _BlockTensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -168,7 +172,16 @@ class NVFP4Weight(_OnAnyHardware, NVFP4Tensor, metaclass=CopiedByCall):  # type:
         return block_scaled_linear.nvfp4_linear(x, self.qdata, self.scale, self.per_tensor_scale, bias)
 
     def __repr__(self) -> str:
-        return f"NVFP4Weight(shape={tuple(self.shape)}, {self._quantization_type()})"
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, {self._quantization_type()})"
+
+
+class FourOverSixWeight(NVFP4Weight):
+    """An NVFP4 weight whose input has, block by block, the better of two scales (Four over six, arXiv 2512.02010)."""
+
+    by_largest = False
+
+    def emulated(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return block_scaled_linear.four_over_six_linear(x, self.qdata, self.scale, self.per_tensor_scale, bias)
 
 
 def _linear(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> Tensor:
@@ -186,10 +199,10 @@ def _to_copy(func: Operator, types: object, args: Arguments, kwargs: Keywords) -
     return type(self)(**moved)
 
 
-for _cls in (MXWeight, NVFP4Weight):
+for _cls in (MXWeight, NVFP4Weight, FourOverSixWeight):
     _cls.implements(_ATEN.linear.default)(_linear)
     _cls.implements_torch_function([F.linear, _ATEN.linear.default])(_linear)
     _cls.implements(_ATEN._to_copy.default)(_to_copy)
 
 
-torch.serialization.add_safe_globals([MXWeight, NVFP4Weight])
+torch.serialization.add_safe_globals([MXWeight, NVFP4Weight, FourOverSixWeight])

@@ -23,7 +23,7 @@ from fp4dit_ao.observers.fake_quantization import frozen_parameters
 from fp4dit_ao.observers.weight import gram_of, weight_of
 from fp4dit_ao.passes.fine_tuning.biases import bias_of, own_biases, put_biases
 from fp4dit_ao.passes.fine_tuning.fine_tune import FINE_TUNINGS, FineTuneConfig, FineTuneReport
-from fp4dit_ao.passes.fine_tuning.model_error import calls_of, teacher, total_error
+from fp4dit_ao.passes.model_error import calls_of, teacher, total_error
 from fp4dit_ao.passes.partition import Segment, weight_observers
 from fp4dit_ao.passes.reconstruction.scopes import SCOPES
 from fp4dit_ao.passes.reconstruction.streams import Stream, build

@@ -29,8 +29,8 @@ from fp4dit_ao.passes.fine_tuning.distillation import Course, Distilled, Lesson,
 from fp4dit_ao.passes.fine_tuning.fine_tune import FINE_TUNINGS
 from fp4dit_ao.passes.fine_tuning.full_weights import LR
 from fp4dit_ao.passes.fine_tuning.latent_weight import FullWeight
-from fp4dit_ao.passes.fine_tuning.model_error import relative_error
 from fp4dit_ao.passes.fine_tuning.student import ParameterGroup
+from fp4dit_ao.passes.model_error import relative_error
 
 MIMICKING = 0.1
 """Weight of the mimicking loss."""

@@ -26,11 +26,11 @@ from fp4dit_ao.passes.fine_tuning.activation_range import TunedRange, tuned_rang
 from fp4dit_ao.passes.fine_tuning.biases import own_biases, put_biases, trainable_copies
 from fp4dit_ao.passes.fine_tuning.blockwise import BlockwiseModel
 from fp4dit_ao.passes.fine_tuning.fine_tune import FineTuneConfig, FineTuneReport
-from fp4dit_ao.passes.fine_tuning.model_error import Call, calls_of, relative_error, teacher, total_error
 from fp4dit_ao.passes.fine_tuning.optimizers import Adam, Stepper, nbytes_of
 from fp4dit_ao.passes.fine_tuning.q_galore import QGaLore
 from fp4dit_ao.passes.fine_tuning.student import ParameterGroup, Student
 from fp4dit_ao.passes.fine_tuning.training_state import State, TrainingState, fingerprint
+from fp4dit_ao.passes.model_error import Call, calls_of, relative_error, teacher, total_error
 from fp4dit_ao.passes.partition import weight_observers
 from fp4dit_ao.passes.reconstruction.unit_error import rounding_by
 from fp4dit_ao.util.world import World, current

@@ -29,7 +29,7 @@ from fp4dit_ao.passes.fine_tuning.distillation import Course, Distilled, Lesson,
 from fp4dit_ao.passes.fine_tuning.fine_tune import FINE_TUNINGS
 from fp4dit_ao.passes.fine_tuning.full_weights import LR
 from fp4dit_ao.passes.fine_tuning.latent_weight import FullWeight
-from fp4dit_ao.passes.fine_tuning.model_error import relative_error, total_error
+from fp4dit_ao.passes.model_error import relative_error, total_error
 from fp4dit_ao.passes.partition import quantized_linears
 
 PROBES = 4

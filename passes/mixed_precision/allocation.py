@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fp4dit_ao.util.registry import Registry
 
@@ -14,7 +14,8 @@ class Choice:
     Attributes:
         fmt: name of the format.
         bits: stored bits per weight, scales included.
-        error: error of the layer's output if its weight has this format, relative to the output's power.
+        error: error of the layer's output if its weight has this format, relative to the output's power; or what else the
+            allocation measures.
     """
 
     fmt: str
@@ -55,6 +56,38 @@ class Allocation(Protocol):
             ValueError: the budget is below what the smallest choices take; the message says how much that is.
         """
         ...
+
+
+@runtime_checkable
+class MeasuredAllocation(Allocation, Protocol):
+    """One that goes by errors of the model's output: each layer's are measured with that layer quantized alone.
+
+    Attributes:
+        samples: number of calibration samples to compare outputs on.
+    """
+
+    samples: int
+
+    def group(self, name: str) -> str:
+        """How a layer's error is measured, a key of ``sensitivity.METRICS``, by its fully qualified name."""
+        ...
+
+    def candidates(self, layers: Sequence[LayerChoices], budget_bits: float | None) -> list[dict[str, str]]:
+        """Allocations as :meth:`__call__` gives one; that is taken with which the model's output errs least.
+
+        Raises:
+            ValueError: the budget is below what the smallest choices take.
+        """
+        ...
+
+
+def measures(allocation: str) -> bool:
+    """Whether the allocation of that name measures errors of the model's output, which takes time.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    return isinstance(ALLOCATIONS.find(allocation), MeasuredAllocation)
 
 
 ALLOCATIONS: Registry[Allocation] = Registry("allocation")

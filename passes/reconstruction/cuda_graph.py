@@ -15,7 +15,7 @@ WARM_UP = 3
 def can_capture(minibatches: Minibatches, objective: Objective, optimizer: torch.optim.Optimizer) -> bool:
     """Whether all steps of a unit do the same on the same memory of a GPU."""
     groups = optimizer.param_groups
-    asks_for_more = objective.needs_layers or objective.needs_tail  # gathers rows of its own
+    asks_for_more = objective.needs_layers or objective.needs_tail or objective.drop > 0  # gathers rows of its own
     on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
     return minibatches.fixed and on_gpu and not asks_for_more and all(group.get("capturable") for group in groups)
 

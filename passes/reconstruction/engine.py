@@ -25,7 +25,7 @@ from fp4dit_ao.passes.reconstruction.memory_budget import Need, check, need_of, 
 from fp4dit_ao.passes.reconstruction.network_tail import NetworkTail, model_results
 from fp4dit_ao.passes.reconstruction.objectives import OBJECTIVES
 from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
-from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS
+from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS, ClosedFormRounding
 from fp4dit_ao.passes.reconstruction.scopes import SCOPES, Unit
 from fp4dit_ao.passes.reconstruction.shards import divide
 from fp4dit_ao.passes.reconstruction.streams import Stream
@@ -97,6 +97,7 @@ def reconstruct(
     total = sum(steps_of(unit.segment, rule, config) for unit in plan.units)
     silent = not (progress and world.first)
     with frozen_parameters(prepared), tqdm(total=total, desc="reconstruct", disable=silent) as bar:
+        keep_inputs = objective.needs_layers or (objective.drop > 0 and not isinstance(rule, ClosedFormRounding))
         needs: list[Need] = []
 
         def note(unit: Unit, row: Stream) -> None:
@@ -104,7 +105,7 @@ def reconstruct(
                 needs.append(need_of(unit, rule, row, shards.chunk))
                 return_freed(WORTH_IT)
 
-        planned = planned_bytes(plan, streams, device, objective.needs_layers, note)
+        planned = planned_bytes(plan, streams, device, keep_inputs, note)
         _check_memory(planned, streams, config)
         in_files = None
         if memory is not None:
@@ -117,13 +118,14 @@ def reconstruct(
             in_files = files if planned > memory - anonymous_bytes() else None
         for stream in streams:
             stream.move_to(device, _offload(planned, device, config), in_files)
-        for index, unit in enumerate(walk(plan, streams, shards.chunk, objective.needs_layers)):
+        for index, unit in enumerate(walk(plan, streams, shards.chunk, keep_inputs)):
             bar.set_postfix_str(unit.segment.name)
             prefetch_after(plan, unit)
             row = store.load(index, unit.segment) if store else None
             if row is None:
                 tail = NetworkTail(plan.steps[unit.last + 1 :], results) if objective.needs_tail else None
-                row = round_unit(UnitError(unit.segment, shards, objective, tail), rule, config, index, bar)
+                error = UnitError(unit.segment, shards, objective, tail, unit.recompute)
+                row = round_unit(error, rule, config, index, bar)
                 if store:
                     store.save(index, unit.segment, row)
             else:

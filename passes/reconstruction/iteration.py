@@ -1,5 +1,6 @@
 """One step of learning a unit's roundings, without waiting for the device."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -9,7 +10,9 @@ from torch.optim import Optimizer
 from fp4dit_ao.config import ReconstructionConfig
 from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.passes.reconstruction.bfloat16_products import multiplies_alone, with_bfloat16_products
+from fp4dit_ao.passes.reconstruction.dropping import Dropping
 from fp4dit_ao.passes.reconstruction.minibatches import Minibatches
+from fp4dit_ao.passes.reconstruction.recomputed import Recomputed
 from fp4dit_ao.passes.reconstruction.rounding import LearnedRounding
 from fp4dit_ao.passes.reconstruction.shards import Shard
 from fp4dit_ao.passes.reconstruction.soft_weights import SoftWeights
@@ -28,6 +31,7 @@ class Iteration:
         config: how to learn.
         minibatches: rows of every step.
         before: the unit's error with the rounding before; more than 0. Losses are relative to it.
+        index: position of the unit; with the seed it determines what the objective drops.
 
     Attributes:
         soft: the soft weights.
@@ -41,17 +45,25 @@ class Iteration:
         config: ReconstructionConfig,
         minibatches: Minibatches,
         before: float,
+        index: int = 0,
     ):
         self._error, self._rules, self._minibatches, self._before = error, list(rules.values()), minibatches, before
         self._class = type(self._rules[0])
         self._device = error.streams[0].device
         low = products_in_bfloat16(config, self._device)
         graph = with_bfloat16_products(error.graph) if low else error.graph
-        self._run: Callable[..., Sequence[Tensor]] = torch.compile(graph) if config.compile else graph
+        self._run: Callable[..., Sequence[Tensor]] = graph
+        if error.recompute:
+            self._run = Recomputed(graph, config.compile)
+        elif config.compile:
+            self._run = torch.compile(graph)
         self.soft = SoftWeights(rules, error.weights, _types(error, low), config.compile)
         self.optimizer = self._class.optimizer(self._rules, config)
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._pace = 1.0
+        self._step = 0
+        drop = error.objective.drop
+        self._dropping = Dropping(drop, f"{config.seed} {index}") if drop else None
         self._regularizer = config.regularizer
         self._penalty_weight = torch.zeros((), device=self._device)
         self._sums = torch.zeros(2, dtype=torch.float64, device=self._device)
@@ -67,6 +79,7 @@ class Iteration:
             beta: exponent of the penalty; None for no penalty.
             pace: factor on learning rates.
         """
+        self._step = step
         self._minibatches.load(step)
         self._penalty_weight.fill_(0.0 if beta is None else self._regularizer)
         if beta is not None:
@@ -94,10 +107,17 @@ class Iteration:
         """What a shard's rows add to the loss, and to the gradients of the soft weights."""
         loss = torch.zeros((), device=self._device)
         for batch, weight in self._minibatches.batches(shard):
-            share = self._error.of(batch, self._run) * (weight / self._before)
-            share.backward()  # type: ignore[no-untyped-call]
+            with self._drawn(shard.number, batch.number):
+                share = self._error.of(batch, self._run, self._dropping) * (weight / self._before)
+                share.backward()  # type: ignore[no-untyped-call]
             loss += share.detach()
         return [loss, *self.soft.take_gradients()]
+
+    def _drawn(self, *numbers: int) -> contextlib.AbstractContextManager[None]:
+        """What the objective drops of this step's rows of a shard and a stream."""
+        if self._dropping is None:
+            return contextlib.nullcontext()
+        return self._dropping.drawn(self._error.graph, self._device, self._step, *numbers)
 
     def _remember(self, loss: Tensor) -> None:
         """Keep the parameters if their loss is the least so far."""

@@ -26,11 +26,11 @@ class Learner:
         error: of the unit.
         rule: class of the roundings.
         config: how to learn.
-        index: position of the unit; with the seed it determines the minibatches.
+        index: position of the unit; with the seed it determines the minibatches, and what the objective drops.
     """
 
     def __init__(self, error: UnitError, rule: type[LearnedRounding], config: ReconstructionConfig, index: int):
-        self.error, self.rule, self.config = error, rule, config
+        self.error, self.rule, self.config, self.index = error, rule, config, index
         self.generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
 
     def solve(self, before: float, bar: tqdm) -> dict[WeightObserver, Settled]:
@@ -47,7 +47,7 @@ class Learner:
             if observer.codes is not None:
                 rule.start_from(observer.codes)
         minibatches = Minibatches(self.error, self.config.batch_size, self.config.iters, self.generator)
-        iteration = Iteration(self.error, rules, self.config, minibatches, before)
+        iteration = Iteration(self.error, rules, self.config, minibatches, before, self.index)
         with rounding_by(iteration.soft.leaves), torch.enable_grad():
             self._optimise(iteration, self._step(iteration, minibatches), bar)
         return {observer: self._settled(observer, rule) for observer, rule in rules.items()}
@@ -62,7 +62,7 @@ class Learner:
 
     def _step(self, iteration: Iteration, minibatches: Minibatches) -> Callable[[bool], None]:
         """What takes a step, told whether there is a penalty."""
-        if not can_capture(minibatches, self.error.objective, iteration.optimizer):
+        if self.error.recompute or not can_capture(minibatches, self.error.objective, iteration.optimizer):
             return iteration.run
         captured = Captured(iteration.run, self.error.streams[0].device)  # with a penalty of weight 0 in the warm-up
         return lambda penalised: captured()

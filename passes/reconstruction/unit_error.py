@@ -11,6 +11,7 @@ from fp4dit_ao.observers import Grid, WeightObserver
 from fp4dit_ao.observers.activation import StaticActivationObserver
 from fp4dit_ao.observers.weight import weight_of
 from fp4dit_ao.passes.partition import Segment
+from fp4dit_ao.passes.reconstruction.dropping import Dropping
 from fp4dit_ao.passes.reconstruction.layer_outputs import LayerOutputs
 from fp4dit_ao.passes.reconstruction.network_tail import NetworkTail
 from fp4dit_ao.passes.reconstruction.objectives import Errors, Objective
@@ -93,6 +94,7 @@ class UnitError:
             targets.
         objective: what counts as its error.
         tail: the rest of the network; None unless the objective needs it.
+        recompute: whether a step of learning keeps of each block inside its inputs alone.
 
     Attributes:
         weights: the original weight of every observer.
@@ -108,7 +110,9 @@ class UnitError:
         shards: Shards,
         objective: Objective,
         tail: NetworkTail | None = None,
+        recompute: bool = False,
     ):
+        self.recompute = recompute
         self.segment, self.shards, self.objective, self.streams = segment, shards, objective, shards.streams
         self.weights = {observer: weight_of(segment.graph, node) for node, observer in segment.observers}
         self.grids: dict[WeightObserver, Grid] = {o: o.grid(weight) for o, weight in self.weights.items()}
@@ -146,23 +150,29 @@ class UnitError:
         inputs = stream.select(stream.quantized, segment.inputs, rows)
         return Batch(number, rows, inputs, stream.select(stream.full, [segment.outputs[i] for i in self.targets], rows))
 
-    def of(self, batch: Batch, run: Callable[..., Sequence[Tensor]]) -> Tensor:
+    def of(self, batch: Batch, run: Callable[..., Sequence[Tensor]], dropping: Dropping | None = None) -> Tensor:
         """The objective for some rows.
 
         Args:
             run: :attr:`graph`, or what stands for it.
+            dropping: what mixes full-precision elements into the unit's inputs; None where all are quantized.
         """
         number, rows, inputs, wanted = batch
         # before the pass that is learned on: both are of the same modules
         layers = self._layers.originals(self.streams[number], rows) if self._layers else []
-        outputs = run(*inputs)
+        if dropping is None:
+            outputs = passed_on = run(*inputs)
+        else:
+            stream = self.streams[number]
+            outputs = run(*dropping.mixed(inputs, stream.select(stream.full, self.segment.inputs, rows)))
+            passed_on = run(*inputs) if self._tail else outputs  # PD-Quant predicts from inputs that are not mixed
         errors = Errors(
             [
                 self.objective.error(outputs[i], y, power)
                 for i, y, power in zip(self.targets, wanted, self._power, strict=True)
             ],
             self._errors_of_layers(outputs, layers),
-            self._errors_of_predictions(number, rows, dict(zip(self.segment.outputs, outputs, strict=False))),
+            self._errors_of_predictions(number, rows, dict(zip(self.segment.outputs, passed_on, strict=False))),
         )
         return self.objective.combined(errors)
 

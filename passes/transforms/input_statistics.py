@@ -65,6 +65,7 @@ def input_statistics(
     nodes: Collection[Node],
     rows: int,
     progress: bool = False,
+    kind: type[InputStatistics] = InputStatistics,
 ) -> dict[Node, InputStatistics]:
     """Run ``graph`` on ``samples`` and watch ``nodes``.
 
@@ -74,6 +75,7 @@ def input_statistics(
         nodes: of tensors ``(…, channels)``.
         rows: how many rows of each tensor to keep, over all samples (one a sample at least).
         progress: show a progress bar with the time left.
+        kind: what is noted of each tensor.
 
     Raises:
         ValueError: no samples, one that does not fit the graph's signature, or NaN or Inf in what was watched.
@@ -84,7 +86,7 @@ def input_statistics(
             f"found {'a single dict' if samples else 'none'}; see collect_samples(pipe, prompts)"
         )
     share = -(-rows // len(samples))
-    statistics = {node: InputStatistics(share) for node in nodes}
+    statistics = {node: kind(share) for node in nodes}
     watch = _Watch(graph, statistics)
     device = next((x.device for x in (*graph.parameters(), *graph.buffers())), torch.device("cpu"))
     for index, sample in enumerate(tqdm(samples, desc="inputs of linears", unit="sample", disable=not progress)):

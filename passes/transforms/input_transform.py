@@ -33,6 +33,7 @@ class InputTransform(GraphTransform):
     Attributes:
         leaf: name of the shared tensor, beside the first linear's ``weight``.
         done: what was done to a linear, as a participle.
+        statistics: what is noted of each input.
         groups: what became of which linears; those that are best left alone are in none.
         errors: by the name of the first linear of a group, the squared output error before and after, as parts of
             ``||X W^T||^2``.
@@ -44,6 +45,7 @@ class InputTransform(GraphTransform):
     needs_data: ClassVar[bool] = True
     leaf: ClassVar[str]
     done: ClassVar[str]
+    statistics: ClassVar[type[InputStatistics]] = InputStatistics
     groups: Sequence[ChangedGroup]
 
     def __init__(self, quantizer: Quantizer | None, rows: int):
@@ -72,7 +74,7 @@ class InputTransform(GraphTransform):
         """Each group with what was seen of its inputs, under a progress bar."""
         self.errors = {}
         sources = [source for group in groups for source in group.sources]
-        seen = input_statistics(graph, samples, sources, self.rows, self.progress)
+        seen = input_statistics(graph, samples, sources, self.rows, self.progress, self.statistics)
         for group in tqdm(groups, desc=self.name, unit="input", disable=not self.progress):
             yield group, [seen[source] for source in group.sources]
 

@@ -5,11 +5,13 @@ from collections.abc import Iterable
 from torch.fx import GraphModule
 
 from fp4dit_ao.passes.transforms.adaptive_rotation import AdaptiveRotation
+from fp4dit_ao.passes.transforms.first_token import FirstToken
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record, records_of
 from fp4dit_ao.passes.transforms.hadamard import Hadamard
 from fp4dit_ao.passes.transforms.low_rank import LowRank
 from fp4dit_ao.passes.transforms.momentum_balance import MomentumBalance
 from fp4dit_ao.passes.transforms.outlier_groups import OutlierGroups
+from fp4dit_ao.passes.transforms.outlier_scaling import OutlierScaling
 from fp4dit_ao.passes.transforms.principal_components import PrincipalComponents
 from fp4dit_ao.passes.transforms.regular_hadamard import RegularHadamard
 from fp4dit_ao.passes.transforms.salience_balance import SalienceBalance
@@ -41,6 +43,13 @@ TRANSFORMS.register(
     MomentumBalance,
     summary="The same with one vector of factors, from a moving average of inputs' ranges over the samples.",
     source="ViDiT-Q, arXiv 2406.02540",
+    cost="one pass over the samples, then 2 trial quantizations of each linear",
+)
+TRANSFORMS.register(
+    OutlierScaling.name,
+    OutlierScaling,
+    summary="The same with factors for the channels that have outliers alone, found coarse to fine.",
+    source="CBQ, arXiv 2312.07950, its pre-processing of activations",
     cost="one pass over the samples, then 2 trial quantizations of each linear",
 )
 TRANSFORMS.register(
@@ -105,6 +114,13 @@ TRANSFORMS.register(
     summary="Sorts linears' input channels by size, so that like ones share a scale, where that errs less at the output.",
     source="DGQ, arXiv 2501.04304",
     cost="one pass over the samples, then 4 trial quantizations of each linear; a gather before each linear",
+)
+TRANSFORMS.register(
+    FirstToken.name,
+    FirstToken,
+    summary="Keeps what linears make of the text's first token in high precision, where that token is the same in all samples.",
+    source="MixDQ, arXiv 2405.17873, section 4.1",
+    cost="one pass over the samples; a difference and a sum of one token beside each linear that reads text",
 )
 
 

@@ -68,17 +68,16 @@ def ends_at_the_transformer(pipe: object, recipe: str, **arguments: Any) -> Any:
         resolve_transforms(arguments["transforms"]), arguments["allocation"], arguments["budget_bits"],
         arguments["reconstruction"], arguments["fine_tuning"], arguments["fine_tune"],
     )  # fmt: skip
-    methods.check(config)
+    methods.check([config])
     SELECTIONS.find(arguments["selection"])
     data, quantizer = samples(), FP4DiTQuantizer().set_global(config)
     layers = 2 if methods.rounding.scope == "window" else 1
-    graph, *_ = _quantized(Timed(layers=layers).eval(), data, quantizer, config, methods, None, False)
+    graph, *_ = _quantized(Timed(layers=layers).eval(), data, quantizer, methods, None, None, None, False)
     with torch.no_grad():
         assert bool(torch.isfinite(graph(**data[0])[0]).all())
     assert any(hasattr(weight, "qdata") for weight in graph.parameters())
-    return SimpleNamespace(
-        transformer=SimpleNamespace(report=None, fine_tuning_report=None), save_pretrained=lambda folder: None
-    )
+    reports = dict.fromkeys(("report", "fine_tuning_report", "combination_report"))
+    return SimpleNamespace(transformer=SimpleNamespace(**reports), save_pretrained=lambda folder: None)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=["-".join(o[-2:]).strip("-") for _, o in CASES])
@@ -104,3 +103,20 @@ def test_unknown_names_are_refused_before_anything_is_loaded(tmp_path: Path) -> 
         found = CliRunner().invoke(app, ["quantize", "no-such-model", "--out", f"{tmp_path}/q", option, "nonsense"])
         assert found.exit_code == 1
         assert f"unknown {point}" in f"{found.output}{found.exception}", option
+
+
+def test_a_search_for_a_combination_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def stop(pipe: object, recipe: str, **arguments: Any) -> None:
+        seen.update(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "quantize_pipeline", stop)
+    monkeypatch.setattr(command.named_models, "folder_of", lambda model: tmp_path)
+    monkeypatch.setattr(command.named_models, "open_pipeline", lambda *a, **k: SimpleNamespace(device="cpu"))
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    options = ["--prompts", f"{tmp_path}/prompts.txt", *NEAREST, "--search-combination"]
+    CliRunner().invoke(app, ["quantize", "tiny", "--out", f"{tmp_path}/q", *options])
+    assert seen["search_combination"] is True
+    assert seen["checkpoint_dir"] == tmp_path / "q.unfinished" / "blocks"

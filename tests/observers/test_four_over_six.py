@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchao.quantization.granularity import PerGroup
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -14,13 +15,18 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from fp4dit_ao import FP4DiTQuantizer, QuantConfig, capture, lower
 from fp4dit_ao.config import RECIPES
 from fp4dit_ao.formats import parse
-from fp4dit_ao.observers import BlockWeightObserver, WeightObserver
+from fp4dit_ao.kernels import block_scaled_linear
+from fp4dit_ao.observers import BlockActivationObserver, BlockWeightObserver, WeightObserver
 from fp4dit_ao.observers.four_over_six import four_over_six, four_over_six_scales
+from fp4dit_ao.ops import fake_quantize
+from fp4dit_ao.ops.block_scale import FOUR_OVER_SIX, choose_block_scale
 from fp4dit_ao.schemes import scheme_of
+from fp4dit_ao.tensors.block_scaled import FourOverSixWeight
 from tests.passes.transforms.layers import Layer
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 RECIPE = "nvfp4_four_over_six"
+BOTH = "nvfp4_four_over_six_both"
 
 
 def weight(seed: int = 0, rows: int = 24, columns: int = 64) -> Tensor:
@@ -120,6 +126,76 @@ def test_the_converted_graph_the_tensor_and_the_module_form_have_the_same_values
         assert torch.equal(bits(getattr(module, part)), bits(getattr(one.detach(), part)))
     plain = scheme_of(config).round_to_nearest("one", model.one.weight, replace(config, weight_search="absmax"))
     assert not torch.equal(bits(plain.scale), bits(module.scale))
+
+
+def test_every_block_of_an_input_takes_the_better_of_the_two() -> None:
+    x = weight(2, 24, 96)
+    expected, four = by_hand(x)
+    observer = BlockActivationObserver("e2m1", FOUR_OVER_SIX)
+    observer.fake_quantize = True
+    np.testing.assert_allclose(observer(x.reshape(2, 12, 96)).reshape(24, 96).numpy(), expected, rtol=1e-5)
+    assert 0.2 < four.mean() < 0.8
+    assert torch.equal(choose_block_scale(x, [1, 16], "e2m1", FOUR_OVER_SIX), observers_scales(x)), "as for weights"
+    tokens = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    gains = []
+    for kind in ("e4m3", FOUR_OVER_SIX):
+        scale = choose_block_scale(tokens, [1, 16], "e2m1", kind)
+        gains.append(snr(tokens, fake_quantize(tokens, [1, 16], scale, "e2m1", torch.float32)))
+    assert 0.5 < gains[1] - gains[0] < 1.0
+
+
+def observers_scales(x: Tensor) -> Tensor:
+    blocks, tensor = four_over_six_scales(x, [1, 16], "e2m1")
+    return blocks * tensor
+
+
+@torch.no_grad()
+def test_inputs_choose_online_in_the_converted_graph_the_tensor_and_the_module_form() -> None:
+    torch.manual_seed(0)
+    model, sample = Layer().eval(), {"x": torch.randn(2, 8, 128)}
+    config = replace(RECIPES[BOTH](), skip=())
+    prepared = prepare_pt2e(capture(model, sample), FP4DiTQuantizer().set_global(config))
+    prepared(**sample)
+    converted = convert_pt2e(prepared, fold_quantize=False)
+    other = {"x": 3 * torch.randn(1, 5, 128)}
+    tokens, _ = by_hand(other["x"][0])
+    (one, _), (two, _) = by_hand(model.one.weight), by_hand(model.two.weight)
+    expected = tokens @ (one - two).T + (model.one.bias - model.two.bias).double().numpy()
+    np.testing.assert_allclose(converted(**other)[0].numpy(), expected, rtol=1e-3, atol=1e-4)
+    lowered = lower(converted)
+    np.testing.assert_allclose(lowered(**other)[0].numpy(), expected, rtol=1e-3, atol=1e-4)
+    found = lowered.get_parameter("one.weight").detach()
+    assert type(found) is FourOverSixWeight
+    assert type(found.to(torch.bfloat16)) is FourOverSixWeight
+    nearest = scheme_of(config).round_to_nearest("one", model.one.weight, config)
+    parts = {name: getattr(nearest, name) for name in ("qdata", "scale", "per_tensor_scale")}
+    again = scheme_of(config).from_parts(parts, config, torch.float32)
+    for each in (nearest, again):
+        assert type(each) is FourOverSixWeight
+        assert torch.equal(F.linear(other["x"], each), F.linear(other["x"], found))
+    plain = scheme_of(config).plain_linear(found)
+    assert torch.equal(plain.function(other["x"], *plain.tensors.values(), None), F.linear(other["x"], found))
+    by_largest = scheme_of(config).round_to_nearest(
+        "one", model.one.weight, replace(config, activation_search="absmax")
+    )
+    assert torch.equal(bits(by_largest.qdata), bits(nearest.qdata))
+    assert not torch.equal(F.linear(other["x"], by_largest), F.linear(other["x"], found))
+
+
+def test_torchaos_kernel_is_not_given_such_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_scaled_linear, "capability", lambda device: block_scaled_linear.NATIVE)
+    operands = block_scaled_linear.BlockOperands("e2m1", torch.device("cpu"), torch.bfloat16)
+    pick = block_scaled_linear.BLOCK_SCALED_LINEAR.pick
+    assert pick(operands).name == "block-scaled, Blackwell"
+    assert "emulated" in pick(operands._replace(by_largest=False)).name
+
+
+@pytest.mark.parametrize("fields", [{}, {"activation_granularity": "tensor"}])
+def test_other_inputs_are_refused(fields: dict) -> None:
+    with pytest.raises(ValueError, match=r"activation_search='four_over_six' with .* it is for blocks of 16"):
+        QuantConfig(activation_search="four_over_six", **fields)
+    with pytest.raises(ValueError, match=r"activation_search='four_over_six' with .* it is for blocks of 16"):
+        replace(RECIPES["mxfp4"](), activation_search="four_over_six")
 
 
 @pytest.mark.parametrize(

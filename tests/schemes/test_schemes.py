@@ -22,6 +22,7 @@ SCHEME_OF = {
     "w4a8_codebook": "codebook_groups",
     "nvfp4": "block_scaled",
     "nvfp4_four_over_six": "block_scaled",
+    "nvfp4_four_over_six_both": "block_scaled",
     "mxfp4": "block_scaled",
     "mxfp6_e2m3": "block_scaled",
     "mxfp6_e3m2": "block_scaled",

@@ -23,7 +23,9 @@ def quantize(
         str, typer.Option(help="'adaround' learns it; 'gptq' takes minutes, 'nearest' seconds; see docs/methods.md.")
     ] = "adaround",
     objective: Annotated[str, typer.Option(help="What learned rounding minimises, such as 'layer_weighted'.")] = "mse",
-    scope: Annotated[str, typer.Option(help="What is rounded together: 'block', 'layer' or 'window'.")] = "block",
+    scope: Annotated[
+        str, typer.Option(help="What is rounded together: 'block', 'layer', 'window' or 'model'.")
+    ] = "block",
     iters: Iterations = None,
     transform: Annotated[
         list[str] | None,
@@ -117,6 +119,14 @@ def quantize(
             "beside OUT; the result's bits are the same."
         ),
     ] = None,
+    search_combination: Annotated[
+        bool,
+        typer.Option(
+            "--search-combination",
+            help="Try equalization, SmoothQuant, GPTQ and --rounding, and bias correction in turn; keep what errs less on "
+            "held-out samples. Six models are quantized.",
+        ),
+    ] = False,
 ) -> None:
     """Quantize MODEL and save it. `fp4dit-ao methods` lists the names that options for methods take."""
     from fp4dit_ao.cli import quantize as run
@@ -137,6 +147,7 @@ def quantize(
         shards,
         compile_rounding,
         bfloat16,
+        search_combination,
     )
     run.quantize(
         model, out, recipe=recipe, prompts=prompts, methods=methods, skip=skip or [], call=call_options(call, steps),

@@ -19,7 +19,9 @@ OBJECTIVES.register(
 OBJECTIVES.register(
     "prediction_difference", PredictionDifference(),
     summary="The same, and that of the model's output behind the full-precision rest of the network.",
-    source="PD-Quant, arXiv 2212.07048", cost="two forwards and a backward pass through the rest of the network a step",
+    source="PD-Quant, arXiv 2212.07048",
+    cost="two forwards and a backward pass through the rest of the network a step, and one more forward of the unit; its "
+    "full-precision inputs in memory",
 )  # fmt: skip
 
 __all__ = ["OBJECTIVES", "Errors", "LayerWeighted", "MeanSquaredError", "Objective", "PredictionDifference"]

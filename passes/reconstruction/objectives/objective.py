@@ -40,6 +40,9 @@ class Objective(ABC):
     full-precision inputs."""
     needs_tail: ClassVar[bool] = False
     """Whether it weighs the model's outputs: a forward and a backward pass through the rest of the network a step."""
+    drop: float = 0.0
+    """Probability that an element of the unit's input, and of an activation that is quantized inside, is in full precision
+    while a rounding is learned; it is judged with all quantized. Where there is a tail, one more forward of the unit a step."""
 
     @abstractmethod
     def power(self, full: Tensor) -> Tensor:

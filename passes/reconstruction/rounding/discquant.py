@@ -15,7 +15,7 @@ the end goes to the nearer end. x starts at y, where the output is right (the co
 
 The divergence is the unit's error, relative to that of the rounding before and times the number of its weights, so that each
 weight's share of it is of the size of the linear term: rho is a pure number. The paper's divergence is that of the whole
-model: scope ``window`` over all blocks, or objective ``prediction_difference``, are the nearest to it here.
+model: scope ``model``.
 """
 
 import math

@@ -5,6 +5,7 @@ To add one, write a function with the contract of :data:`Scope` in a new file, a
 
 from fp4dit_ao.passes.reconstruction.scopes.block import block
 from fp4dit_ao.passes.reconstruction.scopes.layer import layer
+from fp4dit_ao.passes.reconstruction.scopes.model import model
 from fp4dit_ao.passes.reconstruction.scopes.scope import SCOPES, Plan, Scope, Unit
 from fp4dit_ao.passes.reconstruction.scopes.window import window
 
@@ -21,5 +22,9 @@ SCOPES.register(
     source="CBQ, arXiv 2312.07950",
     cost="window / (window - overlap) times that of scope block, and as much more memory for gradients",
 )  # fmt: skip
+SCOPES.register(
+    "model", model, summary="Rounds all weights together, on the model's output.", source="DiscQuant, arXiv 2501.06417",
+    cost="3 forwards and a backward of the model a step; roundings of all weights, and their optimizer's state, in memory",
+)  # fmt: skip
 
-__all__ = ["SCOPES", "Plan", "Scope", "Unit", "block", "layer", "window"]
+__all__ = ["SCOPES", "Plan", "Scope", "Unit", "block", "layer", "model", "window"]

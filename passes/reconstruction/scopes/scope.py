@@ -18,11 +18,14 @@ class Unit:
         segment: the piece of the graph that holds them, callable from its inputs (read from the quantized stream) to its
             outputs (compared with those of the full-precision stream).
         first, last: positions in :attr:`Plan.steps` of the first and the last step that it covers.
+        recompute: whether gradients are found block by block, with the activations of one block in memory: one more forward of
+            the unit a step.
     """
 
     segment: Segment
     first: int
     last: int
+    recompute: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fp4dit_ao import FP4DiTQuantizer, QuantConfig, capture
 from fp4dit_ao.observers import set_fake_quantize
 from fp4dit_ao.passes.fine_tuning.distillation import Lesson, _weights
 from fp4dit_ao.passes.fine_tuning.fine_tune import FineTuneConfig
-from fp4dit_ao.passes.fine_tuning.model_error import calls_of, teacher
+from fp4dit_ao.passes.model_error import calls_of, teacher
 from tests.graphs import DiTBlock
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fp4dit_ao import capture, transform
 from fp4dit_ao.config import RECIPES
 from fp4dit_ao.passes.transforms.momentum_balance import MomentumBalance
+from fp4dit_ao.passes.transforms.outlier_scaling import OutlierScaling, channel_bound
 from fp4dit_ao.passes.transforms.salience_balance import SalienceBalance, mean_salience, rank_correlation
 from fp4dit_ao.passes.transforms.smoothquant import SmoothQuant
 from tests.graphs import show
@@ -84,6 +85,27 @@ def test_factors_are_those_of_the_papers_equations() -> None:
         assert type(method.from_record(method.to_record())) is type(method)
 
 
+@torch.no_grad()
+def test_outlier_channels_are_divided_by_the_root_of_their_excess() -> None:
+    model, samples = samples_in_time()
+    ranges = absmax(samples[:4]).max(0)
+    outliers = [3, 11, 20, 21, 22, 23]
+    assert channel_bound(torch.tensor(ranges)) == pytest.approx(np.delete(ranges, outliers).max())
+    graph = transform(capture(model, samples[0]), samples[:4], [OutlierScaling()], E2M1, progress=False)
+    wanted = np.ones(128)
+    wanted[outliers] = np.sqrt(np.delete(ranges, outliers).max() / ranges[outliers])
+    found = graph.get_buffer("one.smooth_scale")
+    torch.testing.assert_close(found.double(), torch.tensor(wanted), rtol=2**-8, atol=0)
+    assert relative(graph(**samples[4]), model(**samples[4])) < 2e-6
+
+
+def test_where_a_channel_stands_out() -> None:
+    ordinary = torch.linspace(1, 2, 21)
+    assert channel_bound(ordinary) == 2, "none does"
+    assert channel_bound(torch.cat([ordinary, torch.tensor([50.0])])) == 2, "one alone"
+    assert channel_bound(torch.cat([ordinary, torch.tensor([4.0, 4.2, 90.0])])) == pytest.approx(4.2), "above the gap"
+
+
 @pytest.mark.parametrize("recipe", ["w4a6_e2m1", "int_w4a6", "w4a6_codebook", "nvfp4", "w4a6_static"])
 @torch.no_grad()
 def test_outliers_of_inputs_err_less(recipe: str) -> None:
@@ -95,18 +117,20 @@ def test_outliers_of_inputs_err_less(recipe: str) -> None:
         "none": [],
         "salience": [SalienceBalance()],
         "momentum": [MomentumBalance(alpha=0.5)],
+        "outliers": [OutlierScaling()],
     }.items():
         graph = transform(capture(model, samples[0]), samples[:4], transforms, config, progress=False)
         errors[name] = relative(quantized(graph, config, samples[4])(**samples[4]), expected)
     assert errors["salience"] < (1 if recipe == "w4a6_codebook" else 0.95) * errors["none"]
     assert errors["momentum"] <= errors["none"]
+    assert errors["outliers"] < (1 if recipe == "w4a6_codebook" else 0.95) * errors["none"]
 
 
 @torch.no_grad()
 def test_what_gains_nothing_is_left_alone() -> None:
     torch.manual_seed(0)
     model, sample = Layer().eval(), {"x": torch.randn(2, 48, 128).sign() * 2}  # every level exact
-    for method in (SalienceBalance(), MomentumBalance()):
+    for method in (SalienceBalance(), MomentumBalance(), OutlierScaling()):
         graph = transform(capture(model, sample), [sample], [method], E2M1, progress=False)
         assert method.groups == []
         assert "mul" not in show(graph)

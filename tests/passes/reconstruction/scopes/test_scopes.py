@@ -7,8 +7,17 @@ import torch
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from fp4dit_ao import ReconstructionConfig, reconstruct
+from fp4dit_ao.observers import set_fake_quantize
 from fp4dit_ao.passes.partition import weight_observers
+from fp4dit_ao.passes.reconstruction.iteration import Iteration
+from fp4dit_ao.passes.reconstruction.minibatches import Minibatches
+from fp4dit_ao.passes.reconstruction.objectives import PredictionDifference
+from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS
 from fp4dit_ao.passes.reconstruction.scopes import SCOPES, Plan
+from fp4dit_ao.passes.reconstruction.shards import one_shard
+from fp4dit_ao.passes.reconstruction.streams import build
+from fp4dit_ao.passes.reconstruction.unit_error import UnitError, rounding_by
+from fp4dit_ao.passes.reconstruction.walk import walk
 from tests.passes.reconstruction.test_reconstruct import codes, error, prepare
 
 BLOCKS = [f"blocks.{i}" for i in range(4)]
@@ -145,3 +154,50 @@ def test_values_that_nothing_quantized_reaches_are_held_once_while_a_window_runs
     block = reconstruct(copy.deepcopy(prepared), data, config, progress=False)
     window = reconstruct(prepared, data, ReconstructionConfig(scope="window", iters=0), progress=False)
     assert window.stream_bytes == block.stream_bytes
+
+
+@torch.no_grad()
+def test_the_model_is_one_unit_judged_by_its_output(four_blocks) -> None:
+    prepared, data, model = four_blocks
+    (unit,) = plan(prepared, "model").units
+    assert unit.segment.name == "(model)"
+    nearest = ReconstructionConfig("nearest", scope="model")
+    (row,) = reconstruct(copy.deepcopy(prepared), data, nearest, progress=False).rows
+    power = sum(model(**sample)[0].square().mean() for sample in data)
+    wanted = error(convert_pt2e(copy.deepcopy(prepared)), model, data) / float(power)
+    assert row.loss_before == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_blocks_that_are_computed_again_have_the_same_gradients(four_blocks, drop) -> None:
+    """With elements dropped, too: the second run draws what the first did."""
+    prepared, data, _ = four_blocks
+    prepared = copy.deepcopy(prepared)
+    unit = plan(prepared, "model").units[0]
+    prepared.requires_grad_(False)
+    streams = build(prepared, data)
+    for step in walk(plan(prepared, "model"), streams, 8, keep_inputs=True):
+        assert step.segment.name == unit.segment.name
+        break
+    set_fake_quantize(prepared, True, True)
+    gradients = []
+    for recompute in (False, True):
+        error = UnitError(unit.segment, one_shard(streams, 8), PredictionDifference(drop=drop), None, recompute)
+        rules = {observer: ROUNDINGS["adaround"](w, error.grids[observer]) for observer, w in error.weights.items()}
+        config = ReconstructionConfig("adaround", iters=1, batch_size=8)
+        iteration = Iteration(error, rules, config, Minibatches(error, 8, 1, torch.Generator().manual_seed(0)), 1.0)
+        iteration.prepare(0, None, 1.0)
+        with rounding_by(iteration.soft.leaves), torch.enable_grad():
+            iteration.run(False)
+        gradients.append([p.grad for rule in rules.values() for p in rule.parameters()])
+    assert len(gradients[0]) == 24
+    assert all(torch.equal(a, b) and bool(a.any()) for a, b in zip(*gradients, strict=True))
+
+
+def test_discquant_rounds_the_whole_model() -> None:
+    prepared, data, model = prepare(layers=2)
+    nearest = error(convert_pt2e(copy.deepcopy(prepared)), model, data)
+    config = ReconstructionConfig("discquant", scope="model", iters=40, batch_size=8)
+    (row,) = reconstruct(prepared, data, config, progress=False).rows
+    assert row.kept == "learned" and row.layers == 12
+    assert error(convert_pt2e(prepared), model, data) < 0.8 * nearest

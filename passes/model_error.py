@@ -19,7 +19,7 @@ def calls_of(prepared: GraphModule, samples: Sequence[Call]) -> list[Call]:
         ValueError: there are none.
     """
     if not samples:
-        raise ValueError("fine-tuning needs samples; collect_samples(pipe, prompts) records some")
+        raise ValueError("no samples; collect_samples(pipe, prompts) records some")
     device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
     return [pytree.tree_map_only(Tensor, lambda x: x.to(device), dict(sample)) for sample in samples]
 
@@ -28,7 +28,7 @@ def calls_of(prepared: GraphModule, samples: Sequence[Call]) -> list[Call]:
 def teacher(prepared: GraphModule, calls: Sequence[Call]) -> list[list[Tensor]]:
     """Outputs of the float graph for every sample; observers stay paused."""
     set_fake_quantize(prepared, weight=False, activation=False, paused=True)
-    return [_outputs(prepared, call) for call in calls]
+    return [outputs_of(prepared, call) for call in calls]
 
 
 def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -44,8 +44,9 @@ def relative_error(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tens
 def total_error(model: GraphModule, calls: Sequence[Call], targets: Sequence[Sequence[Tensor]]) -> float:
     """Mean over the samples of :func:`relative_error` of the model's outputs."""
     pairs = zip(calls, targets, strict=True)
-    return sum(float(relative_error(_outputs(model, call), target)) for call, target in pairs) / len(calls)
+    return sum(float(relative_error(outputs_of(model, call), target)) for call, target in pairs) / len(calls)
 
 
-def _outputs(model: GraphModule, call: Call) -> list[Tensor]:
+def outputs_of(model: GraphModule, call: Call) -> list[Tensor]:
+    """The tensors among a model's outputs."""
     return [x for x in pytree.tree_leaves(model(**call)) if isinstance(x, Tensor)]
