@@ -117,6 +117,8 @@ def collect_samples(
     kept = _collect(pipe, transformer, batches, seed, samples, selection, memory_limit_bytes, progress and world.first)
     if cache_dir is not None and key is not None and world.first:
         sample_cache.save(cache_dir, key, kept)
+        if device_of(transformer).type == "cpu":  # mapped from the file, they take no memory that others need
+            return sample_cache.load(cache_dir, key, torch.device("cpu")) or kept
     return kept
 
 

@@ -674,6 +674,19 @@ def test_what_is_finished_is_kept_and_the_way_on_is_said(folders, tmp_path, monk
     assert {path.name for path in tmp_path.iterdir()} == {"q"}
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--memory", "lots"], ["'lots' is no amount of memory", "such as 8GB"]),
+        (["--memory", "8GB", "--fine-tuning", "scales"], ["memory='8GB'", "'scales' trains the whole model"]),
+    ],
+)
+def test_a_limit_of_memory_that_cannot_be_kept_is_refused(folders, tmp_path, options, words):
+    command = ["quantize", folders / "float", "--prompts", folders / "prompts.txt", "--out", tmp_path / "q", *options]
+    refused(run(*command), *words)
+    assert not entries(tmp_path)
+
+
 def test_an_unfinished_run_is_not_overwritten(folders, tmp_path):
     (tmp_path / "out.unfinished").mkdir()
     result = run("quantize", folders / "float", "--prompts", folders / "prompts.txt", "--out", tmp_path / "out")
