@@ -413,8 +413,9 @@ def test_damaged_configs_are_refused_in_a_sentence(
 ) -> None:
     path = Path(shutil.copytree(folder, tmp_path / "pipe")) / file
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        load_pipeline(tmp_path / "pipe")
+    call = {name: value for name, value in CALL.items() if name != key}
+    with pytest.raises(ValueError, match=re.escape(message)):  # a folder's defaults are looked at when it draws
+        load_pipeline(tmp_path / "pipe")("a cat", **call)
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
