@@ -63,7 +63,7 @@ def decide(
             f"recipe {asked} needs calibration data for static input ranges, which only the graph form computes; "
             "use quantize_pipeline, or a recipe that quantizes inputs online"
         )
-    if config.weight_candidates:
+    if config.weights_need_data:
         raise ValueError(
             f"recipe {asked} needs calibration data; use quantize_pipeline, then load_pipeline(…, form='module')"
         )

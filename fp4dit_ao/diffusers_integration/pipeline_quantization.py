@@ -204,8 +204,9 @@ def needs_data(
 
 
 def _calibrates(config: QuantConfig) -> bool:
-    """Whether observers have to see data: to choose formats, or ranges that do not change from call to call."""
-    return bool(config.weight_candidates) or not scheme_of(config).quantizes_online(config)
+    """Whether observers have to see data: to choose formats and scales of weights, or ranges that do not change from call to
+    call."""
+    return config.weights_need_data or not scheme_of(config).quantizes_online(config)
 
 
 def _quantized(
