@@ -4,9 +4,10 @@ Quantizes every row, draws, judges and prints, resuming what an earlier run has 
 prompts and the real images; ``reference`` needs nothing and shows on the pipeline that ships that the whole of it runs.
 """
 
-import os
+import hashlib
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from fp4dit_ao.cli.evaluate import OutputFiles, Procedure, WantedImages, evaluat
 from fp4dit_ao.cli.quantize import Methods, quantize
 from fp4dit_ao.config import Fields
 from fp4dit_ao.diffusers_integration import named_models
+from fp4dit_ao.evaluation.image_metrics import open_metrics
 from fp4dit_ao.evaluation.prompt_sets import LINES, Prompt, read_prompt_set
 from fp4dit_ao.util.atomic_files import write_text
 
@@ -152,7 +154,7 @@ class Run:
     samples: int | None = None
     iters: int | None = None
     calibrate_on: Path | None = None
-    texts: list[Prompt] = field(default_factory=list)
+    texts: list[Prompt] = field(init=False)
 
     def __post_init__(self) -> None:
         self.texts = self.wanted.texts(self.model)
@@ -174,47 +176,54 @@ class Run:
         return path
 
     def quantized(self, name: str, row: Row) -> str:
-        """Folder of a row's pipeline, made now unless an earlier run has."""
-        folder = self.work / "models" / "".join(c if c.isalnum() else "-" for c in name)
+        """Folder of a row's pipeline, made now unless an earlier run with the same settings has."""
+        methods, calibration = row.methods, self.calibration()
+        if self.iters is not None and methods.iters is not None:
+            methods = replace(methods, iters=self.iters)
+        samples = self.samples or self.protocol.samples
+        settings = (
+            self.model, row.recipe, methods, sorted(row.fields.items()), samples, self.dtype, self.wanted.call,
+            calibration.read_text(encoding="utf-8"),
+        )  # fmt: skip
+        digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:10]
+        folder = self.work / "models" / f"{''.join(c if c.isalnum() else '-' for c in name)}-{digest}"
         if not (folder / "model_index.json").exists():
-            methods = row.methods
-            if self.iters is not None and methods.iters is not None:
-                methods = Methods(**{**vars(methods), "iters": self.iters})
             quantize(
-                self.model, folder, recipe=row.recipe, prompts=self.calibration(), methods=methods, skip=(),
-                call=self.wanted.call, samples=self.samples or self.protocol.samples, seed=0, resume=True,
-                device=self.device, dtype=self.dtype, fields=row.fields, layers={},
+                self.model, folder, recipe=row.recipe, prompts=calibration, methods=methods, skip=(),
+                call=self.wanted.call, samples=samples, seed=0, resume=True, device=self.device, dtype=self.dtype,
+                fields=row.fields, layers={},
             )  # fmt: skip
         return str(folder)
 
     def real(self, folder: Path | None) -> Path | None:
-        """Folder of links to the real images of the drawn prompts.
+        """Folder of links to the real images of the drawn prompts; ``folder`` itself where files are not named by prompts.
 
         Raises:
             FileNotFoundError: one is not in ``folder``.
         """
-        if self.protocol.real is None and folder is None:
-            return None
-        found = self.work / "real"
-        found.mkdir(parents=True, exist_ok=True)
         if self.protocol.real is None or folder is None:
             return folder
+        found = self._emptied("real")
         for prompt in self.texts:
             name = self.protocol.real(prompt)
             image = next(folder.glob(name), None)
             if image is None:
                 raise FileNotFoundError(f"there is no {name} in {folder}, which the prompt {prompt.name} belongs to")
-            link = found / image.name
-            if not link.is_symlink():
-                os.symlink(image.resolve(), link)
+            (found / image.name).symlink_to(image.resolve())
         return found
 
     def pictures(self) -> Path:
         """The reference pipeline's true pictures, as files."""
-        folder, known = self.work / "pictures", reference.pictures()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder, known = self._emptied("pictures"), reference.pictures()
         for index in named_models.known_prompts([prompt.text for prompt in self.texts]) or []:
             Image.fromarray(known[index]).save(folder / f"{index}.png")
+        return folder
+
+    def _emptied(self, name: str) -> Path:
+        """A new folder in ``work``, without what an earlier run with other prompts put there."""
+        folder = self.work / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         return folder
 
 
@@ -261,14 +270,14 @@ def main(
     if unknown := [name for name in chosen if name not in protocol.rows]:
         raise typer.BadParameter(f"no row {unknown[0]}; there are {'; '.join(protocol.rows)}")
     call = protocol.wanted.call | ({} if steps is None else {"num_inference_steps": steps})
-    changes = {"prompts": prompts, "count": count or protocol.wanted.count, "call": call}
-    wanted = WantedImages(**{**vars(protocol.wanted), **changes})
+    wanted = replace(protocol.wanted, prompts=prompts, count=count or protocol.wanted.count, call=call)
     run = Run(
         protocol, work, model or protocol.model, wanted, dtype or protocol.dtype, device, samples, iters, calibration
     )
     given = {one.partition("=")[0]: one for one in metric or ()}
     metrics = [given.pop(name, name) for name in protocol.metrics] + list(given.values())
     true = run.pictures() if table == "reference" and real is None else run.real(real)
+    open_metrics(metrics, "cpu")  # what is missing is said before hours of quantizing, not after
     models = {run.quantized(name, protocol.rows[name]): name for name in chosen}
     drawn_on = tuple(devices.split(",")) if devices else (device,)
     how = Procedure(batch_size, devices=drawn_on, dtype=run.dtype, metrics=tuple(metrics), real=true)

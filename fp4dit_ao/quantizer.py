@@ -90,6 +90,11 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         self._rules.append(("type", f"{module_type.__module__}.{module_type.__qualname__}", config))
         return self
 
+    @property
+    def configs(self) -> list[QuantConfig]:
+        """Every config that a rule may give a module."""
+        return [config for _, _, config in self._rules if config is not None]
+
     # --- torchao's interface -----------------------------------------------------------------------------------------
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:

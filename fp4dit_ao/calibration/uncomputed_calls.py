@@ -1,4 +1,4 @@
-"""Calls of a transformer that compute shapes alone: for who wants to see how a pipeline calls it, and no picture."""
+"""Calls of a transformer that compute shapes alone, for seeing how a pipeline calls it without drawing a picture."""
 
 import contextlib
 import functools
@@ -17,14 +17,17 @@ def uncomputed(models: Iterable[nn.Module]) -> Iterator[None]:
 
     A model whose shapes depend on values is computed.
     """
-    replaced = list(models)
-    for model in replaced:
+    replaced = [(model, vars(model).get("forward")) for model in models]  # a hook's or an offloader's own, if any
+    for model, _ in replaced:
         model.forward = _shapes_of(model.forward)
     try:
         yield
     finally:
-        for model in replaced:
-            del model.forward
+        for model, own in replaced:
+            if own is None:
+                del model.forward
+            else:
+                model.forward = own
 
 
 def _shapes_of(forward: Callable[..., object]) -> Callable[..., object]:

@@ -1,1 +1,1 @@
-"""The command ``fp4dit-ao``: one module per command; :mod:`fp4dit_ao.cli.app` defines their options."""
+"""The command ``fp4dit-ao``: :mod:`fp4dit_ao.cli.commands` defines each command's options, and a module here runs it."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, TypedDict
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.evaluation.baseline_variance import OtherWay, other_way
-from fp4dit_ao.evaluation.drawing import draw_missing
+from fp4dit_ao.evaluation.drawing import draw_missing, missing_batches
+from fp4dit_ao.evaluation.environment import versions
 from fp4dit_ao.evaluation.kept_images import KeptImages
 from fp4dit_ao.evaluation.prompt_sets import Prompt
 from fp4dit_ao.evaluation.seeding import seeding
@@ -75,15 +76,15 @@ class Drawing:
         settings: dict[str, object] = {
             "model": self.model, "files": files_of(self.model), "prompts": self.prompts, "seeds": self.seeds,
             "seeding": self.seeding, "call": self.call, "batch size": self.batch, "compile": self.compile,
-            "dtype": self.dtype, "other": self.other,
+            "dtype": self.dtype, "other": self.other, "versions": versions(),
         }  # fmt: skip
         name = "-".join(filter(None, (Path(self.model).name, self.other)))
         return KeptImages(self.folder, name, settings, len(self.seeds), len(self.prompts))
 
     def draw(self, device: str | None, shard: tuple[int, int] = (0, 1)) -> None:
-        """Draws what is missing of a shard, on one device."""
+        """Draws what is missing of a shard, on one device. The pipeline is not loaded if nothing is."""
         kept = self.kept()
-        if not kept.missing():
+        if not missing_batches(kept, self.batch, shard):
             return
         pipe = named_models.open_pipeline(self.model, device, compile=self.compile, dtype=self.dtype)
         self._write_facts(kept, pipe)
@@ -96,10 +97,7 @@ class Drawing:
 
     def facts(self) -> Facts:
         """Size and steps of the pipeline, as they were when it drew."""
-        path = self.kept().folder / _FACTS
-        if not path.exists():  # an earlier run was killed before it wrote them
-            self._write_facts(self.kept(), named_models.open_pipeline(self.model, "cpu", dtype=self.dtype))
-        found: Facts = json.loads(path.read_text(encoding="utf-8"))
+        found: Facts = json.loads((self.kept().folder / _FACTS).read_text(encoding="utf-8"))
         return found
 
     def _write_facts(self, kept: KeptImages, pipe: "DiffusionPipeline") -> None:
@@ -107,20 +105,20 @@ class Drawing:
         size, bits = named_models.size_at_16_bits(pipe.transformer)
         write_text(kept.folder / _FACTS, json.dumps(Facts(bytes=size, bits=bits, steps=steps)))
 
-    def draw_on(self, devices: Sequence[str | None]) -> None:
-        """Draws what is missing, a shard on each device, in a process of its own if there are several.
+    def draw_on(self, devices: Sequence[str | None], shard: tuple[int, int] = (0, 1)) -> None:
+        """Draws what is missing of a shard, a part on each device, in a process of its own if there are several.
 
         Raises:
             RuntimeError: a process failed; what was drawn is kept.
         """
         if len(devices) == 1:
-            return self.draw(devices[0])
-        if not self.kept().missing():
+            return self.draw(devices[0], shard)
+        if not missing_batches(self.kept(), self.batch, shard):
             return None
         context = multiprocessing.get_context("spawn")
+        parts = [(shard[0] + shard[1] * number, shard[1] * len(devices)) for number in range(len(devices))]
         running = [
-            context.Process(target=self.draw, args=(device, (number, len(devices))))
-            for number, device in enumerate(devices)
+            context.Process(target=self.draw, args=(device, part)) for device, part in zip(devices, parts, strict=True)
         ]
         for process in running:
             process.start()

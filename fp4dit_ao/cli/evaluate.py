@@ -60,7 +60,7 @@ class Procedure:
         batch_size: images drawn together.
         compile: whether quantized transformers run under ``torch.compile``.
         devices: a shard of the images is drawn on each; the default device if None.
-        shard: ``(k, n)`` draws one of ``n`` parts and judges nothing.
+        shard: ``(k, n)`` draws one of ``n`` parts, itself shared out over the devices, and judges nothing.
         dtype: see :func:`named_models.open_pipeline`.
         baseline: other ways to draw the original, by name.
         metrics: ``NAME`` or ``NAME=WEIGHTS``.
@@ -107,7 +107,9 @@ def evaluate(
     Args:
         models: names of pipelines.
         against: that of the original.
-        wanted, procedure, files: see these.
+        wanted: prompts, seeds and arguments of the pipeline.
+        procedure: how images are drawn and judged.
+        files: what is written.
         labels: rows of the tables, by name of a pipeline; :func:`short_names` if not given.
     """
     for name in (against, *models):
@@ -116,12 +118,13 @@ def evaluate(
     labels = short_names([against, *models]) | dict(labels or {})
     drawings = _drawings(models, against, labels, prompts, wanted, procedure, files)
     if procedure.shard is None:  # what is missing is said before hours of drawing, not after
-        open_metrics(procedure.metrics, "cpu")
+        if any(drawing.kept().missing() for drawing in drawings):
+            open_metrics(procedure.metrics, "cpu")
         if procedure.real is not None:
             folder_of_images(procedure.real)
     if procedure.shard is not None:
         for drawing in drawings:
-            drawing.draw(procedure.devices[0], procedure.shard)
+            drawing.draw_on(procedure.devices, procedure.shard)
         print(
             f"drawn: part {procedure.shard[0] + 1} of {procedure.shard[1]}, in {files.images}; run without --shard to judge"
         )

@@ -44,6 +44,8 @@ class Methods:
         fine_tuning_steps: optimisation steps of fine-tuning; None for the default.
         batch_size: calibration rows per iteration; None for the default.
         shards: parts of the calibration data; None for as many as there are processes.
+        compile_rounding: whether rounding is learned under ``torch.compile``.
+        bfloat16: whether products are in bfloat16 while rounding is learned; None for GPUs that have it.
     """
 
     rounding: str = "adaround"
@@ -59,12 +61,14 @@ class Methods:
     fine_tuning_steps: int | None = None
     batch_size: int | None = None
     shards: int | None = None
+    compile_rounding: bool = False
+    bfloat16: bool | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``quantize_pipeline``.
 
         Raises:
-            ValueError: the name of a method is unknown, or a length is given of what has none.
+            ValueError: the name of a method is unknown, or an option is given of what has none.
         """
         SELECTIONS.find(self.selection)
         ALLOCATIONS.find(self.allocation)
@@ -74,14 +78,16 @@ class Methods:
             raise ValueError("--fine-tuning-steps is the length of fine-tuning; name a method with --fine-tuning")
         resolve_transforms(self.transforms)
         rounded = chosen_config(self.rounding, self.objective, self.scope)
-        given = [name for name in ("iters", "patience") if getattr(self, name) is not None]
+        learned = ("iters", "patience", "compile_rounding", "bfloat16")
+        given = [name for name in learned if getattr(self, name) not in (None, False)]
         if given and isinstance(ROUNDINGS.find(rounded.rounding), ClosedFormRounding):
-            options = " and ".join(f"--{name}" for name in given)
-            raise ValueError(
-                f"{options} is for the length of learned rounding; leave it out with --rounding {self.rounding}"
-            )
+            options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"{options} is for learned rounding; leave it out with --rounding {self.rounding}")
         iters = rounded.iters if self.iters is None else self.iters
-        rounded = replace(rounded, iters=iters, patience=self.patience, shards=self.shards)
+        rounded = replace(
+            rounded, iters=iters, patience=self.patience, shards=self.shards, compile=self.compile_rounding,
+            bfloat16=self.bfloat16,
+        )  # fmt: skip
         if self.batch_size is not None:
             rounded = replace(rounded, batch_size=self.batch_size)
         tune = FineTuneConfig() if self.fine_tuning_steps is None else FineTuneConfig(steps=self.fine_tuning_steps)
@@ -103,11 +109,10 @@ def quantize(
     Raises:
         ValueError, OSError: wrong input; as much of it as possible is checked before the model is loaded.
     """
-    config = QuantConfig.from_name(recipe)  # the table of families decides what it means for the model
+    # the table of families decides what recipes mean for the model
+    named = [QuantConfig.from_name(name) for name in (recipe, *layers.values()) if name is not None]
+    configs = [config.with_fields(fields) for config in named]
     arguments = methods.arguments()
-    for rule in layers.values():
-        if rule is not None:
-            QuantConfig.from_name(rule)
     named_models.folder_of(model)
     texts, encoded = _prompts(model, prompts, encoded_prompts)
     check_writable_folder(out)
@@ -125,11 +130,9 @@ def quantize(
     with joined() as world, contextlib.ExitStack() as stack:
         world.agreed(lambda: _claim(stack, out, unfinished, resume))
         if not needs_data(
-            config, resolve_transforms(methods.transforms), arguments["reconstruction"], methods.fine_tuning
-        ):
-            device = (
-                device or "cpu"
-            )  # where weights stay in their file until each is rounded, on the GPU if there is one
+            configs, resolve_transforms(methods.transforms), arguments["reconstruction"], methods.fine_tuning
+        ):  # weights stay in their file until each is rounded, on the GPU if there is one
+            device = device or "cpu"
         pipe = named_models.open_pipeline(model, device, dtype=dtype, text_encoders=not encoded)
         arguments |= {name: x.to(pipe.device) for name, x in encoded.items()}
         start = time.perf_counter()

@@ -122,7 +122,7 @@ def read_rows(table: Path, out: Path) -> list[Row]:
     """The rows of a table: ``{"name": …, "model": …, …, "evaluate": {…}}``.
 
     What is not named here are options of ``fp4dit-ao quantize``, and those in ``evaluate`` of ``fp4dit-ao evaluate``: numbers,
-    texts, lists for what can be repeated, true for what takes no value. A row without ``evaluate`` is not evaluated.
+    texts, lists for what can be repeated, true and false for what takes no value. A row without ``evaluate`` is not evaluated.
 
     Raises:
         ValueError: no such table.
@@ -147,7 +147,9 @@ def read_rows(table: Path, out: Path) -> list[Row]:
         own = {key: value for key, value in options.items() if key not in ("name", "model", "evaluate")}
         steps = [Step(out / name, ["quantize", str(model), *_arguments({"out": out / name, "resume": True} | own)])]
         if "evaluate" in options:
-            judged = {"against": model, "out": out / f"{name}.json"} | (options["evaluate"] or {})
+            judged = {"against": model, "out": out / f"{name}.json", "images": out / "images"} | (
+                options["evaluate"] or {}
+            )
             steps.append(Step(out / f"{name}.json", ["evaluate", str(out / name), *_arguments(judged)]))
         rows.append(Row(name, steps))
     return rows
@@ -158,7 +160,10 @@ def _arguments(options: Mapping[str, object]) -> list[str]:
     for key, value in options.items():
         flag = f"--{key.replace('_', '-')}"
         for one in value if isinstance(value, list) else [value]:
-            found += [] if one is None or one is False else [flag] if one is True else [flag, str(one)]
+            if isinstance(one, bool):
+                found.append(flag if one else f"--no-{flag[2:]}")
+            elif one is not None:
+                found += [flag, str(one)]
     return found
 
 
@@ -181,18 +186,17 @@ def markdown(outcomes: Sequence[Outcome], out: Path) -> str:
     """A table of the rows; then, for each model that was evaluated, one of the images of its rows."""
     cells = [[x.name, _state(x), f"{x.ended - x.began:.0f}"] for x in outcomes]
     texts = [markdown_table(["row", "state", "seconds"], cells) + "\n"]
-    evaluated: dict[str, list[Fidelity]] = {}
-    settings: dict[str, dict[str, object]] = {}
+    evaluated: dict[str, Evaluation] = {}
     for outcome in outcomes:
         path = out / f"{outcome.name}.json"
         if outcome.done and path.exists():
             data = json.loads(path.read_text(encoding="utf-8"))
             shared = {name: value for name, value in data["settings"].items() if name != "model"}
             original, own, *_ = (Fidelity.from_dict(variant) for variant in data["variants"])
-            key = json.dumps(shared, sort_keys=True)
-            settings[key] = shared
-            evaluated.setdefault(key, [original]).append(own)
-    return "\n".join([*texts, *(Evaluation(variants, settings[key]).markdown() for key, variants in evaluated.items())])
+            about = {"environment": data["environment"], "digits": data["digits"]}
+            new = Evaluation([original], shared, **about)
+            evaluated.setdefault(json.dumps([shared, about], sort_keys=True), new).variants.append(own)
+    return "\n".join([*texts, *(table.markdown() for table in evaluated.values())])
 
 
 def _state(outcome: Outcome) -> str:

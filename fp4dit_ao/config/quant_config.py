@@ -1,7 +1,7 @@
 """Formats, groups and scale search of every linear: :class:`QuantConfig`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from fp4dit_ao.config.scheme_rules import FLOAT_SCALES, rules_of
@@ -143,6 +143,14 @@ class QuantConfig:
                 f"QuantConfig does not know {', '.join(sorted(unknown))}; was it written by a newer version?"
             )
         return QuantConfig(**data)
+
+    def with_fields(self, fields: Fields | None) -> "QuantConfig":
+        """This config with other values of some fields.
+
+        Raises:
+            ValueError: a field this version does not know, or a value that it cannot have.
+        """
+        return QuantConfig.from_dict(asdict(self) | dict(fields or {}))
 
 
 def _check_format(field: str, name: str | None) -> None:

@@ -76,13 +76,10 @@ class ReconstructionConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise self._error(name, f"it must be a whole number of at least {low}")
-        patience = self.patience
-        if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
-            raise self._error("patience", "it must be a whole number of at least 1, or None for all steps")
-        if self.shards is not None and (
-            isinstance(self.shards, bool) or not isinstance(self.shards, int) or self.shards < 1
-        ):
-            raise self._error("shards", "it must be a whole number of at least 1, or None for the number of processes")
+        for name, default in (("patience", "all steps"), ("shards", "the number of processes")):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise self._error(name, f"it must be a whole number of at least 1, or None for {default}")
         if not 0 <= self.regularizer < math.inf:
             raise self._error("regularizer", "it must be at least 0, and finite")
         if not 0 <= self.warmup < 1:

@@ -130,7 +130,7 @@ def open_pipeline(
     if is_quantized(name):
         return load_pipeline(folder, device=device, compile=compile, weights=form, dtype=DTYPES.get(dtype))
     try:
-        if dtype == STORED and not Path(folder).is_dir():
+        if (dtype == STORED or not text_encoders) and not Path(folder).is_dir():
             folder = DiffusionPipeline.download(folder)
         left_out = {} if text_encoders else text_encoders_of(Path(folder))
         dtypes = _loaded_dtypes(folder, device, list(left_out)) if dtype == STORED else DTYPES[dtype]

@@ -23,7 +23,6 @@ from fp4dit_ao.diffusers_integration.pipeline_folder import with_transformers
 from fp4dit_ao.diffusers_integration.text_encoders import (
     is_text_encoder,
     quantize_text_encoder,
-    text_encoder_config,
 )
 from fp4dit_ao.families import quantizer_for, recipe_for
 from fp4dit_ao.graph_capture import sample_description
@@ -100,7 +99,7 @@ def quantize_pipeline(
         reconstruction: rounding, objective, scope and their settings in one config, in place of those four.
         fine_tuning: method of fine-tuning after rounding, such as ``"scales"`` or ``"efficientdm"``; None for none.
         fine_tune: settings of fine-tuning; ``passes.fine_tuning.FineTuneConfig()`` if None.
-        skip: globs over module names that stay in high precision, besides the recipe's own.
+        skip: globs over module names that stay in high precision, besides the recipe's own; of text encoders, too.
         fields: fields of the recipe's ``QuantConfig`` that take other values, such as ``{"group_size": 64}``.
         layers: recipes or configs of some modules, by globs over their names, such as ``{"*.attn2.*": "w4a8", "*.0.*": None}``;
             None leaves them in high precision.
@@ -126,34 +125,33 @@ def quantize_pipeline(
     models = {name: _float_component(pipe, name) for name in names if name not in encoders}
     if not models:
         raise ValueError(f"components={names} names no transformer; give one, such as {components_of(pipe)[0]!r}, too")
-    text_encoder_config(text_encoder_recipe)
     for model in models.values():
         check_source(model)
     methods = _Methods(
         resolve_transforms(transforms), allocation, budget_bits,
         chosen_config(rounding, objective, scope, adaround, reconstruction), fine_tuning, fine_tune or FineTuneConfig(),
     )  # fmt: skip
-    quantized: dict[str, nn.Module] = {}
+    quantized: dict[str, nn.Module] = {
+        name: quantize_text_encoder(model, text_encoder_recipe, skip) for name, model in encoders.items()
+    }
+    every = [x for name, x in pipe.components.items() if _NAME.fullmatch(name) and isinstance(x, nn.Module)]
     for name, model in models.items():
-        config = recipe_for(model, recipe, fields)
-        methods.check(config)
-        needed = methods.need_data(config)  # else the shapes of one call are enough
-        with contextlib.nullcontext() if needed else uncomputed(models.values()):
+        config, quantizer = recipe_for(model, recipe, fields), quantizer_for(model, recipe, skip, fields, layers)
+        methods.check(quantizer.configs)
+        needed = methods.need_data(quantizer.configs)  # else the shapes of one call are enough
+        with contextlib.nullcontext() if needed else uncomputed(every):
             data = collect_samples(
                 pipe, prompts, steps=steps, seed=seed, samples=samples if needed else 1, batch_size=batch_size,
                 selection=selection, component=name, cache_dir=cache_dir if needed else None,
                 memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
             )  # fmt: skip
-        quantizer = quantizer_for(model, recipe, skip, fields, layers)
         folder = checkpoint_dir if checkpoint_dir is None or name == "transformer" else Path(checkpoint_dir) / name
-        graph, report, tuned = _quantized(model, data, quantizer, config, methods, folder, progress)
+        graph, report, tuned = _quantized(model, data, quantizer, methods, folder, progress)
         source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path if the pipeline was loaded from one
         decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
         transformer = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
         transformer.report, transformer.fine_tuning_report = report, tuned
         quantized[name] = transformer.compile_graph(compile)
-    for name, model in encoders.items():
-        quantized[name] = quantize_text_encoder(model, text_encoder_recipe)
     return with_transformers(pipe, quantized, pipeline_arguments.defaults_of(pipe))
 
 
@@ -174,12 +172,12 @@ class _Methods:
     fine_tuning: str | None
     fine_tune: FineTuneConfig
 
-    def check(self, config: QuantConfig) -> None:
+    def check(self, configs: Sequence[QuantConfig]) -> None:
         """Raises ``ValueError`` early for names that are not registered, and a budget that nothing could spend."""
         ALLOCATIONS.find(self.allocation)
         if self.fine_tuning is not None:
             FINE_TUNINGS.find(self.fine_tuning)
-        if self.budget_bits is not None and not config.weight_candidates:
+        if self.budget_bits is not None and not any(config.weight_candidates for config in configs):
             raise ValueError(
                 "budget_bits is shared out among weight_candidates, and this recipe has none; choose a recipe with "
                 "candidates, such as w4a6_auto"
@@ -189,31 +187,38 @@ class _Methods:
     def round_on_data(self) -> bool:
         return ROUNDINGS.find(self.rounding.rounding).needs_samples
 
-    def need_data(self, config: QuantConfig) -> bool:
+    def need_data(self, configs: Sequence[QuantConfig]) -> bool:
         """Whether more samples are needed than the one that the graph is captured with."""
-        return needs_data(config, self.transforms, self.rounding, self.fine_tuning)
+        return needs_data(configs, self.transforms, self.rounding, self.fine_tuning)
 
 
 def needs_data(
-    config: QuantConfig, transforms: Sequence[GraphTransform], rounding: ReconstructionConfig, fine_tuning: str | None
+    configs: Sequence[QuantConfig],
+    transforms: Sequence[GraphTransform],
+    rounding: ReconstructionConfig,
+    fine_tuning: str | None,
 ) -> bool:
-    """Whether anything in these methods looks at calibration data: if not, weights are all that is read."""
+    """Whether anything in these methods looks at calibration data: if not, weights are all that is read.
+
+    Args:
+        configs: of all layers.
+        transforms, rounding, fine_tuning: as :func:`quantize_pipeline` takes them.
+    """
     changes = any(found.needs_data for found in transforms)
     on_data = ROUNDINGS.find(rounding.rounding).needs_samples
-    return changes or _calibrates(config) or on_data or fine_tuning is not None
+    return changes or _calibrates(configs) or on_data or fine_tuning is not None
 
 
-def _calibrates(config: QuantConfig) -> bool:
+def _calibrates(configs: Sequence[QuantConfig]) -> bool:
     """Whether observers have to see data: to choose formats and scales of weights, or ranges that do not change from call to
     call."""
-    return config.weights_need_data or not scheme_of(config).quantizes_online(config)
+    return any(config.weights_need_data or not scheme_of(config).quantizes_online(config) for config in configs)
 
 
 def _quantized(
     model: nn.Module,
     data: Sequence[Mapping[str, object]],
     quantizer: FP4DiTQuantizer,
-    config: QuantConfig,
     methods: _Methods,
     checkpoint_dir: str | Path | None,
     progress: bool,
@@ -222,7 +227,7 @@ def _quantized(
     with torch.no_grad():
         captured = transform(capture(model, data[0]), data, methods.transforms, quantizer, progress)
         prepared = prepare_pt2e(captured, quantizer)
-        if _calibrates(config):
+        if _calibrates(quantizer.configs):
             calibrate(prepared, data, progress=progress)
         choose_formats(prepared, methods.allocation, methods.budget_bits)
     report, tuned = None, None

@@ -75,7 +75,7 @@ def quantize_text_encoder(
         ValueError: the recipe needs calibration data, or the model has no float linears in numbered blocks.
     """
     config = text_encoder_config(recipe)
-    kept = (*KEPT, *outside_blocks(model), *skip)
+    kept = (*KEPT, *outside_blocks(model), *config.skip, *skip)
     decisions = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):

@@ -45,6 +45,17 @@ def quiet(pipe: "DiffusionPipeline") -> Iterator[None]:
         pipe.set_progress_bar_config(**before)
 
 
+def missing_batches(kept: KeptImages, batch_size: int, shard: tuple[int, int] = (0, 1)) -> list[list[tuple[int, int]]]:
+    """Batches of a shard of which an image is missing, as positions (seed, prompt).
+
+    Cut from the list of all images, so that an image has the same neighbours, and the same bits, in every run.
+    """
+    every = [(seed, prompt) for seed in range(kept.seeds) for prompt in range(kept.prompts)]
+    batches = [every[start : start + batch_size] for start in range(0, len(every), batch_size)][shard[0] :: shard[1]]
+    missing = set(kept.missing())
+    return [batch for batch in batches if missing.intersection(batch)]
+
+
 def draw_missing(
     pipe: "DiffusionPipeline",
     kept: KeptImages,
@@ -57,9 +68,7 @@ def draw_missing(
     progress: str | None = None,
     **call: object,
 ) -> None:
-    """Draws what ``kept`` lacks of every prompt with every seed.
-
-    Batches are cut from the list of all images, so that an image has the same neighbours, and the same bits, in every run.
+    """Draws what ``kept`` lacks of every prompt with every seed, by :func:`missing_batches`.
 
     Args:
         pipe: a diffusers text-to-image pipeline.
@@ -73,10 +82,7 @@ def draw_missing(
         **call: arguments of the pipeline, on top of its ``generation.json``.
     """
     arguments = call_arguments(pipe, **call)
-    every = [(seed, prompt) for seed in range(len(seeds)) for prompt in range(len(prompts))]
-    batches = [every[start : start + batch_size] for start in range(0, len(every), batch_size)][shard[0] :: shard[1]]
-    missing = set(kept.missing())
-    batches = [batch for batch in batches if missing.intersection(batch)]
+    batches = missing_batches(kept, batch_size, shard)
     total, spent = sum(map(len, batches)), 0.0
     with quiet(pipe), tqdm(total=total, desc=progress, disable=progress is None, unit="img") as bar:
         for batch in batches:

@@ -25,7 +25,12 @@ def environment() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-    return found | {name: _version(name) for name in _PACKAGES}
+    return found | versions()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what is computed, by name; ``"absent"`` if one is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def processor() -> str:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from fp4dit_ao.calibration.pipeline_arguments import call_arguments
 from fp4dit_ao.evaluation import metrics
 from fp4dit_ao.evaluation.drawing import draw_batch, quiet
-from fp4dit_ao.evaluation.environment import environment, one_line
+from fp4dit_ao.evaluation.environment import describe, environment
 from fp4dit_ao.evaluation.metrics import Estimate, Images
 from fp4dit_ao.evaluation.seeding import image_seed
 from fp4dit_ao.evaluation.tables import differences_table, variants_table
@@ -196,7 +196,8 @@ class Evaluation:
         """Markdown: the table, the settings and hardware, and the paired differences."""
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if isinstance(value, str | int))
         text = markdown_table(*variants_table(self))
-        text += f"\n\nAgainst the original at equal seeds, with 95 % intervals over prompts; {settings}. {one_line()}"
+        text += f"\n\nAgainst the original at equal seeds, with 95 % intervals over prompts; {settings}. "
+        text += describe(self.environment)
         if self.comparisons:
             text += "\n\n" + markdown_table(*differences_table(self))
         return text + "\n"
@@ -210,6 +211,7 @@ class Evaluation:
                 {**v.to_dict(), "estimates": {k: asdict(e) for k, e in v.estimates().items()}} for v in self.variants
             ],
             "comparisons": [asdict(c) for c in self.comparisons],
+            "digits": dict(self.digits),
         }
 
     def save(self, path: Path) -> None:

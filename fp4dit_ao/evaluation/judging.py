@@ -27,7 +27,7 @@ class Judge:
         metrics: beside PSNR and SSIM.
         real: folder of real images that sets are compared with, too.
         indices: positions of the prompts in ``reference.prompts()``, if the model is the reference pipeline.
-        progress: told what is being judged.
+        progress: called with a line of text that says what is being judged.
     """
 
     def __init__(
@@ -57,14 +57,15 @@ class Judge:
         return found | {f"{m.title} to {other}": m.digits for m in self.sets for other in (ORIGINAL, REAL)}
 
     def judge(self, name: str, kept: KeptImages, seconds: float, notes: dict[str, str] | None = None) -> Fidelity:
-        """Every metric of one variant. Of the original itself, those that need no original."""
+        """Every metric of one variant. The original itself has none of those that compare pairs, but PSNR's cap and SSIM 1."""
         self.progress(f"judging {name}")
         itself = kept.folder == self.originals.folder
         parts: dict[str, list[Floats]] = {}
         right: list[np.ndarray[tuple[int, ...], np.dtype[np.bool_]]] = []
         first = kept.read(0, 0)
         size = BATCH if first.ndim == 3 else max(1, BATCH // len(first))
-        for (positions, images), (_, originals) in zip(kept.batches(size), self.originals.batches(size), strict=True):
+        for positions, images in kept.batches(size):
+            originals = images if itself else np.stack([self.originals.read(*position) for position in positions])
             for title, values in self._batch(positions, images, originals, itself).items():
                 parts.setdefault(title, []).append(values)
             if self.indices is not None:
@@ -93,7 +94,10 @@ class Judge:
         flat, flat_originals = (x.reshape(-1, *x.shape[-3:]) for x in (images, originals))
         frames = len(flat) // len(images)
         texts = [self.texts[prompt] for _, prompt in positions for _ in range(frames)]
-        found = {"psnr": built_in.psnr(flat, flat_originals), "ssim": built_in.ssim(flat, flat_originals)}
+        if itself:
+            found = {"psnr": np.full(len(flat), built_in.PSNR_CAP), "ssim": np.ones(len(flat))}
+        else:
+            found = {"psnr": built_in.psnr(flat, flat_originals), "ssim": built_in.ssim(flat, flat_originals)}
         of_videos = {}
         for metric in self.metrics:
             if isinstance(metric, PromptMetric):

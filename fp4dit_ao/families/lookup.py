@@ -53,7 +53,7 @@ def recipe_for(
         ValueError: no such recipe or field, or a value that the field cannot have.
     """
     config = recipe if isinstance(recipe, QuantConfig) else _adapted(model, recipe)
-    return QuantConfig.from_dict(dataclasses.asdict(config) | dict(fields)) if fields else config
+    return config.with_fields(fields)
 
 
 def _adapted(model: nn.Module, recipe: str) -> QuantConfig:

@@ -1,6 +1,8 @@
 """The published protocols run to their end: on the reference pipeline, and deepcompressor's on tiny models and files."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ import typer
 from PIL import Image
 
 from benchmarks import paper_table
+from fp4dit_ao import reference
 from fp4dit_ao.evaluation.image_metrics.lpips import features
+from fp4dit_ao.evaluation.prompt_sets import Prompt
 from tests.evaluation.tiny_judges import tiny_clip, tiny_dino
 from tests.tiny import CALL, tiny_pipeline
 
@@ -49,6 +53,35 @@ def test_it_runs_to_its_end_on_the_reference_pipeline_and_resumes(tmp_path, caps
     paper_table.main("reference", **options)
     again = json.loads((folder / "table.json").read_text())
     assert again["variants"] == data["variants"]
+
+
+def test_a_row_with_other_settings_is_quantized_again(tmp_path, monkeypatch) -> None:
+    made = []
+
+    def pretend(model: str, out: Path, **options: object) -> None:
+        made.append(out)
+        out.mkdir(parents=True)
+        (out / "model_index.json").touch()
+
+    monkeypatch.setattr(paper_table, "quantize", pretend)
+    texts = [Prompt(text, text) for text in reference.prompts()]
+    monkeypatch.setattr(paper_table.WantedImages, "texts", lambda self, model: texts[: self.count])
+    protocol = paper_table.protocols()["reference"]
+    wanted = replace(protocol.wanted, count=2)
+    run = paper_table.Run(protocol, tmp_path, "reference", wanted, "stored", samples=2)
+    row = protocol.rows["W4A6"]
+    first = run.quantized("W4A6", row)
+    assert run.quantized("W4A6", row) == first and len(made) == 1
+    others = [
+        replace(run, iters=3), replace(run, samples=4), replace(run, dtype="bfloat16"), replace(run, model="owner/other"),
+        replace(run, wanted=replace(wanted, count=3)), replace(run, wanted=replace(wanted, call={"num_inference_steps": 2})),
+    ]  # fmt: skip
+    folders = {
+        first,
+        run.quantized("W4A6", replace(row, recipe="w4a8")),
+        *(one.quantized("W4A6", row) for one in others),
+    }
+    assert len(folders) == len(made) == 8
 
 
 def test_deepcompressors_table_on_small_things(tmp_path, capsys) -> None:

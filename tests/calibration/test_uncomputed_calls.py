@@ -58,3 +58,16 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     with pytest.raises(KeyError), uncomputed([model]):
         raise KeyError
     assert "forward" not in vars(model)
+
+
+def test_a_forward_of_the_instances_own_comes_back() -> None:
+    """Hooks of accelerate put one there, and would be lost with it."""
+    model = Halves()
+
+    def own(x: Tensor) -> Tensor:
+        return x + 1
+
+    model.forward = own  # type: ignore[assignment]
+    with uncomputed([model]):
+        assert not model(torch.ones(2, 4)).any()
+    assert model.forward is own

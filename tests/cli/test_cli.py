@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 import fp4dit_ao
 from fp4dit_ao import FP4DiTConfig, QuantizedTransformer, quantize_modules, quantize_pipeline, quantizer_for
-from fp4dit_ao.cli import app as cli_app
 from fp4dit_ao.cli.app import app
 from fp4dit_ao.cli.call_options import call_options
+from fp4dit_ao.cli.commands.quantize import quantize
 from fp4dit_ao.config import DEFAULT_RECIPE
 from fp4dit_ao.diffusers_integration import named_models, weight_forms
 from fp4dit_ao.diffusers_integration.graph_form import load_graph
@@ -110,7 +110,7 @@ def test_the_command_and_the_api_have_one_default_recipe():
     """The command's module cannot import it: that would load torch."""
     named = [
         inspect.signature(function).parameters["recipe"].default
-        for function in (cli_app.quantize, quantize_pipeline, quantize_modules, quantizer_for, FP4DiTConfig)
+        for function in (quantize, quantize_pipeline, quantize_modules, quantizer_for, FP4DiTConfig)
     ]
     assert set(named) == {DEFAULT_RECIPE}
 

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from typer.testing import CliRunner
 
 from fp4dit_ao.cli.app import app, check_command
-from fp4dit_ao.cli.sweep import Outcome, execute, read_rows, sweep
+from fp4dit_ao.cli.sweep import Outcome, execute, markdown, read_rows, sweep
+from fp4dit_ao.evaluation.fidelity import Evaluation, Fidelity
 from tests.serving.test_ray import ENVIRONMENT
 from tests.tiny import CALL, tiny_pipeline
 
@@ -75,7 +77,12 @@ def accepted(arguments: list[str]) -> None:
 
 
 def test_a_row_becomes_commands(tmp_path: Path) -> None:
-    options = {"group_size": 64, "transform": ["hadamard", "low_rank"], "seed": None, "evaluate": {"count": 8}}
+    options = {
+        "group_size": 64,
+        "transform": ["hadamard", "low_rank"],
+        "seed": None,
+        "evaluate": {"count": 8, "report": False},
+    }
     (row,) = read_rows(write(tmp_path / "t.json", [{"name": "a", "model": "reference"} | options]), tmp_path)
     quantize, evaluate = row.steps
     assert quantize.target == tmp_path / "a"
@@ -85,7 +92,8 @@ def test_a_row_becomes_commands(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert evaluate.target == tmp_path / "a.json"
     assert evaluate.arguments == [
-        "evaluate", str(tmp_path / "a"), "--against", "reference", "--out", str(tmp_path / "a.json"), "--count", "8",
+        "evaluate", str(tmp_path / "a"), "--against", "reference", "--out", str(tmp_path / "a.json"),
+        "--images", str(tmp_path / "images"), "--count", "8", "--no-report",
     ]  # fmt: skip
     for step in row.steps:
         check_command(step.arguments)
@@ -122,6 +130,19 @@ def test_steps_end_at_a_failure_and_are_not_repeated(tmp_path: Path) -> None:
     for _ in range(2):
         assert execute(row, tmp_path / "well.log", pretend).done
     assert (tmp_path / "well.log").read_text().count("ran quantize") == 1
+
+
+def test_rows_that_were_measured_alike_share_a_table(tmp_path: Path) -> None:
+    psnr = np.array([[30.0, 31.0]])
+    for name, machine, model in (("a", "one", "x"), ("b", "one", "y"), ("c", "another", "z")):
+        where = {"processor": machine, "gpu": "none", "threads": "1", "torch": "2", "torchao": "0", "diffusers": "0"}
+        rows = [Fidelity(row, psnr, psnr / 40, scores={"LPIPS": psnr}) for row in ("original", name)]
+        Evaluation(rows, {"prompts": 2, "model": model}, [], where, {"LPIPS": 1}).save(tmp_path / f"{name}.json")
+    said = markdown([Outcome(name, True, 0.0, 1.0) for name in "abc"], tmp_path)
+    first, second = said.split("PSNR, dB")[1:]
+    assert "one; 1 threads" in first and "another; 1 threads" in second  # the machine that measured, not this one
+    assert all(f"| {name} " in first for name in ("original", "a", "b")) and "| c " in second
+    assert "30.5 (" in first and "30.500 (" not in first  # as many digits as the metric has
 
 
 # --- on a cluster ----------------------------------------------------------------------------------------------------

@@ -166,6 +166,16 @@ def test_the_report_is_kept(quantized: Any) -> None:
     assert len(quantized.transformer.report.rows) >= 1
 
 
+def test_one_layers_static_ranges_are_calibrated_though_weights_are_rounded_to_nearest(original: Any) -> None:
+    """What a rule for some layers needs is needed, whatever the recipe of the others."""
+    found: Any = quantize_pipeline(
+        original, "w4a6", prompts=PROMPTS[:1], samples=2, rounding="nearest", layers={"*.ff.*": "w4a6_static"},
+        progress=False, **CALL,
+    )  # fmt: skip
+    x = draw(found)
+    assert np.isfinite(x).all() and np.abs(x - draw(original)).mean() < 0.1
+
+
 def test_formats_chosen_on_data(original: Any, tmp_path: Path) -> None:
     pipe = quantize_pipeline(
         original, w4a6_auto(), prompts=PROMPTS, samples=2, rounding="nearest", progress=False, **CALL

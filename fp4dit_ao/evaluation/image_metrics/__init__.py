@@ -52,15 +52,15 @@ METRICS.register(
     source="arXiv 2401.09603, equation 4", cost="a CLIP model of transformers; hundreds of images",
 )  # fmt: skip
 METRICS.register(
-    "flicker", TemporalFlicker, summary="Of videos: how little a frame differs from the next.",
+    "flicker", TemporalFlicker, summary="How little a video's frames differ from the next.",
     source="VBench, arXiv 2311.17982, section 3.1", cost="none",
 )  # fmt: skip
 METRICS.register(
-    "subject", SubjectConsistency, summary="Of videos: cosine of each frame with the first and the one before, by DINO.",
+    "subject", SubjectConsistency, summary="Cosine of a video's frames with the first and the one before, by DINO.",
     source="VBench, arXiv 2311.17982, section 3.1", cost="a DINO model of transformers",
 )  # fmt: skip
 METRICS.register(
-    "background", BackgroundConsistency, summary="Of videos: the same by CLIP.",
+    "background", BackgroundConsistency, summary="Cosine of a video's frames with the first and the one before, by CLIP.",
     source="VBench, arXiv 2311.17982, section 3.1", cost="a CLIP model of transformers",
 )  # fmt: skip
 
@@ -73,13 +73,19 @@ def open_metrics(wanted: Sequence[str], device: str) -> list[ImageMetric]:
         device: where networks run.
 
     Raises:
-        ValueError: there is no such metric, or one is named twice with the same weights.
+        ValueError: there is no such metric, one is named twice with the same weights, or two would have one title.
         OSError: weights cannot be had.
     """
     if repeated := [one for index, one in enumerate(wanted) if one in wanted[:index]]:
         raise ValueError(f"--metric {repeated[0]} is given twice")
-    found = []
+    found: dict[str, tuple[str, ImageMetric]] = {}
     for one in wanted:
         name, _, weights = one.partition("=")
-        found.append(METRICS.find(name)(weights or None, device))
-    return found
+        metric = METRICS.find(name)(weights or None, device)
+        if metric.title in found:
+            raise ValueError(
+                f"--metric {one} and --metric {found[metric.title][0]} would both be called {metric.title}; leave one out, or "
+                "give one of their folders another name"
+            )
+        found[metric.title] = one, metric
+    return [metric for _, metric in found.values()]

@@ -1,5 +1,6 @@
 """Features of the Inception network that FID was defined with."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from fp4dit_ao.evaluation.image_metrics.metric import Images
 from fp4dit_ao.evaluation.image_metrics.pretrained import ImageEncoder
 
 INCEPTION = "inception"
-"""In place of weights: torch-fidelity's port of the original Inception, and its own copy of the weights."""
+"""Name that stands for weights: torch-fidelity's port of the original Inception, with its own copy of the weights."""
 
 
 class InceptionEncoder:
@@ -49,6 +50,7 @@ class InceptionEncoder:
         return features
 
 
+@functools.lru_cache(maxsize=1)  # FID and KID share one
 def feature_encoder(weights: str, device: torch.device) -> InceptionEncoder | ImageEncoder:
     """Inception for ``"inception"`` or a ``.pth`` file, else the model of transformers with that name."""
     if weights == INCEPTION:

@@ -1,5 +1,6 @@
 """Metrics by networks of transformers: tiny random weights through the real classes, against an independent computation."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,6 +148,13 @@ def test_names_that_are_unknown_or_given_twice_are_refused() -> None:
         open_metrics(["clop"], "cpu")
     with pytest.raises(ValueError, match="dino=x is given twice"):
         open_metrics(["dino=x", "dino=x"], "cpu")
+
+
+def test_two_networks_of_one_name_are_refused(dino, tmp_path) -> None:
+    other = tmp_path / Path(dino).name
+    shutil.copytree(dino, other)
+    with pytest.raises(ValueError, match=r"would both be called DINO \(.*\); leave one out, or give one of"):
+        open_metrics([f"dino={dino}", f"dino={other}"], "cpu")
 
 
 def test_every_metric_says_its_source_and_what_it_needs() -> None:
