@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fp4dit_ao.util.mapped_files import anonymous_bytes
+
 _CGROUP = Path("/sys/fs/cgroup/memory")
 """Mount point of version 1 of control groups."""
 _INTERVAL = 0.001
@@ -47,13 +49,6 @@ class Peak:
     def added(self) -> int:
         """Bytes of the peak above those at the beginning."""
         return self.bytes - self.before
-
-
-def anonymous_bytes() -> int:
-    """Anonymous memory of this process."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        line = next(line for line in status if line.startswith("RssAnon:"))
-    return int(line.split()[1]) * 1024
 
 
 def limiter() -> str | None:

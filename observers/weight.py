@@ -1,6 +1,6 @@
 """The weight observer: format, scale and, once learned, the rounding of one linear's weight."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -167,6 +167,14 @@ class WeightObserver(FloatObserver):
         if self._searched is not None:
             self.scale = self._searched
         self.codes, self._searched = None, None
+
+    def store(self, keep: Callable[[Tensor], Tensor]) -> None:
+        """Puts codes and scales where ``keep`` copies them; what was one tensor stays one."""
+        kept: dict[int, Tensor] = {}
+        for name, x in list(self.named_buffers(recurse=False, remove_duplicate=False)):
+            if id(x) not in kept:
+                kept[id(x)] = keep(x)
+            setattr(self, name, kept[id(x)])
 
     @torch.no_grad()
     def candidate_errors(self, weight: Tensor, gram: Tensor | None) -> dict[NumberFormat, float]:

@@ -1,7 +1,9 @@
 """From the converted graph's reference semantics to low-bit tensor subclasses that ``torch.compile`` runs fast."""
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
@@ -10,6 +12,7 @@ from fp4dit_ao._compat import Operator
 from fp4dit_ao.kernels.attention import arguments_of
 from fp4dit_ao.schemes import SCHEMES
 from fp4dit_ao.schemes.graph_patterns import is_call, token_wise_input
+from fp4dit_ao.tensors.low_bit_weight import store_parts
 
 _OPS = torch.ops.fp4dit_ao
 _ANNOTATION = "quantization_annotation"
@@ -74,13 +77,19 @@ def _replace(model: GraphModule, node: Node, target: Operator, arguments: tuple[
     model.graph.erase_node(node)
 
 
-def lower_linear(model: GraphModule, node: Node, device: torch.device | None = None) -> None:
+def lower_linear(
+    model: GraphModule,
+    node: Node,
+    device: torch.device | None = None,
+    keep: Callable[[Tensor], Tensor] = lambda part: part,
+) -> None:
     """Replaces a linear by its low-bit form, if its weight is stored in one of the schemes.
 
     Args:
         model: a converted graph.
         node: an ``aten.linear`` in it.
         device: where the low-bit weight goes; it stays where it is if None.
+        keep: copies the weight's parts to where they are kept.
     """
     dequantized = node.args[1]
     found = next((found for scheme in SCHEMES.values() if (found := scheme.lowered(model, node)) is not None), None)
@@ -92,6 +101,7 @@ def lower_linear(model: GraphModule, node: Node, device: torch.device | None = N
     while hasattr(owner, leaf):  # a shared weight whose uses differ in activation format
         leaf += "_"
     weight = found.weight if device is None else found.weight.to(device)
+    store_parts(weight, keep)
     owner.register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
     with model.graph.inserting_before(node):
         parameter = model.graph.get_attr(f"{parent}.{leaf}" if parent else leaf)

@@ -45,6 +45,7 @@ SLOW = (
     "tests/passes/fine_tuning/test_quest.py",
     "tests/passes/fine_tuning/test_scale_tuning.py::test_the_converted_graph_errs_less_by_what_the_report_says",
     "tests/passes/reconstruction/objectives/test_network_objectives.py",
+    "tests/passes/reconstruction/test_memory_budget.py::test_a_model_three_times_as_large_as_its_memory",
     "tests/passes/reconstruction/test_plateau.py",
     "tests/passes/reconstruction/test_reconstruct.py::test_a_killed_run_resumes_with_the_same_bits",
     "tests/passes/reconstruction/scopes",

@@ -36,6 +36,11 @@ def transformer_classes() -> list[str]:
     return sorted(name for name in dir(diffusers) if named.match(name) and name not in NO_DENOISERS)
 
 
+def untried_classes() -> list[str]:
+    """Names of the installed diffusers' transformers that have no small model here: those of a later version."""
+    return [name for name in transformer_classes() if name not in SMALL_TRANSFORMERS]
+
+
 def randomize(model: nn.Module) -> nn.Module:
     """Gives linears random weights, in place, so that outputs have the magnitude of inputs, and no branch adds nothing."""
     for module in model.modules():

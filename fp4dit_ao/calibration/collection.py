@@ -23,6 +23,7 @@ from fp4dit_ao.calibration.pipeline_arguments import CallArguments, call_argumen
 from fp4dit_ao.calibration.recording import Enough, Recorder
 from fp4dit_ao.calibration.sample_cache import Sample
 from fp4dit_ao.calibration.sample_selection import SELECTIONS, check_chosen
+from fp4dit_ao.calibration.uncomputed_calls import is_uncomputed
 from fp4dit_ao.graph_capture.sample_description import tensors
 from fp4dit_ao.util.placement import on_device
 from fp4dit_ao.util.world import current
@@ -116,6 +117,8 @@ def collect_samples(
     kept = _collect(pipe, transformer, batches, seed, samples, selection, memory_limit_bytes, progress and world.first)
     if cache_dir is not None and key is not None and world.first:
         sample_cache.save(cache_dir, key, kept)
+        if device_of(transformer).type == "cpu":  # mapped from the file, they take no memory that others need
+            return sample_cache.load(cache_dir, key, torch.device("cpu")) or kept
     return kept
 
 
@@ -166,8 +169,8 @@ def _collect(
     bar_settings = _compat.progress_bar_config(pipe)
     pipe.set_progress_bar_config(disable=True)
 
-    def run(index: int, wanted: set[int] | None) -> Recorder:
-        recorder = Recorder(transformer, bar, wanted)
+    def run(index: int, wanted: set[int] | None, to_the_end: bool = False) -> Recorder:
+        recorder = Recorder(transformer, bar, wanted, to_the_end)
         hook = transformer.register_forward_pre_hook(recorder, with_kwargs=True)
         try:
             # a CPU generator, so that the noise does not depend on the device
@@ -181,18 +184,20 @@ def _collect(
     try:
         with torch.no_grad():
             with _features_kept(transformer, choose.needs_features) as features:
-                first = run(0, {0} if samples == 1 else None)
+                # calls that cost nothing are all looked at: a second kind may come late
+                first = run(0, {0} if samples == 1 else None, to_the_end=is_uncomputed(transformer))
             if not first.calls:
                 name = next(key for key, value in pipe.components.items() if value is transformer)
                 raise ValueError(
                     f"{type(pipe).__name__} made no call of its {name}; give more num_inference_steps, so that it takes part"
                 )
-            wanted = len(batches) * first.calls if samples is None else min(samples, len(batches) * first.calls)
+            calls = 1 if samples == 1 else first.calls
+            wanted = len(batches) * calls if samples is None else min(samples, len(batches) * calls)
             wanted = _fit(list(first.kept.values()), wanted, len(batches), limit)
             chosen = world.agreed(
-                partial(choose, first.calls, len(batches), wanted, torch.stack(features) if features else None)
+                partial(choose, calls, len(batches), wanted, torch.stack(features[:calls]) if features else None)
             )
-            check_chosen(chosen, first.calls, len(batches), wanted, selection)
+            check_chosen(chosen, calls, len(batches), wanted, selection)
             own = sorted(chosen)[world.rank :: world.size]
             bar.total = first.calls + sum(max(chosen[index]) + 1 for index in own if index)
             bar.refresh()

@@ -16,14 +16,15 @@ class Enough(Exception):
 
 
 class Recorder:
-    """Forward pre-hook that keeps the inputs of the calls in ``wanted``, of all calls if None."""
+    """Forward pre-hook that keeps the inputs of the calls in ``wanted``, of all calls if None; looks at later ones, too, if
+    ``to_the_end``."""
 
-    def __init__(self, transformer: nn.Module, bar: tqdm, wanted: set[int] | None = None):
+    def __init__(self, transformer: nn.Module, bar: tqdm, wanted: set[int] | None = None, to_the_end: bool = False):
         parameters = inspect.signature(transformer.forward).parameters
         self.names = list(parameters)
         self.defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
         self.first: Sample | None = None
-        self.bar, self.wanted = bar, wanted
+        self.bar, self.wanted, self.to_the_end = bar, wanted, to_the_end
         self.calls = 0
         self.kept: dict[int, Sample] = {}
 
@@ -32,7 +33,7 @@ class Recorder:
         sample.pop("return_dict", None)
         sample = call_of(type(module).__name__).adapt(sample)
         self._check_kind(module, self.defaults | sample)
-        if self.wanted is not None and self.calls > max(self.wanted, default=-1):
+        if self.wanted is not None and not self.to_the_end and self.calls > max(self.wanted, default=-1):
             raise Enough
         if self.wanted is None or self.calls in self.wanted:
             # copied, since the pipeline may overwrite the latent in place; embeddings stay shared between samples

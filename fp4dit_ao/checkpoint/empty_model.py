@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from fp4dit_ao.checkpoint.tensor_files import first_line
+from fp4dit_ao.util.sentences import first_line
 
 
 def empty_model(

@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fp4dit_ao.util.sentences import first_line
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 JSON_LIMIT = 64 << 20
@@ -218,9 +220,3 @@ def read_json(path: Path) -> object:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: it is not valid JSON ({first_line(error)}); copy it again") from error
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's message; the name of its type if it has no message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

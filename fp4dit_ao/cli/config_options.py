@@ -16,6 +16,8 @@ def config_fields(path: Path | None, group_size: int | None, weight_search: str 
     if path is not None:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise OSError(f"cannot read {path}: {error.strerror}; name a JSON file of fields of QuantConfig") from error
         except ValueError as error:  # bytes that are no UTF-8, too
             raise ValueError(f"{path} is not valid JSON ({error}); see QuantConfig for its fields") from error
         if not isinstance(found, dict):

@@ -8,6 +8,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from fp4dit_ao.util.sentences import first_line
+
 EXPECTED = (ValueError, OSError, RuntimeError)
 """Exceptions of wrong input and of the machine's limits; any other is a bug and shows its traceback."""
 
@@ -38,12 +40,6 @@ class OneSentence(TyperGroup):
         except KeyboardInterrupt as error:
             typer.echo(f"fp4dit-ao: {with_notes('interrupted', error)}", err=True)
             raise typer.Exit(130) from None
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's message that is not blank; the name of its type if there is none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def with_notes(sentence: str, error: BaseException) -> str:

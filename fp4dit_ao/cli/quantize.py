@@ -23,6 +23,7 @@ from fp4dit_ao.passes.reconstruction import ROUNDINGS
 from fp4dit_ao.passes.reconstruction.choice import chosen_config
 from fp4dit_ao.passes.reconstruction.rounding import ClosedFormRounding
 from fp4dit_ao.util.atomic_files import write_text
+from fp4dit_ao.util.byte_sizes import byte_count
 from fp4dit_ao.util.locks import only_process
 from fp4dit_ao.util.world import joined
 
@@ -101,7 +102,7 @@ def quantize(
     model: str, out: Path, *, recipe: str, prompts: Path | None, methods: Methods, skip: Sequence[str],
     call: Mapping[str, Any], samples: int, seed: int, resume: bool, device: str | None,
     dtype: str, fields: Fields, layers: Mapping[str, str | None], encoded_prompts: Path | None = None,
-    components: Sequence[str] | None = None, text_encoder_recipe: str | None = None,
+    components: Sequence[str] | None = None, text_encoder_recipe: str | None = None, memory: str | None = None,
 ) -> None:  # fmt: skip
     """Quantizes ``model`` and saves it to ``out``; a killed run leaves ``<out>.unfinished``, from which ``resume``
     continues. Processes that ``torchrun`` started share the work, and the first one writes.
@@ -109,6 +110,8 @@ def quantize(
     Raises:
         ValueError, OSError: wrong input; as much of it as possible is checked before the model is loaded.
     """
+    if memory is not None:
+        byte_count(memory)
     # the table of families decides what recipes mean for the model
     named = [QuantConfig.from_name(name) for name in (recipe, *layers.values()) if name is not None]
     configs = [config.with_fields(fields) for config in named]
@@ -119,6 +122,8 @@ def quantize(
     unfinished = out.with_name(out.name + ".unfinished")
     if ROUNDINGS.find(arguments["reconstruction"].rounding).needs_samples or methods.fine_tuning is not None:
         arguments |= {"checkpoint_dir": unfinished / "blocks", "cache_dir": unfinished / "samples"}
+    elif memory is not None:
+        arguments |= {"checkpoint_dir": unfinished / "blocks"}
     arguments |= {
         "prompts": texts or None,
         "samples": samples,
@@ -126,6 +131,7 @@ def quantize(
         "seed": seed,
         "fields": fields,
         "layers": layers,
+        "memory": memory,
     }
     with joined() as world, contextlib.ExitStack() as stack:
         world.agreed(lambda: _claim(stack, out, unfinished, resume))

@@ -1,7 +1,7 @@
 """Formats, groups and scale search of every linear: :class:`QuantConfig`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from fp4dit_ao.config.scheme_rules import FLOAT_SCALES, rules_of
@@ -128,6 +128,18 @@ class QuantConfig:
             raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(sorted(RECIPES))}")
         return RECIPES[name]()
 
+    def with_fields(self, values: Fields | None) -> "QuantConfig":
+        """This config with other values of some fields, by name.
+
+        Raises:
+            ValueError: no such field, or a value that it cannot have.
+        """
+        names = [field.name for field in fields(QuantConfig)]
+        values = values or {}
+        if unknown := [name for name in values if name not in names]:
+            raise ValueError(f"QuantConfig has no field {unknown[0]!r}; choose among {', '.join(names)}")
+        return replace(self, **values)
+
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "QuantConfig":
         """The inverse of ``dataclasses.asdict``, as read from JSON.
@@ -143,14 +155,6 @@ class QuantConfig:
                 f"QuantConfig does not know {', '.join(sorted(unknown))}; was it written by a newer version?"
             )
         return QuantConfig(**data)
-
-    def with_fields(self, fields: Fields | None) -> "QuantConfig":
-        """This config with other values of some fields.
-
-        Raises:
-            ValueError: a field this version does not know, or a value that it cannot have.
-        """
-        return QuantConfig.from_dict(asdict(self) | dict(fields or {}))
 
 
 def _check_format(field: str, name: str | None) -> None:

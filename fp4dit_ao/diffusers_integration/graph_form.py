@@ -22,7 +22,6 @@ from fp4dit_ao import _compat
 from fp4dit_ao.checkpoint import graph_rebuilding, graph_tensors, tensor_files, transformer_folder
 from fp4dit_ao.checkpoint.empty_model import empty_model
 from fp4dit_ao.checkpoint.quantization_record import Record, model_config
-from fp4dit_ao.checkpoint.tensor_files import first_line
 from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration.layer_summary import (
@@ -47,6 +46,7 @@ from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.passes.weight_unpacking import refuse_unpacked, times_unpacked
 from fp4dit_ao.quantizer import Decision
 from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
+from fp4dit_ao.util.sentences import first_line
 
 __all__ = ["LayerSummary", "QuantizedTransformer", "load_graph"]
 

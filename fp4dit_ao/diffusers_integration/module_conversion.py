@@ -9,13 +9,14 @@ from torch import Tensor
 from fp4dit_ao.checkpoint import tensor_files, transformer_folder
 from fp4dit_ao.checkpoint.empty_model import empty_model
 from fp4dit_ao.checkpoint.quantization_record import Record
-from fp4dit_ao.checkpoint.tensor_files import Entry, first_line
+from fp4dit_ao.checkpoint.tensor_files import Entry
 from fp4dit_ao.config import DEFAULT_RECIPE, QuantConfig
 from fp4dit_ao.diffusers_integration.float_source import check_source
 from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig, FP4DiTDiffusersQuantizer
 from fp4dit_ao.diffusers_integration.module_form import decide, finish, quantize_linear
 from fp4dit_ao.diffusers_integration.module_slots import Slots, check_online, quantized_linears
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
+from fp4dit_ao.util.sentences import first_line
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin

@@ -23,6 +23,7 @@ from fp4dit_ao.diffusers_integration.pipeline_folder import (
     text_encoders_of,
 )
 from fp4dit_ao.reference.accuracy import spread_out
+from fp4dit_ao.util.sentences import first_line
 
 STORED = "stored"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -138,8 +139,7 @@ def open_pipeline(
         pipe.left_out = left_out
         return pipe
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OSError(f"{name} cannot be loaded as a diffusers pipeline: {first}") from error
+        raise OSError(f"{name} cannot be loaded as a diffusers pipeline: {first_line(error)}") from error
 
 
 def _loaded_dtypes(folder: str, device: str, leave: Sequence[str] = ()) -> dict[str, torch.dtype]:

@@ -17,7 +17,7 @@ from torch import nn
 from fp4dit_ao import _compat
 from fp4dit_ao.calibration.pipeline_arguments import CallArguments, generation_defaults
 from fp4dit_ao.checkpoint import component_checksums, transformer_folder
-from fp4dit_ao.checkpoint.tensor_files import first_line, read_json
+from fp4dit_ao.checkpoint.tensor_files import read_json
 from fp4dit_ao.diffusers_integration.call_defaults import with_call_defaults
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer, load_graph
 from fp4dit_ao.diffusers_integration.module_conversion import load_modules
@@ -25,6 +25,7 @@ from fp4dit_ao.diffusers_integration.text_encoders import load_text_encoder
 from fp4dit_ao.diffusers_integration.weight_forms import keep_fastest
 from fp4dit_ao.passes.weight_unpacking import unpack_weights
 from fp4dit_ao.util.atomic_files import whole_folder
+from fp4dit_ao.util.sentences import first_line
 
 INDEX = "model_index.json"
 
@@ -63,6 +64,21 @@ def text_encoders_of(folder: Path) -> dict[str, Path]:
     index = read_json(folder / INDEX)
     found = index.items() if isinstance(index, dict) else ()
     return {name: folder / name for name, entry in found if name.startswith("text_encoder") and entry and entry[0]}
+
+
+def _check_index(folder: Path) -> None:
+    """Raises ``ValueError`` if the pipeline's index is no object, or gives a component anything but library and class."""
+    index = read_json(folder / INDEX)
+    if not isinstance(index, dict):
+        raise ValueError(
+            f"{folder / INDEX} is damaged: expected a JSON object, found {type(index).__name__}; copy it again"
+        )
+    for name, entry in index.items():
+        names = isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
+        if not names and name.isidentifier() and (folder / name).is_dir():
+            raise ValueError(
+                f"{folder / INDEX} is damaged: {name} is {entry!r}; expected its library and class, two texts; copy it again"
+            )
 
 
 def _copy_left_out(pipe: DiffusionPipeline, folder: Path) -> None:
@@ -117,6 +133,7 @@ def load_pipeline(
     folder = resolve_folder(folder)
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} is no pipeline: it has no {INDEX}")
+    _check_index(folder)
     if not transformer_folder.is_quantized(folder / "transformer"):
         raise ValueError(
             f"{folder} was not quantized by fp4dit_ao; load it with DiffusionPipeline.from_pretrained, then quantize_pipeline"
@@ -182,8 +199,9 @@ def resolve_folder(name: str | Path) -> Path:
         try:
             return Path(snapshot_download(str(name)))
         except Exception as error:
-            first = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(f"there is no folder {name}, and no such model on the hub: {first}") from error
+            raise FileNotFoundError(
+                f"there is no folder {name}, and no such model on the hub: {first_line(error)}"
+            ) from error
     raise FileNotFoundError(f"there is no folder {name}")
 
 

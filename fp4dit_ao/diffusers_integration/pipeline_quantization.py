@@ -33,11 +33,14 @@ from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, FineTuneConfig, FineTuneR
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS, choose_formats
 from fp4dit_ao.passes.reconstruction import ROUNDINGS, reconstruct
 from fp4dit_ao.passes.reconstruction.choice import chosen_config
+from fp4dit_ao.passes.reconstruction.engine import files_for
 from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
 from fp4dit_ao.passes.streamed_lowering import convert_and_lower
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.quantizer import FP4DiTQuantizer
 from fp4dit_ao.schemes import scheme_of
+from fp4dit_ao.util.byte_sizes import byte_count
+from fp4dit_ao.util.mapped_files import MappedFiles
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -75,6 +78,7 @@ def quantize_pipeline(
     cache_dir: str | Path | None = None,
     checkpoint_dir: str | Path | None = None,
     memory_limit_bytes: int = MEMORY_LIMIT,
+    memory: int | str | None = None,
     progress: bool = True,
     **call: object,
 ) -> "DiffusionPipeline":
@@ -109,6 +113,9 @@ def quantize_pipeline(
             weights, with float inputs.
         compile: run the quantized graph under ``torch.compile``.
         checkpoint_dir: folder for the state of reconstruction and fine-tuning, from which a killed run resumes.
+        memory: what this process may take beside pages of mapped files, such as ``"8GB"``; None for no limit. The model is
+            loaded in the type of its files, so that weights stay in them; what does not fit beside the unit at work, and the
+            quantized weights, go into files in ``checkpoint_dir`` that have no name. The bits are the same.
         progress: show progress bars with the time left.
         call: further arguments of the pipeline while calibrating, on top of its ``generation.json``.
 
@@ -118,8 +125,14 @@ def quantize_pipeline(
 
     Raises:
         ValueError: the pipeline has no transformer or one that is already quantized, the name of a recipe or method is
-            unknown, or the calibration data is bad.
+            unknown, or the calibration data is bad; too little memory, or with what trains the whole model.
     """
+    limit = None if memory is None else byte_count(memory)
+    if limit is not None and fine_tuning is not None:
+        raise ValueError(
+            f"memory={memory!r} is for rounding, unit by unit; {fine_tuning!r} trains the whole model: leave one out"
+        )
+    files = files_for(limit, checkpoint_dir)
     names = components_of(pipe) if components is None else list(components)
     encoders = {name: _float_component(pipe, name) for name in names if is_text_encoder(name)}
     models = {name: _float_component(pipe, name) for name in names if name not in encoders}
@@ -146,7 +159,7 @@ def quantize_pipeline(
                 memory_limit_bytes=memory_limit_bytes, progress=progress, **call,
             )  # fmt: skip
         folder = checkpoint_dir if checkpoint_dir is None or name == "transformer" else Path(checkpoint_dir) / name
-        graph, report, tuned = _quantized(model, data, quantizer, methods, folder, progress)
+        graph, report, tuned = _quantized(model, data, quantizer, methods, folder, limit, files, progress)
         source = str(getattr(pipe, "name_or_path", None) or "") or None  # a Path if the pipeline was loaded from one
         decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)
         transformer = QuantizedTransformer(graph, model, _description(model, data[0]), decisions, config, source)
@@ -221,6 +234,8 @@ def _quantized(
     quantizer: FP4DiTQuantizer,
     methods: _Methods,
     checkpoint_dir: str | Path | None,
+    memory: int | None,
+    files: MappedFiles | None,
     progress: bool,
 ) -> tuple[GraphModule, ReconstructionReport | None, FineTuneReport | None]:
     """The lowered graph of one transformer, and the reports of its rounding and its fine-tuning."""
@@ -232,13 +247,15 @@ def _quantized(
         choose_formats(prepared, methods.allocation, methods.budget_bits)
     report, tuned = None, None
     if methods.round_on_data:
-        report = reconstruct(prepared, data, methods.rounding, checkpoint_dir=checkpoint_dir, progress=progress)
+        report = reconstruct(
+            prepared, data, methods.rounding, checkpoint_dir=checkpoint_dir, memory=memory, progress=progress
+        )
     if methods.fine_tuning is not None:
         folder = None if checkpoint_dir is None else Path(checkpoint_dir) / "fine_tuning"
         how = methods.fine_tuning, methods.fine_tune
         tuned = run_fine_tuning(prepared, data, *how, checkpoint_dir=folder, progress=progress)
     del captured  # with what was observed, more than the model itself
-    return convert_and_lower(prepared, quantizing_device(device_of(model))), report, tuned
+    return convert_and_lower(prepared, quantizing_device(device_of(model)), files), report, tuned
 
 
 def _float_component(pipe: "DiffusionPipeline", name: str) -> nn.Module:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from fp4dit_ao import _compat
 from fp4dit_ao.checkpoint import graph_rebuilding, graph_tensors, tensor_files, transformer_folder
 from fp4dit_ao.checkpoint.quantization_record import Record, model_config
-from fp4dit_ao.checkpoint.tensor_files import first_line
 from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.config import DEFAULT_RECIPE, Fields, QuantConfig
 from fp4dit_ao.diffusers_integration.float_source import check_weight
@@ -30,6 +29,7 @@ from fp4dit_ao.families.patterns import KEPT, outside_blocks
 from fp4dit_ao.passes.device_placement import convert_tensors
 from fp4dit_ao.quantizer import Decision, fit_group
 from fp4dit_ao.schemes import scheme_of
+from fp4dit_ao.util.sentences import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,6 +18,7 @@ from fp4dit_ao.families.calls import Call, call_of
 from fp4dit_ao.families.rewrites import REWRITES, methods_replaced
 from fp4dit_ao.graph_capture.symbolic_numbers import numbers_kept_symbolic
 from fp4dit_ao.passes.functional_writes import make_functional
+from fp4dit_ao.util.sentences import first_line
 
 _CONSTANTS = (type(None), bool, int, float, str)
 
@@ -106,10 +107,9 @@ def _exported(model: nn.Module, kwargs: dict[str, object], shapes: dict[str, obj
     try:
         return torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ValueError(
-            f"{type(model).__name__} cannot be captured as a graph ({type(error).__name__}: {reason[:200]}); use the module "
-            "form, which needs none: quantize_modules(model)"
+            f"{type(model).__name__} cannot be captured as a graph ({type(error).__name__}: {first_line(error)[:200]}); use "
+            "the module form, which needs none: quantize_modules(model)"
         ) from error
 
 

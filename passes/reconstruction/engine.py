@@ -6,6 +6,7 @@ that its output on *quantized* inputs comes close to the original's output on th
 weight observers.
 """
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,16 +21,19 @@ from fp4dit_ao.observers.fake_quantization import frozen_parameters
 from fp4dit_ao.observers.weight import gram_of, weight_of
 from fp4dit_ao.passes.partition import weight_observers
 from fp4dit_ao.passes.reconstruction import block_checkpoints
+from fp4dit_ao.passes.reconstruction.memory_budget import Need, check, need_of, prefetch_after
 from fp4dit_ao.passes.reconstruction.network_tail import NetworkTail, model_results
 from fp4dit_ao.passes.reconstruction.objectives import OBJECTIVES
 from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
 from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS
-from fp4dit_ao.passes.reconstruction.scopes import SCOPES
+from fp4dit_ao.passes.reconstruction.scopes import SCOPES, Unit
 from fp4dit_ao.passes.reconstruction.shards import divide
 from fp4dit_ao.passes.reconstruction.streams import Stream
 from fp4dit_ao.passes.reconstruction.unit_error import UnitError
 from fp4dit_ao.passes.reconstruction.unit_rounding import round_unit, steps_of
 from fp4dit_ao.passes.reconstruction.walk import planned_bytes, walk
+from fp4dit_ao.util.freed_memory import WORTH_IT, return_freed
+from fp4dit_ao.util.mapped_files import MappedFiles, anonymous_bytes
 from fp4dit_ao.util.world import current
 
 
@@ -39,6 +43,7 @@ def reconstruct(
     config: ReconstructionConfig | None = None,
     *,
     checkpoint_dir: str | Path | None = None,
+    memory: int | None = None,
     progress: bool = True,
 ) -> ReconstructionReport:
     """Round every quantized weight of ``prepared``, unit by unit, in place.
@@ -51,6 +56,8 @@ def reconstruct(
         samples: keyword arguments of forward calls (:func:`~fp4dit_ao.collect_samples`).
         config: which methods, and how to learn; ``AdaRoundConfig()`` by default.
         checkpoint_dir: keep each finished unit there; the same call after a kill resumes, and ends with the same bits.
+        memory: bytes that this process may take, beside pages of files that it has mapped. What does not fit beside the unit at
+            work goes into files in ``checkpoint_dir``; the bits are the same. None for no limit.
         progress: show a progress bar with the time left.
 
     Returns:
@@ -66,6 +73,7 @@ def reconstruct(
     scope = SCOPES.find(config.scope)
     began = time.monotonic()
     device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+    files = files_for(memory, checkpoint_dir)
     world = current()
     count = config.shards or world.size
     config = replace(config, shards=count)
@@ -76,6 +84,9 @@ def reconstruct(
         observer.resolve(weight, gram_of(prepared, node))
         observer.forget()  # an earlier reconstruction
         observer.quantized(weight)
+        if files is not None:
+            observer.store(files.keep)
+            return_freed(weight.numel())
     plan = scope(prepared, config)
     store = (
         block_checkpoints.Store(checkpoint_dir, block_checkpoints.fingerprint(prepared, samples, config, rule), world)
@@ -86,17 +97,29 @@ def reconstruct(
     total = sum(steps_of(unit.segment, rule, config) for unit in plan.units)
     silent = not (progress and world.first)
     with frozen_parameters(prepared), tqdm(total=total, desc="reconstruct", disable=silent) as bar:
-        planned = planned_bytes(plan, streams, device, objective.needs_layers)
+        needs: list[Need] = []
+
+        def note(unit: Unit, row: Stream) -> None:
+            if memory is not None:
+                needs.append(need_of(unit, rule, row, shards.chunk))
+
+        planned = planned_bytes(plan, streams, device, objective.needs_layers, note)
         _check_memory(planned, streams, config)
+        in_files = None
+        if memory is not None and device.type == "cpu" and needs:
+            left = check(memory, anonymous_bytes(), max(needs, key=lambda need: need.total), shards.chunk)
+            in_files = files if planned > left else None
+        elif memory is not None:
+            in_files = files if planned > memory - anonymous_bytes() else None
         for stream in streams:
-            stream.move_to(device, offload=_offload(planned, device, config))
+            stream.move_to(device, _offload(planned, device, config), in_files)
         for index, unit in enumerate(walk(plan, streams, shards.chunk, objective.needs_layers)):
             bar.set_postfix_str(unit.segment.name)
+            prefetch_after(plan, unit)
             row = store.load(index, unit.segment) if store else None
             if row is None:
                 tail = NetworkTail(plan.steps[unit.last + 1 :], results) if objective.needs_tail else None
-                error = UnitError(unit.segment, shards, objective, tail)
-                row = round_unit(error, rule, config, index, bar)
+                row = round_unit(UnitError(unit.segment, shards, objective, tail), rule, config, index, bar)
                 if store:
                     store.save(index, unit.segment, row)
             else:
@@ -104,9 +127,37 @@ def reconstruct(
                     unit.segment, rule, config
                 )  # the time left is that of what is left
             report.rows.append(row)
+            _let_go(unit, files)
     report.stream_bytes = sum(stream.peak for stream in streams)
     report.seconds = time.monotonic() - began
     return report
+
+
+def files_for(memory: int | None, folder: str | Path | None) -> MappedFiles | None:
+    """Where things go that a limited memory has no room for; None without a limit.
+
+    Raises:
+        ValueError: there is a limit, and no folder.
+    """
+    if memory is None:
+        return None
+    if folder is None:
+        raise ValueError(
+            f"memory={memory} puts what does not fit into files; give checkpoint_dir, a folder on a disk, for them"
+        )
+    return MappedFiles(folder)
+
+
+def _let_go(unit: Unit, files: MappedFiles | None) -> None:
+    """Frees what a unit took while it was at work, some of which is in cycles."""
+    size = 0
+    for node, observer in unit.segment.observers:
+        size += weight_of(unit.segment.graph, node).numel()
+        if files is not None:
+            observer.store(files.keep)
+    if size >= WORTH_IT:
+        gc.collect()
+        return_freed(size)
 
 
 def _offload(planned: int, device: torch.device, config: ReconstructionConfig) -> bool:

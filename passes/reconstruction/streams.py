@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from fp4dit_ao import _compat
 from fp4dit_ao.passes.partition import Segment
+from fp4dit_ao.util.mapped_files import MappedFiles
 
 Values = dict[str, Any]
 """Values by the name of their node: tensors, whole numbers that grow with the batch, constants."""
@@ -108,6 +109,7 @@ class Stream:
     def __init__(self, values: Sequence[Values], rows: Rows):
         self._rows = rows
         self.device = self._home = torch.device("cpu")
+        self._files: MappedFiles | None = None
         self._standing_for: int | None = None
         self.rows = sum(rows.count(v) for v in values)
         self.peak = 0
@@ -120,10 +122,11 @@ class Stream:
         self._held: set[str] = set()
         self._overdue: set[str] = set()
 
-    def move_to(self, device: torch.device, offload: bool = False) -> None:
-        """Compute on ``device``, and keep the values there too, or ``offload`` all but the rows in use to host memory."""
-        self.device, self._home = device, torch.device("cpu") if offload else device
-        self.full = {name: x.to(self._home) if isinstance(x, Tensor) else x for name, x in self.full.items()}
+    def move_to(self, device: torch.device, offload: bool = False, files: MappedFiles | None = None) -> None:
+        """Compute on ``device``, and keep the values there too, or ``offload`` all but the rows in use to host memory; in these
+        ``files``, if any."""
+        self.device, self._home, self._files = device, torch.device("cpu") if offload else device, files
+        self.full = {name: self._kept(x) if isinstance(x, Tensor) else x for name, x in self.full.items()}
         self.quantized = dict(self.full)
 
     @property
@@ -220,15 +223,26 @@ class Stream:
         """Put the value of some rows in its place among all rows, which the first chunk allocates."""
         dim = self._rows.dims.get(name)
         if dim is None or rows == slice(0, self.rows):
-            results[name] = value.to(self._home) if isinstance(value, Tensor) else value
+            results[name] = self._kept(value) if isinstance(value, Tensor) else value
         elif not isinstance(value, Tensor):
             results[name] = results.get(name, 0) + value
         else:
             each = value.shape[dim] // _length(rows)
             if name not in results:
                 shape = [*value.shape[:dim], each * self.rows, *value.shape[dim + 1 :]]
-                results[name] = torch.empty(shape, dtype=value.dtype, device=self._home)
+                results[name] = self._empty(shape, value.dtype)
             results[name].narrow(dim, rows.start * each, value.shape[dim]).copy_(value)
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Room for all rows of a value."""
+        if self._files is None or self._home.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=self._home)
+        return self._files.empty(shape, dtype)
+
+    def _kept(self, value: Tensor) -> Tensor:
+        """All rows of a value, where the values are."""
+        value = value.to(self._home)
+        return value if self._files is None else self._files.keep(value)
 
     def _nbytes(self) -> int:
         """Bytes of both streams; what they share counts once."""

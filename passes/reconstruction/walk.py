@@ -1,6 +1,6 @@
 """The walk of the streams through a plan: full-precision values behind each unit in turn, quantized ones before it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -41,14 +41,21 @@ def walk(plan: Plan, streams: Sequence[Stream], chunk: int, keep_inputs: bool = 
             yield unit
 
 
-def planned_bytes(plan: Plan, streams: Sequence[Stream], device: torch.device, keep_inputs: bool = False) -> int:
-    """What the streams will take, found by sending one row of each through the whole graph."""
+def planned_bytes(
+    plan: Plan,
+    streams: Sequence[Stream],
+    device: torch.device,
+    keep_inputs: bool = False,
+    visit: Callable[[Unit, Stream], None] = lambda unit, row: None,
+) -> int:
+    """What the streams will take, found by sending one row of each through the whole graph; ``visit`` is called with every
+    unit, and the row before it."""
     total = 0
     for stream in streams:
         alone = [stream.first_row()]
         alone[0].move_to(device)
-        for _ in walk(plan, alone, 1, keep_inputs):
-            pass
+        for unit in walk(plan, alone, 1, keep_inputs):
+            visit(unit, alone[0])
         total += alone[0].peak
     return total
 

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import bigger_than_memory, limited_memory
 from fp4dit_ao.checkpoint import transformer_folder
+from fp4dit_ao.util.mapped_files import anonymous_bytes
 
 SLACK = 40e6
 """Bytes that Python and the C library take besides, whatever the model: a seventh of this small one."""
@@ -17,7 +18,7 @@ def test_the_command_needs_the_quantized_size_and_two_tensors(tmp_path: Path) ->
     assert 250e6 < large.nbytes < 310e6
     assert len(list((tmp_path / "float" / "transformer").glob("*.safetensors"))) >= 4  # shards
     # beside it there is room for imports alone, and for the pages of a shard; without a limiter the figure has to do
-    row = bigger_than_memory.measured(large, "command", "w4a6_e2m1", 1.2e9, tmp_path / "q")
+    row = bigger_than_memory.measured(large, "command", bigger_than_memory.Method("w4a6_e2m1"), 1.2e9, tmp_path / "q")
     assert row["quantized"] < 0.34 * large.nbytes  # a twentieth of this model, its modulation, is not quantized
     assert row["added"] < row["bound"] + SLACK < 0.6 * large.nbytes
     assert transformer_folder.read_record(tmp_path / "q" / "transformer").decisions
@@ -33,7 +34,7 @@ def test_a_peak_is_seen_and_a_mapped_file_is_not(tmp_path: Path) -> None:
     with limited_memory.Peak() as peak:
         torch.ones(15_000_000).sum()
     assert 55e6 < peak.added < 80e6
-    after = limited_memory.anonymous_bytes()
+    after = anonymous_bytes()
     assert after - peak.before < 20e6
 
 

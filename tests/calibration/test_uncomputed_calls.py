@@ -43,6 +43,18 @@ def test_what_needs_values_is_computed() -> None:
         torch.testing.assert_close(model(x, kept=True)[0], expected)
 
 
+def test_equal_shapes_are_found_once() -> None:
+    model, x = Halves(), torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]])
+    seen = []
+    model.fc.register_forward_hook(lambda *_: seen.append(0))
+    with uncomputed([model]):
+        first, _ = model(x)
+        again, _ = model(-x)
+        assert (len(seen), again.shape, again.stride()) == (1, first.shape, (4, 1))
+        model(x[:1])
+        assert len(seen) == 2
+
+
 def test_a_pipelines_first_call_is_the_same() -> None:
     pipe: Any = tiny_pipeline(layers=1)
     how: dict[str, Any] = {"prompts": ["a red cat"], "samples": 1, "progress": False, **CALL}

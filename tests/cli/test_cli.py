@@ -244,13 +244,16 @@ def test_a_recipe_is_changed_as_a_whole_and_layer_by_layer(folders, tmp_path):
         (["--layer", "*=w4a7"], ["unknown recipe 'w4a7'"]),
         (["--config", "prompts.txt"], ["prompts.txt", "not valid JSON"]),
         (["--config", "list.json"], ["JSON object"]),
-        (["--config", "typo.json"], ["does not know grup_size"]),
+        (["--config", "typo.json"], ["no field 'grup_size'", "group_size"]),
+        (["--config", "wrong.json"], ["group_size"]),
+        (["--config", "none.json"], ["cannot read none.json", "No such file"]),
         (["--dtype", "float8"], ["unknown dtype 'float8'", "bfloat16"]),
     ],
 )
 def test_changes_of_a_recipe_that_are_refused(folders, tmp_path, options, words):
     (folders / "list.json").write_text("[1]")
     (folders / "typo.json").write_text('{"grup_size": 32}')
+    (folders / "wrong.json").write_text('{"group_size": "many"}')
     options = [str(folders / option) if (folders / option).is_file() else option for option in options]
     call = ["--prompts", folders / "prompts.txt", "--out", tmp_path / "q", "--rounding", "nearest"]
     refused(run("quantize", folders / "float", *call, *options), *words)
@@ -669,6 +672,19 @@ def test_what_is_finished_is_kept_and_the_way_on_is_said(folders, tmp_path, monk
     refused(other, "another run", "--resume", str(tmp_path / "q.unfinished"))
     assert run(*command, "--resume").exit_code == 0
     assert {path.name for path in tmp_path.iterdir()} == {"q"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--memory", "lots"], ["'lots' is no amount of memory", "such as 8GB"]),
+        (["--memory", "8GB", "--fine-tuning", "scales"], ["memory='8GB'", "'scales' trains the whole model"]),
+    ],
+)
+def test_a_limit_of_memory_that_cannot_be_kept_is_refused(folders, tmp_path, options, words):
+    command = ["quantize", folders / "float", "--prompts", folders / "prompts.txt", "--out", tmp_path / "q", *options]
+    refused(run(*command), *words)
+    assert not entries(tmp_path)
 
 
 def test_an_unfinished_run_is_not_overwritten(folders, tmp_path):

@@ -71,9 +71,8 @@ def test_a_stage_that_is_never_reached_is_an_error() -> None:
         collect_samples(two_stages(), component="transformer_2", progress=False, **call(steps=1))
 
 
-@pytest.mark.parametrize("samples", [1, 8])
-def test_two_kinds_of_calls_are_refused_before_anything_is_learned(samples: int) -> None:
-    """Stable Diffusion 3 with skip-layer guidance calls its transformer with and without skipped layers."""
+def skip_layer_guidance(start: float) -> tuple[Any, dict[str, Any]]:
+    """Stable Diffusion 3 and a call of it, which leaves layers out in calls of their own from that part of the steps on."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     model = SD3Transformer2DModel(
@@ -82,14 +81,27 @@ def test_two_kinds_of_calls_are_refused_before_anything_is_learned(samples: int)
     )  # fmt: skip
     pipe = StableDiffusion3Pipeline(model, FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, None, None)
     text, pooled = torch.randn(1, 8, 64), torch.randn(1, 64)
-    guidance = {"skip_guidance_layers": [0], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
-    with pytest.raises(
-        ValueError, match=r"more than one way: skip_layers is None in one call, and in another \[0\].*leave out"
-    ):
-        collect_samples(
-            pipe, prompt_embeds=text, pooled_prompt_embeds=pooled, negative_prompt_embeds=text, progress=False,
-            negative_pooled_prompt_embeds=pooled, height=64, width=64, num_inference_steps=2, samples=samples, **guidance,
-        )  # fmt: skip
+    return pipe, {
+        "prompt_embeds": text, "pooled_prompt_embeds": pooled, "negative_prompt_embeds": text, "height": 64, "width": 64,
+        "negative_pooled_prompt_embeds": pooled, "num_inference_steps": 3, "skip_guidance_layers": [0],
+        "skip_layer_guidance_start": start, "skip_layer_guidance_stop": 1.0,
+    }  # fmt: skip
+
+
+TWO_KINDS = r"more than one way: skip_layers is None in one call, and in another \[0\].*leave out"
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_two_kinds_of_calls_are_refused_before_anything_is_learned(samples: int) -> None:
+    pipe, call = skip_layer_guidance(start=-1.0)
+    with pytest.raises(ValueError, match=TWO_KINDS):
+        collect_samples(pipe, progress=False, samples=samples, **call)
+
+
+def test_a_second_kind_that_comes_late_is_refused_where_no_data_is_looked_at() -> None:
+    pipe, call = skip_layer_guidance(start=0.5)
+    with pytest.raises(ValueError, match=TWO_KINDS):
+        quantize_pipeline(pipe, "w4a6", **NEAREST, **call)
 
 
 def test_what_makes_calls_of_one_kind() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.families import forms_of
-from benchmarks.small_transformers import SMALL_TRANSFORMERS, small_transformer, transformer_classes
+from benchmarks.small_transformers import SMALL_TRANSFORMERS, small_transformer, transformer_classes, untried_classes
 from benchmarks.small_transformers.entry import Small
 from benchmarks.transformer_forms import Outcome, forms_table, measure, run, summary
 from fp4dit_ao import quantize_modules
@@ -43,6 +43,17 @@ def test_every_class_of_diffusers_has_a_small_model() -> None:
     assert len(SMALL_TRANSFORMERS) == 73
     if diffusers.__version__ == "0.42.1":
         assert list(SMALL_TRANSFORMERS) == transformer_classes()
+
+
+def test_ci_names_the_classes_of_a_later_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+
+    known = untried_classes()
+    assert known == [] or diffusers.__version__ != "0.42.1"
+    monkeypatch.setattr(diffusers, "NewTransformer9DModel", object, raising=False)
+    monkeypatch.setattr(diffusers, "NewTransformer9DPipeline", object, raising=False)
+    assert untried_classes() == sorted([*known, "NewTransformer9DModel"])
+    assert "python -m benchmarks.small_transformers" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def test_a_class_without_a_small_model_is_untried_and_one_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,13 @@ def quantize(
             help="Parts of the calibration data, one or more per process of torchrun; they decide the result's bits.",
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that a process may take, such as 8GB: what does not fit beside the block at work goes into files "
+            "beside OUT; the result's bits are the same."
+        ),
+    ] = None,
 ) -> None:
     """Quantize MODEL and save it. `fp4dit-ao methods` lists the names that options for methods take."""
     from fp4dit_ao.cli import quantize as run
@@ -136,4 +143,5 @@ def quantize(
         samples=samples, seed=seed, resume=resume, device=device, dtype=dtype,
         fields=config_fields(config, group_size, weight_search), layers=layer_rules(layer),
         encoded_prompts=encoded_prompts, components=component, text_encoder_recipe=text_encoder_recipe,
+        memory=memory,
     )  # fmt: skip
