@@ -4,12 +4,17 @@ Ours quantizes tokens from bfloat16, multiplies and writes bfloat16, all within 
 quantizes tokens as it lays them out. Beside it, in turns: PyTorch's linear in bfloat16 (eager, and prepacked weights), and
 oneDNN's int8 product of tokens that are quantized already, with one scale for all of them: what the processor can do, not the
 same computation. Ratios are medians over the rounds of neighbours in time.
+
+``--joined`` measures something else: linears that read the same tokens as one product against one product each, alone and in
+compiled transformers of the reference pipeline's and of PixArt-XL's sizes.
 """
 
+import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +24,8 @@ from rich.progress import track
 from torch import Tensor
 
 from fp4dit_ao import _compat
+from fp4dit_ao.benchmark.transformers import PIXART_XL, quantized, random_model, sample
+from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.evaluation.environment import one_line
 from fp4dit_ao.evaluation.fidelity import markdown_table
 from fp4dit_ao.kernels import codebook_linear
@@ -27,6 +34,13 @@ from fp4dit_ao.kernels.cpu import native
 SHAPES = ((1152, 1152), (4608, 1152), (1152, 4608))
 """Output and input features of PixArt-XL's linears."""
 GROUP = 128
+JOINED, SEPARATE = "joined", "separate"
+TOGETHER = (
+    (3, 256, 128), (2, 256, 32), (3, 1152, 512), (3, 1152, 2048), (3, 1152, 8192), (2, 1152, 600),
+)  # fmt: skip
+"""Linears that read one value, their width, and its tokens: q, k and v of the reference pipeline's images and k and v of its
+texts, and of PixArt-XL's images at 256, 512 and 1024 px and of its texts; guidance doubles them."""
+RECIPE = "w4a6_codebook"
 OURS, AT_ONCE, EAGER, PREPACKED, ONEDNN = "ours", "at once", "eager", "prepacked", "oneDNN"
 
 
@@ -37,12 +51,19 @@ def main(
     fmt: Annotated[str, typer.Option("--format", help="Of the tokens.")] = "e2m3",
     rounds: Annotated[int, typer.Option(min=1, help="At least; small shapes take more.")] = 15,
     threads: Annotated[int, typer.Option(min=0, help="0 takes PyTorch's number.")] = 0,
+    joined: Annotated[
+        bool, typer.Option(help="One product for linears that share their tokens against one each.")
+    ] = False,
+    layers: Annotated[int, typer.Option(help="Of the transformer as wide as PixArt-XL; 0 leaves it out.")] = 2,
 ) -> None:
     """Print the table."""
     if threads:
         torch.set_num_threads(threads)
     if native.shared_object() is None:  # it has said why, and what to do
         raise typer.Exit(1)
+    if joined:
+        _print_joined(fmt, rounds, layers)
+        return
     cases = [(*shape, int(count)) for shape in SHAPES for count in counts.split(",")]
     rows, gains = [], []
     for features, depth, count in track(cases, "measuring", console=Console(stderr=True)):
@@ -109,6 +130,83 @@ def _ways(features: int, depth: int, count: int, fmt: str) -> dict[str, Callable
     integers = codebook_linear.decode(qdata, index, codebooks, GROUP)
     ways[ONEDNN] = _compat.prepacked_int8_linear(levels[:count], integers, torch.ones(features), torch.bfloat16)
     return ways
+
+
+def _print_joined(fmt: str, rounds: int, layers: int) -> None:
+    """Print what joining gains."""
+    rows = []
+    for linears, width, count in track(TOGETHER, "measuring", console=Console(stderr=True)):
+        seconds = _turns(_together(linears, width, count, fmt), rounds, enough=1.0)
+        rows.append([f"{linears} x {width} x {width}, {count} tokens", *_joined_cells(seconds)])
+    models: dict[str, tuple[torch.nn.Module, dict[str, Any]]] = {"reference pipeline, 64 px": _reference()}
+    if layers:
+        config = PIXART_XL | {"num_layers": layers}
+        models[f"PixArt-XL, {layers} layers, 512 px"] = (
+            random_model(config, 512, torch.bfloat16), dict(sample(512, torch.bfloat16, config)),
+        )  # fmt: skip
+    for name, (model, given) in models.items():
+        seconds = _turns(_steps(model, given), rounds, enough=5.0)
+        rows.append([f"a compiled step: {name}", *_joined_cells(seconds)])
+    print(markdown_table(["", "separate, ms", "joined, ms", "separate / joined"], rows))
+    print(
+        f"\n{fmt.upper()} tokens alone, {RECIPE} in steps; kernel {next(iter(codebook_linear.kernels()))}; {one_line()}"
+    )
+
+
+def _joined_cells(seconds: list[dict[str, float]]) -> list[str]:
+    medians = [f"{statistics.median(t[way] for t in seconds) * 1e3:.3f}" for way in (SEPARATE, JOINED)]
+    return [*medians, f"{_ratio(seconds, lambda t: t[SEPARATE], JOINED):.3f}"]
+
+
+def _together(linears: int, width: int, count: int, fmt: str) -> dict[str, Callable[[], object]]:
+    """One product of all rows, sliced, and one product each; tokens are quantized once in both."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(count, width, generator=g).bfloat16()
+    qdata = torch.randint(0, 256, (linears * width, width // 2), dtype=torch.uint8, generator=g)
+    index = torch.randint(0, 256, (linears * width, (width // GROUP + 1) // 2), dtype=torch.uint8, generator=g)
+    codebooks = torch.randint(-120, 121, (16, 16), dtype=torch.int8, generator=g)
+    row_scale, bias = torch.rand(linears * width, generator=g), torch.randn(linears * width, generator=g)
+    parts = [slice(start, start + width) for start in range(0, linears * width, width)]
+
+    def products(*every: slice) -> list[Tensor]:
+        levels, scale = torch.ops.fp4dit_ao.quantize_tokens(x, fmt)
+        how = torch.bfloat16, levels.shape[0] // count
+        return [
+            torch.ops.fp4dit_ao.codebook_linear(
+                levels, scale, qdata[rows], index[rows], codebooks, row_scale[rows], bias[rows], *how
+            )
+            for rows in every
+        ]
+
+    def as_one() -> list[Tensor]:
+        (y,) = products(slice(None))
+        return [y[:, part] for part in parts]
+
+    def apart() -> list[Tensor]:
+        return products(*parts)
+
+    assert all(map(torch.equal, as_one(), apart()))
+    return {JOINED: as_one, SEPARATE: apart}
+
+
+def _reference() -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A transformer of the reference pipeline's sizes, and a call with guidance, batch 2."""
+    from fp4dit_ao.reference.architecture import TEXT_LENGTH, build_transformer
+
+    model = build_transformer().to(torch.bfloat16).eval().requires_grad_(False)
+    given = sample(128, torch.bfloat16, {"in_channels": 4, "caption_channels": 256})
+    text = torch.randn(2, TEXT_LENGTH, 256, generator=torch.Generator().manual_seed(2)).bfloat16()
+    return model, dict(given) | {"encoder_hidden_states": text}
+
+
+@torch.no_grad()
+def _steps(model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Callable[[], object]]:
+    """A quantized and compiled model, with linears joined and without; their outputs are equal."""
+    found: QuantizedTransformer = quantized(model, given, RECIPE)
+    forms = {JOINED: found.compile_graph(), SEPARATE: copy.deepcopy(found).compile_graph(joined=False)}
+    outputs = [form(**given)[0] for form in forms.values()]
+    print(f"outputs of both steps are {'equal' if torch.equal(*outputs) else 'not equal'} in every bit")
+    return {name: torch.no_grad()(functools.partial(form, **given)) for name, form in forms.items()}
 
 
 def _turns(ways: dict[str, Callable[[], object]], rounds: int, enough: float) -> list[dict[str, float]]:

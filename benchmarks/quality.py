@@ -85,8 +85,14 @@ WHY: dict[str, Row] = {
     "only-e1m2": Row("weights E1M2 alone", replace(E2M1, weight="e1m2", activation=None, attention=None)),
     "only-int4": Row("weights INT4 alone", replace(INT, activation=None, attention=None)),
     "e2m1-mse": Row("W4A6 without E3M0, scales searched, nearest", replace(E2M1, weight_search="mse")),
+    "e2m1-weighted": Row(
+        "W4A6 without E3M0, scales searched by inputs, nearest", replace(E2M1, weight_search="weighted_mse")
+    ),
     "nf4-absmax": Row("W4A6 with NF4, nearest", replace(NF4, weight_search="absmax")),
     "codebook-nearest": Row("W4A6 with codebook groups, nearest", CODEBOOK),
+    "codebook-weighted": Row(
+        "W4A6 with codebook groups, searched by inputs, nearest", replace(CODEBOOK, weight_search="weighted_mse")
+    ),
     "codebook-gptq": Row("W4A6 with codebook groups, GPTQ", CODEBOOK, "gptq"),
     "codebook": Row("W4A6 with codebook groups, scale-aware", CODEBOOK, "scale_aware"),
     "codebook8-nearest": Row("W4A8 with codebook groups, INT8 tokens, nearest", RECIPES["w4a8_codebook"]()),
@@ -123,6 +129,7 @@ PAIRS = [
     ("w4a6-nearest", "static-nearest"), ("w4a6", "static"), ("w4a8-nearest", "w4a6-nearest"), ("w4a8", "w4a6"),
     ("w4a8-int8-nearest", "w4a8-nearest"),
     ("codebook-nearest", "nf4-nearest"), ("codebook-nearest", "e2m1-nearest"), ("codebook-nearest", "w4a6-nearest"),
+    ("codebook-weighted", "codebook-nearest"), ("e2m1-weighted", "e2m1-mse"),
     ("codebook-gptq", "codebook-nearest"), ("codebook", "codebook-nearest"), ("codebook-gptq", "codebook"),
     ("e2m1-groups", "e2m1-mse"), ("e2m3", "int-nearest"),
     ("e2m1-sign", "e2m1-nearest"), ("e2m1-sign", "e2m1"), ("codebook-sign", "codebook-nearest"),

@@ -208,7 +208,7 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         spec = QuantizationSpec(dtype=torch.uint8, observer_or_fake_quant_ctr=observer)
         specs: dict[Node, QuantizationSpecBase | None] = {weight: spec}
         if config.activation is not None:
-            gram = bool(config.weight_candidates)
+            gram = config.weights_need_data
             specs[source] = _activation_spec(source, node, config.activation, config, f"{name}.input", gram, shared)
         node.meta[ANNOTATION] = QuantizationAnnotation(specs, allow_implicit_sharing=False, _annotated=True)
 

@@ -25,6 +25,7 @@ class CodebookWeightObserver(WeightObserver):
     Args:
         fmt: a codebook set, or several: then :meth:`resolve` takes the one with the least output error.
         group_size: input features that share a codebook.
+        search: ``"mse"``, or ``"weighted_mse"``, which :meth:`resolve` gives the inputs.
         name: the parameter's fully qualified name: for messages, and for the buffers ``…weight_codes``, ``…weight_index``,
             ``…weight_codebooks`` and ``…weight_row_scale``.
 
@@ -43,12 +44,13 @@ class CodebookWeightObserver(WeightObserver):
         self,
         fmt: str | CodebookSet | Sequence[str | CodebookSet],
         group_size: int = 128,
+        search: str = "mse",
         name: str = "weight",
         **spec: Any,
     ):
         names = [fmt] if isinstance(fmt, str | CodebookSet) else fmt
         sets: Any = [codebook_set(each) if isinstance(each, str) else register_codebook_set(each) for each in names]
-        super().__init__(sets, PerGroup(group_size), search="mse", name=name, **spec)
+        super().__init__(sets, PerGroup(group_size), search=search, name=name, **spec)
         self.group_size = group_size
         self.register_buffer("index", None)
 
@@ -58,7 +60,7 @@ class CodebookWeightObserver(WeightObserver):
                 f"{self.name}: groups of {self.group_size} do not divide the {weight.shape[1]} columns of shape "
                 f"{tuple(weight.shape)}; choose a group_size that does"
             )
-        scale, self.index = codebook_search.search(weight, self.fmt, self.group_size)
+        scale, self.index = codebook_search.search(weight, self.fmt, self.group_size, self.importance)
         return scale
 
     def _settle(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,10 +95,11 @@ class CodebookWeightObserver(WeightObserver):
             return
         super().resolve(weight, gram)
         assert self.scale is not None  # of the set that won; the index is of the last that was tried
-        self.index = codebook_search.best_books(weight, self.scale, self.fmt, self.group_size)
+        self.index = codebook_search.best_books(weight, self.scale, self.fmt, self.group_size, self.importance)
 
     def pretend_observed(self, weight: Tensor) -> None:
         rows, columns = weight.shape
+        self.resolved = True
         self.scale = torch.empty(rows)
         self.index = torch.empty((rows, columns // self.group_size), dtype=torch.uint8)
         self.codes = torch.empty((rows, columns), dtype=torch.uint8)

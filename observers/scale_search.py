@@ -6,13 +6,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fp4dit_ao.config.quant_config import WEIGHT_SEARCHES
+from fp4dit_ao.config.quant_config import SEARCHES_ON_DATA, WEIGHT_SEARCHES
 from fp4dit_ao.formats import NumberFormat
 from fp4dit_ao.kernels.candidate_search import best_candidate, squared_error
 from fp4dit_ao.observers.four_over_six import four_over_six
 from fp4dit_ao.observers.outlier_cut import outlier_cut
 from fp4dit_ao.observers.row_chunks import rows_at_once
-from fp4dit_ao.ops import choose_scale, to_scale_dtype
+from fp4dit_ao.ops import choose_scale, fake_quantize, full_block, to_scale_dtype
 from fp4dit_ao.util.registry import Registry
 
 
@@ -41,6 +41,27 @@ class ScaleSearch(Protocol):
         """
 
 
+class InputSearch(Protocol):
+    """A :class:`ScaleSearch` that looks at inputs, too, as soon as calibration has seen some: then it is called once more."""
+
+    def __call__(
+        self,
+        weight: Tensor,
+        block_size: Sequence[int],
+        fmt: NumberFormat,
+        scale_dtype: torch.dtype,
+        importance: Tensor | None = None,
+        /,
+    ) -> Tensor:
+        """Finds the scales.
+
+        Args:
+            weight, block_size, fmt, scale_dtype: see :class:`ScaleSearch`.
+            importance: float32 ``(in_features,)``, how often the error of each input's weights counts, about its mean square
+                relative to that of all inputs; None before there is data.
+        """
+
+
 SWEEP = torch.linspace(0.1, 1.2, 111).tolist()
 """Fractions of absmax that LowBit-FP tries."""
 CLIPS = torch.linspace(0.4, 1.2, 81).tolist()
@@ -58,6 +79,43 @@ def mse(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale_dtyp
     Source: the clip search of arXiv 2408.06995 (LBFP), with its 0.1 to 1.2 grid narrowed to where minima occur.
     """
     return _least_squares(weight, block_size, fmt, scale_dtype, CLIPS)
+
+
+def weighted_mse(
+    weight: Tensor,
+    block_size: Sequence[int],
+    fmt: NumberFormat,
+    scale_dtype: torch.dtype,
+    importance: Tensor | None = None,
+) -> Tensor:
+    """Like :func:`mse`, with each weight's squared error multiplied by the mean square of its input.
+
+    That is the error of outputs, ``tr(E G E^T)`` with G the Gram matrix of the inputs, but for what two inputs have in common.
+    """
+    if importance is None:
+        return mse(weight, block_size, fmt, scale_dtype)
+    rows = rows_at_once(weight) if block_size[0] == 1 else len(weight)
+    found = []
+    for part in weight.split(rows):
+        base = choose_scale(part, block_size, str(fmt), torch.float32)
+        best = to_scale_dtype(base, scale_dtype)
+        least = _block_errors(part, block_size, best, fmt, importance)
+        for fraction in CLIPS:
+            scale = to_scale_dtype(base * fraction, scale_dtype)
+            error = _block_errors(part, block_size, scale, fmt, importance)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        found.append(best)
+    return torch.cat(found)
+
+
+def _block_errors(
+    weight: Tensor, block_size: Sequence[int], scale: Tensor, fmt: NumberFormat, importance: Tensor
+) -> Tensor:
+    """Squared error of every block, shaped like ``scale``."""
+    values = fake_quantize(weight, list(block_size), scale, str(fmt), torch.float32)
+    errors = (values - weight.float()).square() * importance.to(weight.device)
+    height, width = full_block(weight.shape, list(block_size))
+    return errors.unflatten(1, (-1, width)).unflatten(0, (-1, height)).sum((1, 3))
 
 
 def lowbit_fp(weight: Tensor, block_size: Sequence[int], fmt: NumberFormat, scale_dtype: torch.dtype) -> Tensor:
@@ -87,18 +145,25 @@ __all__ = [
     "CLIPS",
     "SEARCHES",
     "SWEEP",
+    "InputSearch",
     "ScaleSearch",
     "absmax",
     "four_over_six",
     "lowbit_fp",
     "mse",
     "outlier_cut",
+    "register_input_search",
     "register_search",
     "squared_error",
+    "weighted_mse",
 ]
 
 SEARCHES: Registry[ScaleSearch] = Registry("scale search")
 """By the name that ``QuantConfig.weight_search`` and ``WeightObserver(search=...)`` take."""
+
+
+INPUT_SEARCHES: dict[str, InputSearch] = {}
+"""Those of :data:`SEARCHES` that look at inputs."""
 
 
 def register_search(name: str, search: ScaleSearch, *, summary: str, source: str = "", cost: str = "") -> ScaleSearch:
@@ -110,6 +175,17 @@ def register_search(name: str, search: ScaleSearch, *, summary: str, source: str
     SEARCHES.register(name, search, summary=summary, source=source, cost=cost)
     if name not in WEIGHT_SEARCHES:
         WEIGHT_SEARCHES.append(name)
+    return search
+
+
+def register_input_search(
+    name: str, search: InputSearch, *, summary: str, source: str = "", cost: str = ""
+) -> InputSearch:
+    """:func:`register_search` of one that looks at inputs: weights are searched once more when they are known."""
+    register_search(name, search, summary=summary, source=source, cost=cost)
+    INPUT_SEARCHES[name] = search
+    if name not in SEARCHES_ON_DATA:
+        SEARCHES_ON_DATA.append(name)
     return search
 
 
@@ -125,6 +201,12 @@ register_search(
     summary="Of 81 fractions of absmax the one with the least squared error",
     source="arXiv 2408.06995, section 3 (clip search)",
     cost="seconds a model",
+)
+register_input_search(
+    "weighted_mse",
+    weighted_mse,
+    summary="Like mse, each weight's error weighted by the mean square of its input",
+    cost="calibration, then seconds a model; codebook groups, too",
 )
 register_search(
     "lowbit_fp",

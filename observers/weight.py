@@ -13,7 +13,7 @@ from fp4dit_ao.observers.activation import ActivationObserver
 from fp4dit_ao.observers.base import FloatObserver, add_buffer, known, refuse_non_finite, replace_observer
 from fp4dit_ao.observers.grid import Grid
 from fp4dit_ao.observers.row_chunks import rows_at_once
-from fp4dit_ao.observers.scale_search import SEARCHES
+from fp4dit_ao.observers.scale_search import INPUT_SEARCHES, SEARCHES
 from fp4dit_ao.ops import dequantize, expand_scale, full_block, quantize
 
 _OPS = torch.ops.fp4dit_ao
@@ -37,7 +37,7 @@ class WeightObserver(FloatObserver):
     Args:
         fmt: the format, or several: then :meth:`resolve` takes the one with the least output error.
         granularity: torchao's ``PerTensor()``, ``PerAxis(0)`` or ``PerGroup(n)``.
-        search: a name in ``scale_search.SEARCHES``.
+        search: a name in ``scale_search.SEARCHES``; one that looks at inputs is given them by :meth:`resolve`.
         scale_dtype: type of the stored scales.
         name: the parameter's fully qualified name, such as ``blocks.0.fc.weight``: for messages, and for the buffers
             ``…weight_codes`` and ``…weight_scale`` that ``convert`` creates beside it.
@@ -48,12 +48,14 @@ class WeightObserver(FloatObserver):
     Attributes:
         scale: ``(out_features or 1, groups)``, set by the first forward.
         codes: uint8, shaped like the weight, once a rounding was learned; None means round to nearest.
+        importance: float32 ``(in_features,)``, mean squares of the inputs, for searches that look at them; None before.
         deferred: whether ``convert_pt2e`` leaves this observer in the graph, so that it can be converted alone.
         rounding: a module that maps the weight to its (softly) rounded value while a rounding is being learned.
     """
 
     scale: Tensor | None
     codes: Tensor | None
+    importance: Tensor | None
     _searched: Tensor | None
     """The search's scale, where a rounding settled on another."""
 
@@ -70,13 +72,15 @@ class WeightObserver(FloatObserver):
         candidates = tuple(known(f) for f in names)
         super().__init__(candidates[0], **spec)
         self.candidates = candidates
-        self.resolved = len(candidates) == 1
+        self.on_data = search in INPUT_SEARCHES
+        self.resolved = len(candidates) == 1 and not self.on_data
         self.granularity, self.search, self.scale_dtype, self.name = granularity, search, scale_dtype, name
         self.find_scale = SEARCHES.find(search)
         self.rounding: nn.Module | None = None
         self.deferred = False
         self.register_buffer("scale", None)
         self.register_buffer("codes", None)
+        self.register_buffer("importance", None, persistent=False)
         self.register_buffer("_searched", None, persistent=False)
 
     def block_size(self, x: Tensor) -> list[int]:
@@ -104,7 +108,10 @@ class WeightObserver(FloatObserver):
         return self.dequantized(weight)
 
     def _search(self, weight: Tensor) -> Tensor:
-        return self.find_scale(weight, self.block_size(weight), self.fmt, self.scale_dtype)
+        block_size = self.block_size(weight)
+        if self.importance is None:
+            return self.find_scale(weight, block_size, self.fmt, self.scale_dtype)
+        return INPUT_SEARCHES[self.search](weight, block_size, self.fmt, self.scale_dtype, self.importance)
 
     def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(codes, scale): the learned codes if there are any, else to nearest."""
@@ -182,8 +189,11 @@ class WeightObserver(FloatObserver):
         """
         if gram is None:
             raise RuntimeError(
-                f"{self.name}: choosing a weight format needs data; run calibrate(prepared, samples) first"
+                f"{self.name}: choosing a weight format{' or scale' if self.on_data else ''} needs data; run "
+                "calibrate(prepared, samples) first"
             )
+        if self.on_data:
+            self.importance = importance_of(gram)
         errors = {}
         for candidate in self.candidates:
             self.choose(candidate, weight)
@@ -199,14 +209,15 @@ class WeightObserver(FloatObserver):
 
     @torch.no_grad()
     def resolve(self, weight: Tensor, gram: Tensor | None) -> None:
-        """Fixes the format to the candidate with the least output error (:meth:`candidate_errors`), if it is still open.
+        """Fixes the format to the candidate with the least output error (:meth:`candidate_errors`), and a scale that depends on
+        inputs, if they are still open.
 
         Args:
             weight: float ``(out_features, in_features)``.
             gram: float32 ``(in_features, in_features)`` of the calibration inputs.
 
         Raises:
-            RuntimeError: several candidates and no Gram matrix.
+            RuntimeError: several candidates, or a search that looks at inputs, and no Gram matrix.
         """
         if self.resolved:
             return
@@ -216,6 +227,7 @@ class WeightObserver(FloatObserver):
     def pretend_observed(self, weight: Tensor) -> None:
         """Gives the observer scales and codes without values, shaped as for ``weight``, so that a graph of fake tensors can be
         converted."""
+        self.resolved = True
         blocks = [n // b for n, b in zip(weight.shape, full_block(weight.shape, self.block_size(weight)), strict=True)]
         self.scale = torch.empty(blocks, dtype=self.scale_dtype)
         self.codes = torch.empty(weight.shape, dtype=torch.uint8)
@@ -247,6 +259,18 @@ class WeightObserver(FloatObserver):
             new = self.weight_node(model, weight)
         replace_observer(model, observer_node, new)
         release(model, source)
+
+
+def importance_of(gram: Tensor) -> Tensor:
+    """How often the error of each input's weights counts: its mean square relative to that of all, and a hundredth, so that an
+    input that calibration hardly saw still does.
+
+    Args:
+        gram: float ``(in_features, in_features)``.
+    """
+    power = gram.diagonal().float()
+    mean = power.mean()
+    return power / mean + 0.01 if mean > 0 else torch.ones_like(power)
 
 
 def release(model: GraphModule, node: Node) -> None:

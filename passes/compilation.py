@@ -7,18 +7,23 @@ from torch.fx import GraphModule
 from fp4dit_ao import _compat
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.passes.block_outlining import kinds_of_blocks, outline
+from fp4dit_ao.passes.joined_linears import join_linears
 
 
-def compile_graph(graph: GraphModule) -> nn.Module:
+def compile_graph(graph: GraphModule, *, joined: bool = True) -> nn.Module:
     """Compiles ``graph`` as a whole: the fastest to run, and the slowest to compile.
 
     The code serves all batches of two or more, image sizes and text lengths; a batch of one compiles again on first
     use.
+
+    Args:
+        graph: the result of ``lower``; it shares its tensors with the result.
+        joined: whether linears that read the same value become one product; see :func:`join_linears`.
     """
-    return _Compiled(graph)
+    return _Compiled(join_linears(graph) if joined else graph)
 
 
-def compile_blocks(graph: GraphModule) -> GraphModule:
+def compile_blocks(graph: GraphModule, *, joined: bool = True) -> GraphModule:
     """Compiles each kind of block once; all blocks of the kind run that code, and nodes between blocks run uncompiled.
 
     The compile time does not grow with the number of blocks; ``fp4dit-ao benchmark --part transformer`` prints it, and
@@ -26,8 +31,9 @@ def compile_blocks(graph: GraphModule) -> GraphModule:
 
     Args:
         graph: the result of ``lower``; it is not changed, and shares its tensors with the result.
+        joined: whether linears that read the same value become one product; see :func:`join_linears`.
     """
-    outlined = outline(graph)
+    outlined = outline(join_linears(graph) if joined else graph)
     for weight in (*outlined.parameters(), *outlined.buffers()):
         _compat.mark_static(weight)  # weights are arguments of their block here, but their sizes never change
     for name, body in kinds_of_blocks(outlined).items():

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat
@@ -15,7 +16,8 @@ from fp4dit_ao.tensors.minifloat import MinifloatTensor
 Module = TypeVar("Module", bound=nn.Module)
 BFLOAT16 = "bfloat16"
 _UNPACKED = "fp4dit_ao_unpacked"
-"""Attribute of modules one of whose weights was unpacked."""
+"""Attribute of modules one of whose weights was unpacked, and key of a graph's ``meta`` with the number of times that some
+were."""
 
 
 def unpack_weights(model: Module, to: str = "int8", layers: Collection[str] | None = None) -> Module:
@@ -65,12 +67,22 @@ def unpack_weights(model: Module, to: str = "int8", layers: Collection[str] | No
     for (owner, name), value in found.items():
         _compat.slots(owner)[0][name] = nn.Parameter(value, requires_grad=False)
         setattr(owner, _UNPACKED, True)
+    for graph in model.modules():
+        if isinstance(graph, GraphModule):
+            graph.meta[_UNPACKED] = times_unpacked(graph) + 1
     return model
+
+
+def times_unpacked(graph: GraphModule) -> int:
+    """How often weights of ``graph`` were unpacked; what was compiled before holds others."""
+    count: int = graph.meta.get(_UNPACKED, 0)
+    return count
 
 
 def refuse_unpacked(model: nn.Module, what: str) -> None:
     """Raise ``ValueError`` if a weight of ``model`` was unpacked: graphs are rebuilt from packed codes alone."""
-    if any(getattr(module, _UNPACKED, False) for module in model.modules()):
+    graphs = (module for module in model.modules() if isinstance(module, GraphModule))
+    if any(getattr(module, _UNPACKED, False) for module in model.modules()) or any(map(times_unpacked, graphs)):
         raise ValueError(f"{what} needs packed weights, and these were unpacked; do it before unpack_weights()")
 
 

@@ -104,7 +104,7 @@ def quantized(model: nn.Module, given: Mapping[str, object], recipe: str) -> Qua
     config = recipe_for(model, recipe)
     quantizer = quantizer_for(model, recipe)
     prepared = prepare_pt2e(capture(model, given), quantizer)
-    if config.weight_candidates or not scheme_of(config).quantizes_online(config):
+    if config.weights_need_data or not scheme_of(config).quantizes_online(config):
         calibrate(prepared, [given], progress=False)
     graph = lower(convert_pt2e(prepared))
     decisions = graph_rebuilding.resolve(quantizer.decisions.values(), graph)

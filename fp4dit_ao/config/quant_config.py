@@ -46,7 +46,7 @@ class QuantConfig:
     weight_granularity: Literal["group", "channel", "tensor"] = "group"
     weight_search: str = "absmax"
     """How a weight scale is found, a name in ``observers.scale_search.SEARCHES``: ``"absmax"``, from the largest magnitude (the
-    paper), or ``"mse"``, the scale with the least squared error."""
+    paper), ``"mse"``, the scale with the least squared error, or ``"weighted_mse"``, with errors weighted by inputs."""
     activation_granularity: Literal["token", "tensor", "block"] = "token"
     """``"token"``: online, from each token's own absmax (the paper); ``"tensor"``: one static range, calibrated;
     ``"block"``: online, the hardware's block formats, for weights and inputs alike (``scale_dtype`` says which)."""
@@ -128,6 +128,11 @@ class QuantConfig:
         """Name of the quantization scheme that the fields choose, a key of ``fp4dit_ao.schemes.SCHEMES``."""
         return rules_of(self).name
 
+    @property
+    def weights_need_data(self) -> bool:
+        """Whether formats or scales of weights depend on calibration."""
+        return bool(self.weight_candidates) or self.weight_search in SEARCHES_ON_DATA
+
     @staticmethod
     def from_name(name: str) -> "QuantConfig":
         """The recipe of that name, one of :data:`RECIPES`.
@@ -184,8 +189,10 @@ _EXAMPLES = {
     "skip": ("proj_out*",),
 }
 
-WEIGHT_SEARCHES = ["absmax", "mse", "lowbit_fp", "four_over_six", "outlier_cut"]
+WEIGHT_SEARCHES = ["absmax", "mse", "weighted_mse", "lowbit_fp", "four_over_six", "outlier_cut"]
 """Names that ``weight_search`` takes; ``observers.scale_search.register_search`` adds to them."""
+SEARCHES_ON_DATA = ["weighted_mse"]
+"""Those among them that look at inputs; ``observers.scale_search.register_input_search`` adds to them."""
 
 _CHOICES: dict[str, Sequence[str | None]] = {
     "weight_granularity": ("group", "channel", "tensor"),

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 BLOCK_SEARCHES = {"e8m0": ("absmax",), "e4m3": ("absmax", "four_over_six")}
 """Values of ``QuantConfig.weight_search`` by the type of block scales: powers of two are too far apart for the second."""
+CODEBOOK_SEARCHES = ("mse", "weighted_mse")
+"""Values of ``QuantConfig.weight_search`` with codebook groups."""
 FLOAT_SCALES = ("float32", "float16", "bfloat16")
 """Types of scales that are plain floating-point numbers."""
 GROUP_MULTIPLE = 4
@@ -89,9 +91,11 @@ class CodebookGroupsRules:
                 f"QuantConfig: weight={config.weight!r} and weight_candidates={config.weight_candidates}; sets of codebooks "
                 f"({', '.join(CODEBOOK_SETS)}) do not mix with number formats in one layer"
             )
-        if config.weight_granularity != "group" or config.weight_search != "mse" or config.scale_dtype != "float32":
+        searched = config.weight_search in CODEBOOK_SEARCHES
+        if config.weight_granularity != "group" or not searched or config.scale_dtype != "float32":
             raise ValueError(
-                "QuantConfig: codebook groups have weight_granularity='group', weight_search='mse' and scale_dtype='float32'"
+                "QuantConfig: codebook groups have weight_granularity='group', weight_search='mse' or 'weighted_mse', and "
+                "scale_dtype='float32'"
             )
         if config.group_size % GROUP_MULTIPLE:
             raise ValueError(

@@ -41,15 +41,21 @@ class Note(TypedDict):
     versions: dict[str, str]
 
 
-def export_program(model: "QuantizedTransformer") -> ExportedProgram:
+def export_program(model: "QuantizedTransformer", *, joined: bool = False) -> ExportedProgram:
     """Exports the lowered graph of ``model`` as a program, whose results equal those of the eager graph in every bit.
 
     Its operators are aten's and ``torch.ops.fp4dit_ao``'s, its weights are plain tensors: codes ``….weight_qdata``
     (uint8) and scales ``….weight_scale``. It takes the captured keyword arguments and returns a tuple.
-    """
-    from fp4dit_ao.passes.subclass_unwrapping import unwrap  # needs torchao, which loading does not
 
-    graph = unwrap(model.graph)
+    Args:
+        model: on its device.
+        joined: whether linears that read the same value become one product, with one weight; see ``passes.joined_linears``.
+    """
+    # these need torchao, which loading does not
+    from fp4dit_ao.passes.joined_linears import join_linears
+    from fp4dit_ao.passes.subclass_unwrapping import unwrap
+
+    graph = unwrap(join_linears(model.graph) if joined else model.graph)
     kwargs = _example(model)
     numbers = _numbers(model)
     kwargs |= {name: as_length(kwargs[name]) for name in numbers}
@@ -87,7 +93,7 @@ def save_package(model: "QuantizedTransformer", path: str | Path) -> None:
         RuntimeError: there is no C++ compiler.
     """
     with whole_file(_checked(path)) as partial:
-        exported = export_program(model)
+        exported = export_program(model, joined=True)
         options = {"aot_inductor.metadata": {_NOTE: json.dumps(_note(model, exported))}}
         with torch.no_grad(), _compat.distinct_sizes(), _compat.types_in_packages():
             _compat.compile_package(exported, partial, options)

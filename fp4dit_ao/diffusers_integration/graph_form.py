@@ -4,6 +4,7 @@ This module imports diffusers; ``fp4dit_ao.QuantizedTransformer`` imports it on 
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -43,7 +44,7 @@ from fp4dit_ao.passes.device_placement import convert_tensors, move_to
 from fp4dit_ao.passes.fine_tuning import FineTuneReport
 from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
 from fp4dit_ao.passes.transforms.registry import applied_transforms
-from fp4dit_ao.passes.weight_unpacking import refuse_unpacked
+from fp4dit_ao.passes.weight_unpacking import refuse_unpacked, times_unpacked
 from fp4dit_ao.quantizer import Decision
 from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
 from fp4dit_ao.util.sentences import first_line
@@ -104,7 +105,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.fine_tuning_report: FineTuneReport | None = None
         self.combination_report: CombinationReport | None = None
         self._mode: Callable[[GraphModule], nn.Module] | None = None
-        self._ready: tuple[GraphModule, torch.device] | None = None
+        self._ready: tuple[GraphModule, torch.device, int] | None = None
         self._read: tuple[GraphModule, tuple[list[str], set[str], dict[str, object]]] | None = None
         self._set_up()
         self.eval()
@@ -146,7 +147,10 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self._read[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedTransformer":
+        before = self.device
         convert_tensors(self, fn)
+        if self.device != before:
+            self._ready = None  # what was compiled holds weights where they were
         self._set_up()
         return self
 
@@ -166,24 +170,29 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return contextlib.nullcontext()
 
     def _prepare(self, device: torch.device) -> None:
-        """Moves the graph's device constants to ``device``, and compiles the graph if asked."""
-        if self._ready is not None and self._ready[0] is self.graph and self._ready[1] == device:
+        """Moves the graph's device constants to ``device``, and compiles the graph if asked, once for these weights."""
+        changes = times_unpacked(self.graph)
+        if self._ready is not None and self._ready[0] is self.graph and self._ready[1:] == (device, changes):
             return
         move_to(self.graph, device)
         run = self._mode(self.graph) if self._mode else self.graph
         object.__setattr__(self, "_run", run)  # not registered as a submodule: it shares the graph's tensors
-        self._ready = (self.graph, device)
+        self._ready = (self.graph, device, changes)
 
-    def compile_graph(self, on: bool = True) -> "QuantizedTransformer":
+    def compile_graph(self, on: bool = True, *, joined: bool = True) -> "QuantizedTransformer":
         """Runs the graph under ``torch.compile(dynamic=True, fullgraph=True)`` from the next call on; ``on=False``
-        undoes it."""
-        self._mode, self._ready = compilation.compile_graph if on else None, None
+        undoes it.
+
+        Linears that read the same value, such as q, k and v, are one product then, with equal results; ``joined=False``
+        leaves them apart.
+        """
+        self._mode, self._ready = functools.partial(compilation.compile_graph, joined=joined) if on else None, None
         return self
 
-    def compile_blocks(self) -> "QuantizedTransformer":
+    def compile_blocks(self, *, joined: bool = True) -> "QuantizedTransformer":
         """Compiles each kind of block once, from the next call on, in a fraction of the time; see
-        ``compilation.compile_blocks``."""
-        self._mode, self._ready = compilation.compile_blocks, None
+        ``compilation.compile_blocks``, and :meth:`compile_graph` for ``joined``."""
+        self._mode, self._ready = functools.partial(compilation.compile_blocks, joined=joined), None
         return self
 
     def compile_repeated_blocks(self, *args: object, **kwargs: object) -> None:

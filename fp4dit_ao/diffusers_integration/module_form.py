@@ -68,7 +68,7 @@ def decide(
             f"recipe {asked} has attention_probabilities, which only the graph form computes; use quantize_pipeline, or leave "
             "it out"
         )
-    if config.weight_candidates:
+    if config.weights_need_data:
         raise ValueError(
             f"recipe {asked} needs calibration data; use quantize_pipeline, then load_pipeline(…, form='module')"
         )

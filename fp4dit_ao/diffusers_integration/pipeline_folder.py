@@ -122,8 +122,9 @@ def load_pipeline(
             weights, for LoRA and offloading; see :mod:`fp4dit_ao.diffusers_integration.module_form`.
         weights: ``"packed"`` keeps the stored codes. ``"int8"`` and ``"fp8"`` take a byte per 4-bit weight and are
             faster (:func:`fp4dit_ao.unpack_weights`); results differ in the last bits. ``"auto"`` holds in bfloat16 what
-            is faster so on ``device`` (measured for some seconds, then kept in the user's cache), in a model that runs in
-            bfloat16 and in the graph form. A pipeline whose weights are not packed cannot be saved.
+            is faster so on ``device`` (measured for some seconds, then kept in the user's cache), and on a GPU as bytes what
+            is faster so and fits, in a model that runs in bfloat16 and in the graph form. A pipeline whose weights are not
+            packed cannot be saved.
 
     Raises:
         FileNotFoundError: there is no such folder, or a file is missing from it.

@@ -242,8 +242,9 @@ def needs_data(
 
 
 def _calibrates(configs: Sequence[QuantConfig]) -> bool:
-    """Whether observers have to see data: to choose formats, or ranges that do not change from call to call."""
-    return any(config.weight_candidates or not scheme_of(config).quantizes_online(config) for config in configs)
+    """Whether observers have to see data: to choose formats and scales of weights, or ranges that do not change from call to
+    call."""
+    return any(config.weights_need_data or not scheme_of(config).quantizes_online(config) for config in configs)
 
 
 def _quantized(

@@ -52,7 +52,7 @@ def text_encoder_config(recipe: str | QuantConfig | None) -> QuantConfig:
         config = QuantConfig.from_name(recipe or DEFAULT_RECIPE)
         fields: Fields = {"attention": None, "pre_gelu_weight": None, "indivisible": "divisor"}
         config = dataclasses.replace(config, **fields if recipe else {**fields, "activation": None})
-    if config.weight_candidates or not scheme_of(config).quantizes_online(config):
+    if config.weights_need_data or not scheme_of(config).quantizes_online(config):
         raise ValueError(
             f"text encoder recipe {recipe} needs calibration data, which text encoders do not get; choose one that quantizes "
             "inputs online, such as w4a8"

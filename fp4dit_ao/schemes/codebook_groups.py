@@ -40,7 +40,8 @@ class CodebookGroupsScheme:
 
     def weight_observer(self, config: QuantConfig) -> ObserverSpec[CodebookWeightObserver]:
         sets = config.weight_candidates or (str(config.weight),)
-        return ObserverSpec(CodebookWeightObserver, {"fmt": sets, "group_size": config.group_size})
+        arguments = {"fmt": sets, "group_size": config.group_size, "search": config.weight_search}
+        return ObserverSpec(CodebookWeightObserver, arguments)
 
     def input_observer(self, config: QuantConfig, fmt: str) -> ObserverSpec[ActivationObserver]:
         candidates = config.activation_candidates

@@ -16,7 +16,7 @@ defines :meth:`QuantizedWeight.tiles`, :meth:`~QuantizedWeight.stored_values`, :
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
 import torch
@@ -143,6 +143,17 @@ class QuantizedWeight(TorchAOBaseTensor, metaclass=CopiedByCall):  # type: ignor
             views[name] = x.narrow(stored_dim, start // step, (stop - start) // step)
         shape[stored_dim] = stop - start
         return self.with_parts(**views, **self.attributes_of_part(*shape))
+
+    def kind_of_rows(self) -> Hashable | None:
+        """Equal for weights that ``torch.cat`` can put one below the other; None if this one's rows share more than a table."""
+        parts: list[Hashable] = [type(self), self.stored_shape[1]]
+        for name, tile in self.tiles().items():
+            x: Tensor = getattr(self, name)
+            if self.transposed or (tile is not None and tile[0] == -1):
+                return None
+            parts += [x.dtype, x.device, x.shape[1:], str(x.tolist()) if tile is None else None]
+        values = (getattr(self, name) for name in _compat.parts(type(self)) if name not in self.tensor_data_names)
+        return (*parts, *(tuple(value) if isinstance(value, list) else value for value in values))
 
     def _least(self, stored_dim: int) -> int:
         """The shortest part along a stored dimension."""

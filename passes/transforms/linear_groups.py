@@ -55,8 +55,7 @@ def groups_by_input(graph: GraphModule, linears: list[AnnotatedLinear]) -> list[
         fits = linear.source.meta["val"].dtype == weight.dtype and weight.is_floating_point()
         if not linear.name or not fits or sum(x is weight for x in tensors) > 1:
             continue
-        block = _BLOCK.match(linear.name)
-        keys: list[object] = [(linear.source, block and block.group()), linear.weight]
+        keys: list[object] = [(linear.source, block_of(linear.name)), linear.weight]
         found = list({id(by_key[key]): by_key[key] for key in keys if key in by_key}.values())
         group = found[0] if found else LinearGroup([])
         if not found:
@@ -68,6 +67,12 @@ def groups_by_input(graph: GraphModule, linears: list[AnnotatedLinear]) -> list[
         group.linears.append(linear)
         by_key.update(dict.fromkeys(keys, group))
     return groups
+
+
+def block_of(name: str) -> str | None:
+    """The transformer block that a module's or parameter's name lies in, ``transformer_blocks.3``; None outside of blocks."""
+    block = _BLOCK.match(name)
+    return block and block.group()
 
 
 def nodes_by_linear(graph: GraphModule) -> dict[str, list[Node]]:

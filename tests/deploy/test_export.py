@@ -108,6 +108,18 @@ def test_nothing_in_a_program_is_pickled(program: Path) -> None:
             assert not (content[:1] == b"\x80" and content[-1:] == b"."), f"{name} is a pickle"
 
 
+def test_a_program_with_joined_linears_gives_the_same_bits(tiny_quantized: Any) -> None:
+    """What a package is compiled from."""
+    exported = exported_transformer.export_program(tiny_quantized.transformer, joined=True)
+    weights = exported.state_dict
+    assert "transformer_blocks.0.attn1.to_q.joined_weight_qdata" in weights
+    assert "transformer_blocks.0.attn1.to_k.weight_qdata" not in weights
+    constants = {"cross_attention_kwargs": None, "attention_mask": None, "return_dict": False}
+    for shape in ("one", "square"):
+        x = sample(*SHAPES[shape])
+        assert torch.equal(exported.module()(**x, **constants)[0], tiny_quantized.transformer(**x).sample), shape
+
+
 def test_half_precision(tiny_quantized: Any, tmp_path: Path) -> None:
     tiny_quantized.transformer.save_pretrained(tmp_path / "saved")
     half = load_graph(tmp_path / "saved").to(torch.bfloat16)

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from fp4dit_ao import MinifloatTensor, load_pipeline
+from fp4dit_ao import MinifloatTensor, load_pipeline, unpack_weights
 from fp4dit_ao.diffusers_integration import weight_forms
+from fp4dit_ao.diffusers_integration.graph_form import load_graph
 from fp4dit_ao.evaluation.layer_speed import layer_speeds
 from fp4dit_ao.evaluation.layer_timing import LayerSpeed
+from fp4dit_ao.graph_capture import sample_description
+from fp4dit_ao.tensors.levels import LevelTensor
 from fp4dit_ao.util.user_cache import VARIABLE
 from tests.tiny import CALL
 
@@ -61,8 +64,71 @@ def test_the_slow_layer_alone_is_in_bfloat16(folder, wide_is_slow, tiny_quantize
         with pytest.raises(ValueError, match="needs packed weights, and these were unpacked"):
             refused()
     asked = len(wide_is_slow)
-    assert weight_forms.keep_fastest(pipe.transformer, torch.device("cpu")) == []
+    assert weight_forms.keep_fastest(pipe.transformer, torch.device("cpu")) == {}
     assert len(wide_is_slow) == asked  # kept
+
+
+def test_with_memory_bytes_are_a_form_too(folder, monkeypatch, tmp_path) -> None:
+    """As on a GPU: times of bytes are measured like those of packed codes, and taken where they are shorter and fit."""
+    asked: list[str] = []
+
+    def measurer(groups, rows, device, seconds) -> LayerSpeed:
+        weight = groups[0][0]
+        asked.append(f"{type(weight).__name__} {len(groups[0])} {tuple(weight.shape)}")
+        speed = {"MinifloatTensor": 1.0, "LevelTensor": 0.5 if tuple(weight.shape) == WIDE else 2.0}
+        return LayerSpeed(1.0 / speed[type(weight).__name__], 1.0, speed[type(weight).__name__])
+
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(weight_forms, "layer_speeds", functools.partial(layer_speeds, measurer=measurer))
+    transformer = load_graph(folder / "transformer").to(torch.bfloat16)
+    packed = weight_forms.low_bit_weights(transformer)
+    assert weight_forms.keep_fastest(transformer, torch.device("cpu"), memory=0) == {}
+    chosen = weight_forms.keep_fastest(transformer, torch.device("cpu"), memory=10**9)
+    wide = {name for name, weight in packed.items() if tuple(weight.shape) == WIDE}
+    assert chosen == dict.fromkeys(packed.keys() - wide, "int8")
+    now = weight_forms.low_bit_weights(transformer)
+    assert all(isinstance(now[name], LevelTensor if name in chosen else MinifloatTensor) for name in packed)
+    assert all(torch.equal(now[name].dequantize(), packed[name].dequantize()) for name in packed)
+    assert len(asked) == len(set(asked)), "each kind is measured once"
+    assert any(text.startswith("LevelTensor 3") for text in asked), "q, k and v together"
+
+
+@torch.no_grad()
+def test_a_graph_that_runs_joined_knows_when_its_weights_are_unpacked_or_moved(folder, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda body, **options: body)
+    transformer = load_graph(folder / "transformer")
+    given = {
+        name: (x.normal_() if x.is_floating_point() else torch.ones_like(x)) if isinstance(x, torch.Tensor) else x
+        for name, x in sample_description.empty_like(transformer.description).items()
+    }
+
+    def held() -> set[type]:
+        assert torch.equal(transformer(**given).sample, transformer.graph(**given | {"return_dict": False})[0])
+        names = dict(transformer._run.run.named_parameters())
+        assert any(name.endswith("to_q.joined_weight") for name in names)
+        return {type(x.detach()) for name, x in names.items() if name.endswith("joined_weight")}
+
+    transformer.compile_graph()
+    assert held() == {MinifloatTensor}
+    before = transformer._run
+    transformer.to("cpu")
+    transformer(**given)
+    assert transformer._run is before
+    unpack_weights(transformer, "int8")
+    assert held() == {LevelTensor}
+
+
+def test_memory_is_left_for_what_is_not_there_yet() -> None:
+    assert weight_forms.free_for_weights(80_000, 40_000) == 10_000
+    assert weight_forms.free_for_weights(10, 20) == 0
+
+
+def test_a_busy_machine_decides_nothing() -> None:
+    weights: Any = {"fc": torch.empty(4, 8)}
+    busy, steady = LayerSpeed(1.0, 2.0, 0.5, False), LayerSpeed(1.0, 2.0, 0.5)
+    assert weight_forms.forms(weights, {"fc": busy}, {}) == {}
+    names = [form.name for form in weight_forms.forms(weights, {"fc": steady}, {"fc": ("int8", busy)})["fc"]]
+    assert names == ["packed", "bfloat16"]
 
 
 def test_a_model_in_float32_stays_packed_and_nothing_is_measured(folder, wide_is_slow) -> None:

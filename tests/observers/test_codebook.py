@@ -13,13 +13,17 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def error_of_books(weight: Tensor, scale: Tensor, codebooks: CodebookSet, group: int) -> Tensor:
+def error_of_books(
+    weight: Tensor, scale: Tensor, codebooks: CodebookSet, group: int, importance: Tensor | None = None
+) -> Tensor:
     """float64 ``(rows, groups, 16)``: squared error of rounding to nearest, by brute force over all levels."""
     y = (weight.double() / scale.double()[:, None]).unflatten(1, (-1, group))
+    counts = torch.ones(weight.shape[1]) if importance is None else importance
     errors = []
     for book in codebooks.books:
         levels = torch.tensor(book, dtype=torch.float64)
-        errors.append((y[..., None] - levels).abs().amin(-1).square().sum(-1) * scale.double()[:, None].square())
+        squares = (y[..., None] - levels).abs().amin(-1).square() * counts.double().unflatten(0, (-1, group))
+        errors.append(squares.sum(-1) * scale.double()[:, None].square())
     return torch.stack(errors, -1)
 
 
@@ -38,6 +42,37 @@ def test_the_search_is_no_worse_than_all_candidates_with_all_codebooks(name: str
     found = error_of_books(weight, scale, codebooks, group).gather(-1, index.long()[..., None]).squeeze(-1).sum(1)
     assert (found <= exhaustive.amin(0) * (1 + 1e-3)).all()
     assert found.sum() <= exhaustive.amin(0).sum() * (1 + 1e-4)
+
+
+def test_the_weighted_search_is_no_worse_than_all_candidates_with_all_codebooks() -> None:
+    weight, codebooks, group = normal(24, 256) * 0.02, codebook_set("nf4_groups"), 64
+    importance = normal(256, seed=1).mul(2).exp()
+    base = weight.abs().amax(1) / codebooks.largest
+    every = [error_of_books(weight, base * f, codebooks, group, importance).amin(-1).sum(1) for f in CANDIDATES]
+    least = torch.stack(every).amin(0)
+    errors = {}
+    for name, given in (("weighted", importance), ("plain", None)):
+        scale, index = search(weight, codebooks, group, given)
+        found = error_of_books(weight, scale, codebooks, group, importance)
+        errors[name] = found.gather(-1, index.long()[..., None]).squeeze(-1).sum(1)
+    assert (errors["weighted"] <= least * (1 + 2e-3)).all()
+    assert errors["weighted"].sum() < 0.95 * errors["plain"].sum()
+
+
+def test_an_observer_that_looks_at_inputs_searches_again_when_it_knows_them() -> None:
+    weight, inputs = normal(8, 64), normal(100, 64, seed=2) * normal(64, seed=3).exp()
+    observer = CodebookWeightObserver("nf4_groups", 32, search="weighted_mse", name="fc.weight")
+    observer(weight)
+    plain = observer.dequantized(weight)
+    with pytest.raises(RuntimeError, match=r"fc\.weight: choosing a weight format or scale needs data"):
+        observer.resolve(weight, None)
+    observer.resolve(weight, inputs.T @ inputs)
+    power = inputs.square().mean(0)
+    weighted, unweighted = ((x - weight).square() @ power for x in (observer.dequantized(weight), plain))
+    assert weighted.sum() < unweighted.sum()
+    again = observer.dequantized(weight)
+    observer.resolve(weight, torch.eye(64))  # it is settled
+    assert torch.equal(observer.dequantized(weight), again)
 
 
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:

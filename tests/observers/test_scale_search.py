@@ -12,7 +12,15 @@ from fp4dit_ao import QuantConfig, w4a6
 from fp4dit_ao.config.quant_config import WEIGHT_SEARCHES
 from fp4dit_ao.formats import CODEBOOKS, CodebookFormat, parse
 from fp4dit_ao.observers import TokenActivationObserver, WeightObserver
-from fp4dit_ao.observers.scale_search import SEARCHES, absmax, lowbit_fp, register_search
+from fp4dit_ao.observers.scale_search import (
+    CLIPS,
+    SEARCHES,
+    absmax,
+    lowbit_fp,
+    mse,
+    register_search,
+    weighted_mse,
+)
 
 LEVELS = (-9, -5, -3, -1, 0, 2, 4, 8)
 
@@ -93,6 +101,29 @@ def test_lowbit_fp_takes_the_best_of_111_clips(fmt: str, block: list[int]) -> No
         clip = found * largest
         ours = integers(group, clip) if fmt == "int4" else minifloat(group, clip, int(fmt[1]), int(fmt[3]))
         assert np.square(ours - group).sum() == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("block", [[-1, -1], [1, 32], [1, -1]], ids=["tensor", "group", "row"])
+def test_weighted_mse_takes_the_best_of_all_clips_for_the_inputs_power(block: list[int]) -> None:
+    fmt, generator = parse("e2m1"), torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 64, generator=generator)
+    importance = torch.randn(64, generator=generator).exp()
+    size = [4 if block[0] < 0 else 1, 64 if block[1] < 0 else block[1]]
+    scale = weighted_mse(weight, block, fmt, torch.float32, importance)
+    assert scale.shape == (4 // size[0], 64 // size[1])
+    levels, y, counts = (x.double().numpy() for x in (fmt.lattice, weight, importance))
+    for row, column in np.ndindex(*scale.shape):
+        rows, columns = (slice(i * n, (i + 1) * n) for i, n in zip((row, column), size, strict=True))
+        part = y[rows, columns]
+
+        def error(step: float, part: np.ndarray = part, columns: slice = columns) -> float:
+            nearest = np.abs(part[..., None] / step - levels).min(-1) * step
+            return float((np.square(nearest) * counts[columns]).sum())
+
+        least = min(error(np.abs(part).max() / 12 * fraction) for fraction in (1.0, *CLIPS))
+        assert error(scale[row, column].item()) == pytest.approx(least, rel=1e-5)
+    without = weighted_mse(weight, block, fmt, torch.float32)
+    assert torch.equal(without, mse(weight, block, fmt, torch.float32))
 
 
 def integers(x: np.ndarray, c: float) -> np.ndarray:
