@@ -1,5 +1,6 @@
 """Calibration data comes from the pipeline's own trajectories, and wrong data is refused in one sentence."""
 
+import copy
 import json
 import math
 import warnings
@@ -159,7 +160,7 @@ def test_cache_notices_other_weights_prompts_and_settings(pipe: Any, tmp_path: P
 
 
 def test_a_damaged_cache_is_reported_and_made_anew(pipe: Any, tmp_path: Path) -> None:
-    first = collect(pipe, samples=2, cache_dir=tmp_path)
+    first = copy.deepcopy(collect(pipe, samples=2, cache_dir=tmp_path))  # what is returned is mapped from the file
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.warns(UserWarning, match="ignoring the damaged calibration cache"):
