@@ -5,19 +5,27 @@ import functools
 from collections.abc import Callable
 
 WORTH_IT = 2**20
-"""Elements of a tensor from which on its intermediates are worth returning: what they leave in the heap is in megabytes."""
+"""Elements of tensors from which on their intermediates are worth returning: what they leave in the heap is in megabytes."""
+
+
+class _Since:
+    """Elements that were worked on since memory was last returned."""
+
+    elements = 0
 
 
 def return_freed(elements: int) -> None:
-    """Gives memory that is free back to the system, after work on a tensor of ``elements``; where the C library is not glibc,
-    nothing happens.
+    """Gives memory that is free back to the system, after work on a tensor of ``elements``, or on several that are as many as
+    :data:`WORTH_IT` together; where the C library is not glibc, nothing happens.
 
     Tensors are aligned, and glibc seldom takes an aligned block for another one of the same size: the intermediates of one
     weight after another would add up to several times what is kept of them.
     """
+    _Since.elements += elements
     trim = _trim()
-    if trim is not None and elements >= WORTH_IT:
+    if trim is not None and _Since.elements >= WORTH_IT:
         trim(0)
+        _Since.elements = 0
 
 
 @functools.cache

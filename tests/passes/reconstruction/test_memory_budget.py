@@ -169,7 +169,7 @@ def test_the_next_units_weights_are_read_while_one_is_at_work(monkeypatch) -> No
 
 
 def child(folder: str) -> None:
-    """Reconstructs a model of 24 blocks that are in files, in a third of its size beside what modules take; prints JSON."""
+    """Quantizes a model of 24 blocks that are in files, in a third of its size beside what modules take; prints JSON."""
     from benchmarks.limited_memory import Peak
 
     def prepared(width: int, layers: int) -> tuple[torch.fx.GraphModule, list[dict[str, Tensor]], int]:
@@ -184,6 +184,7 @@ def child(folder: str) -> None:
     def quantize(graph: torch.fx.GraphModule, data: Any, memory: int) -> None:
         config = ReconstructionConfig(scope="layer", iters=1, batch_size=2)
         reconstruct(graph, data, config, checkpoint_dir=f"{folder}/{memory}", memory=memory, progress=False)
+        convert_and_lower(graph, files=MappedFiles(f"{folder}/{memory}"))
 
     quantize(*prepared(128, 1)[:2], 10**12)  # modules are imported
     graph, data, size = prepared(512, 24)
