@@ -53,7 +53,7 @@ def recipe_for(
         ValueError: no such recipe or field, or a value that the field cannot have.
     """
     config = recipe if isinstance(recipe, QuantConfig) else _adapted(model, recipe)
-    return config.with_fields(fields)
+    return config.with_fields(fields) if fields else config
 
 
 def _adapted(model: nn.Module, recipe: str) -> QuantConfig:

@@ -22,7 +22,7 @@ from tests.diffusers_integration.test_module_form import run
 from tests.diffusers_integration.test_pipeline import CALL
 from tests.tiny import tiny_pipeline
 
-RECIPES = ["w4a6", "w4a6_codebook", "nvfp4", "mxfp6_e2m3"]
+RECIPES = ["w4a6", "w4a6_codebook", "nvfp4", "mxfp6_e2m3", "nvfp4_four_over_six_both"]
 """One for every kind of weight that a model can be quantized to."""
 SPLIT = "single_transformer_blocks.0.proj_out"
 

@@ -103,7 +103,8 @@ def test_a_graph_that_runs_joined_knows_when_its_weights_are_unpacked_or_moved(f
     }
 
     def held() -> set[type]:
-        assert torch.equal(transformer(**given).sample, transformer.graph(**given | {"return_dict": False})[0])
+        call = given | {"return_dict": False}
+        assert torch.equal(transformer(**call)[0], transformer.graph(**call)[0])
         names = dict(transformer._run.run.named_parameters())
         assert any(name.endswith("to_q.joined_weight") for name in names)
         return {type(x.detach()) for name, x in names.items() if name.endswith("joined_weight")}

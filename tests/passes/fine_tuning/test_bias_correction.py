@@ -143,5 +143,5 @@ def test_half_precision_and_biases_that_are_shared_or_missing() -> None:
     report = run_fine_tuning(graph, data, "bias_correction", FineTuneConfig(batch_size=2), progress=False)
     assert report.kept
     assert graph.get_parameter("blocks.0.ff.up.bias").dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="needs samples"):
+    with pytest.raises(ValueError, match="no samples; collect_samples"):
         run_fine_tuning(graph, [], "bias_correction")
