@@ -6,6 +6,7 @@ Claimed sizes are compared with the file on disk before memory is allocated.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def write(tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, st
     """Writes ``tensors`` into ``folder``: one file, or shards of at most ``max_shard_size`` bytes and their index."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    whole = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    whole = _apart({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(whole, filename_pattern=pattern, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
@@ -102,6 +103,15 @@ def write(tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, st
     if split.is_sharded:
         index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those that share memory as copies: a compiled graph's q, k and v are rows of one weight, with one set of
+    codebooks, and safetensors takes no shared memory."""
+    users = Counter(x.untyped_storage().data_ptr() for x in tensors.values() if x.numel())
+    return {
+        name: x.clone() if x.numel() and users[x.untyped_storage().data_ptr()] > 1 else x for name, x in tensors.items()
+    }
 
 
 def sort_metadata(path: Path) -> None:

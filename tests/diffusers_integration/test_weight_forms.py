@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fp4dit_ao import MinifloatTensor, load_pipeline, unpack_weights
+from fp4dit_ao import MinifloatTensor, load_pipeline, quantize_pipeline, unpack_weights
 from fp4dit_ao.diffusers_integration import weight_forms
 from fp4dit_ao.diffusers_integration.graph_form import load_graph
 from fp4dit_ao.evaluation.layer_speed import layer_speeds
@@ -15,7 +15,7 @@ from fp4dit_ao.evaluation.layer_timing import LayerSpeed
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.tensors.levels import LevelTensor
 from fp4dit_ao.util.user_cache import VARIABLE
-from tests.tiny import CALL
+from tests.tiny import CALL, tiny_pipeline
 
 WIDE = (512, 128)
 """Shape of the first linear of the tiny model's feed-forward."""
@@ -117,6 +117,21 @@ def test_a_graph_that_runs_joined_knows_when_its_weights_are_unpacked_or_moved(f
     assert transformer._run is before
     unpack_weights(transformer, "int8")
     assert held() == {LevelTensor}
+
+
+@pytest.mark.parametrize("recipe", ["w4a6", "w4a6_codebook", "int_w4a8"])
+def test_a_graph_that_runs_joined_is_saved_as_before(recipe, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda body, **options: body)
+    how: Any = {"prompts": ["a red cat"], "rounding": "nearest", "progress": False, **CALL}
+    pipe: Any = quantize_pipeline(tiny_pipeline(layers=1), recipe, **how)
+    pipe.save_pretrained(tmp_path / "apart")
+    pipe.transformer.compile_graph()
+    pipe("a red cat", output_type="latent", **CALL)
+    assert any(name.endswith("joined_weight") for name, _ in pipe.transformer._run.run.named_parameters())
+    pipe.save_pretrained(tmp_path / "joined")
+    apart, joined = ((tmp_path / name / "transformer") for name in ("apart", "joined"))
+    for file in (path.name for path in apart.iterdir()):
+        assert (apart / file).read_bytes() == (joined / file).read_bytes(), file
 
 
 def test_memory_is_left_for_what_is_not_there_yet() -> None:
