@@ -60,7 +60,7 @@ class Method:
     given: int = 0
 
     def arguments(self) -> list[str]:
-        """Of the command."""
+        """Arguments of the command."""
         found = ["--recipe", self.recipe, "--rounding", self.rounding, "--dtype", "bfloat16"]
         if self.rounding != NEAREST:
             found += ["--scope", self.scope, "--samples", "4", "--steps", "2", "--batch-size", "2"]

@@ -65,7 +65,7 @@ def _shapes_of(forward: Callable[..., object]) -> Callable[..., object]:
 
 
 def _shapes_in(args: object, kwargs: object) -> str:
-    """What shapes of results are found by: the arguments, and of tensors all but their values."""
+    """Key under which the shapes of results are kept: the arguments, and of tensors all but their values."""
     described = pytree.tree_map_only(Tensor, lambda x: (tuple(x.shape), x.dtype, x.device), (args, kwargs))
     return repr(described)
 

@@ -45,7 +45,7 @@ class Combination:
 
 @dataclass
 class CombinationReport:
-    """What was tried.
+    """Record of what was tried.
 
     Attributes:
         errors: relative squared error of the model's output on held-out samples, by the combination's name.
@@ -62,7 +62,7 @@ class CombinationReport:
 
 
 def parts(roundings: tuple[str, ...]) -> list[list[Callable[[Combination], Combination]]]:
-    """What is tried in turn: of each entry's changes of the combination so far, the best, if it errs less.
+    """Parts to try in turn: of each entry's changes of the combination so far, the best, if it errs less.
 
     Args:
         roundings: rules to try in place of nearest rounding.

@@ -8,7 +8,7 @@ from fp4dit_ao.passes.mixed_precision.allocation import ALLOCATIONS, LayerChoice
 from fp4dit_ao.passes.mixed_precision.integer_programme import integer_programme
 
 CONTENT = re.compile(r"(?:^|\.)(?:ff|mlp|feed_?forward|attn2|cross_?attn|add_[qkv]_proj|to_add_out)")
-"""What the layers that decide an image's content have in their names: feed-forwards, and attention to or of the text."""
+"""Pattern in names of the layers that decide an image's content: feed-forwards, and attention to or of the text."""
 QUALITY_LAYERS, CONTENT_LAYERS = "quality", "content"
 """Names of the two groups."""
 RATIOS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5)
@@ -37,7 +37,7 @@ class MixDQ:
     samples: int = 4
 
     def group(self, name: str) -> str:
-        """What a layer decides, by its fully qualified name."""
+        """Group of a layer, by its fully qualified name."""
         return CONTENT_LAYERS if CONTENT.search(name) else QUALITY_LAYERS
 
     def __call__(self, layers: Sequence[LayerChoices], budget_bits: float | None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What each format costs the model's output where one layer has it and all others are in full precision."""
+"""Errors of the model's output where one layer has a format and all others are in full precision."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -126,7 +126,7 @@ class Trials:
 
 
 class _Store:
-    """What was measured of the layers so far, in one file."""
+    """Errors of the layers that are measured so far, in one file."""
 
     def __init__(self, folder: str | Path, key: str):
         self._path, self._key = Path(folder) / "sensitivity.safetensors", key

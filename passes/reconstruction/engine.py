@@ -140,7 +140,7 @@ def reconstruct(
 
 
 def files_for(memory: int | None, folder: str | Path | None) -> MappedFiles | None:
-    """Where things go that a limited memory has no room for; None without a limit.
+    """Files for what a limited memory has no room for; None without a limit.
 
     Raises:
         ValueError: there is a limit, and no folder.

@@ -114,7 +114,7 @@ class Iteration:
         return [loss, *self.soft.take_gradients()]
 
     def _drawn(self, *numbers: int) -> contextlib.AbstractContextManager[None]:
-        """What the objective drops of this step's rows of a shard and a stream."""
+        """Context in which the objective drops elements of this step's rows of a shard and a stream."""
         if self._dropping is None:
             return contextlib.nullcontext()
         return self._dropping.drawn(self._error.graph, self._device, self._step, *numbers)

@@ -66,7 +66,7 @@ def need_of(unit: Unit, rule: RoundingRule, row: Stream, rows: int) -> Need:
 
 
 def check(memory: int, taken: int, need: Need, rows: int) -> int:
-    """What is left of ``memory`` for the streams.
+    """Bytes of ``memory`` that are left for the streams.
 
     Args:
         memory: bytes that the process may take.

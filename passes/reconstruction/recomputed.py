@@ -28,7 +28,7 @@ class Recomputed:
         self._results = [node.name for node in results]
 
     def __call__(self, *arguments: Tensor) -> list[Tensor]:
-        """What the graph puts out."""
+        """Results of the graph."""
         values: dict[str, Tensor] = dict(zip(self._inputs, arguments, strict=True))
         for segment, run in zip(self._segments, self._runs, strict=True):
             inputs = [values[name] for name in segment.inputs]

@@ -109,7 +109,7 @@ def test_nothing_in_a_program_is_pickled(program: Path) -> None:
 
 
 def test_a_program_with_joined_linears_gives_the_same_bits(tiny_quantized: Any) -> None:
-    """What a package is compiled from."""
+    """Graph that a package is compiled from."""
     exported = exported_transformer.export_program(tiny_quantized.transformer, joined=True)
     weights = exported.state_dict
     assert "transformer_blocks.0.attn1.to_q.joined_weight_qdata" in weights

@@ -167,7 +167,7 @@ def test_the_report_is_kept(quantized: Any) -> None:
 
 
 def test_one_layers_static_ranges_are_calibrated_though_weights_are_rounded_to_nearest(original: Any) -> None:
-    """What a rule for some layers needs is needed, whatever the recipe of the others."""
+    """A rule for some layers gets the calibration data that it needs, whatever the recipe of the others."""
     found: Any = quantize_pipeline(
         original, "w4a6", prompts=PROMPTS[:1], samples=2, rounding="nearest", layers={"*.ff.*": "w4a6_static"},
         progress=False, **CALL,
