@@ -48,8 +48,8 @@ def planned_bytes(
     keep_inputs: bool = False,
     visit: Callable[[Unit, Stream], None] = lambda unit, row: None,
 ) -> int:
-    """Bytes that the streams will take, found by sending one row of each through the whole graph; ``visit`` is called with every
-    unit, and the row before it."""
+    """Bytes that the streams will take, found by sending one row of each through the whole graph; ``visit`` is called with
+    every unit, and the row before it."""
     total = 0
     for stream in streams:
         alone = [stream.first_row()]
