@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -161,7 +161,7 @@ def distil(
         with rounding_by(course.students), rounding_by({each.observer: each for each in ranges}):
             steppers = _steppers(course, ranges, own, config)
             state_bytes = _optimise(course, ranges, list(own.values()), steppers, last, config, store, bar)
-        error = lambda: total_error(prepared, calls[judges], targets[judges])  # noqa: E731
+        error = partial(total_error, prepared, calls[judges], targets[judges])
         after, kept = _kept_if_better(course.students, ranges, error, before, world)
         if not kept:
             put_biases(prepared, biases)

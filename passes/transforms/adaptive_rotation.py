@@ -16,7 +16,6 @@ from fp4dit_ao.passes.transforms.input_transform import InputTransform
 from fp4dit_ao.passes.transforms.linear_groups import LinearGroup, groups_by_input, tensor_at
 from fp4dit_ao.passes.transforms.online_transform import OnlineTransform
 from fp4dit_ao.passes.transforms.outlier_groups import OrderedGroup, OutlierGroups
-from fp4dit_ao.passes.transforms.split_inputs import joins_or_is_part
 from fp4dit_ao.passes.transforms.trial_quantization import OutputError
 
 SECOND = "second_rotation"
@@ -114,7 +113,7 @@ class AdaptiveRotation(InputTransform):
         Raises:
             ValueError: no quantizer, no samples, samples that do not fit, or a graph that is rotated already.
         """
-        linears = [x for x in self.linears_to_change(graph) if not joins_or_is_part(x.node)]
+        linears = self.whole_linears(graph)
         groups = [group for group in groups_by_input(graph, linears) if self._block_of(graph, group) >= SMALLEST]
         seen = {group.names[0]: kept_rows(seen) for group, seen in self.observed(graph, groups, samples)}
         self.fluctuation = {name: float(rows.float().square().mean().sqrt()) for name, rows in seen.items()}

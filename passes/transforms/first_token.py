@@ -25,7 +25,6 @@ from fp4dit_ao.passes.transforms.linear_groups import (
     stored_tensor,
     tensor_at,
 )
-from fp4dit_ao.passes.transforms.split_inputs import joins_or_is_part
 from fp4dit_ao.passes.transforms.transformed_linear import TransformedLinear
 
 TOKEN, OUTPUT = "first_token", "first_token_output"
@@ -118,11 +117,7 @@ class FirstToken(InputTransform):
         Raises:
             ValueError: no quantizer, no samples, samples that do not fit, or a graph that was changed already.
         """
-        linears = [
-            linear
-            for linear in self.linears_to_change(graph)
-            if not joins_or_is_part(linear.node) and linear.weight == f"{linear.name}.weight"
-        ]
+        linears = self.unchanged_linears(graph)
         self.groups = []
         for group, seen in self.observed(graph, groups_by_input(graph, linears), samples):
             tokens = [statistics.constant() for statistics in seen if isinstance(statistics, TokenStatistics)]

@@ -19,7 +19,6 @@ from fp4dit_ao.passes.transforms.linear_groups import (
     tensor_at,
 )
 from fp4dit_ao.passes.transforms.online_transform import OnlineTransform
-from fp4dit_ao.passes.transforms.split_inputs import joins_or_is_part
 from fp4dit_ao.passes.transforms.transformed_linear import TransformedLinear
 from fp4dit_ao.passes.transforms.trial_quantization import OutputError
 
@@ -98,7 +97,7 @@ class Hadamard(OnlineTransform[RotatedGroup]):
         Raises:
             ValueError: no quantizer, no samples, samples that do not fit, or a graph that is rotated already.
         """
-        linears = [x for x in self.linears_to_change(graph) if not joins_or_is_part(x.node)]
+        linears = self.whole_linears(graph)
         groups = [group for group in groups_by_input(graph, linears) if self._block_of(graph, group) >= SMALLEST]
         for group, seen in self.observed(graph, groups, samples):
             self.errors[group.names[0]] = self._errors(graph, group, kept_rows(seen))

@@ -11,6 +11,7 @@ from fp4dit_ao.passes.transforms.annotated_linears import AnnotatedLinear, annot
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.input_statistics import InputStatistics, input_statistics
 from fp4dit_ao.passes.transforms.linear_groups import LinearGroup
+from fp4dit_ao.passes.transforms.split_inputs import joins_or_is_part
 
 
 class ChangedGroup(Protocol):
@@ -67,6 +68,14 @@ class InputTransform(GraphTransform):
         if earlier is not None:
             raise ValueError(f"this graph was {self.done} already: it has {earlier}; apply {self.name} once")
         return annotated_linears(graph, self.quantizer)
+
+    def whole_linears(self, graph: GraphModule) -> list[AnnotatedLinear]:
+        """Those of :meth:`linears_to_change` whose inputs are not split."""
+        return [linear for linear in self.linears_to_change(graph) if not joins_or_is_part(linear.node)]
+
+    def unchanged_linears(self, graph: GraphModule) -> list[AnnotatedLinear]:
+        """Those of :meth:`whole_linears` whose weight no transform has replaced."""
+        return [linear for linear in self.whole_linears(graph) if linear.weight == f"{linear.name}.weight"]
 
     def observed(
         self, graph: GraphModule, groups: Sequence[LinearGroup], samples: Sequence[Mapping[str, object]]

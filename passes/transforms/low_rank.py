@@ -25,7 +25,6 @@ from fp4dit_ao.passes.transforms.linear_groups import (
     stored_tensor,
     tensor_at,
 )
-from fp4dit_ao.passes.transforms.split_inputs import joins_or_is_part
 from fp4dit_ao.passes.transforms.transformed_linear import Step, TransformedLinear
 from fp4dit_ao.passes.transforms.trial_quantization import fake_quantized
 
@@ -103,11 +102,7 @@ class LowRank(InputTransform):
         Raises:
             ValueError: no quantizer, no samples, samples that do not fit, or a graph that has branches already.
         """
-        linears = [
-            linear
-            for linear in self.linears_to_change(graph)
-            if not joins_or_is_part(linear.node) and linear.weight == f"{linear.name}.weight"
-        ]
+        linears = self.unchanged_linears(graph)
         groups = groups_by_input(graph, linears)
         found = {}
         for group, seen in self.observed(graph, groups, samples):

@@ -18,7 +18,6 @@ from fp4dit_ao.passes.transforms.linear_groups import (
     tensor_at,
 )
 from fp4dit_ao.passes.transforms.online_transform import OnlineTransform
-from fp4dit_ao.passes.transforms.split_inputs import joins_or_is_part
 from fp4dit_ao.passes.transforms.transformed_linear import TransformedLinear
 from fp4dit_ao.passes.transforms.trial_quantization import OutputError
 
@@ -80,7 +79,7 @@ class OutlierGroups(OnlineTransform[OrderedGroup]):
         Raises:
             ValueError: no quantizer, no samples, samples that do not fit, or a graph that is reordered already.
         """
-        linears = [linear for linear in self.linears_to_change(graph) if not joins_or_is_part(linear.node)]
+        linears = self.whole_linears(graph)
         groups = groups_by_input(graph, linears)
         found = {}
         for group, seen in self.observed(graph, groups, samples):
