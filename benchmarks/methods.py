@@ -2,8 +2,9 @@
 
 For W4A8, W4A6 and W4A4 on the reference pipeline: nearest rounding in each number format, every registered rounding,
 transform, objective, scope and fine-tuning alone, and combinations. A row is made in a process of its own, so that its peak of
-memory is its own; finished rows stay in ``--work``, and a killed run resumes at its current row. Prints the table, which
-differences from nearest rounding in the same format are significant, and what to choose for a number of bits and a time.
+memory is its own. Finished rows stay in ``--rows``, each with its machine, so that the table can grow over many runs and
+machines; a killed run resumes within its current row. Prints the table, which differences from nearest rounding in the same
+format are significant, and what to choose for a number of bits and a time; ``--no-make`` prints it of the finished rows.
 """
 
 import json
@@ -12,8 +13,9 @@ import resource
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,88 +24,21 @@ import typer
 from scipy import stats  # type: ignore[import-untyped]
 from tqdm import tqdm
 
+from benchmarks.method_rows import BUDGETS, Row, all_rows
 from benchmarks.quality import split_prompts
-from fp4dit_ao import QuantConfig, ReconstructionConfig, collect_samples, quantize_pipeline
-from fp4dit_ao.config import RECIPES
+from fp4dit_ao import ReconstructionConfig, collect_samples, quantize_pipeline
 from fp4dit_ao.diffusers_integration import named_models
-from fp4dit_ao.evaluation.environment import one_line
+from fp4dit_ao.evaluation.environment import describe, environment
 from fp4dit_ao.evaluation.fidelity import Fidelity, timed_generate
-from fp4dit_ao.passes.fine_tuning.fine_tune import FINE_TUNINGS
-from fp4dit_ao.passes.reconstruction import OBJECTIVES, ROUNDINGS, SCOPES
-from fp4dit_ao.passes.transforms.registry import TRANSFORMS
 from fp4dit_ao.util.atomic_files import write_text
 from fp4dit_ao.util.markdown import markdown_table
 
-BUDGETS = ("w4a8", "w4a6", "w4a4")
-BLOCK_RECIPES = ("nvfp4", "mxfp4")
-LEARNED = "scale_aware"
+RESULTS = Path(__file__).parent / "results"
 SIGNIFICANT = 0.05
 BITS, SECONDS = (4.3, 5.3, 8.5), (60, 600, 3600)
 """Limits for which a method is recommended: bits per weight, seconds to quantize."""
 TURNS = 3
 """Times that generating by the original and by the quantized pipeline are timed, one after the other."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of the table. ``base`` is the key of the row with nearest rounding in the same format."""
-
-    label: str
-    config: QuantConfig | None
-    rounding: str = "nearest"
-    objective: str = "mse"
-    scope: str = "block"
-    transforms: tuple[str, ...] = ()
-    fine_tuning: str | None = None
-    base: str | None = None
-
-
-def rows_of(budget: str) -> dict[str, Row]:
-    """Rows of a budget by key: formats, then every registered method alone with codebook groups, then combinations."""
-    codebook = RECIPES[f"{budget}_codebook"]()
-    e2m1 = replace(RECIPES[budget](), weight="e2m1", pre_gelu_weight=None)
-    base = f"{budget}-nearest"
-    found = {
-        base: Row("codebook groups, nearest", codebook),
-        f"{budget}-e2m1": Row("E2M1, nearest", e2m1),
-        f"{budget}-int": Row("INT4, nearest", RECIPES[f"int_{budget}"]()),
-    }
-
-    def add(name: str, label: str, **options: Any) -> None:
-        found[f"{budget}-{name}"] = Row(f"codebook groups, {label}", codebook, base=base, **options)
-
-    for name in ROUNDINGS:
-        if name != "nearest":
-            add(name, name, rounding=name)
-    for name in TRANSFORMS:
-        add(name, f"{name}, nearest", transforms=(name,))
-    for name in OBJECTIVES:
-        if name != "mse":
-            add(name, f"{LEARNED}, {name}", rounding=LEARNED, objective=name)
-    for name in SCOPES:
-        if name != "block":
-            add(name, f"{LEARNED}, by {name}", rounding=LEARNED, scope=name)
-    for name in FINE_TUNINGS:
-        add(name, f"nearest, fine-tuning {name}", fine_tuning=name)
-    for transforms in (("smoothquant",), ("hadamard",), ("low_rank",), ("smoothquant", "low_rank")):
-        names = "+".join(transforms)
-        add(f"{names}+gptq", f"{', '.join(transforms)}, gptq", rounding="gptq", transforms=transforms)
-    add("gptq+scales", "gptq, fine-tuning scales", rounding="gptq", fine_tuning="scales")
-    for name in ("gptq", LEARNED):
-        found[f"{budget}-e2m1-{name}"] = Row(f"E2M1, {name}", e2m1, name, base=f"{budget}-e2m1")
-    if budget == "w4a4":
-        for recipe in BLOCK_RECIPES:
-            blocks, key = RECIPES[recipe](), f"{budget}-{recipe}"
-            found[key] = Row(f"{recipe.upper()}, nearest", blocks)
-            found[f"{key}-gptq"] = Row(f"{recipe.upper()}, gptq", blocks, "gptq", base=key)
-    return found
-
-
-def all_rows(budgets: Sequence[str]) -> dict[str, Row]:
-    """The original, and the rows of each budget."""
-    return {"full": Row("full precision", None)} | {
-        key: row for budget in budgets for key, row in rows_of(budget).items()
-    }
 
 
 @dataclass(frozen=True)
@@ -122,8 +57,8 @@ class Settings:
         return {"num_inference_steps": self.steps}
 
 
-def make_row(key: str, settings: Settings, work: Path) -> None:
-    """Makes a row and writes ``KEY.json``, which is compared with the original's images; those are made first."""
+def make_row(key: str, settings: Settings, work: Path, folder: Path) -> None:
+    """Makes a row and writes ``KEY.json`` to ``folder``; it is compared with the original's images in ``work``."""
     row = all_rows(BUDGETS)[key]
     indices, texts, calibration = split_prompts(settings.prompts)
     original = named_models.open_pipeline(named_models.REFERENCE, "cpu")
@@ -158,7 +93,7 @@ def make_row(key: str, settings: Settings, work: Path) -> None:
         "speed": f"{speed:.2f}",
     }  # fmt: skip
     fidelity = Fidelity.of(row.label, images, originals, indices, notes=notes)
-    write_text(work / f"{key}.json", json.dumps(fidelity.to_dict()))
+    write_text(folder / f"{key}.json", json.dumps(fidelity.to_dict() | {"environment": environment()}) + "\n")
 
 
 def adjusted(differences: Sequence[np.ndarray]) -> list[float]:
@@ -219,16 +154,44 @@ def recommendations(done: dict[str, Fidelity]) -> str:
     return markdown_table(["bits at most", "seconds at most", "method", "PSNR, dB", "bits", "speed"], lines)
 
 
-def read(rows: Sequence[str], work: Path) -> Iterator[tuple[str, Fidelity]]:
-    """Finished rows."""
-    for key in rows:
-        if (work / f"{key}.json").exists():
-            yield key, Fidelity.from_dict(json.loads((work / f"{key}.json").read_text(encoding="utf-8")))
+def read(keys: Sequence[str], folder: Path) -> Iterator[tuple[str, Fidelity, str]]:
+    """Finished rows: key, metrics and machine."""
+    for key in keys:
+        if (folder / f"{key}.json").exists():
+            data = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
+            yield key, Fidelity.from_dict(data), describe(data["environment"])
 
 
-def make_all(keys: Sequence[str], given: list[str], work: Path, workers: int) -> dict[str, str]:
-    """Makes the missing rows, each in a process, the original first; returns what failed, with the end of its log."""
-    missing = [key for key in keys if not (work / f"{key}.json").exists()]
+def report(
+    rows: dict[str, Row],
+    finished: Sequence[tuple[str, Fidelity, str]],
+    settings: Settings,
+    failed: dict[str, str],
+    wanted: Sequence[str],
+) -> str:
+    """Table, what it rests on, which rows are missing, and recommendations."""
+    done = {key: fidelity for key, fidelity, _ in finished}
+    machines = Counter(machine for _, _, machine in finished)
+    notes = [
+        "Against the original at equal seeds, with 95 % intervals over prompts; differences by a paired test over prompts, "
+        f"corrected for their number. {', '.join(f'{name} {value}' for name, value in vars(settings).items())}.",
+        *(f"{count} row{'s' * (count > 1)} on {machine}" for machine, count in machines.items()),
+        *(f"{key} failed: {why.splitlines()[-1] if why else 'no message'}" for key, why in failed.items()),
+    ]  # fmt: skip
+    left = [key for key in wanted if key not in done]
+    if left:
+        notes.append(f"Not made yet: {', '.join(left)}.")
+    return "\n\n".join([table(rows, done), *notes, recommendations(done)]) + "\n"
+
+
+def unfinished(keys: Sequence[str], work: Path, folder: Path) -> list[str]:
+    """Rows to make. The original's is made again where its images are not on this machine and another row needs them."""
+    missing = [key for key in keys if not (folder / f"{key}.json").exists()]
+    return ["full", *missing] if missing and "full" not in missing and not (work / "full.npz").exists() else missing
+
+
+def make_all(missing: list[str], given: list[str], work: Path, workers: int) -> dict[str, str]:
+    """Makes rows, each in a process, the original first; returns what failed, with the end of its log."""
     failed: dict[str, str] = {}
     running: dict[str, subprocess.Popen[bytes]] = {}
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
@@ -265,21 +228,24 @@ def main(
     iters: Annotated[int, typer.Option(min=1, help="Iterations of learned rounding per block.")] = 300,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 320,
     compile: Annotated[bool, typer.Option(help="Generate under torch.compile.")] = False,
-    work: Annotated[Path, typer.Option(help="Where finished rows are kept.")] = Path("outputs/methods"),
-    out: Annotated[Path, typer.Option(help="Markdown file.")] = Path(__file__).parent / "results" / "every_method.md",
+    work: Annotated[Path, typer.Option(help="Calibration samples, checkpoints and logs.")] = Path("outputs/methods"),
+    kept: Annotated[Path, typer.Option("--rows", help="Where finished rows are kept.")] = RESULTS / "every_method",
+    out: Annotated[Path, typer.Option(help="Markdown file.")] = RESULTS / "every_method.md",
+    make: Annotated[bool, typer.Option(help="Make the rows that are missing.")] = True,
     workers: Annotated[int, typer.Option(min=1, help="Processes that make rows.")] = min(4, os.cpu_count() or 1),
     row: Annotated[str, typer.Option(help="Make this row alone, in this process.", hidden=True)] = "",
 ) -> None:
     """Makes the rows that are missing, and prints the table."""
     settings = Settings(prompts, seeds, steps, iters, samples, compile)
-    work.mkdir(parents=True, exist_ok=True)
     if row:
-        make_row(row, settings, work)
+        make_row(row, settings, work, kept)
         return
-    stamp = json.dumps(vars(settings))
-    if (work / "settings.json").exists() and (work / "settings.json").read_text(encoding="utf-8") != stamp:
-        raise typer.BadParameter(f"{work} holds rows of other settings; name another --work folder or delete it")
-    write_text(work / "settings.json", stamp)
+    for folder in (work, kept):  # samples and checkpoints depend on the settings, too
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp, text = folder / "settings.json", json.dumps(vars(settings)) + "\n"
+        if stamp.exists() and stamp.read_text(encoding="utf-8") != text:
+            raise typer.BadParameter(f"{folder} is of a run with other settings; name other --work and --rows folders")
+        write_text(stamp, text)
     chosen = [name.strip() for name in budgets.split(",")]
     unknown = sorted(set(chosen) - set(BUDGETS))
     if unknown:
@@ -290,15 +256,14 @@ def main(
     if missing:
         raise typer.BadParameter(f"no row {', '.join(missing)}; there are {', '.join(rows)}")
     given = [f"--prompts={prompts}", f"--seeds={seeds}", f"--steps={steps}", f"--iters={iters}", f"--samples={samples}"]
-    given += ["--compile" if compile else "--no-compile", f"--work={work}"]
-    failed = make_all(keys, given, work, workers)
-    done = dict(read(keys, work))
-    said = "".join(f"\n{key} failed: {why.splitlines()[-1] if why else 'no message'}" for key, why in failed.items())
-    text = (
-        f"{table(rows, done)}\n\nAgainst the original at equal seeds, with 95 % intervals over prompts; differences by a "
-        f"paired test over prompts, corrected for their number. {', '.join(f'{k} {v}' for k, v in vars(settings).items())}. "
-        f"{one_line()}{said}\n\n{recommendations(done)}\n"
-    )
+    given += ["--compile" if compile else "--no-compile", f"--work={work}", f"--rows={kept}"]
+    failed = make_all(unfinished(keys, work, kept), given, work, workers) if make else {}
+    finished = list(read(keys, kept))
+    if not finished:
+        raise typer.BadParameter(
+            f"no row is finished in {kept}{''.join(f'; {key}: {why}' for key, why in failed.items())}"
+        )
+    text = report(rows, finished, settings, failed, [key for key in keys if key not in failed])
     write_text(out, text)
     print(text)
 

@@ -1,9 +1,15 @@
 """The table of every method: its rows, its corrected tests, and what it recommends."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from benchmarks import methods
+from benchmarks import method_rows, methods
+from fp4dit_ao.evaluation.environment import environment
 from fp4dit_ao.evaluation.fidelity import Fidelity
 from fp4dit_ao.passes.fine_tuning.fine_tune import FINE_TUNINGS
 from fp4dit_ao.passes.reconstruction import OBJECTIVES, ROUNDINGS, SCOPES
@@ -15,9 +21,9 @@ def fidelity(name: str, psnr: np.ndarray, bits: float = 4.2, seconds: float = 10
     return Fidelity(name, psnr, np.full_like(psnr, 0.9), notes=notes)
 
 
-@pytest.mark.parametrize("budget", methods.BUDGETS)
+@pytest.mark.parametrize("budget", method_rows.BUDGETS)
 def test_every_registered_method_has_a_row(budget: str) -> None:
-    rows = methods.rows_of(budget)
+    rows = method_rows.rows_of(budget)
     assert {row.rounding for row in rows.values()} == set(ROUNDINGS)
     assert {name for row in rows.values() for name in row.transforms} == set(TRANSFORMS)
     assert {row.objective for row in rows.values()} == set(OBJECTIVES)
@@ -48,8 +54,8 @@ def test_the_table_says_what_was_shown() -> None:
     rng = np.random.default_rng(0)
     base = rng.normal(35, 1, (1, 40))
     rows = {
-        "full": methods.Row("full precision", None), "w4a6-nearest": methods.Row("nearest", None),
-        **{f"w4a6-{name}": methods.Row(name, None, base="w4a6-nearest") for name in ("good", "bad", "same")},
+        "full": method_rows.Row("full precision", None), "w4a6-nearest": method_rows.Row("nearest", None),
+        **{f"w4a6-{name}": method_rows.Row(name, None, base="w4a6-nearest") for name in ("good", "bad", "same")},
     }  # fmt: skip
     done = {
         "full": fidelity("full precision", np.full((1, 40), 100.0), 16, 0),
@@ -75,3 +81,33 @@ def test_recommendations_keep_the_limits() -> None:
     assert ["4.3", "60", "quick"] in lines and ["4.3", "600", "slow"] in lines and ["5.3", "3600", "slow"] in lines
     assert ["8.5", "60", "large"] in lines
     assert not any("full precision" in line for line in lines)
+
+
+def test_rows_made_on_several_machines_are_one_table(tmp_path: Path) -> None:
+    kept, out = tmp_path / "rows", tmp_path / "table.md"
+    kept.mkdir()
+    psnr = np.random.default_rng(0).normal(35, 1, (1, 40))
+    for key, name, values, processor in (
+        ("full", "full precision", np.full((1, 40), 100.0), "old machine"), ("w4a6-nearest", "nearest", psnr, "old machine"),
+        ("w4a6-gptq", "gptq", psnr + 1 + 0.01 * psnr, "new machine"),
+    ):  # fmt: skip
+        made = fidelity(name, values).to_dict() | {"environment": environment() | {"processor": processor}}
+        (kept / f"{key}.json").write_text(json.dumps(made))
+    keys = ("full", "w4a6-nearest", "w4a6-gptq", "w4a6-lrq")
+    app = typer.Typer()
+    app.command()(methods.main)
+    given = ["--no-make", "--budgets=w4a6", f"--only={','.join(keys[1:])}", f"--rows={kept}", f"--out={out}"]
+    result = CliRunner().invoke(app, [*given, f"--work={tmp_path / 'work'}"], catch_exceptions=False)
+    text = out.read_text()
+    assert result.exit_code == 0 and text in result.output
+    assert "2 rows on old machine" in text and "1 row on new machine" in text
+    assert "Not made yet: w4a6-lrq." in text
+    assert "dB: better" in next(line for line in text.splitlines() if "| gptq" in line)
+    other = CliRunner().invoke(app, [*given, f"--work={tmp_path / 'work'}", "--steps=2"])
+    assert other.exit_code and "other settings" in " ".join(other.output.split())
+
+    work = tmp_path / "work"
+    assert methods.unfinished(keys[:3], work, kept) == []
+    assert methods.unfinished(keys, work, kept) == ["full", "w4a6-lrq"]  # the original's images are on the old machine
+    (work / "full.npz").touch()
+    assert methods.unfinished(keys, work, kept) == ["w4a6-lrq"]
