@@ -56,12 +56,20 @@ def rows_of(budget: str) -> dict[str, Row]:
             add(name, f"{LEARNED}, by {name}", rounding=LEARNED, scope=name)
     for name in FINE_TUNINGS:
         add(name, f"nearest, fine-tuning {name}", fine_tuning=name)
-    for transforms in (("smoothquant",), ("hadamard",), ("low_rank",), ("smoothquant", "low_rank")):
-        names = "+".join(transforms)
+    for transforms in (
+        ("smoothquant",),
+        ("hadamard",),
+        ("low_rank",),
+        ("smoothquant", "low_rank"),
+        ("low_rank:rank=8",),
+    ):
+        names = "+".join(transforms).replace(":rank=", "_")
         add(f"{names}+gptq", f"{', '.join(transforms)}, gptq", rounding="gptq", transforms=transforms)
     add("gptq+scales", "gptq, fine-tuning scales", rounding="gptq", fine_tuning="scales")
     for name in ("gptq", LEARNED):
         found[f"{budget}-e2m1-{name}"] = Row(f"E2M1, {name}", e2m1, name, base=f"{budget}-e2m1")
+    if budget == "w4a8":
+        found[f"{budget}-int8"] = Row("INT8 weights, nearest", replace(RECIPES["int_w4a8"](), weight="int8"))
     if budget == "w4a4":
         for recipe in BLOCK_RECIPES:
             blocks, key = RECIPES[recipe](), f"{budget}-{recipe}"

@@ -30,7 +30,7 @@ from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.passes.device_placement import convert_tensors, quantizing_device
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
-from fp4dit_ao.passes.transforms.registry import TRANSFORMS, applied_transforms
+from fp4dit_ao.passes.transforms.registry import applied_transforms, transform_named
 from fp4dit_ao.passes.transforms.scaled_linear import unscale_modules
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs, SplitLinear, join_modules, whole_name
 from fp4dit_ao.quantizer import EXPERTS, Decision, FP4DiTQuantizer, fit_group
@@ -98,7 +98,7 @@ def without_data(transforms: Sequence[str | GraphTransform]) -> bool:
     Raises:
         ValueError: an unknown transform, or one that needs calibration data.
     """
-    found = [TRANSFORMS.find(t) if isinstance(t, str) else type(t) for t in transforms]
+    found = [type(transform_named(t) if isinstance(t, str) else t) for t in transforms]
     other = next((transform for transform in found if not issubclass(transform, SplitInputs)), None)
     if other is not None:
         needs = "calibration data" if other.needs_data else "the model's graph"

@@ -101,7 +101,8 @@ def quantize_pipeline(
         prompts: calibration prompts; see :func:`fp4dit_ao.collect_samples`, also for ``steps``, ``samples``,
             ``selection``, ``batch_size``, ``seed``, ``cache_dir``, ``memory_limit_bytes`` and for text embeddings in place
             of prompts.
-        transforms: graph transforms before quantization, by name (``"smoothquant"``) or as objects, in order.
+        transforms: graph transforms before quantization, by name (``"smoothquant"``, ``"low_rank:rank=8"``) or as objects,
+            in order.
         allocation: how layers choose among ``QuantConfig.weight_candidates``.
         budget_bits: largest mean of stored bits per weight that the allocation may spend; None for no limit.
         rounding: how weights are rounded: ``"nearest"`` takes seconds, ``"gptq"`` minutes; ``"adaround"``, the default, learns

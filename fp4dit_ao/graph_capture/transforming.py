@@ -8,7 +8,7 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 
 from fp4dit_ao.config import QuantConfig, w4a6
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
-from fp4dit_ao.passes.transforms.registry import TRANSFORMS
+from fp4dit_ao.passes.transforms.registry import TRANSFORMS, transform_named
 from fp4dit_ao.quantizer import FP4DiTQuantizer
 
 
@@ -24,7 +24,8 @@ def transform(
     Args:
         exported: what :func:`fp4dit_ao.capture` returned; changed in place. The model that was captured is not.
         samples: calibration data, keyword arguments of ``forward``, one mapping a call; see :func:`fp4dit_ao.collect_samples`.
-        transforms: names in ``passes.transforms.registry.TRANSFORMS`` with their defaults, or objects.
+        transforms: names in ``passes.transforms.registry.TRANSFORMS``, with options if wanted
+            (``"low_rank:rank=8"``), or objects.
         quantizer: the one that ``prepare_pt2e`` will be given, or a config for all linears: transforms that weigh errors
             measure them in its formats. ``w4a6()`` if None. A transform with a quantizer of its own uses that.
         progress: show progress bars with the time left.
@@ -53,7 +54,7 @@ def resolve_transforms(transforms: Sequence[str | GraphTransform]) -> list[Graph
     """Transforms by name or as objects, as objects.
 
     Raises:
-        ValueError: an unknown name, or something else than a sequence of names and objects.
+        ValueError: an unknown name or option, or something else than a sequence of names and objects.
     """
     if isinstance(transforms, str | GraphTransform):
         raise ValueError(f"transforms={transforms!r}; give a list, such as [{transforms!r}]")
@@ -62,4 +63,4 @@ def resolve_transforms(transforms: Sequence[str | GraphTransform]) -> list[Graph
         raise ValueError(
             f"a transform is a name ({', '.join(TRANSFORMS)}) or a GraphTransform object, found {type(wrong).__name__}"
         )
-    return [TRANSFORMS.find(t)() if isinstance(t, str) else t for t in transforms]
+    return [transform_named(t) if isinstance(t, str) else t for t in transforms]

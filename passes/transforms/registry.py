@@ -1,6 +1,7 @@
 """The table of graph transforms, and transforms from their records."""
 
 from collections.abc import Iterable
+from inspect import signature
 
 from torch.fx import GraphModule
 
@@ -122,6 +123,38 @@ TRANSFORMS.register(
     source="MixDQ, arXiv 2405.17873, section 4.1",
     cost="one pass over the samples; a difference and a sum of one token beside each linear that reads text",
 )
+
+
+def transform_named(text: str) -> GraphTransform:
+    """A transform by its name, with its defaults or with options: ``"low_rank"``, ``"low_rank:rank=8,rows=1024"``.
+
+    Raises:
+        ValueError: an unknown name or option, or a value that the transform does not take.
+    """
+    name, _, given = text.partition(":") if isinstance(text, str) else (text, "", "")
+    made = TRANSFORMS.find(name)
+    types = {
+        option.name: type(option.default)
+        for option in signature(made).parameters.values()
+        if isinstance(option.default, bool | int | float)
+    }
+    options = {}
+    for part in filter(None, given.split(",")):
+        option, _, value = part.partition("=")
+        if option not in types:
+            raise ValueError(
+                f"{text!r}: transform {name!r} has no option {option!r}; it has {', '.join(types) or 'none'}"
+            )
+        try:
+            options[option] = (
+                {"true": True, "false": False}[value.lower()] if types[option] is bool else types[option](value)
+            )
+        except (ValueError, KeyError):
+            raise ValueError(f"{text!r}: {option} takes {_SAID[types[option]]}, found {value!r}") from None
+    return made(**options)
+
+
+_SAID = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def from_records(records: Iterable[Record]) -> list[GraphTransform]:

@@ -29,7 +29,9 @@ def quantize(
     iters: Iterations = None,
     transform: Annotated[
         list[str] | None,
-        typer.Option(help="Graph transform before quantization, such as smoothquant; repeatable, in order."),
+        typer.Option(
+            help="Graph transform before quantization, such as smoothquant or low_rank:rank=8; repeatable, in order."
+        ),
     ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="Glob of modules to leave in high precision; repeatable.")

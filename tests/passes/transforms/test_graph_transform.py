@@ -1,6 +1,7 @@
 """The plug-in point: any transform by name, its record in the graph's meta, order and idempotence."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao import FP4DiTQuantizer, QuantConfig, capture, lower, transform
+from fp4dit_ao.graph_capture.transforming import resolve_transforms
 from fp4dit_ao.passes.block_outlining import outline
 from fp4dit_ao.passes.transforms import registry
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record, records_of
+from fp4dit_ao.passes.transforms.low_rank import LowRank
 from fp4dit_ao.passes.transforms.registry import TRANSFORMS, applied_transforms
+from fp4dit_ao.passes.transforms.smoothquant import SmoothQuant
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs
 from tests.graphs import show
 
@@ -150,11 +154,35 @@ def test_only_what_is_quantized_is_split() -> None:
             SplitInputs.from_record({"parts": parts}).apply(capture(model, SAMPLE))
 
 
+def test_a_name_may_carry_options() -> None:
+    low_rank, smooth = resolve_transforms(["low_rank:rank=8,rows=64", "smoothquant:fold=true"])
+    assert isinstance(low_rank, LowRank) and (low_rank.rank, low_rank.rows, low_rank.rounds) == (
+        8,
+        64,
+        LowRank().rounds,
+    )
+    assert isinstance(smooth, SmoothQuant) and smooth.fold
+    for name, made in registry.TRANSFORMS.items():  # every number that a constructor takes is an option
+        options = {p.name: p.default for p in signature(made).parameters.values() if isinstance(p.default, int | float)}
+        text = ",".join(f"{option}={str(value).lower()}" for option, value in options.items())
+        found = registry.transform_named(f"{name}:{text}")
+        assert vars(found).keys() == vars(made()).keys()
+        assert all(vars(found)[option] == value for option, value in options.items() if option in vars(found))
+
+
 def test_wrong_transforms_are_refused() -> None:
     graph = capture(Joined().eval(), SAMPLE)
     for wrong, message in [
         (["sharpen"], "unknown transform 'sharpen'; choose one of smoothquant, "),
         ("smoothquant", r"transforms='smoothquant'; give a list, such as \['smoothquant'\]"),
+        (
+            ["low_rank:size=8"],
+            "'low_rank:size=8': transform 'low_rank' has no option 'size'; it has rank, rounds, rows",
+        ),
+        (["low_rank:rank=few"], "rank takes a whole number, found 'few'"),
+        (["smoothquant:fold=1"], "fold takes true or false, found '1'"),
+        (["weight_equalization:rank=8"], "it has none"),
+        (["low_rank:rank=0"], "rank must be at least 1"),
         ([3], r"a transform is a name \(smoothquant, .*\) or a GraphTransform object, found int"),
     ]:
         with pytest.raises(ValueError, match=message):
