@@ -96,6 +96,8 @@ LONGEST = (
     "tests/test_docs.py",
     "tests/deploy/test_export.py",
     "tests/serving/test_ray.py",
+    "tests/serving/test_load_benchmark.py",
+    "tests/passes/reconstruction/test_memory_budget.py",
     "tests/checkpoint/test_checkpoint_fuzz.py",
     "tests/benchmark/test_benchmark.py",
     "tests/benchmark/test_bigger_than_memory.py",
