@@ -91,6 +91,23 @@ GPU = (
 )
 """Tests that need a GPU, and are skipped without one."""
 
+LONGEST = (
+    "tests/families/test_families.py",
+    "tests/test_docs.py",
+    "tests/deploy/test_export.py",
+    "tests/serving/test_ray.py",
+    "tests/serving/test_load_benchmark.py",
+    "tests/passes/reconstruction/test_memory_budget.py",
+    "tests/checkpoint/test_checkpoint_fuzz.py",
+    "tests/benchmark/test_benchmark.py",
+    "tests/benchmark/test_bigger_than_memory.py",
+    "tests/passes/fine_tuning/test_distillation.py",
+    "tests/benchmark/test_paper_table.py",
+    "tests/passes/fine_tuning/test_scale_tuning.py",
+)
+"""Files that take longest, which run first and in this order: what takes seconds is left to the end, where one of two
+processes would wait for the other."""
+
 PACKAGES = ("torch", "torchao", "diffusers", "transformers", "triton", "numpy")
 
 
@@ -118,8 +135,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return str(collection_path.relative_to(ROOT)) in SLOW or None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets several processes take files in the order of the tests; pytest-xdist's own is by how many tests a file has."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks every test ``slow``, ``docs`` or ``gpu`` by the tables above, and ``fast`` if it is none of them."""
+    """Marks every test ``slow``, ``docs`` or ``gpu`` by the tables above, and ``fast`` if it is none of them; the longest
+    files come first."""
+    place = {path: number for number, path in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
     for item in items:
         slow = _among(item, SLOW) or "compile" in item.name.partition("[")[0]
         marks = [

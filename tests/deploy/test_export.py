@@ -1,6 +1,5 @@
 """Exported transformers run without the model's class, give the same bits, and stay dynamic."""
 
-import functools
 import io
 import itertools
 import re
@@ -50,10 +49,18 @@ def program(tiny_quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def package(tiny_quantized: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command writes."""
+def mixed() -> Any:
+    """The tiny pipeline with each kind of weight that is multiplied in its own way: of ``w4a6``, in codebook groups, in NVFP4."""
+    how = {"prompts": ["a cat"], "rounding": "nearest", "progress": False}
+    layers = {"*.ff.net.0.proj": "w4a6_codebook", "*.ff.net.2": "nvfp4"}
+    return quantize_pipeline(tiny_pipeline(layers=1), "w4a6", layers=layers, **how, **CALL)
+
+
+@pytest.fixture(scope="module")
+def package(mixed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command writes: one package of all kinds of weights, for it takes long to compile."""
     folder = tmp_path_factory.mktemp("export")
-    tiny_quantized.save_pretrained(folder / "pipe")
+    mixed.save_pretrained(folder / "pipe")
     path = folder / "package.pt2"
     with pytest.MonkeyPatch.context() as patch:  # as of a model whose tokens are worth the compiled loop
         patch.setattr(token_quantization, "_WORTHWHILE_ELEMENTS", 0)
@@ -134,15 +141,8 @@ def test_half_precision(tiny_quantized: Any, tmp_path: Path) -> None:
         loaded(**sample(3, 8, 12, 6))
 
 
-@functools.cache
-def feed_forward_in(recipe: str) -> Any:
-    """The transformer of the tiny pipeline with its feed-forward alone in a recipe: compiling a package takes long enough."""
-    how = {"prompts": ["a cat"], "rounding": "nearest", "progress": False, "layers": {"*.attn?.to_*": None}}
-    return quantize_pipeline(tiny_pipeline(layers=1), recipe, **how, **CALL).transformer
-
-
-def test_block_formats_export_too(tmp_path: Path) -> None:
-    transformer = feed_forward_in("nvfp4")
+def test_block_formats_export_too(mixed: Any, tmp_path: Path) -> None:
+    transformer = mixed.transformer
     exported_transformer.save_program(transformer, tmp_path / "model.pt2")
     weights = torch.export.load(tmp_path / "model.pt2").state_dict
     assert not any(isinstance(x, TorchAOBaseTensor) for x in weights.values())
@@ -167,20 +167,14 @@ def test_unpacked_weights_are_exported_before(tiny_quantized: Any, tmp_path: Pat
 # --- packages --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["w4a6", "w4a6_codebook", "nvfp4"])
-def test_a_package_gives_the_compiled_graphs_bits_in_another_process(
-    recipe: str, request: pytest.FixtureRequest, tiny_quantized: Any, tmp_path: Path
-) -> None:
-    if recipe == "w4a6":
-        path, transformer = request.getfixturevalue("package"), tiny_quantized.transformer
-    else:
-        path, transformer = tmp_path / "package.pt2", feed_forward_in(recipe)
-        exported_transformer.save_package(transformer, path)
+def test_a_package_gives_the_compiled_graphs_bits_in_another_process(package: Path, mixed: Any, tmp_path: Path) -> None:
+    transformer = mixed.transformer
     inputs = {name: sample(*shape) for name, shape in SHAPES.items()}
-    outputs = elsewhere(path, inputs, tmp_path)
-    if recipe == "w4a6":
-        with zipfile.ZipFile(path) as archive:
-            assert any(b"fp4dit_ao::int8_tokens" in archive.read(name) for name in archive.namelist())
+    outputs = elsewhere(package, inputs, tmp_path)
+    with zipfile.ZipFile(package) as archive:
+        content = b"".join(archive.read(name) for name in archive.namelist())
+    called = set(re.findall(rb"fp4dit_ao::(\w+)", content))
+    assert called >= {b"int8_tokens", b"int8_linear", b"codebook_linear"}  # NVFP4's weights are multiplied by aten's
     transformer.compile_graph()
     try:
         with torch.no_grad():  # else a backward graph is compiled, too

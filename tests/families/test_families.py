@@ -141,7 +141,7 @@ def test_rounding_is_learned_in_any_family(case) -> None:
     data = [example_inputs(model, Size(height=8, width=8, frames=2), seed=seed) for seed in range(6)]
     everything = recipe_for(model, "w4a6")
     alone = replace(everything, activation=None, attention=None)
-    for recipe, iters in ((alone, 300), (everything, 8)):
+    for recipe, iters in ((alone, 100), (everything, 8)):
         prepared = prepare_pt2e(copy.deepcopy(case.graph), quantizer_for(model, recipe))
         report = reconstruct(prepared, data, AdaRoundConfig(iters=iters, batch_size=4), progress=False)
         assert all(row.loss_after <= row.loss_before for row in report.rows)
@@ -159,11 +159,21 @@ MASKED = {
 }
 """Masks among the arguments of any family, and the texts that they hide; Hunyuan-DiT pools all of T5's text, padding too."""
 
+TRACED = {
+    "AuraFlow": "SD3, FLUX.1 and Lumina 2",
+    "CogVideoX": "CogVideoX, rotary",
+    "Wan": "Wan, image to video",
+}
+"""Models that Inductor generates no code for here, which takes half a minute each, and those whose blocks compute the same."""
+
 
 @torch.no_grad()
-def test_compiled_once_and_close_at_all_sizes(case) -> None:
+def test_compiled_once_and_close_at_all_sizes(case, monkeypatch) -> None:
     """Inductor sums in another order, so that some activations round to the other side: close to the graph, not equal."""
     graph, model = case.quantized.graph, case.model
+    if case.name in TRACED:  # Dynamo, AOTAutograd and Inductor's decompositions; then operator by operator
+        traced = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+        monkeypatch.setattr(torch, "compile", traced)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = compile_graph(graph)
