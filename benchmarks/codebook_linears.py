@@ -59,7 +59,7 @@ def main(
     """Print the table."""
     if threads:
         torch.set_num_threads(threads)
-    if native.shared_object() is None:  # it has said why, and what to do
+    if not native.is_built():  # it has said why, and what to do
         raise typer.Exit(1)
     if joined:
         _print_joined(fmt, rounds, layers)

@@ -42,7 +42,7 @@ def main(
 ) -> None:
     """Prints the table."""
     torch.set_num_threads(threads)
-    if native.shared_object() is None:  # shared_object() has warned why, and what to do
+    if not native.is_built():  # shared_object() has warned why, and what to do
         raise typer.Exit(1)
     rows = []
     for name, (features, before) in BEFORE.items():

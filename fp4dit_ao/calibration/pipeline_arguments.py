@@ -28,7 +28,9 @@ def generation_defaults(folder: str | Path) -> CallArguments:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); repair or delete it") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object of keyword arguments, found {type(data).__name__}")
+        raise ValueError(
+            f"{path} must hold a JSON object of keyword arguments, found {type(data).__name__}; repair or delete it"
+        )
     return data
 
 

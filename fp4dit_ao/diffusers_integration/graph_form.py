@@ -287,10 +287,7 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def nbytes(self) -> int:
         """Bytes of all tensors that the graph reads."""
-        state = graph_tensors.state_of(self.graph)
-        return sum(
-            part.nbytes for name, x in state.items() for part in graph_tensors.flatten(name, x.detach()).values()
-        )
+        return sum(x.nbytes for x in graph_tensors.state_of(self.graph).values())
 
     # --- files -------------------------------------------------------------------------------------------------------
 

@@ -25,9 +25,14 @@ from fp4dit_ao.diffusers_integration.module_slots import Slots, quantized_linear
 from fp4dit_ao.families.dtypes import main_dtype
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.split_inputs import split_modules, whole_name
+from fp4dit_ao.schemes import scheme_of
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
+
+
+CODES = 4 / 4.5
+"""Part of a weight's memory that its codes take, the rest being scales: NVFP4's, the least of all recipes."""
 
 
 class _Method(StrEnum):
@@ -164,6 +169,22 @@ class FP4DiTDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             for linear, config in self._linears.items():
                 if whole_name(linear) == name:
                     module_form.quantize_linear(model, linear, config)
+
+    def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, object]:
+        """Sizes by which accelerate spreads a model over devices, of float weights that will be quantized while they load."""
+        from accelerate.utils import CustomDtype
+
+        found: dict[str, object] = {}
+        for linear, config in self._linears.items():
+            name = f"{whole_name(linear)}.weight"
+            shape = model.get_parameter(name).shape
+            stored = sum(part.nbytes for part in scheme_of(config).empty_parts(shape, config).values())
+            found[name] = CustomDtype.INT4 if stored < shape.numel() else torch.int8
+        return found
+
+    def adjust_max_memory(self, max_memory: dict[str, int]) -> dict[str, float]:
+        """Leaves room for scales, which those sizes do not count."""
+        return {device: size * (CODES if self._linears else 1.0) for device, size in max_memory.items()}
 
     def _process_model_after_weight_loading(self, model: "ModelMixin", **kwargs: object) -> "ModelMixin":
         if self._slots is not None:

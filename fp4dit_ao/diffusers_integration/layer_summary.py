@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torchao.utils import TorchAOBaseTensor
 
-from fp4dit_ao.checkpoint import graph_tensors
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels.attention import ATTENTION, LARGEST_HEAD, AttentionOperands
 from fp4dit_ao.quantizer import Decision
@@ -63,7 +62,7 @@ def layer_summaries(decisions: Iterable[Decision], weights: Mapping[str, Tensor]
         shape, size, kept = None, 0, None
         if weight is not None:
             shape, kept = tuple(weight.shape), str(weight.dtype).removeprefix("torch.")
-            size = sum(part.nbytes for part in graph_tensors.flatten("", weight.detach()).values())
+            size = weight.nbytes
         fmt, activation = (config.weight, config.activation) if config else (kept, None)
         quantized, reason = config is not None, decision.reason
         if fmt is not None and quantized and weight is not None and not isinstance(weight.detach(), TorchAOBaseTensor):

@@ -281,15 +281,14 @@ def _fusing_refused(*args: object, **kwargs: object) -> None:
     )
 
 
-def memory_footprint(model: "ModelMixin", return_buffers: bool = True) -> int:
+def memory_footprint(model: nn.Module, return_buffers: bool = True) -> int:
     """``get_memory_footprint`` of a quantized model: bytes of its tensors as they are stored.
 
     Args:
         model: a model with low-bit weights.
         return_buffers: whether buffers count.
     """
-    tensors = [*model.named_parameters(), *(model.named_buffers() if return_buffers else ())]
-    return sum(part.nbytes for name, x in tensors for part in graph_tensors.flatten(name, x.detach()).values())
+    return sum(x.nbytes for x in (*model.parameters(), *(model.buffers() if return_buffers else ())))
 
 
 def dequantize_modules(model: "ModelMixin") -> "ModelMixin":

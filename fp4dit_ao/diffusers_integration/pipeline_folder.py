@@ -19,6 +19,7 @@ from fp4dit_ao.calibration.pipeline_arguments import CallArguments, generation_d
 from fp4dit_ao.checkpoint import component_checksums, transformer_folder
 from fp4dit_ao.checkpoint.tensor_files import read_json
 from fp4dit_ao.diffusers_integration.call_defaults import with_call_defaults
+from fp4dit_ao.diffusers_integration.damaged_components import INDEX, reason_not_loaded
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer, load_graph
 from fp4dit_ao.diffusers_integration.module_conversion import load_modules
 from fp4dit_ao.diffusers_integration.text_encoders import load_text_encoder
@@ -26,8 +27,6 @@ from fp4dit_ao.diffusers_integration.weight_forms import keep_fastest
 from fp4dit_ao.passes.weight_unpacking import unpack_weights
 from fp4dit_ao.util.atomic_files import whole_folder
 from fp4dit_ao.util.sentences import first_line
-
-INDEX = "model_index.json"
 
 Weights = Literal["packed", "int8", "fp8", "auto"]
 """Forms of quantized weights in memory; see :func:`load_pipeline`."""
@@ -163,6 +162,7 @@ def load_pipeline(
             unpack_weights(transformer, weights)
     dtypes = stored_dtypes(folder, leave=[*found, *encoders]) if dtype is None else dtype
     component_checksums.check(folder)
+    defaults = generation_defaults(folder)  # which from_pretrained reads, too
     try:
         with warnings.catch_warnings():
             # newer diffusers call the argument dtype, older ones know only torch_dtype
@@ -171,14 +171,13 @@ def load_pipeline(
                 str(folder), **dict.fromkeys((*transformers, *encoders)), torch_dtype=dtypes, local_files_only=True
             )
     except Exception as error:  # a damaged config can make diffusers and transformers raise anything
-        first = first_line(error)
-        raise ValueError(f"{folder}: a component besides the transformer cannot be loaded: {first}") from error
+        raise ValueError(reason_not_loaded(folder, error, (*transformers, *encoders))) from error
     for transformer in transformers.values():
         if isinstance(transformer, QuantizedTransformer):
             transformer.compile_graph(compile)
         elif compile:
             transformer.compile(dynamic=True)
-    pipe = with_transformers(pipe, transformers | encoders, generation_defaults(folder))
+    pipe = with_transformers(pipe, transformers | encoders, defaults)
     return pipe.to(device) if device is not None else pipe
 
 

@@ -22,7 +22,7 @@ from fp4dit_ao.checkpoint.quantization_record import Record, model_config
 from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.config import DEFAULT_RECIPE, Fields, QuantConfig
 from fp4dit_ao.diffusers_integration.float_source import check_weight
-from fp4dit_ao.diffusers_integration.module_form import quantize_linear
+from fp4dit_ao.diffusers_integration.module_form import memory_footprint, quantize_linear
 from fp4dit_ao.diffusers_integration.module_slots import quantized_linears
 from fp4dit_ao.families.dtypes import is_kept, main_dtype
 from fp4dit_ao.families.patterns import KEPT, outside_blocks
@@ -107,6 +107,7 @@ def _presented(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
 def _finished(model: "PreTrainedModel", record: Record) -> "PreTrainedModel":
     """``model``, which from now on saves itself in this package's format."""
     model.save_pretrained = functools.partial(save_text_encoder, model, record)
+    model.get_memory_footprint = functools.partial(memory_footprint, model)
     _compat.replace_apply(model, functools.partial(_apply, model))
     return model.eval()
 

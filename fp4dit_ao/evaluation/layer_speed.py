@@ -136,7 +136,7 @@ def this_machine(device: torch.device) -> dict[str, str]:
     found = environment()
     place = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     kept = ("processor", "instructions", "kernel", "threads", "torch", "torchao")
-    library = "none" if native.shared_object() is None else str(native.VERSION)
+    library = "none" if not native.is_built() else str(native.VERSION)
     return {key: found[key] for key in kept} | place | {"fp4dit-ao": __version__, "library": library}
 
 

@@ -50,7 +50,7 @@ def reason(weight: LowBitWeight, device: torch.device, rows: int, speed: LayerSp
 
 
 def _on_cpu_without_library(o: SlowLinear) -> bool:
-    return o.device.type == "cpu" and native.shared_object() is None
+    return o.device.type == "cpu" and not native.is_built()
 
 
 def _on_cpu_without_dot_products(o: SlowLinear) -> bool:

@@ -53,9 +53,7 @@ CANDIDATE_SEARCH: UnitTable[SearchOperands] = UnitTable(
     [
         Unit(
             "compiled loop",
-            lambda o: (
-                o.grouped and o.device.type == "cpu" and o.weight.bits <= 4 and native.shared_object() is not None
-            ),
+            lambda o: o.grouped and o.device.type == "cpu" and o.weight.bits <= 4 and native.is_built(),
             _compiled,
         ),
         Unit("PyTorch operators", lambda o: True, _on_operators),

@@ -122,7 +122,7 @@ CODEBOOK_LINEAR: UnitTable[CodebookOperands] = UnitTable(
     [
         Unit(
             "int8, compiled kernel",
-            lambda o: _int8(o) and o.device.type == "cpu" and native.shared_object() is not None,
+            lambda o: _int8(o) and o.device.type == "cpu" and native.is_built(),
             _on_int8,
             _instruction_set,
         ),

@@ -112,7 +112,7 @@ class TokenOperands(NamedTuple):
 def _loop_supports(o: TokenOperands) -> bool:
     simple = isinstance(o.fmt, FloatFormat) and o.fmt.mantissa_bits > 0 and digits(o.fmt) <= MOST_DIGITS
     readable = o.plain and o.device.type == "cpu" and o.dtype in native.OUTPUTS
-    return simple and readable and native.shared_object() is not None
+    return simple and readable and native.is_built()
 
 
 def _quantize_tokens(x: Tensor, fmt: str) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from fp4dit_ao.kernels import block_scaled_linear, straight_through
 from fp4dit_ao.kernels.units import Unit
 from fp4dit_ao.ops.block_scale import BLOCKS, unit
 from fp4dit_ao.tensors.copied_by_call import CopiedByCall
+from fp4dit_ao.tensors.stored_bytes import StoredBytes
 
 _ATEN = torch.ops.aten
 ELEMENTS = {"e2m1": torch.float4_e2m1fn_x2, "e2m3": DTYPE_FP6_E2M3, "e3m2": DTYPE_FP6_E3M2}
@@ -47,7 +48,7 @@ class _BlockTensor(block_scaled_linear.BlockWeight, Protocol):
     def dequantize(self, output_dtype: torch.dtype) -> Tensor: ...
 
 
-class _OnAnyHardware:
+class _OnAnyHardware(StoredBytes):
     """Methods that both weights add to torchao's tensors."""
 
     by_largest = True

@@ -31,6 +31,7 @@ from fp4dit_ao.kernels import straight_through
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.units import Unit
 from fp4dit_ao.tensors.copied_by_call import CopiedByCall
+from fp4dit_ao.tensors.stored_bytes import StoredBytes
 
 Override = TypeVar("Override", bound=Callable[..., object])
 Result = TypeVar("Result")
@@ -48,7 +49,7 @@ def _overrides(*operators: Operator) -> Callable[[Override], Override]:
     return register
 
 
-class QuantizedWeight(TorchAOBaseTensor, metaclass=CopiedByCall):  # type: ignore[misc]
+class QuantizedWeight(StoredBytes, TorchAOBaseTensor, metaclass=CopiedByCall):  # type: ignore[misc]
     """A linear weight in low bits, stored as several plain tensors.
 
     Non-Tensor Attributes:
@@ -169,7 +170,7 @@ class QuantizedWeight(TorchAOBaseTensor, metaclass=CopiedByCall):  # type: ignor
         }
         for name in self.format_names:  # a codebook with its levels: another process may know other ones by that name
             described[name] = parts.get(name) and parse(parts[name])
-        library = native.VERSION if native.shared_object() is not None else None
+        library = native.VERSION if native.is_built() else None
         return repr((__version__, library, type(self).__name__, described))
 
 

@@ -400,8 +400,8 @@ def test_an_altered_bit_of_another_component_is_found(folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("file", "key", "value", "message"),
     [
-        ("text_encoder/config.json", "d_model", "wide", "error for field 'd_model': TypeError"),
-        ("vae/config.json", "block_out_channels", 5, "a component besides the transformer cannot be loaded"),
+        ("text_encoder/config.json", "d_model", "wide", "pipe/text_encoder cannot be loaded as T5EncoderModel: "),
+        ("vae/config.json", "block_out_channels", 5, "pipe/vae cannot be loaded as AutoencoderKL: 'int' object"),
         ("model_index.json", "transformer", 5, "model_index.json is damaged: transformer is 5; expected its library"),
         ("model_index.json", "vae", ["diffusers", 5], "model_index.json is damaged: vae is ['diffusers', 5]"),
         ("model_index.json", "vae", ["diffusers", "Nope"], "`diffusers` has no class `Nope`"),

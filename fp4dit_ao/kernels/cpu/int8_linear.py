@@ -24,7 +24,7 @@ _FAILURES = ("out of memory", "this kernel is missing or cannot take such groups
 def supports(device: torch.device, bits: int, group_size: int) -> bool:
     """Whether ``int8_linear`` takes weights of so many bits and groups of that size on the device."""
     fits = device.type == "cpu" and bits <= _MOST_BITS and group_size % _MULTIPLE == 0
-    return fits and native.shared_object() is not None
+    return fits and native.is_built()
 
 
 @functools.cache

@@ -61,6 +61,12 @@ def shared_object() -> ctypes.CDLL | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_built() -> bool:
+    """Whether there is a compiled library; ``torch.compile`` asks when it traces, and cannot trace how it is found."""
+    return shared_object() is not None
+
+
 def _candidates() -> Iterator[Path]:
     """Paths of the library: beside this file, then in the installed package, for a checkout that was not built in place.
 
