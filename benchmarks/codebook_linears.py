@@ -1,14 +1,16 @@
 """Linears with codebook groups against bfloat16 on a CPU: ``python -m benchmarks.codebook_linears``.
 
 Ours quantizes tokens from bfloat16, multiplies and writes bfloat16, all within the time: by two operators, or by one that
-quantizes tokens as it lays them out. Beside it, in turns: PyTorch's linear in bfloat16 (eager, and prepacked weights), and
-oneDNN's int8 product of tokens that are quantized already, with one scale for all of them: what the processor can do, not the
-same computation. Ratios are medians over the rounds of neighbours in time.
+quantizes tokens as it lays them out. Beside it, in turns: PyTorch's linear in bfloat16 (eager, and with prepacked weights where
+the processor has instructions for it), in float32, which is quicker where it has not, and oneDNN's int8 product of tokens that
+are quantized already, with one scale for all of them: what the processor can do, not the same computation. Ratios are medians
+over the rounds of neighbours in time.
 
 ``--joined`` measures something else: linears that read the same tokens as one product against one product each, alone and in
 compiled transformers of the reference pipeline's and of PixArt-XL's sizes.
 """
 
+import contextlib
 import copy
 import functools
 import statistics
@@ -41,7 +43,8 @@ TOGETHER = (
 """Linears that read one value, their width, and its tokens: q, k and v of the reference pipeline's images and k and v of its
 texts, and of PixArt-XL's images at 256, 512 and 1024 px and of its texts; guidance doubles them."""
 RECIPE = "w4a6_codebook"
-OURS, AT_ONCE, EAGER, PREPACKED, ONEDNN = "ours", "at once", "eager", "prepacked", "oneDNN"
+OURS, AT_ONCE, EAGER, PREPACKED, ONEDNN, FLOAT32 = "ours", "at once", "eager", "prepacked", "oneDNN", "float32"
+FLOATS = (EAGER, PREPACKED, FLOAT32)
 
 
 def main(
@@ -68,11 +71,10 @@ def main(
     rows, gains = [], []
     for features, depth, count in track(cases, "measuring", console=Console(stderr=True)):
         seconds = _turns(_ways(features, depth, count, fmt), rounds, enough=0.5)
-        gain = _ratio(seconds, lambda t: min(t[EAGER], t[PREPACKED]))
+        gain, at_once = (_ratio(seconds, lambda t: min(t[way] for way in FLOATS), ours) for ours in (OURS, AT_ONCE))
         gains.append(gain)
-        at_once = _ratio(seconds, lambda t: min(t[EAGER], t[PREPACKED]), AT_ONCE)
         against = f"{_ratio(seconds, lambda t: t[ONEDNN]):.2f}" if ONEDNN in seconds[0] else "–"
-        medians = [f"{statistics.median(t[way] for t in seconds) * 1e3:.3f}" for way in (OURS, EAGER, PREPACKED)]
+        medians = [f"{statistics.median(t[way] for t in seconds) * 1e3:.3f}" for way in (OURS, *FLOATS)]
         rows.append([f"{features} x {depth}", str(count), *medians, f"{gain:.2f}", f"{at_once:.2f}", against])
     head = [
         "out x in",
@@ -80,13 +82,14 @@ def main(
         "ours, ms",
         "eager, ms",
         "prepacked, ms",
-        "bfloat16 / ours",
+        "float32, ms",
+        "best float / ours",
         "at once",
         "oneDNN int8 / ours",
     ]
     print(markdown_table(head, rows))
     kernel = next(iter(codebook_linear.kernels()))
-    print(f"\nbfloat16 / ours: {min(gains):.2f} to {max(gains):.2f}, median {statistics.median(gains):.2f}.")
+    print(f"\nBest float / ours: {min(gains):.2f} to {max(gains):.2f}, median {statistics.median(gains):.2f}.")
     print(f"{fmt.upper()} tokens, groups of {GROUP}; kernel {kernel}; {one_line()}")
 
 
@@ -123,10 +126,18 @@ def _ways(features: int, depth: int, count: int, fmt: str) -> dict[str, Callable
     def eager() -> Tensor:
         return F.linear(x, weight, half_bias)
 
-    ways: dict[str, Callable[[], object]] = {OURS: ours, EAGER: eager, AT_ONCE: at_once, PREPACKED: eager}
+    floats = x.float(), weight.float(), bias
+
+    def float32() -> Tensor:
+        return F.linear(*floats)
+
+    ways: dict[str, Callable[[], object]] = {
+        OURS: ours, EAGER: eager, AT_ONCE: at_once, PREPACKED: eager, FLOAT32: float32
+    }  # fmt: skip
     if not torch.backends.mkldnn.is_available():
         return ways
-    ways[PREPACKED] = _compat.prepacked_linear(x, weight, half_bias)
+    with contextlib.suppress(RuntimeError):  # a processor without instructions for bfloat16
+        ways[PREPACKED] = _compat.prepacked_linear(x, weight, half_bias)
     integers = codebook_linear.decode(qdata, index, codebooks, GROUP)
     ways[ONEDNN] = _compat.prepacked_int8_linear(levels[:count], integers, torch.ones(features), torch.bfloat16)
     return ways

@@ -1,8 +1,9 @@
 """Times linears with low-bit weights against bfloat16, in turns, so that load on the machine affects both alike.
 
-Ours are the operators that a compiled graph calls, with the quantization of tokens in the time: once for all linears that share
-their input, such as q, k and v. bfloat16 is ``F.linear``, on
-CPUs also oneDNN with the weight laid out beforehand, as in Inductor's frozen graphs; in every round the quicker one counts.
+Ours are the operators that a compiled graph calls, with the quantization of tokens in the time: once for all linears that
+share their input, such as q, k and v. bfloat16 is ``F.linear``, on CPUs also oneDNN with the weight laid out beforehand, as in
+Inductor's frozen graphs. A CPU without instructions for bfloat16 emulates it, many times slower than float32, which stands in
+for it there. In every round the quicker one counts.
 """
 
 import functools
@@ -113,8 +114,11 @@ def _ways(x: Tensor, groups: Sequence[Together], device: torch.device) -> dict[s
     else:
         ours = operators(x, held)
     ways: dict[str, list[Way]] = {OURS: ours, "bfloat16": [functools.partial(F.linear, x, w) for w in floats]}
-    if device.type == "cpu" and (prepacked := _prepacked(x, floats)):
-        ways["bfloat16, prepacked"] = prepacked
+    if device.type == "cpu":
+        if prepacked := _prepacked(x, floats):
+            ways["bfloat16, prepacked"] = prepacked
+        else:
+            ways["float32"] = [functools.partial(F.linear, x.float(), w.float()) for w in floats]
     return {name: functools.partial(_all, calls) for name, calls in ways.items()}
 
 

@@ -113,7 +113,7 @@ def run(
 
     Raises:
         ValueError: an argument does not fit; nothing is read out of bounds.
-        RuntimeError: no memory, or a kernel that cannot take such groups.
+        RuntimeError: no memory, or a kernel that cannot take such groups or levels.
     """
     opened = native.shared_object()
     if opened is None:
@@ -138,7 +138,7 @@ def run(
 def raise_failure(failed: int, kernel: str | None, group_size: int) -> None:
     """Says what the library's result other than 0 means."""
     if failed:
-        reason = ("out of memory", f"kernel {kernel} cannot take groups of {group_size}")[failed - 1]
+        reason = ("out of memory", f"kernel {kernel} cannot take groups of {group_size}, or such levels")[failed - 1]
         raise RuntimeError(f"codebook_linear: {reason}")
 
 

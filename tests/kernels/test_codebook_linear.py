@@ -21,9 +21,14 @@ Problem = dict[str, Any]
 
 
 @functools.cache
-def instruction_sets(group: int) -> list[str]:
-    """Kernels that take such groups: tiles of AMX are looked up 32 input features at a time."""
-    return [kernel for kernel in codebook_linear.kernels() if kernel != "amx" or group % 32 == 0]
+def instruction_sets(group: int, largest: int = 127) -> list[str]:
+    """Kernels that take such groups and levels of tokens: tiles of AMX are looked up 32 input features at a time, and 16 bits
+    hold AVX2's sums of two products for small levels only."""
+    return [
+        kernel
+        for kernel in codebook_linear.kernels()
+        if (kernel != "amx" or group % 32 == 0) and (kernel != "avx2" or largest <= 64)
+    ]
 
 
 def problem(
@@ -55,13 +60,17 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def check(p: Problem) -> torch.Tensor:
-    """Every kernel against the specification, to the bit."""
-    expected = reference_codebook_linear(**p)
-    for kernel in [None, *instruction_sets(p["group_size"])]:
-        got = run(**p, kernel=kernel)
-        assert got.dtype == p["output_dtype"]
-        assert torch.equal(bits(got), bits(expected)), kernel
-    return expected
+    """Every kernel against the specification, to the bit: with these tokens, and with levels of half their size."""
+    results = []
+    for largest, tokens in ((127, p["tokens"]), (64, p["tokens"] // 2)):
+        halved = p | {"tokens": tokens}
+        expected = reference_codebook_linear(**halved)
+        for kernel in [None, *instruction_sets(p["group_size"], largest)]:
+            got = run(**halved, kernel=kernel)
+            assert got.dtype == p["output_dtype"]
+            assert torch.equal(bits(got), bits(expected)), (kernel, largest)
+        results.append(expected)
+    return results[0]
 
 
 def oracle(p: Problem) -> torch.Tensor:
@@ -152,7 +161,7 @@ def test_half_outputs_round_to_nearest_even_everywhere(dtype: torch.dtype, featu
     p |= {"tokens": one.expand(len(value), 32).contiguous(), "token_scale": value, "bias": None}
     p |= {"codebooks": torch.ones(16, 16, dtype=torch.int8), "row_scale": torch.ones(features)}
     expected = value.to(dtype).expand(-1, features)
-    for kernel in instruction_sets(32):
+    for kernel in instruction_sets(32, largest=1):
         got = run(**p, kernel=kernel)
         assert torch.equal(got.isnan(), expected.isnan())
         assert torch.equal(bits(got.nan_to_num(7.0)), bits(expected.nan_to_num(7.0))), kernel
@@ -235,6 +244,33 @@ def test_a_kernel_that_cannot_take_a_group_says_so() -> None:
         run(**problem(1, 1, 1, 4), kernel="amx")
 
 
+@pytest.mark.skipif("avx2" not in codebook_linear.kernels(), reason="the processor has no AVX2")
+def test_a_kernel_for_small_levels_takes_them_up_to_its_largest() -> None:
+    """At the largest it is exact; one level beyond, wherever it is, it refuses, and the library takes another kernel."""
+    for value in (64, -64):
+        p = problem(40, 33, 9, 32)
+        p |= {"tokens": torch.full_like(p["tokens"], value), "codebooks": torch.full((16, 16), 127, dtype=torch.int8)}
+        check(p)
+        assert torch.equal(run(**p, kernel="avx2"), reference_codebook_linear(**p))
+        for place in ((0, 0), (17, 100), (39, 287)):
+            tokens = p["tokens"].clone()
+            tokens[place] += 1 if value > 0 else -1
+            with pytest.raises(RuntimeError, match=r"kernel avx2 cannot take .* levels"):
+                run(**(p | {"tokens": tokens}), kernel="avx2")
+            assert torch.equal(run(**(p | {"tokens": tokens})), reference_codebook_linear(**(p | {"tokens": tokens})))
+    weight = [p[name] for name in ("qdata", "index", "codebooks", "row_scale", "bias")]
+    for fmt in ("e2m3", "int6", "int8", "e3m4", "e2m5", "e2m4"):
+        x = torch.randn(40, 288)
+        levels, scale = quantize_tokens(x, fmt)
+        digits = len(levels) // 40
+        if digits == 1 and levels.abs().max() <= 64:
+            got = quantized_codebook_linear.run(x, fmt, *weight, torch.float32, group_size=32, kernel="avx2")
+            assert torch.equal(got, run(levels, scale, *weight, torch.float32, 1, 32, kernel="avx2"))
+        else:
+            with pytest.raises(RuntimeError, match=r"kernel avx2 cannot take .* levels"):
+                quantized_codebook_linear.run(x, fmt, *weight, torch.float32, group_size=32, kernel="avx2")
+
+
 def test_the_operator_computes_the_same_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(33, 70, 3, 64, dtype=torch.bfloat16)
     fast = torch.ops.fp4dit_ao.codebook_linear(*p.values())
@@ -291,7 +327,7 @@ def test_quantizing_on_the_way_in_many_blocks_and_threads() -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            for kernel in instruction_sets(128)[:2]:
+            for kernel in instruction_sets(128, largest=60)[:2]:
                 got = quantized_codebook_linear.run(x, "e2m3", *weight, torch.float32, kernel=kernel)
                 assert torch.equal(got, expected)
     finally:

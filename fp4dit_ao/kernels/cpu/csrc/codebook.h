@@ -57,6 +57,7 @@ typedef struct {
     int offset; /* added to every level in the tables: 128 where the instruction wants weights unsigned */
     int group;  /* a group's size is a multiple of this */
     int least;  /* rows from which it is quicker than the next kernel */
+    int largest; /* level of a token, if it takes no others; 0 for all that int8 holds but -128 */
     /* Some state of a thread, set and released; NULL if there is none. */
     void (*begin)(void), (*end)(void);
     /* Lay out `rows` rows of `depth` levels as a strip; start[row] = -offset * sum of the row. */
@@ -76,7 +77,7 @@ static inline int nibble(const uint8_t *packed, int64_t i) { return packed[i / 2
 
 extern const codebook_kernel codebook_portable;
 #if defined(__x86_64__)
-extern const codebook_kernel codebook_avx2, codebook_avxvnni, codebook_avx512vnni;
+extern const codebook_kernel codebook_avx2, codebook_avx2_bytes, codebook_avxvnni, codebook_avx512vnni;
 #ifdef FP4DIT_AMX
 extern const codebook_kernel codebook_amx;
 #endif

@@ -1,5 +1,5 @@
-/* AVX2 without VNNI: |weight| x token with the weight's sign. Magnitudes are at most 128 and 127, so that the 16-bit sum of two
- * products, at most 32512, does not saturate. */
+/* AVX2 without VNNI, for levels of tokens up to 64: unsigned weight x token. The 16-bit sum of two products is at most
+ * 2 * 255 * 64 = 32640, and does not saturate. */
 #include "codebook.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -7,17 +7,18 @@
 BEGIN_TARGET("avx2,fma")
 #include "codebook_256.h"
 
-static inline VECTOR dot_product(VECTOR sum, VECTOR w, VECTOR t) {
-    VECTOR pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(t, w));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-
-#define OFFSET 0
-#define DOT(sum, w, t) sum = dot_product(sum, w, t)
+/* In assembly, because GCC 12 spills the sums around the intrinsics. */
+#define OFFSET 128
+#define DOT(sum, w, t) \
+    do { \
+        VECTOR pairs; \
+        __asm__("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0" \
+                : "+x"(sum), "=&x"(pairs) : "x"(w), "x"(t), "x"(_mm256_set1_epi16(1))); \
+    } while (0)
 #include "codebook_rows.h"
 
 const codebook_kernel codebook_avx2 = {
-    .name = "avx2", .offset = OFFSET, .group = 1, .pack = pack, .multiply = multiply_panels,
+    .name = "avx2", .offset = OFFSET, .group = 1, .largest = 64, .pack = pack, .multiply = multiply_panels,
 };
 END_TARGET
 #endif

@@ -37,7 +37,7 @@ static const codebook_kernel *const kernels[] = {
 #ifdef FP4DIT_AMX
     &codebook_amx,
 #endif
-    &codebook_avx512vnni, &codebook_avxvnni, &codebook_avx2,
+    &codebook_avx512vnni, &codebook_avxvnni, &codebook_avx2, &codebook_avx2_bytes,
 #elif defined(__aarch64__)
     &codebook_dotprod,
 #endif
@@ -52,7 +52,8 @@ static int supported(const codebook_kernel *kernel) {
 #endif
     if (kernel == &codebook_avx512vnni) return has_avx512vnni();
     if (kernel == &codebook_avxvnni) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni");
-    if (kernel == &codebook_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (kernel == &codebook_avx2 || kernel == &codebook_avx2_bytes)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #elif defined(__aarch64__)
     if (kernel == &codebook_dotprod) return has_dot_product();
 #endif
@@ -67,12 +68,32 @@ const char *fp4dit_codebook_kernel(int index) {
     return atomic_load(&known[index]) == 2 ? kernels[index]->name : "";
 }
 
-/* The `asked` kernel, or for -1 the best one for `rows` rows; NULL if there is no such. */
-static const codebook_kernel *choose(int asked, int64_t rows, int64_t group) {
+/* Whether all levels of the tokens are from -largest to largest. Those that are quantized on the way have
+ * their format's, and digits up to 127. */
+static int levels_within(const work *w, int64_t rows, int largest) {
+    const int64_t count = rows * w->problem.weights.depth * w->problem.digits;
+    if (w->x) return w->problem.digits == 1 && w->format.largest <= (float)largest;
+    for (int64_t first = 0; first < count; first += 4096) {
+        const int64_t end = first + 4096 < count ? first + 4096 : count;
+        uint8_t most = 0;
+        for (int64_t i = first; i < end; i++) {
+            const uint8_t shifted = (uint8_t)(w->tokens[i] + largest); /* 0 to 2 * largest, if it is within */
+            most = shifted > most ? shifted : most;
+        }
+        if (most > 2 * largest) return 0;
+    }
+    return 1;
+}
+
+/* The `asked` kernel, or for -1 the best one for `rows` rows and these tokens; NULL if there is no such. */
+static const codebook_kernel *choose(int asked, const work *w, int64_t rows) {
     for (int i = asked < 0 ? 0 : asked; i < (asked < 0 ? KERNELS : asked + 1); i++) {
         const char *name = fp4dit_codebook_kernel(i);
-        if (!name || !*name || group % kernels[i]->group || (asked < 0 && rows < kernels[i]->least)) continue;
-        return kernels[i];
+        const codebook_kernel *kernel = kernels[i];
+        if (!name || !*name || w->problem.weights.group % kernel->group) continue;
+        if (asked < 0 && rows * w->problem.digits < kernel->least) continue;
+        if (kernel->largest && !levels_within(w, rows, kernel->largest)) continue;
+        return kernel;
     }
     return NULL;
 }
@@ -144,7 +165,7 @@ static void share_out(work *w, int threads) {
 
 static int run(work *w, int64_t rows, const int8_t *codebooks, int kernel, parallel_function parallel, int threads) {
     codebook_problem *p = &w->problem;
-    w->kernel = choose(kernel, rows * p->digits, p->weights.group);
+    w->kernel = choose(kernel, w, rows);
     if (!w->kernel) return 2;
     p->rows = rows;
     if (!rows || !p->weights.features) return 0;
@@ -160,7 +181,7 @@ static int run(work *w, int64_t rows, const int8_t *codebooks, int kernel, paral
  * [features][depth / 2] and index [features][(depth / group + 1) / 2], two a byte with the first in the low nibble, codebooks
  * [16][16], row_scale [features], bias [features] or NULL, out [rows][features] of out_type. depth is a multiple of group, group
  * of 4. kernel: -1 takes the best. `parallel` runs a function on some threads (OpenMP's GOMP_parallel), or is NULL. Returns 0; 1
- * for lack of memory; 2 for a kernel that is unknown, missing or cannot take such groups. */
+ * for lack of memory; 2 for a kernel that is unknown, missing or cannot take such groups or tokens. */
 int fp4dit_codebook_linear(const int8_t *tokens, const float *token_scale, const uint8_t *codes, const uint8_t *index,
                            const int8_t *codebooks, const float *row_scale, const float *bias, void *out, int64_t rows,
                            int64_t features, int64_t depth, int64_t group, int32_t digits, int32_t out_type, int32_t kernel,
