@@ -55,7 +55,8 @@ def rows_of(budget: str) -> dict[str, Row]:
         if name != "block":
             add(name, f"{LEARNED}, by {name}", rounding=LEARNED, scope=name)
     for name in FINE_TUNINGS:
-        add(name, f"nearest, fine-tuning {name}", fine_tuning=name)
+        if name != "scales":  # those of codebook groups are no free numbers
+            add(name, f"nearest, fine-tuning {name}", fine_tuning=name)
     for transforms in (
         ("smoothquant",),
         ("hadamard",),
@@ -65,11 +66,15 @@ def rows_of(budget: str) -> dict[str, Row]:
     ):
         names = "+".join(transforms).replace(":rank=", "_")
         add(f"{names}+gptq", f"{', '.join(transforms)}, gptq", rounding="gptq", transforms=transforms)
-    add("gptq+scales", "gptq, fine-tuning scales", rounding="gptq", fine_tuning="scales")
     for name in ("gptq", LEARNED):
         found[f"{budget}-e2m1-{name}"] = Row(f"E2M1, {name}", e2m1, name, base=f"{budget}-e2m1")
+    for name in ("nearest", "gptq"):
+        found[f"{budget}-e2m1-{name}+scales"] = Row(
+            f"E2M1, {name}, fine-tuning scales", e2m1, name, fine_tuning="scales", base=f"{budget}-e2m1"
+        )
     if budget == "w4a8":
-        found[f"{budget}-int8"] = Row("INT8 weights, nearest", replace(RECIPES["int_w4a8"](), weight="int8"))
+        found[f"{budget}-w8a8"] = Row("W8A8, nearest", RECIPES["w8a8"]())
+        found[f"{budget}-w8a8-gptq"] = Row("W8A8, gptq", RECIPES["w8a8"](), "gptq", base=f"{budget}-w8a8")
     if budget == "w4a4":
         for recipe in BLOCK_RECIPES:
             blocks, key = RECIPES[recipe](), f"{budget}-{recipe}"

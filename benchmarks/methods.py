@@ -135,23 +135,18 @@ def recommendations(done: dict[str, Fidelity]) -> str:
     lines = []
     for bits in BITS:
         for seconds in SECONDS:
-            fitting = [
-                fidelity for key, fidelity in done.items()
+            fitting = {
+                key: fidelity for key, fidelity in done.items()
                 if key != "full" and float(fidelity.notes["bits"]) <= bits and float(fidelity.notes["quantize, s"]) <= seconds
-            ]  # fmt: skip
+            }  # fmt: skip
             if fitting:
-                best = max(fitting, key=lambda each: float(each.psnr.mean()))
+                key, best = max(fitting.items(), key=lambda item: float(item[1].psnr.mean()))
+                budget = key.partition("-")[0].upper()
+                psnr = f"{best.psnr.mean():.2f}"
                 lines.append(
-                    [
-                        f"{bits}",
-                        f"{seconds}",
-                        best.name,
-                        f"{best.psnr.mean():.2f}",
-                        best.notes["bits"],
-                        best.notes["speed"],
-                    ]
+                    [str(bits), str(seconds), budget, best.name, psnr, best.notes["bits"], best.notes["speed"]]
                 )
-    return markdown_table(["bits at most", "seconds at most", "method", "PSNR, dB", "bits", "speed"], lines)
+    return markdown_table(["bits at most", "seconds at most", "", "method", "PSNR, dB", "bits", "speed"], lines)
 
 
 def read(keys: Sequence[str], folder: Path) -> Iterator[tuple[str, Fidelity, str]]:

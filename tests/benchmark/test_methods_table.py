@@ -75,13 +75,17 @@ def test_the_table_says_what_was_shown() -> None:
 def test_recommendations_keep_the_limits() -> None:
     done = {
         "full": fidelity("full precision", np.full((1, 4), 100.0), 16, 0),
-        "a": fidelity("quick", np.full((1, 4), 30.0), 4.2, 5),
-        "b": fidelity("slow", np.full((1, 4), 35.0), 4.2, 500),
-        "c": fidelity("large", np.full((1, 4), 40.0), 7.1, 30),
+        "w4a6-a": fidelity("quick", np.full((1, 4), 30.0), 4.2, 5),
+        "w4a8-b": fidelity("slow", np.full((1, 4), 35.0), 4.2, 500),
+        "w4a6-c": fidelity("large", np.full((1, 4), 40.0), 7.1, 30),
     }
-    lines = [[cell.strip() for cell in line.split("|")[1:4]] for line in methods.recommendations(done).splitlines()[2:]]
-    assert ["4.3", "60", "quick"] in lines and ["4.3", "600", "slow"] in lines and ["5.3", "3600", "slow"] in lines
-    assert ["8.5", "60", "large"] in lines
+    lines = [[cell.strip() for cell in line.split("|")[1:5]] for line in methods.recommendations(done).splitlines()[2:]]
+    assert (
+        ["4.3", "60", "W4A6", "quick"] in lines
+        and ["4.3", "600", "W4A8", "slow"] in lines
+        and ["5.3", "3600", "W4A8", "slow"] in lines
+    )
+    assert ["8.5", "60", "W4A6", "large"] in lines
     assert not any("full precision" in line for line in lines)
 
 
