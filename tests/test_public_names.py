@@ -62,6 +62,7 @@ RECIPE_NAMES = {
     "nvfp4_four_over_six_both", "w4a4",
     "w4a4_codebook", "w4a4_twin_log", "w4a6", "w4a6_lowbit_fp", "w4a8_lowbit_fp", "w4a6_auto", "w4a6_e1m2", "w4a6_e2m1",
     "w4a6_mse", "w4a6_nf4", "w4a6_static", "w4a8", "w4a8_e4m3", "w4a8_int8",
+    "w8a8",
 }  # fmt: skip
 
 COMMANDS = {"benchmark", "demo", "evaluate", "export", "generate", "inspect", "quantize", "serve"}

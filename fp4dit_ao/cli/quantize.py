@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fp4dit_ao.calibration import SELECTIONS, read_encoded_prompts, read_prompts
 from fp4dit_ao.cli.output_paths import check_writable_folder
-from fp4dit_ao.config import Fields, QuantConfig
+from fp4dit_ao.config import PLANS, Fields, QuantConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.pipeline_quantization import needs_data, quantize_pipeline
@@ -40,6 +40,7 @@ class Methods:
     """Names of the methods that a model is quantized with, as ``quantize_pipeline`` takes them.
 
     Attributes:
+        rounding: None for the recipe's, or ``"adaround"`` with a recipe that names formats alone.
         iters: iterations of learned rounding per unit; None for the default.
         patience: iterations without progress after which a unit ends early; None for never.
         fine_tuning_steps: optimisation steps of fine-tuning; None for the default.
@@ -50,7 +51,7 @@ class Methods:
         search_combination: find the best combination of methods by measurement.
     """
 
-    rounding: str = "adaround"
+    rounding: str | None = None
     objective: str | None = None
     scope: str | None = None
     iters: int | None = None
@@ -66,6 +67,24 @@ class Methods:
     compile_rounding: bool = False
     bfloat16: bool | None = None
     search_combination: bool = False
+
+    def with_plan(self, recipe: str) -> tuple[str, "Methods"]:
+        """The recipe, and these methods; of a plan its own.
+
+        Raises:
+            ValueError: a plan, and methods beside it.
+        """
+        if recipe not in PLANS:
+            return recipe, replace(self, rounding=self.rounding or "adaround")
+        plan = PLANS[recipe]
+        plan.check_alone(recipe, {
+            "--rounding": self.rounding, "--objective": self.objective, "--scope": self.scope, "--iters": self.iters,
+            "--transform": self.transforms, "--fine-tuning": self.fine_tuning, "--patience": self.patience,
+            "--search-combination": self.search_combination,
+        })  # fmt: skip
+        return plan.recipe, replace(
+            self, rounding=plan.rounding, transforms=plan.transforms, fine_tuning=plan.fine_tuning
+        )
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``quantize_pipeline``.
@@ -115,6 +134,7 @@ def quantize(
     """
     if memory is not None:
         byte_count(memory)
+    recipe, methods = methods.with_plan(recipe)
     # the table of families decides what recipes mean for the model
     named = [QuantConfig.from_name(name) for name in (recipe, *layers.values()) if name is not None]
     configs = [config.with_fields(fields) for config in named]

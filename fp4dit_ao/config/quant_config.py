@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from fp4dit_ao.config.plans import PLANS
 from fp4dit_ao.config.scheme_rules import FLOAT_SCALES, rules_of
 from fp4dit_ao.formats import CODEBOOK_SETS, parse
 from fp4dit_ao.ops.block_scale import BLOCKS
@@ -140,6 +141,11 @@ class QuantConfig:
         Raises:
             ValueError: no such recipe.
         """
+        if name in PLANS:
+            raise ValueError(
+                f"{name!r} is a recipe with methods, for quantize_pipeline and `fp4dit-ao quantize`; its formats are those of "
+                f"{PLANS[name].recipe!r}"
+            )
         if name not in RECIPES:
             raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(sorted(RECIPES))}")
         return RECIPES[name]()

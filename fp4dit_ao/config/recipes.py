@@ -94,6 +94,11 @@ def w4a8_lowbit_fp() -> QuantConfig:
     return replace(w4a6_lowbit_fp(), activation="e3m4", activation_candidates=("e2m5", "e3m4", "e4m3", "e5m2"))
 
 
+def w8a8() -> QuantConfig:
+    """INT8 for weights (a scale for each row), for inputs and for q, k and v: where 4 bits are too few."""
+    return replace(int_w4a8(), weight="int8", weight_granularity="channel")
+
+
 def _blocks(fmt: str, scale: Literal["e8m0", "e4m3"]) -> QuantConfig:
     return QuantConfig(
         weight=fmt, activation=fmt, group_size=BLOCKS[scale], pre_gelu_weight=None, attention=None,
@@ -122,6 +127,7 @@ RECIPES |= {
     "int_w4a4": int_w4a4,
     "int_w4a6": int_w4a6,
     "int_w4a8": int_w4a8,
+    "w8a8": w8a8,
     "nvfp4": nvfp4,
     "nvfp4_four_over_six": lambda: replace(nvfp4(), weight_search="four_over_six"),
     "nvfp4_four_over_six_both": lambda: replace(

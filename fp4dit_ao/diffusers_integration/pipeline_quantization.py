@@ -16,7 +16,7 @@ from fp4dit_ao.calibration import MEMORY_LIMIT, calibrate, collect_samples, pipe
 from fp4dit_ao.calibration.observation import device_of
 from fp4dit_ao.calibration.uncomputed_calls import uncomputed
 from fp4dit_ao.checkpoint import graph_rebuilding
-from fp4dit_ao.config import DEFAULT_RECIPE, AdaRoundConfig, Fields, QuantConfig, ReconstructionConfig
+from fp4dit_ao.config import DEFAULT_RECIPE, PLANS, AdaRoundConfig, Fields, QuantConfig, ReconstructionConfig
 from fp4dit_ao.diffusers_integration.combination_search import (
     HELD_OUT,
     Combination,
@@ -97,7 +97,9 @@ def quantize_pipeline(
 
     Args:
         pipe: the float pipeline; it stays usable, and shares every component but the transformers with the result.
-        recipe: a name in ``config.RECIPES``, adapted to the model's family; or a config, used unchanged.
+        recipe: a name in ``config.RECIPES``, adapted to the model's family; or a config, used unchanged. ``"best"`` and the
+            others of ``config.PLANS`` name a recipe with transforms, rounding and fine-tuning, for a number of bits and a
+            time, such as ``"best_5bit_10min"``.
         prompts: calibration prompts; see :func:`fp4dit_ao.collect_samples`, also for ``steps``, ``samples``,
             ``selection``, ``batch_size``, ``seed``, ``cache_dir``, ``memory_limit_bytes`` and for text embeddings in place
             of prompts.
@@ -140,6 +142,15 @@ def quantize_pipeline(
         ValueError: the pipeline has no transformer or one that is already quantized, the name of a recipe or method is
             unknown, or the calibration data is bad; too little memory, or with what trains the whole model.
     """
+    if isinstance(recipe, str) and recipe in PLANS:
+        plan = PLANS[recipe]
+        plan.check_alone(recipe, {
+            "transforms": list(transforms), "rounding": rounding, "objective": objective, "scope": scope,
+            "adaround": adaround, "reconstruction": reconstruction, "fine_tuning": fine_tuning,
+            "search_combination": search_combination,
+        })  # fmt: skip
+        recipe, transforms, fine_tuning = plan.recipe, plan.transforms, plan.fine_tuning
+        reconstruction = ReconstructionConfig(plan.rounding)
     if search_combination and (list(transforms) or fine_tuning is not None):
         raise ValueError("search_combination finds transforms and fine-tuning itself; leave out what you gave of them")
     limit = None if memory is None else byte_count(memory)

@@ -17,15 +17,24 @@ Iterations = Annotated[
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder, hub id, or 'reference'.")],
     out: Annotated[Path, typer.Option(help="Folder of the quantized pipeline; must be new or empty.")],
-    recipe: Annotated[str, typer.Option(help="w4a6_codebook, w4a6, w4a8, …; see README.")] = "w4a6_codebook",
+    recipe: Annotated[
+        str,
+        typer.Option(help="w4a6_codebook, w4a6, w4a8, …; 'best' or 'best_5bit_10min' with methods, too; see README."),
+    ] = "w4a6_codebook",
     prompts: Prompts = None,
     rounding: Annotated[
-        str, typer.Option(help="'adaround' learns it; 'gptq' takes minutes, 'nearest' seconds; see docs/methods.md.")
-    ] = "adaround",
-    objective: Annotated[str, typer.Option(help="What learned rounding minimises, such as 'layer_weighted'.")] = "mse",
+        str | None,
+        typer.Option(
+            help="'adaround' (if not given) learns it; 'gptq' takes minutes, 'nearest' seconds; see docs/methods.md."
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="What learned rounding minimises: 'mse', if not given, or 'layer_weighted', ….")
+    ] = None,
     scope: Annotated[
-        str, typer.Option(help="What is rounded together: 'block', 'layer', 'window' or 'model'.")
-    ] = "block",
+        str | None,
+        typer.Option(help="What is rounded together: 'block', if not given, 'layer', 'window' or 'model'."),
+    ] = None,
     iters: Iterations = None,
     transform: Annotated[
         list[str] | None,
