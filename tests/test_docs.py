@@ -43,7 +43,7 @@ HUB_ID = "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
 CHANGES = {
     "README.md": {
         "AdaRoundConfig(iters=2500)": ("AdaRoundConfig(iters=2)", "half an hour"),
-        "prompts=prompts, steps=20,": ("prompts=prompts, steps=20, samples=2,", "minutes"),
+        "prompts=prompts, steps=20)": ("prompts=prompts, steps=20, samples=2)", "minutes"),
         '"a tiger").images': ('"a tiger", use_resolution_binning=False).images', "diffusers bins no images of 32 pixels"),
         "--out DIR": ("--out DIR --samples 2", "minutes"),
     },

@@ -63,9 +63,9 @@ def best(bits: int = 4, minutes: int = 10) -> Plan:
 
 
 _QUICK = Plan("w4a8_codebook")
-_FOUR, _FIVE, _EIGHT = (
-    Plan("w4a6_codebook", "gptq", transforms) for transforms in ((), ("low_rank:rank=8",), ("smoothquant", "low_rank"))
-)
+_FOUR = Plan("w4a8_codebook", "gptq")
+_FIVE = Plan("w4a6_codebook", "gptq", ("low_rank:rank=8",))
+_EIGHT = Plan("w4a6_codebook", "gptq", ("smoothquant", "low_rank"))
 _BEST = {
     (4, 1): _QUICK, (4, 10): _FOUR, (4, 60): _FOUR,
     (5, 1): _QUICK, (5, 10): _FIVE, (5, 60): _FIVE,
