@@ -64,7 +64,7 @@ def best(bits: int = 4, minutes: int = 10) -> Plan:
 
 _QUICK = Plan("w4a8_codebook")
 _FOUR = Plan("w4a8_codebook", "gptq")
-_FIVE = Plan("w4a6_codebook", "gptq", ("low_rank:rank=8",))
+_FIVE = Plan("w4a8_codebook", "gptq", ("low_rank:rank=8",))
 _EIGHT = Plan("w4a6_codebook", "gptq", ("smoothquant", "low_rank"))
 _BEST = {
     (4, 1): _QUICK, (4, 10): _FOUR, (4, 60): _FOUR,
