@@ -40,9 +40,8 @@ class QuantizedAttention(TorchFunctionMode):
         self, func: Operator, types: object, args: Arguments = (), kwargs: Keywords | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if (
-            func is Tensor.unflatten
-        ):  # torch.compile knows the method, and cannot trace its function, which calls super()
+        # torch.compile knows the method, and cannot trace its function, which calls super()
+        if func is Tensor.unflatten:
             return args[0].unflatten(*args[1:], **kwargs)
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
