@@ -47,6 +47,7 @@ from fp4dit_ao.passes.transforms.transformed_linear import TransformedLinear
 from fp4dit_ao.passes.weight_unpacking import BFLOAT16
 from fp4dit_ao.schemes import scheme_of
 from fp4dit_ao.tensors.levels import TYPES
+from fp4dit_ao.util.user_cache import VARIABLE
 from tests.conftest import ROOT
 from tests.diffusers_integration.test_lora import adapter
 from tests.diffusers_integration.test_stand_ins import RECIPES as KINDS
@@ -194,8 +195,11 @@ def wide_is_slow(groups: Any, rows: int, device: torch.device, seconds: float) -
 
 
 @pytest.mark.parametrize(("form", "weights"), [(f, w) for f in FORMS for w in WEIGHTS if (f, w) != ("module", "auto")])
-def test_a_loaded_transformer(folder: Path, monkeypatch: pytest.MonkeyPatch, form: Any, weights: Any) -> None:
+def test_a_loaded_transformer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: Any, weights: Any
+) -> None:
     """In each form and with each form of weights; ``auto`` leaves some packed and makes others bfloat16."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path))  # where no speeds are kept that were measured
     monkeypatch.setattr(weight_forms, "layer_speeds", functools.partial(layer_speeds, measurer=wide_is_slow))
     dtype = torch.bfloat16 if weights == "auto" else None
     model = load_pipeline(folder, form=form, weights=weights, dtype=dtype).transformer
