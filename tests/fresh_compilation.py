@@ -47,7 +47,7 @@ def forget_what_was_looked_up() -> None:
 
 
 def attributes(model: nn.Module) -> dict[str, object]:
-    """What a call could set up: every attribute of the modules of ``model``, of their processors, and of their weights."""
+    """All that a call could set up: attributes of the modules of ``model``, of their processors, and of their weights."""
     found: dict[str, object] = {}
     for path, module in model.named_modules():
         holders: dict[str, object] = {path: module, f"{path}.processor": getattr(module, "processor", None)}
@@ -65,7 +65,7 @@ def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[s
 
 
 def _content(value: object) -> object:
-    """What is equal as long as ``value`` is: the identity of an object, and of every item of a collection."""
+    """Stand-in for ``value``, equal while nothing is set in it: an object's identity, and that of a collection's items."""
     if isinstance(value, Mapping):
         return tuple((key, id(item)) for key, item in value.items())
     if isinstance(value, Iterable) and not isinstance(value, Tensor | str):

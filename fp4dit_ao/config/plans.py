@@ -37,29 +37,9 @@ class Plan:
             )
 
     def sentence(self) -> str:
-        """What the plan does, in words."""
+        """Recipe and methods, separated by commas."""
         parts = [self.recipe, *self.transforms, f"rounding {self.rounding}"]
-        return ", ".join(parts + [f"fine-tuning {self.fine_tuning}"] * (self.fine_tuning is not None))
-
-
-BEST_BITS, BEST_MINUTES = (4, 5, 8), (1, 10, 60)
-"""Bits per weight, and minutes to quantize the reference pipeline on two cores, for which there is a plan."""
-
-
-def best(bits: int = 4, minutes: int = 10) -> Plan:
-    """The plan of the highest PSNR on the reference pipeline, as ``python -m benchmarks.methods`` measures it.
-
-    Args:
-        bits: of a weight, about: 4 (up to 4.3), 5 (5.3) or 8 (8.5), scales and branches included.
-        minutes: 1, 10 or 60, for the reference pipeline on two cores; a larger model takes longer in proportion.
-
-    Raises:
-        ValueError: another number.
-    """
-    for name, value, known in (("bits", bits, BEST_BITS), ("minutes", minutes, BEST_MINUTES)):
-        if value not in known:
-            raise ValueError(f"{name}={value}; there are plans for {', '.join(map(str, known))}")
-    return _BEST[bits, minutes]
+        return ", ".join([*parts, f"fine-tuning {self.fine_tuning}"] if self.fine_tuning else parts)
 
 
 _QUICK = Plan("w4a8_codebook")
@@ -71,6 +51,24 @@ _BEST = {
     (5, 1): _QUICK, (5, 10): _FIVE, (5, 60): _FIVE,
     (8, 1): _QUICK, (8, 10): _EIGHT, (8, 60): _EIGHT,
 }  # fmt: skip
+"""Plans by bits of a weight, and minutes to quantize the reference pipeline."""
+
+
+def best(bits: int = 4, minutes: int = 10) -> Plan:
+    """The plan of the highest PSNR on the reference pipeline, as ``python -m benchmarks.methods`` measures it.
+
+    Args:
+        bits: of a weight, about: 4 (up to 4.3), 5 (5.3) or 8 (8.5), scales and branches included.
+        minutes: 1, 10 or 60, for the reference pipeline on two cores; a larger model takes longer in proportion.
+
+    Raises:
+        ValueError: other numbers.
+    """
+    if (bits, minutes) not in _BEST:
+        known = "; ".join(f"{b} bits in {m} minutes" for b, m in _BEST)
+        raise ValueError(f"no plan for {bits} bits in {minutes} minutes; there are plans for {known}")
+    return _BEST[bits, minutes]
+
 
 PLANS = {"best": best()} | {f"best_{bits}bit_{minutes}min": plan for (bits, minutes), plan in _BEST.items()}
 """Plans by the names that ``quantize_pipeline`` and the command line take in place of a recipe's."""

@@ -4,6 +4,7 @@ import importlib
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from fp4dit_ao.checkpoint.tensor_files import read_json
 from fp4dit_ao.util.sentences import first_line
@@ -24,25 +25,27 @@ def reason_not_loaded(folder: Path, error: Exception, loaded: Collection[str] = 
     index = read_json(folder / INDEX)
     assert isinstance(index, dict)
     for name, entry in index.items():
-        if name not in loaded and isinstance(entry, list | tuple) and all(entry) and (folder / name).is_dir():
-            failed = _error_of(folder / name, *entry)
-            if failed is not None:
-                return f"{folder / name} cannot be loaded as {entry[1]}: {_words(failed)}; {_remedy(folder / name)}"
+        if name in loaded or not isinstance(entry, list) or not all(entry) or not (folder / name).is_dir():
+            continue
+        library, cls = entry
+        try:
+            loader = getattr(importlib.import_module(library), cls)
+        except ImportError:  # a module of the pipeline itself
+            continue
+        except AttributeError:
+            return f"{folder / INDEX} names {cls} for {name}, and {library} has no such class; copy the file again"
+        failed = _error_of(loader, folder / name)
+        if failed is not None:
+            return f"{folder / name} cannot be loaded as {cls}: {_words(failed)}; {_remedy(folder / name)}"
     return f"{folder / INDEX} does not describe a pipeline that can be loaded: {_words(error)}; copy the file again"
 
 
-def _error_of(component: Path, library: str, cls: str) -> Exception | None:
-    """What loading a component raises, as its class does it; None if it loads, or belongs to no library that is installed."""
-    try:
-        found = getattr(importlib.import_module(library), cls)
-    except ImportError:  # a module of the pipeline itself
-        return None
-    except AttributeError:
-        return ValueError(f"{library} has no class {cls}")
+def _error_of(loader: Any, component: Path) -> Exception | None:
+    """Error that ``loader.from_pretrained`` raises for a component; None if it loads."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            found.from_pretrained(str(component), local_files_only=True)
+            loader.from_pretrained(str(component), local_files_only=True)
     except Exception as error:  # a damaged file can make a library raise anything
         return error
     return None

@@ -125,13 +125,17 @@ TRANSFORMS.register(
 )
 
 
+_SAID = {bool: "true or false", int: "a whole number", float: "a number"}
+"""Values of an option, by its type, in words."""
+
+
 def transform_named(text: str) -> GraphTransform:
     """A transform by its name, with its defaults or with options: ``"low_rank"``, ``"low_rank:rank=8,rows=1024"``.
 
     Raises:
         ValueError: an unknown name or option, or a value that the transform does not take.
     """
-    name, _, given = text.partition(":") if isinstance(text, str) else (text, "", "")
+    name, _, given = text.partition(":")
     made = TRANSFORMS.find(name)
     types = {
         option.name: type(option.default)
@@ -152,9 +156,6 @@ def transform_named(text: str) -> GraphTransform:
         except (ValueError, KeyError):
             raise ValueError(f"{text!r}: {option} takes {_SAID[types[option]]}, found {value!r}") from None
     return made(**options)
-
-
-_SAID = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def from_records(records: Iterable[Record]) -> list[GraphTransform]:

@@ -1,15 +1,13 @@
 """Plans: names that stand for a recipe with methods."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.method_rows import all_rows
-from benchmarks.methods import RESULTS
+from benchmarks import methods
+from benchmarks.method_rows import BUDGETS, all_rows
 from fp4dit_ao.cli.quantize import Methods
 from fp4dit_ao.config import PLANS, RECIPES, Plan, QuantConfig, ReconstructionConfig, best
-from fp4dit_ao.config.plans import BEST_BITS, BEST_MINUTES
 from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
 from fp4dit_ao.evaluation.fidelity import Fidelity
 from fp4dit_ao.graph_capture.transforming import resolve_transforms
@@ -17,9 +15,13 @@ from fp4dit_ao.passes.fine_tuning.fine_tune import FINE_TUNINGS
 from fp4dit_ao.passes.reconstruction import ROUNDINGS
 from tests.tiny import CALL, tiny_pipeline
 
+BITS = dict(zip((4, 5, 8), methods.BITS, strict=True))
+MINUTES = {seconds // 60: seconds for seconds in methods.SECONDS}
+"""Limits of bits a weight, and of seconds, as the table recommends methods for them."""
+
 
 def test_every_plan_names_what_exists() -> None:
-    assert len(PLANS) == 1 + len(BEST_BITS) * len(BEST_MINUTES)
+    assert set(PLANS) == {"best"} | {f"best_{bits}bit_{minutes}min" for bits in BITS for minutes in MINUTES}
     assert PLANS["best"] == best() == PLANS["best_4bit_10min"]
     for plan in PLANS.values():
         QuantConfig.from_name(plan.recipe)
@@ -34,16 +36,16 @@ def test_other_limits_are_refused(wrong) -> None:
         best(**wrong)
 
 
-@pytest.mark.parametrize("bits", BEST_BITS)
-@pytest.mark.parametrize("minutes", BEST_MINUTES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("minutes", MINUTES)
 def test_no_measured_method_is_shown_to_be_better_within_the_limits(bits: int, minutes: int) -> None:
-    """Of the rows that ``benchmarks.methods`` keeps, none that fits has a higher PSNR by more than its 95 % interval."""
-    rows, folder = all_rows(("w4a8", "w4a6", "w4a4")), RESULTS / "every_method"
-    done = {
-        key: Fidelity.from_dict(json.loads((folder / f"{key}.json").read_text(encoding="utf-8")))
-        for key in rows
-        if (folder / f"{key}.json").exists()
-    }
+    """No row that ``benchmarks.methods`` keeps and that fits has a PSNR higher by more than its 95 % interval."""
+    rows = all_rows(BUDGETS)
+    done = {key: row for key, row, _ in methods.read(list(rows), methods.RESULTS / "every_method")}
+
+    def fits(row: Fidelity) -> bool:
+        return float(row.notes["bits"]) <= BITS[bits] and float(row.notes["quantize, s"]) <= MINUTES[minutes]
+
     plan = best(bits, minutes)
     wanted = (RECIPES[plan.recipe](), plan.rounding, plan.transforms, plan.fine_tuning, "mse", "block")
     (key,) = [
@@ -51,11 +53,9 @@ def test_no_measured_method_is_shown_to_be_better_within_the_limits(bits: int, m
         for key, row in rows.items()
         if (row.config, row.rounding, row.transforms, row.fine_tuning, row.objective, row.scope) == wanted
     ]
-    assert float(done[key].notes["bits"]) <= bits + 0.5
-    assert float(done[key].notes["quantize, s"]) <= 60 * minutes
+    assert fits(done[key])
     for other, fidelity in done.items():
-        fits = float(fidelity.notes["bits"]) <= bits + 0.5 and float(fidelity.notes["quantize, s"]) <= 60 * minutes
-        if fits and other != "full":
+        if fits(fidelity) and other != "full":
             difference = (fidelity.psnr - done[key].psnr).mean(0)
             half = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
             assert difference.mean() <= half, f"{other} is better than {key} by {difference.mean():.2f} dB"

@@ -58,7 +58,7 @@ def mixed() -> Any:
 
 @pytest.fixture(scope="module")
 def package(mixed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command writes: one package of all kinds of weights, for it takes long to compile."""
+    """One package of all kinds of weights, as the command writes it: compiling one takes long."""
     folder = tmp_path_factory.mktemp("export")
     mixed.save_pretrained(folder / "pipe")
     path = folder / "package.pt2"

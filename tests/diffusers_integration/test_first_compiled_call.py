@@ -198,7 +198,7 @@ def wide_is_slow(groups: Any, rows: int, device: torch.device, seconds: float) -
 def test_a_loaded_transformer(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: Any, weights: Any
 ) -> None:
-    """In each form and with each form of weights; ``auto`` leaves some packed and makes others bfloat16."""
+    """Loads each form with each form of weights; ``auto`` leaves some packed and makes others bfloat16."""
     monkeypatch.setenv(VARIABLE, str(tmp_path))  # where no speeds are kept that were measured
     monkeypatch.setattr(weight_forms, "layer_speeds", functools.partial(layer_speeds, measurer=wide_is_slow))
     dtype = torch.bfloat16 if weights == "auto" else None
@@ -246,7 +246,7 @@ assert torch.equal(run(), compiled)
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_pipelines_first_call_in_a_new_process(folder: Path, form: str) -> None:
-    """What a call would import, too."""
+    """Calls a compiled transformer where nothing was imported or looked up before."""
     arguments = [sys.executable, "-c", DRAWN_COMPILED, str(folder), form]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]

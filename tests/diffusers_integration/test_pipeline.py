@@ -404,7 +404,12 @@ def test_an_altered_bit_of_another_component_is_found(folder: Path, tmp_path: Pa
         ("vae/config.json", "block_out_channels", 5, "pipe/vae cannot be loaded as AutoencoderKL: 'int' object"),
         ("model_index.json", "transformer", 5, "model_index.json is damaged: transformer is 5; expected its library"),
         ("model_index.json", "vae", ["diffusers", 5], "model_index.json is damaged: vae is ['diffusers', 5]"),
-        ("model_index.json", "vae", ["diffusers", "Nope"], "`diffusers` has no class `Nope`"),
+        (
+            "model_index.json",
+            "vae",
+            ["diffusers", "Nope"],
+            "names Nope for vae, and diffusers has no such class",
+        ),
         ("generation.json", "height", "tall", "height='tall': PixArtSigmaPipeline takes int"),
     ],
 )

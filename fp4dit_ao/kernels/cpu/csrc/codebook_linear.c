@@ -68,8 +68,8 @@ const char *fp4dit_codebook_kernel(int index) {
     return atomic_load(&known[index]) == 2 ? kernels[index]->name : "";
 }
 
-/* Whether all levels of the tokens are from -largest to largest. Those that are quantized on the way have
- * their format's, and digits up to 127. */
+/* Whether all levels of the tokens are from -largest to largest. Tokens that are quantized on the way have their format's levels,
+ * and digits up to 127. */
 static int levels_within(const work *w, int64_t rows, int largest) {
     const int64_t count = rows * w->problem.weights.depth * w->problem.digits;
     if (w->x) return w->problem.digits == 1 && w->format.largest <= (float)largest;
