@@ -6,6 +6,7 @@ the processor has instructions for it), in float32, which is quicker where it ha
 are quantized already, with one scale for all of them: what the processor can do, not the same computation. Ratios are medians
 over the rounds of neighbours in time.
 
+``--kernels`` compares the instruction sets of this processor with each other, on tokens that are quantized already.
 ``--joined`` measures something else: linears that read the same tokens as one product against one product each, alone and in
 compiled transformers of the reference pipeline's and of PixArt-XL's sizes.
 """
@@ -57,6 +58,7 @@ def main(
     joined: Annotated[
         bool, typer.Option(help="One product for linears that share their tokens against one each.")
     ] = False,
+    kernels: Annotated[bool, typer.Option(help="Instruction sets of this processor against the best of them.")] = False,
     layers: Annotated[int, typer.Option(help="Of the transformer as wide as PixArt-XL; 0 leaves it out.")] = 2,
 ) -> None:
     """Print the table."""
@@ -68,6 +70,9 @@ def main(
         _print_joined(fmt, rounds, layers)
         return
     cases = [(*shape, int(count)) for shape in SHAPES for count in counts.split(",")]
+    if kernels:
+        _print_kernels(cases, fmt, rounds)
+        return
     rows, gains = [], []
     for features, depth, count in track(cases, "measuring", console=Console(stderr=True)):
         seconds = _turns(_ways(features, depth, count, fmt), rounds, enough=0.5)
@@ -93,15 +98,43 @@ def main(
     print(f"{fmt.upper()} tokens, groups of {GROUP}; kernel {kernel}; {one_line()}")
 
 
+def _print_kernels(cases: list[tuple[int, int, int]], fmt: str, rounds: int) -> None:
+    """Print how many times as long as the best instruction set the others take."""
+    rows = []
+    for features, depth, count in track(cases, "measuring", console=Console(stderr=True)):
+        weight = _weight(features, depth)
+        x = torch.randn(count, depth, generator=torch.Generator().manual_seed(1)).bfloat16()
+        levels, scale = torch.ops.fp4dit_ao.quantize_tokens(x, fmt)
+        how = levels, scale, *weight, None, torch.bfloat16, levels.shape[0] // count
+        ways: dict[str, Callable[[], object]] = {}
+        for kernel in codebook_linear.kernels():
+            with contextlib.suppress(RuntimeError):  # a kernel that cannot take such levels
+                codebook_linear.run(*how, kernel=kernel)
+                ways[kernel] = functools.partial(codebook_linear.run, *how, kernel=kernel)
+        best, *others = ways
+        seconds = _turns(ways, rounds, enough=0.5)
+        shown = f"{best}, {statistics.median(t[best] for t in seconds) * 1e3:.3f} ms"
+        said = [f"{other} {_ratio(seconds, lambda t, other=other: t[other], best):.2f}" for other in others]
+        rows.append([f"{features} x {depth}", str(count), shown, ", ".join(said)])
+    print(markdown_table(["out x in", "tokens", "best", "others / best"], rows))
+    print(f"\n{fmt.upper()} tokens, groups of {GROUP}; {one_line()}")
+
+
+def _weight(features: int, depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random codes, indices, codebooks and row scales."""
+    g = torch.Generator().manual_seed(0)
+    qdata = torch.randint(0, 256, (features, depth // 2), dtype=torch.uint8, generator=g)
+    index = torch.randint(0, 256, (features, (depth // GROUP + 1) // 2), dtype=torch.uint8, generator=g)
+    codebooks = torch.randint(-120, 121, (16, 16), dtype=torch.int8, generator=g)
+    return qdata, index, codebooks, torch.rand(features, generator=g)
+
+
 def _ways(features: int, depth: int, count: int, fmt: str) -> dict[str, Callable[[], object]]:
     """Functions to time, by name. Without oneDNN, bfloat16 is eager and there is no int8 product."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(count, depth, generator=g).bfloat16()
     weight, bias = torch.randn(features, depth, generator=g).bfloat16(), torch.randn(features, generator=g)
-    qdata = torch.randint(0, 256, (features, depth // 2), dtype=torch.uint8, generator=g)
-    index = torch.randint(0, 256, (features, (depth // GROUP + 1) // 2), dtype=torch.uint8, generator=g)
-    codebooks = torch.randint(-120, 121, (16, 16), dtype=torch.int8, generator=g)
-    row_scale = torch.rand(features, generator=g)
+    qdata, index, codebooks, row_scale = _weight(features, depth)
     half_bias = bias.bfloat16()
 
     def ours() -> Tensor:
@@ -173,10 +206,8 @@ def _together(linears: int, width: int, count: int, fmt: str) -> dict[str, Calla
     """One product of all rows, sliced, and one product each; tokens are quantized once in both."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(count, width, generator=g).bfloat16()
-    qdata = torch.randint(0, 256, (linears * width, width // 2), dtype=torch.uint8, generator=g)
-    index = torch.randint(0, 256, (linears * width, (width // GROUP + 1) // 2), dtype=torch.uint8, generator=g)
-    codebooks = torch.randint(-120, 121, (16, 16), dtype=torch.int8, generator=g)
-    row_scale, bias = torch.rand(linears * width, generator=g), torch.randn(linears * width, generator=g)
+    qdata, index, codebooks, row_scale = _weight(linears * width, width)
+    bias = torch.randn(linears * width, generator=g)
     parts = [slice(start, start + width) for start in range(0, linears * width, width)]
 
     def products(*every: slice) -> list[Tensor]:
