@@ -130,7 +130,7 @@ def _weight(features: int, depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _ways(features: int, depth: int, count: int, fmt: str) -> dict[str, Callable[[], object]]:
-    """Functions to time, by name. Without oneDNN, bfloat16 is eager and there is no int8 product."""
+    """Functions to time, by name. Without oneDNN or AVX-512, bfloat16 is eager and there is no int8 product."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(count, depth, generator=g).bfloat16()
     weight, bias = torch.randn(features, depth, generator=g).bfloat16(), torch.randn(features, generator=g)
@@ -169,8 +169,10 @@ def _ways(features: int, depth: int, count: int, fmt: str) -> dict[str, Callable
     }  # fmt: skip
     if not torch.backends.mkldnn.is_available():
         return ways
-    with contextlib.suppress(RuntimeError):  # a processor without instructions for bfloat16
+    try:
         ways[PREPACKED] = _compat.prepacked_linear(x, weight, half_bias)
+    except RuntimeError:  # a processor without AVX-512, where oneDNN's int8 product takes seconds
+        return ways
     integers = codebook_linear.decode(qdata, index, codebooks, GROUP)
     ways[ONEDNN] = _compat.prepacked_int8_linear(levels[:count], integers, torch.ones(features), torch.bfloat16)
     return ways

@@ -4,7 +4,7 @@ import importlib
 import warnings
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from fp4dit_ao.checkpoint.tensor_files import read_json
 from fp4dit_ao.util.sentences import first_line
@@ -12,6 +12,12 @@ from fp4dit_ao.util.sentences import first_line
 INDEX = "model_index.json"
 _NAMED = 4
 """Most files of a component that a message names."""
+
+
+class _Loader(Protocol):
+    """A class of diffusers, transformers or a pipeline, whose objects are read from a folder."""
+
+    def from_pretrained(self, folder: str, *, local_files_only: bool) -> object: ...
 
 
 def reason_not_loaded(folder: Path, error: Exception, loaded: Collection[str] = ()) -> str:
@@ -40,7 +46,7 @@ def reason_not_loaded(folder: Path, error: Exception, loaded: Collection[str] = 
     return f"{folder / INDEX} does not describe a pipeline that can be loaded: {_words(error)}; copy the file again"
 
 
-def _error_of(loader: Any, component: Path) -> Exception | None:
+def _error_of(loader: _Loader, component: Path) -> Exception | None:
     """Error that ``loader.from_pretrained`` raises for a component; None if it loads."""
     try:
         with warnings.catch_warnings():
