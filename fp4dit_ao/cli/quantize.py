@@ -20,7 +20,7 @@ from fp4dit_ao.graph_capture.transforming import resolve_transforms
 from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, FineTuneConfig
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS, measures
 from fp4dit_ao.passes.reconstruction import ROUNDINGS
-from fp4dit_ao.passes.reconstruction.choice import chosen_config
+from fp4dit_ao.passes.reconstruction.choice import DEFAULT, chosen_config
 from fp4dit_ao.passes.reconstruction.rounding import ClosedFormRounding
 from fp4dit_ao.util.atomic_files import write_text
 from fp4dit_ao.util.byte_sizes import byte_count
@@ -40,7 +40,8 @@ class Methods:
     """Names of the methods that a model is quantized with, as ``quantize_pipeline`` takes them.
 
     Attributes:
-        rounding: None for the recipe's, or ``"adaround"`` with a recipe that names formats alone.
+        rounding: None for a plan's. With a recipe that names formats alone, ``"adaround"`` where something of learned rounding
+            is given, else ``"gptq"``.
         iters: iterations of learned rounding per unit; None for the default.
         patience: iterations without progress after which a unit ends early; None for never.
         fine_tuning_steps: optimisation steps of fine-tuning; None for the default.
@@ -68,6 +69,12 @@ class Methods:
     bfloat16: bool | None = None
     search_combination: bool = False
 
+    @property
+    def learned_options(self) -> list[str]:
+        """Options that were given and are of learned rounding alone."""
+        names = ("iters", "patience", "compile_rounding", "bfloat16")
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, False)]
+
     def with_plan(self, recipe: str) -> tuple[str, "Methods"]:
         """The recipe, and these methods; of a plan its own.
 
@@ -75,7 +82,8 @@ class Methods:
             ValueError: a plan, and methods beside it.
         """
         if recipe not in PLANS:
-            return recipe, replace(self, rounding=self.rounding or "adaround")
+            learns = self.learned_options or self.objective or self.scope or self.search_combination
+            return recipe, replace(self, rounding=self.rounding or ("adaround" if learns else DEFAULT))
         plan = PLANS[recipe]
         plan.check_alone(recipe, {
             "--rounding": self.rounding, "--objective": self.objective, "--scope": self.scope, "--iters": self.iters,
@@ -100,10 +108,8 @@ class Methods:
             raise ValueError("--fine-tuning-steps is the length of fine-tuning; name a method with --fine-tuning")
         resolve_transforms(self.transforms)
         rounded = chosen_config(self.rounding, self.objective, self.scope)
-        learned = ("iters", "patience", "compile_rounding", "bfloat16")
-        given = [name for name in learned if getattr(self, name) not in (None, False)]
-        if given and isinstance(ROUNDINGS.find(rounded.rounding), ClosedFormRounding):
-            options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        if self.learned_options and isinstance(ROUNDINGS.find(rounded.rounding), ClosedFormRounding):
+            options = " and ".join(self.learned_options)
             raise ValueError(f"{options} is for learned rounding; leave it out with --rounding {self.rounding}")
         iters = rounded.iters if self.iters is None else self.iters
         rounded = replace(

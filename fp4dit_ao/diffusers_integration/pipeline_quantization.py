@@ -91,7 +91,7 @@ def quantize_pipeline(
     progress: bool = True,
     **call: object,
 ) -> "DiffusionPipeline":
-    """Quantizes the transformers of a diffusers pipeline: calibrate, learn the rounding, convert and lower in one call.
+    """Quantizes the transformers of a diffusers pipeline: calibrate, round on data, convert and lower in one call.
 
     Names of methods are those that ``fp4dit_ao.methods()`` lists.
 
@@ -107,11 +107,12 @@ def quantize_pipeline(
             in order.
         allocation: how layers choose among ``QuantConfig.weight_candidates``.
         budget_bits: largest mean of stored bits per weight that the allocation may spend; None for no limit.
-        rounding: how weights are rounded: ``"nearest"`` takes seconds, ``"gptq"`` minutes; ``"adaround"``, the default, learns
-            it as ``adaround`` says.
+        rounding: how weights are rounded: ``"nearest"`` takes seconds, ``"gptq"`` minutes; ``"adaround"`` learns it as
+            ``adaround`` says. ``"gptq"`` by default, and ``"adaround"`` beside an ``objective``, a ``scope`` or
+            ``search_combination``.
         objective: what learned rounding minimises; ``"mse"`` by default.
         scope: what is rounded together; ``"block"`` by default.
-        adaround: settings of learned rounding; ``AdaRoundConfig()``, scale-aware AdaRound, if None.
+        adaround: settings of learned rounding; without any, ``"adaround"`` is scale-aware AdaRound, ``AdaRoundConfig()``.
         reconstruction: rounding, objective, scope and their settings in one config, in place of those four.
         fine_tuning: method of fine-tuning after rounding, such as ``"scales"`` or ``"efficientdm"``; None for none.
         fine_tune: settings of fine-tuning; ``passes.fine_tuning.FineTuneConfig()`` if None.
@@ -153,6 +154,8 @@ def quantize_pipeline(
         reconstruction = ReconstructionConfig(plan.rounding)
     if search_combination and (list(transforms) or fine_tuning is not None):
         raise ValueError("search_combination finds transforms and fine-tuning itself; leave out what you gave of them")
+    if search_combination and rounding is None and reconstruction is None:
+        rounding = "adaround"  # which is tried after GPTQ
     limit = None if memory is None else byte_count(memory)
     trains = "search_combination" if search_combination else fine_tuning
     if limit is not None and trains is not None:

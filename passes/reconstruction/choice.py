@@ -12,6 +12,10 @@ _FIND: dict[str, Callable[[str], object]] = {
     "rounding": ROUNDINGS.find, "objective": OBJECTIVES.find, "scope": SCOPES.find,
 }  # fmt: skip
 
+DEFAULT = "gptq"
+"""Rounding where nothing is said of rounding: nearer to full precision than scale-aware AdaRound on
+the pipeline that ships, in less time (``python -m benchmarks.methods``)."""
+
 
 def chosen_config(
     rounding: str | None = None,
@@ -23,8 +27,9 @@ def chosen_config(
     """One config of these arguments; every name in it is registered.
 
     Args:
-        rounding: name of a rounding rule. None is that of the config given, and ``AdaRoundConfig()``'s without one.
-            ``"adaround"`` is the paper's scale-aware AdaRound, or what ``adaround`` says.
+        rounding: name of a rounding rule. None is that of the config given; without one, ``"adaround"`` for an objective or
+            scope, and ``"gptq"`` where nothing is given. ``"adaround"`` is the paper's scale-aware AdaRound, or what
+            ``adaround`` says.
         objective, scope: names; None is that of the config given.
         adaround: settings of learned rounding.
         reconstruction: all settings.
@@ -32,6 +37,8 @@ def chosen_config(
     Raises:
         ValueError: an unknown name, or arguments that contradict each other.
     """
+    if all(x is None for x in (rounding, objective, scope, adaround, reconstruction)):
+        rounding = DEFAULT
     if adaround is not None and reconstruction is not None:
         raise ValueError("adaround and reconstruction both say how weights are rounded; give one of the two")
     names = {"rounding": rounding, "objective": objective, "scope": scope}

@@ -105,7 +105,37 @@ def test_unknown_names_are_refused_before_anything_is_loaded(tmp_path: Path) -> 
         assert f"unknown {point}" in f"{found.output}{found.exception}", option
 
 
+@pytest.mark.parametrize(
+    ("options", "rounding"),
+    [
+        ([], "gptq"),
+        (["--batch-size", "4"], "gptq"),
+        (["--recipe", "best_5bit_1min"], "nearest"),
+        (["--rounding", "adaround"], "scale_aware"),
+        (["--iters", "3"], "scale_aware"),
+        (["--patience", "3"], "scale_aware"),
+        (["--bfloat16"], "scale_aware"),
+        (["--compile-rounding"], "scale_aware"),
+        (["--objective", "mse"], "scale_aware"),
+        (["--scope", "layer"], "scale_aware"),
+        (["--search-combination"], "scale_aware"),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_rounding_decides_the_rule(
+    options: list[str], rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert passed_on(options, tmp_path, monkeypatch)["reconstruction"].rounding == rounding
+
+
 def test_a_search_for_a_combination_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = passed_on([*NEAREST, "--search-combination"], tmp_path, monkeypatch)
+    assert seen["search_combination"] is True
+    assert seen["checkpoint_dir"] == tmp_path / "q.unfinished" / "blocks"
+
+
+def passed_on(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Arguments that ``quantize_pipeline`` gets."""
     seen: dict[str, Any] = {}
 
     def stop(pipe: object, recipe: str, **arguments: Any) -> None:
@@ -116,7 +146,6 @@ def test_a_search_for_a_combination_is_passed_on(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(command.named_models, "folder_of", lambda model: tmp_path)
     monkeypatch.setattr(command.named_models, "open_pipeline", lambda *a, **k: SimpleNamespace(device="cpu"))
     (tmp_path / "prompts.txt").write_text("a red cat\n")
-    options = ["--prompts", f"{tmp_path}/prompts.txt", *NEAREST, "--search-combination"]
-    CliRunner().invoke(app, ["quantize", "tiny", "--out", f"{tmp_path}/q", *options])
-    assert seen["search_combination"] is True
-    assert seen["checkpoint_dir"] == tmp_path / "q.unfinished" / "blocks"
+    found = ["--prompts", f"{tmp_path}/prompts.txt", *options]
+    CliRunner().invoke(app, ["quantize", "tiny", "--out", f"{tmp_path}/q", *found])
+    return seen

@@ -2,22 +2,19 @@
 
 import json
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from typer.testing import CliRunner
 
 from fp4dit_ao.cli.app import app, check_command
 from fp4dit_ao.cli.sweep import Outcome, execute, markdown, read_rows, sweep
 from fp4dit_ao.evaluation.fidelity import Evaluation, Fidelity
-from tests.serving.test_ray import ENVIRONMENT
+from tests.ray_cluster import ray_cluster
 from tests.tiny import CALL, tiny_pipeline
 
 pytestmark = pytest.mark.timeout(500)
@@ -25,27 +22,8 @@ pytestmark = pytest.mark.timeout(500)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Ray with two CPUs on loopback alone, none of whose processes or files outlive the tests."""
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # names of sockets in it must be short
-    others = set(psutil.Process().children(recursive=True))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        import ray
-
-        try:
-            ray.init(
-                num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False,
-                _node_ip_address="127.0.0.1", _temp_dir=folder,
-            )  # fmt: skip
-            yield
-        finally:
-            ours = set(psutil.Process().children(recursive=True)) - others
-            ray.shutdown()
-            _, alive = psutil.wait_procs(ours, timeout=10)
-            for process in alive:
-                process.kill()
-            shutil.rmtree(folder, ignore_errors=True)
+    with ray_cluster():
+        yield
 
 
 def write(path: Path, rows: Any) -> Path:

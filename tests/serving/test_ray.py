@@ -1,52 +1,25 @@
 """Two replicas on a local Ray: warm before they answer, both at work, and of one mind."""
 
 import re
-import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
-import psutil
 import pytest
 from pydantic import ValidationError
 
-pytestmark = pytest.mark.timeout(400)  # 40 s on two idle cores
+from tests.ray_cluster import ray_cluster
 
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing leaves the machine
-    "RAY_worker_niceness": "0",  # of 15, with which a busy machine starves the replicas
-    "RAY_memory_monitor_refresh_ms": "0",  # which kills workers when other processes fill the memory
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",  # of 5: importing takes longer on a busy machine
-}
+pytestmark = pytest.mark.timeout(400)  # 40 s on two idle cores
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Ray on loopback alone, none of whose processes or files outlive the tests."""
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # names of sockets in it must be short
-    others = set(psutil.Process().children(recursive=True))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        import ray
-
-        try:
-            ray.init(
-                num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False,
-                _node_ip_address="127.0.0.1", _temp_dir=folder,
-            )  # fmt: skip
-            yield
-        finally:
-            ours = set(psutil.Process().children(recursive=True)) - others
-            ray.shutdown()
-            _, alive = psutil.wait_procs(ours, timeout=10)
-            for process in alive:
-                process.kill()
-            shutil.rmtree(folder, ignore_errors=True)
+    with ray_cluster():
+        yield
 
 
 @pytest.fixture(scope="module")

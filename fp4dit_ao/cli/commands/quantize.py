@@ -25,7 +25,8 @@ def quantize(
     rounding: Annotated[
         str | None,
         typer.Option(
-            help="'adaround' (if not given) learns it; 'gptq' takes minutes, 'nearest' seconds; see docs/methods.md."
+            help="'gptq' (if not given) takes minutes, 'nearest' seconds; 'adaround' learns it, as it is if --iters, "
+            "--objective, --scope or the like are given; see docs/methods.md."
         ),
     ] = None,
     objective: Annotated[

@@ -12,9 +12,13 @@ def settings(config: ReconstructionConfig) -> dict[str, object]:
     return {field.name: getattr(config, field.name) for field in fields(ReconstructionConfig)}
 
 
-def test_nothing_said_is_the_papers_way() -> None:
-    assert settings(chosen_config()) == settings(AdaRoundConfig())
-    assert chosen_config(rounding="adaround") == chosen_config()
+def test_nothing_said_is_gptq() -> None:
+    assert chosen_config() == ReconstructionConfig("gptq")
+
+
+@pytest.mark.parametrize("arguments", [{"rounding": "adaround"}, {"objective": "mse"}, {"scope": "block"}], ids=str)
+def test_what_is_learned_is_the_papers_way(arguments) -> None:
+    assert settings(chosen_config(**arguments)) == settings(AdaRoundConfig())
 
 
 @pytest.mark.parametrize(
