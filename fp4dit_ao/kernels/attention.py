@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4dit_ao.formats import NumberFormat, parse
-from fp4dit_ao.kernels import attention_backend, fp8_attention, straight_through
+from fp4dit_ao.kernels import attention_backend, flop_counts, fp8_attention, straight_through
 from fp4dit_ao.kernels.attention_backend import AttentionShape
 from fp4dit_ao.kernels.checks import refuse
 from fp4dit_ao.kernels.cpu import native
@@ -217,5 +217,6 @@ LIBRARY.impl(
     ).transpose(1, 2),
     "Meta",
 )
+flop_counts.register("int8_attention", flop_counts.int8_attention)
 LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, str fmt) -> Tensor")
 LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")

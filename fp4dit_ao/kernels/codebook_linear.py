@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fp4dit_ao.formats import unpack
+from fp4dit_ao.kernels import flop_counts
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.integer_product import integer_product
 from fp4dit_ao.ops import LIBRARY
@@ -247,3 +248,4 @@ LIBRARY.define(
 )
 LIBRARY.impl("codebook_linear", run, "CPU")
 LIBRARY.impl("codebook_linear", _shapes, "Meta")
+flop_counts.register("codebook_linear", flop_counts.linear)

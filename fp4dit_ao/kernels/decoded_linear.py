@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fp4dit_ao import _compat
-from fp4dit_ao.kernels import codebook_linear
+from fp4dit_ao.kernels import codebook_linear, flop_counts
 from fp4dit_ao.kernels.cuda import int8_linear as triton_units
 from fp4dit_ao.kernels.integer_product import integer_product
 from fp4dit_ao.ops import LIBRARY
@@ -146,3 +146,5 @@ LIBRARY.impl(
     ),
     "Meta",
 )
+flop_counts.register("codebook_product", flop_counts.linear)
+flop_counts.register("fp8_codebook_linear", flop_counts.linear)

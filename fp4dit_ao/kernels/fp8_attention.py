@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fp4dit_ao import _compat
 from fp4dit_ao.formats import NumberFormat
-from fp4dit_ao.kernels import attention_backend
+from fp4dit_ao.kernels import attention_backend, flop_counts
 from fp4dit_ao.kernels.attention_backend import AttentionShape
 from fp4dit_ao.kernels.cuda import int8_linear as triton_units
 from fp4dit_ao.kernels.token_quantization import fits_fp8, fp8_tokens
@@ -139,3 +139,4 @@ LIBRARY.impl(
     lambda q, q_scale, k, k_scale, v, scale: v.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3])),
     "Meta",
 )
+flop_counts.register("fp8_attention", flop_counts.fp8_attention)

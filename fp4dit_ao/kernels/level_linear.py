@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4dit_ao import _compat
-from fp4dit_ao.kernels import int8_linear
+from fp4dit_ao.kernels import flop_counts, int8_linear
 from fp4dit_ao.kernels.cuda import int8_linear as triton_linear
 from fp4dit_ao.kernels.units import Unit, UnitTable
 from fp4dit_ao.ops import LIBRARY
@@ -135,3 +135,4 @@ LIBRARY.impl(
     ),
     "Meta",
 )
+flop_counts.register("level_linear", flop_counts.linear)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fp4dit_ao.formats import parse
-from fp4dit_ao.kernels import codebook_linear, token_quantization
+from fp4dit_ao.kernels import codebook_linear, flop_counts, token_quantization
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.ops import LIBRARY
 
@@ -81,3 +81,4 @@ LIBRARY.impl(
     ),
     "Meta",
 )
+flop_counts.register("quantized_codebook_linear", flop_counts.linear)

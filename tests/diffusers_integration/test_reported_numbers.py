@@ -6,6 +6,7 @@ the float model: by them LoRAs are shaped, inputs cast, checkpoints compared, an
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,19 @@ import pytest
 import torch
 from accelerate.utils import compute_module_sizes
 from huggingface_hub import get_torch_storage_size
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from torchao.utils import TorchAOBaseTensor, get_model_size_in_bytes
 
-from fp4dit_ao import FP4DiTConfig, QuantizedTransformer, load_pipeline, unpack_weights
+from fp4dit_ao import FP4DiTConfig, QuantizedTransformer, example_inputs, load_pipeline, unpack_weights
 from fp4dit_ao.checkpoint.empty_model import empty_model
 from fp4dit_ao.checkpoint.tensor_files import Entry
 from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTDiffusersQuantizer
 from fp4dit_ao.diffusers_integration.module_form import record_of, tensors_to_save
 from fp4dit_ao.diffusers_integration.text_encoders import load_text_encoder, quantize_text_encoder
+from tests.conftest import ROOT
 from tests.diffusers_integration.test_first_compiled_call import low_bit_linear
 from tests.diffusers_integration.test_lora import adapter, flux
 from tests.diffusers_integration.test_stand_ins import RECIPES as KINDS
@@ -41,6 +46,16 @@ STORED = {
     "w4a6 in fp8": (ROWS * COLUMNS + ROWS * 2 * 4, "fp8"),
 }
 """Bytes of a weight of each kind, computed by hand, and what it was unpacked to."""
+
+
+def flops(call: Callable[..., Any], *given: Any, **named: Any) -> int:
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):  # others have no formula on CPUs
+        call(*given, **named)
+    return int(counter.get_total_flops())
 
 
 def linear_of(kind: str) -> nn.Linear:
@@ -66,6 +81,34 @@ def test_numbers_of_a_weight(kind: str, dtype: torch.dtype) -> None:
 def test_a_part_of_a_weight_counts_its_part() -> None:
     weight: Any = linear_of("w4a6").weight
     assert weight[: ROWS // 2].nbytes == weight.nbytes // 2 == weight.t().nbytes // 2
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_flops_of_a_linear(kind: str) -> None:
+    x = torch.randn(3, 5, COLUMNS)
+    assert flops(linear_of(kind), x) == flops(nn.Linear(COLUMNS, ROWS), x) == 2 * 3 * 5 * ROWS * COLUMNS
+
+
+def test_every_product_has_a_formula() -> None:
+    """``attention`` consists of others."""
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "fp4dit_ao" / "kernels").rglob("*.py")]
+    defined = {name for text in sources for name in re.findall(r'LIBRARY\.define\(\s*"(\w+)\(', text)}
+    products = {name for name in defined if re.search("(linear|product|attention)$", name)} - {"attention"}
+    assert len(products) > 6
+    assert {name for name in products if getattr(torch.ops.fp4dit_ao, name) not in flop_registry} == set()
+
+
+def test_flops_of_attention() -> None:
+    """On tensors without values, since not every processor has these kernels."""
+    q, k = torch.empty(2, 3, 5, 16, device="meta"), torch.empty(2, 3, 7, 16, device="meta")
+    expected = flops(torch.nn.functional.scaled_dot_product_attention, q, k, k)
+    assert expected == 2 * 2 * 3 * 5 * 7 * 16 * 2
+    digits, scales = (x.unsqueeze(0).char() for x in (q, k)), (q[..., 0], k[..., 0])
+    a, b = zip(digits, scales, strict=True)
+    assert flops(torch.ops.fp4dit_ao.int8_attention, *a, *b, *b, None, 0.25, torch.float32) == expected
+    rows = [torch.empty(2, x.shape[2], 3, 32, device="meta", dtype=torch.float8_e4m3fn) for x in (q, k)]
+    a, b = zip(rows, scales, strict=True)
+    assert flops(torch.ops.fp4dit_ao.fp8_attention, *a, *b, k.transpose(1, 2).bfloat16(), 0.25) == expected
 
 
 def test_every_kind_of_weight_is_among_them() -> None:
@@ -138,6 +181,11 @@ def test_numbers_of_a_model(tiny_quantized: Any, tmp_path: Path, form: str) -> N
     if float_model is not None:
         assert model.num_parameters() == float_model().num_parameters()
         assert model.dtype == (torch.bfloat16 if "bfloat16" in form else torch.float32)
+        given = (
+            {"input_ids": torch.ones(1, 8, dtype=torch.int64)} if "encoder" in form else example_inputs(float_model())
+        )
+        at_its_type = tree_map_only(Tensor, lambda x: x.to(model.dtype) if x.is_floating_point() else x, given)
+        assert flops(model, **at_its_type) == flops(float_model(), **given) > 0
     if float_model is not None and not form.startswith("graph"):  # which has tables besides
         assert compute_module_sizes(model)[""] == compute_module_sizes(float_model())[""] > parts_of(model)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fp4dit_ao.formats import NumberFormat
+from fp4dit_ao.kernels import flop_counts
 from fp4dit_ao.kernels.checks import refuse
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.ops import LIBRARY
@@ -163,3 +164,4 @@ LIBRARY.impl(
     ),
     "Meta",
 )
+flop_counts.register("int8_linear", flop_counts.linear)
