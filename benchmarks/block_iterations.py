@@ -97,7 +97,7 @@ def measure(name: str, rows: int, iters: Sequence[int], tiny: bool, compile: boo
     for block, (_, short, long) in found.items():
         sizes = [size for weight, size in weights.items() if weight.startswith(f"{block}.")]
         seconds = (long - short) / (iters[1] - iters[0])
-        lines.append([name, block, f"{sum(sizes) / 1e6:.0f}", str(rows), f"{seconds:.3f}", f"{peak:.1f}"])
+        lines.append([name, block, f"{sum(sizes) / 1e6:.3g}", str(rows), f"{seconds:.3f}", f"{peak:.1f}"])
     return lines
 
 

@@ -1,8 +1,10 @@
 """Memory that was freed, and that the C library keeps for later."""
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 
 WORTH_IT = 2**20
 """Elements of tensors from which on their intermediates are worth returning: what they leave in the heap is in megabytes."""
@@ -26,6 +28,22 @@ def return_freed(elements: int) -> None:
     if trim is not None and _Since.elements >= WORTH_IT:
         trim(0)
         _Since.elements = 0
+
+
+@contextlib.contextmanager
+def collecting_new_objects_alone() -> Iterator[None]:
+    """Context in which the garbage collector does not look at objects that were there before it.
+
+    The graph of a large model has millions of them: looking at all takes longer than the work on one weight.
+    """
+    if gc.get_freeze_count():  # somebody else's, who may want them to stay frozen
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @functools.cache

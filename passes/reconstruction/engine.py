@@ -24,7 +24,7 @@ from fp4dit_ao.passes.reconstruction import block_checkpoints
 from fp4dit_ao.passes.reconstruction.memory_budget import Need, check, need_of, prefetch_after
 from fp4dit_ao.passes.reconstruction.network_tail import NetworkTail, model_results
 from fp4dit_ao.passes.reconstruction.objectives import OBJECTIVES
-from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
+from fp4dit_ao.passes.reconstruction.report import BlockReport, ReconstructionReport
 from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS, ClosedFormRounding
 from fp4dit_ao.passes.reconstruction.scopes import SCOPES, Unit
 from fp4dit_ao.passes.reconstruction.shards import divide
@@ -32,7 +32,7 @@ from fp4dit_ao.passes.reconstruction.streams import Stream
 from fp4dit_ao.passes.reconstruction.unit_error import UnitError
 from fp4dit_ao.passes.reconstruction.unit_rounding import round_unit, steps_of
 from fp4dit_ao.passes.reconstruction.walk import planned_bytes, walk
-from fp4dit_ao.util.freed_memory import WORTH_IT, return_freed
+from fp4dit_ao.util.freed_memory import WORTH_IT, collecting_new_objects_alone, return_freed
 from fp4dit_ao.util.mapped_files import MappedFiles, anonymous_bytes
 from fp4dit_ao.util.world import current
 
@@ -118,22 +118,26 @@ def reconstruct(
             in_files = files if planned > memory - anonymous_bytes() else None
         for stream in streams:
             stream.move_to(device, _offload(planned, device, config), in_files)
-        for index, unit in enumerate(walk(plan, streams, shards.chunk, keep_inputs)):
-            bar.set_postfix_str(unit.segment.name)
-            prefetch_after(plan, unit)
-            row = store.load(index, unit.segment) if store else None
-            if row is None:
-                tail = NetworkTail(plan.steps[unit.last + 1 :], results) if objective.needs_tail else None
-                error = UnitError(unit.segment, shards, objective, tail, unit.recompute)
-                row = round_unit(error, rule, config, index, bar)
-                if store:
-                    store.save(index, unit.segment, row)
-            else:
-                bar.initial = bar.n = bar.n + steps_of(
-                    unit.segment, rule, config
-                )  # the time left is that of what is left
-            report.rows.append(row)
-            _let_go(unit, files)
+
+        def rounded(index: int, unit: Unit) -> BlockReport:
+            """A function of its own, so that nothing of one unit is left when the next one begins."""
+            tail = NetworkTail(plan.steps[unit.last + 1 :], results) if objective.needs_tail else None
+            error = UnitError(unit.segment, shards, objective, tail, unit.recompute)
+            return round_unit(error, rule, config, index, bar)
+
+        with collecting_new_objects_alone():
+            for index, unit in enumerate(walk(plan, streams, shards.chunk, keep_inputs)):
+                bar.set_postfix_str(unit.segment.name)
+                prefetch_after(plan, unit)
+                row = store.load(index, unit.segment) if store else None
+                if row is None:
+                    row = rounded(index, unit)
+                    if store:
+                        store.save(index, unit.segment, row)
+                else:  # the time left is that of what is left
+                    bar.initial = bar.n = bar.n + steps_of(unit.segment, rule, config)
+                report.rows.append(row)
+                _let_go(unit, files)
     report.stream_bytes = sum(stream.peak for stream in streams)
     report.seconds = time.monotonic() - began
     return report

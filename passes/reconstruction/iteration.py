@@ -1,10 +1,12 @@
 """One step of learning a unit's roundings, without waiting for the device."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from fp4dit_ao.config import ReconstructionConfig
@@ -15,6 +17,7 @@ from fp4dit_ao.passes.reconstruction.minibatches import Minibatches
 from fp4dit_ao.passes.reconstruction.recomputed import Recomputed
 from fp4dit_ao.passes.reconstruction.rounding import LearnedRounding
 from fp4dit_ao.passes.reconstruction.shards import Shard
+from fp4dit_ao.passes.reconstruction.shared_compilation import Runs, compiled
 from fp4dit_ao.passes.reconstruction.soft_weights import SoftWeights
 from fp4dit_ao.passes.reconstruction.unit_error import UnitError
 
@@ -52,11 +55,9 @@ class Iteration:
         self._device = error.streams[0].device
         low = products_in_bfloat16(config, self._device)
         graph = with_bfloat16_products(error.graph) if low else error.graph
-        self._run: Callable[..., Sequence[Tensor]] = graph
-        if error.recompute:
-            self._run = Recomputed(graph, config.compile)
-        elif config.compile:
-            self._run = torch.compile(graph)
+        fixed = minibatches.fixed and not error.objective.drop
+        run: Callable[[GraphModule], Runs] = functools.partial(compiled, fixed=fixed) if config.compile else _as_it_is
+        self._run: Runs = Recomputed(graph, run) if error.recompute else run(graph)
         self.soft = SoftWeights(rules, error.weights, _types(error, low), config.compile)
         self.optimizer = self._class.optimizer(self._rules, config)
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -144,6 +145,10 @@ class Iteration:
         self.losses()
         for kept, parameter in zip(self._best, self._parameters, strict=False):
             parameter.copy_(kept)
+
+
+def _as_it_is(graph: GraphModule) -> Runs:
+    return graph
 
 
 def products_in_bfloat16(config: ReconstructionConfig, device: torch.device) -> bool:

@@ -1,13 +1,13 @@
 """A unit of many blocks with the memory of one block's gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from fp4dit_ao.passes.partition import cut_into_blocks
+from fp4dit_ao.passes.reconstruction.shared_compilation import Runs
 
 
 class Recomputed:
@@ -15,14 +15,12 @@ class Recomputed:
 
     Args:
         graph: of the unit; parameters and observers are shared.
-        compiled: whether each block is compiled.
+        run: what runs the graph of a block, or between blocks: as it is, or compiled.
     """
 
-    def __init__(self, graph: GraphModule, compiled: bool = False):
+    def __init__(self, graph: GraphModule, run: Callable[[GraphModule], Runs]):
         self._segments = cut_into_blocks(graph).segments()
-        self._runs: list[Callable[..., Sequence[Tensor]]] = [
-            torch.compile(segment.graph) if compiled else segment.graph for segment in self._segments
-        ]
+        self._runs = [run(segment.graph) for segment in self._segments]
         self._inputs = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
         (results,) = next(node for node in graph.graph.nodes if node.op == "output").args
         self._results = [node.name for node in results]

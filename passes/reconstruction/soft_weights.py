@@ -4,8 +4,9 @@ A step has two halves of autograd, so that gates are computed once, whatever the
 and backward of both halves can be compiled apart: the rules make the soft weights, and the unit's graph takes them as leaves.
 """
 
+import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +60,14 @@ class SoftWeights:
         self.penalty = torch.zeros((), device=device)
         self._soft: Sequence[Tensor] = ()
         self._reached: list[Tensor] = []
-        self._graphs = {}
+        self._graphs: dict[bool, Callable[[Sequence[Tensor], Tensor, Tensor], Sequence[Tensor]]] = {}
         for penalised in (True,) if compiled else (False, True):  # compiling another one takes longer than the penalty
-            graph = _graph_of([Softened(rule, dtypes[o], penalised) for o, rule in rules.items()], penalised)
-            self._graphs[penalised] = torch.compile(graph) if compiled else graph
+            parts = [Softened(rule, dtypes[o], penalised) for o, rule in rules.items()]
+            self._graphs[penalised] = (
+                torch.compile(_graph_of(parts, penalised))
+                if compiled
+                else functools.partial(_results_of, parts, penalised)
+            )
 
     def soften(self, penalised: bool) -> None:
         """Make the soft weights of the parameters as they are, and the penalty, which compiled code makes in any case."""
@@ -95,9 +100,19 @@ class SoftWeights:
         self._soft, self._reached, self.penalty = (), [], self.penalty.detach()
 
 
+def _results_of(
+    parts: Sequence[Softened], penalised: bool, weights: Sequence[Tensor], beta: Tensor, shares: Tensor
+) -> Sequence[Tensor]:
+    """Calls all parts: soft weights, and behind them the penalty. Not a graph, which would hold them in a cycle of references:
+    the unit's memory would be free only after the garbage collector's next run."""
+    made = [part(weight, beta) for part, weight in zip(parts, weights, strict=True)]
+    soft = [one[0] for one in made]
+    return [*soft, _average([one[1] for one in made], shares)] if penalised else soft
+
+
 def _graph_of(parts: Sequence[Softened], penalised: bool) -> GraphModule:
-    """Calls all parts. As a graph of its own, each unit's is compiled by itself, and the compiler's limit of variants of one
-    function does not count units."""
+    """:func:`_results_of`, to be compiled: each unit's by itself, so that the compiler's limit of variants of one function does
+    not count units."""
     graph = Graph()
     weights, beta, shares = (graph.placeholder(name) for name in ("weights", "beta", "shares"))
     made = []

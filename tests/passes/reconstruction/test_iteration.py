@@ -1,7 +1,9 @@
 """A step of learning: its gradients are those of the whole loss, it never waits for the device, products can be bfloat16."""
 
 import copy
+import gc
 import math
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -134,6 +136,28 @@ def test_what_is_multiplied_is_bfloat16_and_what_is_put_out_is_not() -> None:
     for got, want in zip(found, wanted, strict=True):
         assert got.dtype == torch.float32
         assert 0 < float((got - want).norm() / want.norm()) < 2**-7  # five products, each rounded to 8 digits
+
+
+def test_a_unit_is_gone_without_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its variables are 88 bytes a weight, which the next unit would wait for."""
+    rules: list[weakref.ref[torch.nn.Module]] = []
+
+    class Noting(Iteration):
+        def __init__(self, error: UnitError, found: Any, *arguments: Any):
+            assert not [ref for ref in rules if ref() is not None]
+            rules.extend(map(weakref.ref, found.values()))
+            super().__init__(error, found, *arguments)
+
+    monkeypatch.setattr(learned_rounding, "Iteration", Noting)
+    prepared, data = prepared_graph(layers=2)
+    gc.collect()
+    gc.disable()
+    try:
+        reconstruct(prepared, data, replace(SHORT, iters=2), progress=False)
+        assert len(rules) == 12
+        assert not [ref for ref in rules if ref() is not None]
+    finally:
+        gc.enable()
 
 
 def test_bfloat16_products_learn_as_well() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import hashlib
 import json
 import subprocess
 import sys
@@ -169,7 +170,8 @@ def test_the_next_units_weights_are_read_while_one_is_at_work(monkeypatch) -> No
 
 
 def child(folder: str) -> None:
-    """Quantizes a model of 24 blocks that are in files, in a third of its size beside what modules take; prints JSON."""
+    """Quantizes a model of 24 blocks that are in files, in a third of its size beside what modules take, and again without a
+    limit; prints JSON."""
     from benchmarks.limited_memory import Peak
 
     def prepared(width: int, layers: int) -> tuple[torch.fx.GraphModule, list[dict[str, Tensor]], int]:
@@ -181,10 +183,18 @@ def child(folder: str) -> None:
         graph = prepare_pt2e(capture(model, data[0]), quantizer)
         return graph, data, sum(parameter.nbytes for parameter in model.parameters())
 
-    def quantize(graph: torch.fx.GraphModule, data: Any, memory: int) -> None:
+    def quantize(graph: torch.fx.GraphModule, data: Any, memory: int | None) -> str:
+        """Also says which bits came of it."""
         config = ReconstructionConfig(scope="layer", iters=1, batch_size=2)
-        reconstruct(graph, data, config, checkpoint_dir=f"{folder}/{memory}", memory=memory, progress=False)
-        convert_and_lower(graph, files=MappedFiles(f"{folder}/{memory}"))
+        where = None if memory is None else f"{folder}/{memory}"
+        reconstruct(graph, data, config, checkpoint_dir=where, memory=memory, progress=False)
+        lowered = convert_and_lower(graph, files=MappedFiles(where) if where else None)
+        digest = hashlib.sha256()
+        for name, x in state_of(lowered).items():
+            for part in flatten(name, x.detach()).values():
+                for rows in part.reshape(-1).split(2**20):
+                    digest.update(bytes_of(rows))
+        return digest.hexdigest()
 
     quantize(*prepared(128, 1)[:2], 10**12)  # modules are imported
     graph, data, size = prepared(512, 24)
@@ -192,8 +202,9 @@ def child(folder: str) -> None:
     return_freed(WORTH_IT)
     memory = anonymous_bytes() + size // 3
     with Peak() as peak:
-        quantize(graph, data, memory)
-    print(json.dumps({"size": size, "memory": memory, "peak": peak.bytes, "added": peak.added}))
+        limited = quantize(graph, data, memory)
+    same = limited == quantize(*prepared(512, 24)[:2], None)
+    print(json.dumps({"size": size, "memory": memory, "peak": peak.bytes, "added": peak.added, "same bits": same}))
 
 
 @pytest.mark.skipif(not anonymous_bytes(), reason="anonymous memory is read from /proc")
@@ -204,3 +215,4 @@ def test_a_model_three_times_as_large_as_its_memory(tmp_path: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["size"] > 200e6
     assert found["peak"] < found["memory"] + SLACK, found
+    assert found["same bits"]

@@ -1,0 +1,121 @@
+"""Blocks of one structure share what is compiled, and each computes with its own weights."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+from fp4dit_ao import (
+    AdaRoundConfig,
+    FP4DiTQuantizer,
+    QuantConfig,
+    ReconstructionConfig,
+    capture,
+    reconstruct,
+    w4a6,
+    w4a8,
+)
+from fp4dit_ao.passes.partition import weight_observers
+from fp4dit_ao.passes.reconstruction import shared_compilation
+from fp4dit_ao.passes.reconstruction.soft_weights import Softened
+from tests.graphs import TinyDiT, tiny_sample
+
+SHORT = AdaRoundConfig(iters=20, batch_size=3, relative_lr=0.5, compile=True)
+Quantizer = Callable[[], FP4DiTQuantizer]
+
+
+def plain() -> FP4DiTQuantizer:
+    return FP4DiTQuantizer().set_global(w4a6())
+
+
+def two_formats() -> FP4DiTQuantizer:
+    return plain().set_module_name("blocks.1.*", w4a8())
+
+
+def two_structures() -> FP4DiTQuantizer:
+    return plain().set_module_name("blocks.1.attn*", None)
+
+
+def static_ranges() -> FP4DiTQuantizer:
+    return FP4DiTQuantizer().set_global(QuantConfig(weight="e2m1", activation="e2m3", activation_granularity="tensor"))
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphModule]]:
+    """Graphs of units that were given to the compiler, which gives them back as they are."""
+    found: list[GraphModule] = []
+
+    def note(graph: GraphModule, **options: object) -> GraphModule:
+        if not any(isinstance(module, Softened) for module in graph.modules()):
+            found.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", note)
+    shared_compilation.forget()
+    yield found
+    shared_compilation.forget()
+
+
+def prepared_graph(
+    quantizer: Quantizer, sizes: tuple[int, ...] = (6, 6, 6, 6)
+) -> tuple[GraphModule, list[dict[str, Tensor]]]:
+    data = [tiny_sample(tokens=tokens, seed=seed) for seed, tokens in enumerate(sizes)]
+    prepared = prepare_pt2e(capture(TinyDiT(layers=3), data[0]), quantizer())
+    with torch.no_grad():
+        for sample in data:
+            prepared(**sample)
+    return prepared, data
+
+
+def codes(prepared: GraphModule) -> list[Tensor]:
+    return [observer.codes for _, observer in weight_observers(prepared) if observer.codes is not None]
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "config", "graphs"),
+    [
+        (plain, SHORT, 1),
+        (plain, replace(SHORT, bfloat16=True), 1),
+        (two_formats, SHORT, 2),
+        (two_structures, SHORT, 2),
+        (static_ranges, SHORT, 3),
+    ],
+    ids=["one structure", "bfloat16", "two formats", "two structures", "tensors of its own"],
+)
+def test_each_structure_is_compiled_once(
+    quantizer: Quantizer, config: ReconstructionConfig, graphs: int, compiled: list[GraphModule]
+) -> None:
+    prepared, data = prepared_graph(quantizer)
+    expected = copy.deepcopy(prepared)
+    shared = reconstruct(prepared, data, config, progress=False)
+    assert len(compiled) == graphs
+    own = reconstruct(expected, data, replace(config, compile=False), progress=False)
+    assert [row.loss_after for row in shared.rows] == [row.loss_after for row in own.rows]
+    assert any(row.kept == "learned" for row in own.rows)
+    assert all(torch.equal(x, y) for x, y in zip(codes(prepared), codes(expected), strict=True))
+
+
+def test_what_is_drawn_by_chance_is_compiled_for_each_block(compiled: list[GraphModule]) -> None:
+    """A shared graph has observers of its own, which are not told to drop anything."""
+    config = ReconstructionConfig(objective="prediction_difference", iters=2, batch_size=3, compile=True)
+    prepared, data = prepared_graph(plain)
+    reconstruct(prepared, data, config, progress=False)
+    assert len(compiled) == 3
+
+
+def test_rows_of_several_sizes_are_compiled_for_each_block(compiled: list[GraphModule]) -> None:
+    """How many rows of each size a step draws changes, and the compiler decides by what it has seen before."""
+    prepared, data = prepared_graph(plain, sizes=(6, 6, 9, 9))
+    reconstruct(prepared, data, SHORT, progress=False)
+    assert len(compiled) == 3
+
+
+def test_a_shared_graph_keeps_no_unit_alive(compiled: list[GraphModule]) -> None:
+    prepared, data = prepared_graph(plain)
+    reconstruct(prepared, data, SHORT, progress=False)
+    assert not [*compiled[0].parameters(), *compiled[0].buffers()]
