@@ -143,7 +143,7 @@ def test_every_module_has_a_place_in_the_order_of_imports() -> None:
 
 MOST_ANY = {
     "fp4dit_ao": 1, "fp4dit_ao/_compat": 9, "fp4dit_ao/benchmark": 13, "fp4dit_ao/calibration": 1, "fp4dit_ao/checkpoint": 6,
-    "fp4dit_ao/cli": 8, "fp4dit_ao/config": 2, "fp4dit_ao/deploy": 2, "fp4dit_ao/diffusers_integration": 13,
+    "fp4dit_ao/cli": 8, "fp4dit_ao/config": 2, "fp4dit_ao/deploy": 2, "fp4dit_ao/diffusers_integration": 14,
     "fp4dit_ao/evaluation": 3, "fp4dit_ao/graph_capture": 4, "fp4dit_ao/kernels": 6, "fp4dit_ao/reference": 1,
     "fp4dit_ao/schemes": 2, "fp4dit_ao/serving": 2, "fp4dit_ao/tensors": 6, "observers": 3, "passes/fine_tuning": 3,
     "passes/reconstruction": 14,

@@ -587,3 +587,47 @@ def test_block_formats_have_the_names_that_the_weights_use() -> None:
 
 def test_torchaos_config_of_int8_by_int4_has_its_group() -> None:
     assert int8_int4_config(64).group_size == 64
+
+
+def test_hooks_that_move_weights_are_found() -> None:
+    from accelerate import cpu_offload, cpu_offload_with_hook
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert _compat.offloading_hook(model) is None
+    add_hook_to_module(model, AlignDevicesHook(execution_device="cpu"))
+    assert _compat.offloading_hook(model) is None  # which sends inputs, no weights
+    remove_hook_from_module(model)
+    cpu_offload(model, torch.device("cpu"))
+    assert _compat.offloading_hook(model) == "AlignDevicesHook"
+    remove_hook_from_module(model, recurse=True)
+    cpu_offload_with_hook(model, "cpu")
+    assert _compat.offloading_hook(model) == "CpuOffload"
+
+
+def test_a_compiled_copy_is_known_from_a_model_compiled_in_place() -> None:
+    model = torch.nn.Linear(2, 2)
+    assert _compat.is_compiled_copy(torch.compile(model))
+    model.compile()
+    assert not _compat.is_compiled_copy(model)
+
+
+def test_components_are_added_to_what_from_pipe_is_given() -> None:
+    from diffusers import DiffusionPipeline
+
+    class Made(DiffusionPipeline):  # type: ignore[misc]
+        def __init__(self, one: object = None):
+            super().__init__()
+            self.one = one
+
+        @classmethod
+        def from_pipe(cls, pipeline: object, **kwargs: object) -> object:
+            return kwargs
+
+    def passed(pipe: object, expected: object) -> dict[str, object]:
+        return {"one": pipe, "two": 2}
+
+    _compat.before_from_pipe(Made, passed)
+    _compat.before_from_pipe(Made, passed)
+    assert Made.from_pipe("pipe", two=3) == {"one": "pipe", "two": 3}
+    assert Made.from_pipe("pipe", custom_pipeline="other") == {"custom_pipeline": "other"}

@@ -11,6 +11,7 @@ from fp4dit_ao._compat.compilation import (
     compile_package,
     compiler_options,
     distinct_sizes,
+    is_compiled_copy,
     load_package,
     mark_static,
     sizes_of_repeats,
@@ -18,8 +19,10 @@ from fp4dit_ao._compat.compilation import (
 )  # fmt: skip
 from fp4dit_ao._compat.diffusers import (
     after_from_pretrained,
+    before_from_pipe,
     kept_in_float32,
     name_repeated_blocks,
+    offloading_hook,
     packed_history,
     progress_bar_config,
     repeated_block_names,
@@ -71,13 +74,14 @@ from fp4dit_ao._compat.tensors import (
 from fp4dit_ao._compat.torchao import forget_graphs, parts
 
 __all__ = [
-    "Arguments", "FakeTensorMode", "Keywords", "Operator", "TensorMeta", "after_from_pretrained", "aliased", "captured_sizes",
-    "compile_package", "compiler_options", "copied", "copy_calling_convention", "create_buffer_node", "distinct_sizes",
-    "exported_graph", "fake_like", "fake_mode", "flat_inputs", "forget_graphs", "fp8_product", "frozen_sizes", "input_names",
-    "int8_product", "is_persistent", "is_traced", "is_view", "is_view_of_another", "kept_in_float32", "lerp_", "load_package",
-    "make_buffers_persistent", "make_buffers_transient", "mark_static", "name_repeated_blocks", "packed_history", "parse_to",
+    "Arguments", "FakeTensorMode", "Keywords", "Operator", "TensorMeta", "after_from_pretrained", "aliased",
+    "before_from_pipe", "captured_sizes", "compile_package", "compiler_options", "copied", "copy_calling_convention",
+    "create_buffer_node", "distinct_sizes", "exported_graph", "fake_like", "fake_mode", "flat_inputs", "forget_graphs",
+    "fp8_product", "frozen_sizes", "input_names", "int8_product", "is_compiled_copy", "is_persistent", "is_traced",
+    "is_view", "is_view_of_another", "kept_in_float32", "lerp_", "load_package", "make_buffers_persistent",
+    "make_buffers_transient", "mark_static", "name_repeated_blocks", "offloading_hook", "packed_history", "parse_to",
     "parts", "prepacked_int8_linear", "prepacked_linear", "progress_bar_config", "pytree", "repeated_block_names",
-    "replace_apply", "replace_config", "size_at", "size_hint", "size_relations", "size_text", "size_with", "sizes_of_repeats",
-    "slots", "symbol_values", "symbols_in", "types_in_packages", "varying_numbers", "version", "without_guards",
-    "without_modes", "wrapper_tensor",
+    "replace_apply", "replace_config", "size_at", "size_hint", "size_relations", "size_text", "size_with",
+    "sizes_of_repeats", "slots", "symbol_values", "symbols_in", "types_in_packages", "varying_numbers", "version",
+    "without_guards", "without_modes", "wrapper_tensor",
 ]  # fmt: skip

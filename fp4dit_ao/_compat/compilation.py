@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config as symbolic_config
 from torch.overrides import TorchFunctionMode
@@ -135,3 +135,8 @@ def load_package(path: str | Path) -> Package:
     """The compiled package in the file ``path``."""
     package: Package = torch._inductor.aoti_load_package(str(path))
     return package
+
+
+def is_compiled_copy(model: nn.Module) -> bool:
+    """Whether ``model`` is what ``torch.compile(module)`` returned: another module, around the first."""
+    return hasattr(model, "_orig_mod")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, HunyuanVideoFramepackTransformer3DModel, ModelMixin
+    from torch import nn
 
 Pipe = TypeVar("Pipe", bound="DiffusionPipeline")
 
@@ -58,6 +59,43 @@ def after_from_pretrained(cls: type["DiffusionPipeline"], change: Callable[[Pipe
 
     from_pretrained._changed_by = change  # type: ignore[attr-defined]
     cls.from_pretrained = classmethod(from_pretrained)  # type: ignore[attr-defined]
+
+
+def before_from_pipe(
+    cls: type["DiffusionPipeline"],
+    passed: Callable[["DiffusionPipeline", Mapping[str, tuple[object, ...]]], Mapping[str, object]],
+) -> None:
+    """Let ``passed`` add components to a call of ``cls.from_pipe``, and to that of its subclasses; once.
+
+    Args:
+        cls: diffusers' base class of pipelines.
+        passed: takes the pipeline, and the classes of the new pipeline's components by name; returns components.
+    """
+    original = cls.__dict__["from_pipe"].__func__
+    if getattr(original, "_passed_by", None) is passed:
+        return
+
+    @functools.wraps(original)
+    def from_pipe(cls: type["DiffusionPipeline"], /, pipeline: "DiffusionPipeline", **kwargs: object) -> object:
+        added = {} if "custom_pipeline" in kwargs else passed(pipeline, cls._get_signature_types())
+        return original(cls, pipeline, **(dict(added) | kwargs))
+
+    from_pipe._passed_by = passed  # type: ignore[attr-defined]
+    cls.from_pipe = classmethod(from_pipe)  # type: ignore[attr-defined]
+
+
+def offloading_hook(model: "nn.Module") -> str | None:
+    """Class of a hook of accelerate's or diffusers' that moves a model's weights, or leaves parts of it out, around its calls;
+    None if there is none. Hooks that only send inputs to a device do not count."""
+    for part in model.modules():
+        found = getattr(part, "_hf_hook", None)
+        for hook in getattr(found, "hooks", [found]):
+            if getattr(hook, "offload", False) or hasattr(hook, "prev_module_hook"):  # by parts, or as a whole
+                return type(hook).__name__
+        own = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+        if own:
+            return type(next(iter(own.values()))).__name__
+    return None
 
 
 def packed_history(

@@ -20,9 +20,9 @@ def uncomputed(models: Iterable[nn.Module]) -> Iterator[None]:
     """Context in which calls of ``models`` give zeros, of the shapes and types that they would have, and read no weight.
 
     Shapes are found once for all calls whose arguments have equal shapes. A model whose shapes depend on values is computed,
-    once likewise.
+    once likewise; one that is offloaded is computed, since its hooks would move weights that are not there.
     """
-    replaced = [(model, vars(model).get("forward")) for model in models]  # a hook's or an offloader's own, if any
+    replaced = [(model, vars(model).get("forward")) for model in models if _compat.offloading_hook(model) is None]
     for model, _ in replaced:
         model.forward = _shapes_of(model.forward)
         _AT_PRESENT.add(model)

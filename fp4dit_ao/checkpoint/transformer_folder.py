@@ -39,15 +39,34 @@ def save(
         max_shard_size: limit of one file, such as ``"5GB"`` or a number of bytes.
 
     Raises:
+        ValueError: a quantized weight is a float tensor now, or a tensor is on the meta device.
         FileExistsError: the folder holds something else.
         OSError: the folder cannot be written.
     """
+    check_codes(record, tensors)
+    away = next((name for name, x in tensors.items() if x.is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"{away} is on the meta device, as weights are while they are offloaded one by one: call pipe.remove_all_hooks() "
+            "before saving"
+        )
     with whole_folder(folder, replaceable=is_quantized(folder), own=_OWN) as partial:
         metadata = {"quant_method": METHOD, "format_version": str(record.format_version)}
         tensor_files.write(tensors, partial, metadata, max_shard_size)
         record.tensors = {name: Entry.of(x) for name, x in tensors.items()}
         config = record.model | {"quantization_config": record.to_json()}
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_codes(record: Record, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ``ValueError`` if a weight that the record calls quantized is a float tensor, and could not be loaded again."""
+    for decision in record.decisions:
+        weight = tensors.get(f"{decision.name}.weight")
+        if decision.kind == "linear" and decision.config is not None and weight is not None:
+            raise ValueError(
+                f"{decision.name} was quantized to {decision.config.weight}, and its weight is {weight.dtype} now, as after "
+                "load_state_dict(…, assign=True): load other weights into the float model, and quantize that"
+            )
 
 
 def is_quantized(folder: str | Path) -> bool:

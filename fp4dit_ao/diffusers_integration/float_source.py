@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fp4dit_ao import _compat
 from fp4dit_ao.checkpoint.empty_model import empty_model
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ def check_source(model: "ModelMixin") -> None:
     Args:
         model: a float diffusers model.
     """
+    kind = type(model).__name__
+    if _compat.is_compiled_copy(model):  # its modules have other names
+        raise ValueError(f"this {kind} is a compiled model: quantize the model that it was made from, then compile")
+    if "quantization_config" in getattr(model, "config", {}) or kind == "QuantizedTransformer":
+        raise ValueError(f"this {kind} is already quantized; start from the float model")
     _check_layout(model)
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)

@@ -4,16 +4,18 @@ This module imports diffusers; ``fp4dit_ao.QuantizedTransformer`` imports it on 
 """
 
 import contextlib
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.utils import TorchAOBaseTensor
@@ -25,6 +27,8 @@ from fp4dit_ao.checkpoint.quantization_record import Record, model_config
 from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.diffusers_integration.combination_search import CombinationReport
+from fp4dit_ao.diffusers_integration.component_types import stand_ins
+from fp4dit_ao.diffusers_integration.folders_and_devices import one_device, resolve_folder
 from fp4dit_ao.diffusers_integration.layer_summary import (
     LayerSummary,
     beside_weights,
@@ -43,6 +47,7 @@ from fp4dit_ao.passes import compilation
 from fp4dit_ao.passes.device_placement import convert_tensors, move_to
 from fp4dit_ao.passes.fine_tuning import FineTuneReport
 from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
+from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.passes.weight_unpacking import refuse_unpacked, times_unpacked
 from fp4dit_ao.quantizer import Decision
@@ -171,6 +176,11 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _prepare(self, device: torch.device) -> None:
         """Moves the graph's device constants to ``device``, and compiles the graph if asked, once for these weights."""
+        if self.device.type == "meta":
+            raise ValueError(
+                f"the weights of this quantized {self._class} are on the meta device: a graph cannot be offloaded layer by "
+                "layer; use pipe.enable_model_cpu_offload(), or the module form, load_pipeline(folder, form='module')"
+            )
         changes = times_unpacked(self.graph)
         if self._ready is not None and self._ready[0] is self.graph and self._ready[1:] == (device, changes):
             return
@@ -202,10 +212,15 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     # --- placement ---------------------------------------------------------------------------------------------------
 
     @property
-    def _kept(self) -> tuple[str, ...]:
+    def _float_class(self) -> type | None:
+        """Class of the model that the graph was captured from; None if diffusers has none of that name."""
         import diffusers
 
-        return _compat.kept_in_float32(getattr(diffusers, self._class, None))
+        return getattr(diffusers, self._class, None)
+
+    @property
+    def _kept(self) -> tuple[str, ...]:
+        return _compat.kept_in_float32(self._float_class)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -246,17 +261,73 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             parts = graph_tensors.flatten(name, x.detach())
             cast = not quantized and not is_kept(name, self._kept)
             stored |= {k: v.to(dtype) if v.is_floating_point() and cast else v for k, v in parts.items()}
-        graph = graph_rebuilding.build(
-            empty_model(dict(self.config)),
-            self.description,
-            self.decisions,
-            dtype,
-            {name: x.dtype for name, x in stored.items()},
-            transforms=applied_transforms(self.graph),
-        )
+        self._rebuild(dtype, stored, applied_transforms(self.graph))
+
+    def _rebuild(self, dtype: torch.dtype, stored: Mapping[str, Tensor], transforms: Sequence[GraphTransform]) -> None:
+        """Captures the graph anew and fills it with ``stored``, plain tensors by name."""
+        dtypes = {name: x.dtype for name, x in stored.items()}
+        empty = empty_model(dict(self.config))
+        graph = graph_rebuilding.build(empty, self.description, self.decisions, dtype, dtypes, transforms=transforms)
         graph_tensors.fill(graph, stored)
         self.graph = graph
         self._set_up()
+
+    def __getattr__(self, name: str) -> Any:
+        """What the float model has and a graph does not is refused by a sentence; ``hasattr`` stays False."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            own = vars(self)
+            if name.startswith("_") or "_internal_dict" not in own or "graph" not in own["_modules"]:
+                raise
+            if not hasattr(self._float_class, name) and name not in dict(own["_modules"]["graph"].named_children()):
+                raise
+        raise AttributeError(self._only_of_modules(name))
+
+    def _only_of_modules(self, name: str) -> str:
+        return (
+            f"a quantized graph has no {name}, which is of the modules of {self._class}: use the module form, "
+            "pipe.transformer = pipe.transformer.to_modules(), or load_pipeline(folder, form='module')"
+        )
+
+    def enable_group_offload(self, *args: object, **kwargs: object) -> NoReturn:
+        """Refused: a graph calls no modules, one after the other, that could be offloaded."""
+        raise ValueError(self._only_of_modules("enable_group_offload"))
+
+    def enable_layerwise_casting(self, *args: object, **kwargs: object) -> NoReturn:
+        """Refused: a graph calls no modules that could be cast before and after."""
+        raise ValueError(self._only_of_modules("enable_layerwise_casting"))
+
+    def set_attention_backend(self, backend: str) -> NoReturn:
+        """Refused: attention is an operator of the graph, which chooses the backend."""
+        raise ValueError(self._only_of_modules("set_attention_backend"))
+
+    # --- copies ------------------------------------------------------------------------------------------------------
+
+    def __copy__(self) -> "QuantizedTransformer":
+        return self._with_state(dict(vars(self)))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "QuantizedTransformer":
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(dict(vars(self)), memo))
+        return new
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        """Pickles codes and scales, without the graph: unpickling captures it again (seconds).
+
+        Raises:
+            ValueError: the weights were unpacked.
+        """
+        refuse_unpacked(self.graph, "pickling a quantized transformer")
+        state = {name: value for name, value in vars(self).items() if name not in ("_run", "_ready", "_read")}
+        state |= {"_modules": {}, "_ready": None, "_read": None}
+        return _unpickled, (type(self), state, self.dtype, self.tensors_to_save(), applied_transforms(self.graph))
+
+    @classmethod
+    def _with_state(cls, state: dict[str, object]) -> "QuantizedTransformer":
+        new = cls.__new__(cls)
+        new.__setstate__(state)
+        return new
 
     # --- what it is made of ------------------------------------------------------------------------------------------
 
@@ -330,19 +401,40 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return model
 
     @classmethod
+    def from_config(cls, config: Mapping[str, object], **kwargs: object) -> nn.Module:
+        """Tensors on the meta device, as large as those of the quantized model that ``config`` describes, and no model:
+        ``from_pretrained(folder, device_map="balanced")`` of a pipeline compares sizes of components before it loads them.
+
+        Raises:
+            ValueError: ``config`` describes no quantized model.
+        """
+        found = config.get("quantization_config")
+        record = Record.from_json(found if isinstance(found, Mapping) else {}, "the config")
+        sizes = nn.Module()
+        for index, entry in enumerate(record.tensors.values()):
+            x = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
+            sizes.register_buffer(f"tensor_{index}", x)
+        return sizes
+
+    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> "QuantizedTransformer":
         """Loads what :meth:`save_pretrained` wrote, cast to ``dtype`` (or ``torch_dtype``), or as saved if None.
 
-        Of diffusers' other arguments only ``subfolder`` has an effect.
+        Of diffusers' other arguments those have an effect that say where the model is (``subfolder``, ``revision``,
+        ``cache_dir``, ``local_files_only``, ``token``, ``force_download``) and ``device_map``, which names one device.
 
         Raises:
-            ValueError: the folder holds something else, or is damaged; see :func:`load_graph`.
+            FileNotFoundError: there is no such folder, and no such repository on the hub.
+            ValueError: the folder holds something else, or is damaged, see :func:`load_graph`; or ``device_map`` names several
+                devices.
         """
-        model = load_graph(Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or ""))
+        device, subfolder = one_device(kwargs.pop("device_map", None)), kwargs.pop("subfolder", None) or ""
+        model = load_graph(resolve_folder(pretrained_model_name_or_path, subfolder or None, **kwargs) / subfolder)
         dtype = dtype or kwargs.get("torch_dtype")
-        return model.to(dtype) if isinstance(dtype, torch.dtype) else model
+        model = model.to(dtype) if isinstance(dtype, torch.dtype) else model
+        return model if device is None else model.to(device)
 
 
 def load_graph(folder: str | Path) -> QuantizedTransformer:
@@ -371,3 +463,19 @@ def load_graph(folder: str | Path) -> QuantizedTransformer:
     except Exception as error:  # a config that does not fit can make a model raise anything
         raise ValueError(f"{folder} does not fit its own config: {first_line(error)}") from error
     return QuantizedTransformer(graph, model, record.sample, record.decisions, record.recipe, record.source)
+
+
+def _unpickled(
+    cls: type[QuantizedTransformer],
+    state: dict[str, object],
+    dtype: torch.dtype,
+    tensors: Mapping[str, Tensor],
+    transforms: Sequence[GraphTransform],
+) -> QuantizedTransformer:
+    """Inverse of ``QuantizedTransformer.__reduce_ex__``."""
+    new = cls._with_state(state)
+    new._rebuild(dtype, tensors, transforms)
+    return new
+
+
+_compat.before_from_pipe(DiffusionPipeline, stand_ins)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat
-from fp4dit_ao.checkpoint import graph_rebuilding, graph_tensors
+from fp4dit_ao.checkpoint import graph_rebuilding, graph_tensors, transformer_folder
 from fp4dit_ao.checkpoint.empty_model import empty_model
 from fp4dit_ao.checkpoint.quantization_record import Record, model_config
 from fp4dit_ao.checkpoint.tensor_files import Entry
@@ -244,6 +244,7 @@ def save_module_form(
     """
     refuse_unsaveable(model)
     record, tensors = record_of(model), tensors_to_save(model)
+    transformer_folder.check_codes(record, tensors)
     _check_rebuilt(record, tensors)
     save_pretrained(
         model,

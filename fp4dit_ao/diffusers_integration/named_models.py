@@ -13,12 +13,12 @@ from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import reference
 from fp4dit_ao.checkpoint import transformer_folder
+from fp4dit_ao.diffusers_integration.folders_and_devices import resolve_folder
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.diffusers_integration.layer_summary import beside_weights, bits_per_weight
 from fp4dit_ao.diffusers_integration.pipeline_folder import (
     Weights,
     load_pipeline,
-    resolve_folder,
     stored_dtypes,
     text_encoders_of,
 )

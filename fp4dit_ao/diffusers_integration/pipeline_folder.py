@@ -20,13 +20,13 @@ from fp4dit_ao.checkpoint import component_checksums, transformer_folder
 from fp4dit_ao.checkpoint.tensor_files import read_json
 from fp4dit_ao.diffusers_integration.call_defaults import with_call_defaults
 from fp4dit_ao.diffusers_integration.damaged_components import INDEX, reason_not_loaded
+from fp4dit_ao.diffusers_integration.folders_and_devices import resolve_folder
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer, load_graph
 from fp4dit_ao.diffusers_integration.module_conversion import load_modules
 from fp4dit_ao.diffusers_integration.text_encoders import load_text_encoder
 from fp4dit_ao.diffusers_integration.weight_forms import keep_fastest
 from fp4dit_ao.passes.weight_unpacking import unpack_weights
 from fp4dit_ao.util.atomic_files import whole_folder
-from fp4dit_ao.util.sentences import first_line
 
 Weights = Literal["packed", "int8", "fp8", "auto"]
 """Forms of quantized weights in memory; see :func:`load_pipeline`."""
@@ -179,29 +179,6 @@ def load_pipeline(
             transformer.compile(dynamic=True)
     pipe = with_transformers(pipe, transformers | encoders, defaults)
     return pipe.to(device) if device is not None else pipe
-
-
-def resolve_folder(name: str | Path) -> Path:
-    """Path of the folder ``name``, or of the local copy of that Hugging Face repository, which is downloaded if
-    necessary.
-
-    Raises:
-        FileNotFoundError: there is neither.
-    """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    parts = str(name).split("/")
-    if len(parts) == 2 and all(parts) and not str(name).startswith((".", "~")):
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(str(name)))
-        except Exception as error:
-            raise FileNotFoundError(
-                f"there is no folder {name}, and no such model on the hub: {first_line(error)}"
-            ) from error
-    raise FileNotFoundError(f"there is no folder {name}")
 
 
 def with_transformers(

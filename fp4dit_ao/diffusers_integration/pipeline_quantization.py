@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
+from fp4dit_ao import _compat
 from fp4dit_ao.calibration import MEMORY_LIMIT, calibrate, collect_samples, pipeline_arguments
 from fp4dit_ao.calibration.observation import device_of
 from fp4dit_ao.calibration.uncomputed_calls import uncomputed
@@ -168,8 +169,13 @@ def quantize_pipeline(
     models = {name: _float_component(pipe, name) for name in names if name not in encoders}
     if not models:
         raise ValueError(f"components={names} names no transformer; give one, such as {components_of(pipe)[0]!r}, too")
-    for model in models.values():
+    for name, model in models.items():
         check_source(model)
+        if hook := _compat.offloading_hook(model):
+            raise ValueError(
+                f"the {name} carries hooks ({hook}), with which no graph can be captured: call pipe.remove_all_hooks(), "
+                "or load the pipeline again, and offload or cache in the quantized one"
+            )
     methods = _Methods(
         resolve_transforms(transforms), allocation, budget_bits,
         chosen_config(rounding, objective, scope, adaround, reconstruction), fine_tuning, fine_tune or FineTuneConfig(),

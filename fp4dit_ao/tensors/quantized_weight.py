@@ -308,7 +308,10 @@ def _copy(func: Operator, types: object, args: Arguments, kwargs: Keywords) -> Q
             f"copy_ into a float tensor {tuple(weight.shape)}; copy its dequantize(), or assign it as a parameter"
         )
     if type(source) is not type(weight) or source.shape != weight.shape:
-        weight.refuse(f"copy_ of a {type(source).__name__} {tuple(source.shape)}; expected the same kind and shape")
+        weight.refuse(
+            f"copy_ of a {type(source).__name__} {tuple(source.shape)}; expected the same kind and shape: load other weights "
+            "into the float model, and quantize that"
+        )
     for name in _compat.parts(type(weight)):
         mine, other = getattr(weight, name), getattr(source, name)
         if not isinstance(mine, Tensor) and name != "dtype" and mine != other:

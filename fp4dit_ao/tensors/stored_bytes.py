@@ -1,5 +1,7 @@
 """``StoredBytes``: what low-bit weights say of their memory."""
 
+from typing import NoReturn
+
 from torch import Tensor
 
 from fp4dit_ao import _compat
@@ -15,5 +17,29 @@ class StoredBytes:
     @property
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
+        return sum(part.nbytes for part in self._stored())
+
+    def _stored(self) -> list[Tensor]:
         parts = (getattr(self, name) for name in _compat.parts(type(self)))
-        return sum(part.nbytes for part in parts if isinstance(part, Tensor))
+        return [part for part in parts if isinstance(part, Tensor)]
+
+    def share_memory_(self) -> "StoredBytes":
+        """Moves the stored tensors into memory that processes share, in place."""
+        for part in self._stored():
+            part.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether processes share the stored tensors."""
+        return all(part.is_shared() for part in self._stored())
+
+    def storage(self) -> NoReturn:
+        """Refuses what only a tensor with memory of its own has; safetensors' functions ask for it before they write.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"a {type(self).__name__} has no storage of its own, only those of its codes and scales: save the model with its "
+            "save_pretrained(folder), or its state_dict() with torch.save"
+        )

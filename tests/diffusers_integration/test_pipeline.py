@@ -16,8 +16,8 @@ import torch
 
 from fp4dit_ao import AdaRoundConfig, MinifloatTensor, ReconstructionConfig, load_pipeline, quantize_pipeline, w4a6_auto
 from fp4dit_ao.calibration.pipeline_arguments import generation_defaults
+from fp4dit_ao.diffusers_integration.folders_and_devices import resolve_folder
 from fp4dit_ao.diffusers_integration.layer_summary import LayerSummary, layer_lines
-from fp4dit_ao.diffusers_integration.pipeline_folder import resolve_folder
 from fp4dit_ao.kernels import attention
 from tests.conftest import ROOT
 from tests.tiny import CALL, tiny_pipeline
