@@ -80,7 +80,7 @@ def hessian_of(error: UnitError, inputs: list[Node]) -> Tensor:
         for stream in (error.streams[number] for number in shard.streams):
             for rows in stream.chunks(error.shards.chunk):
                 for value in run(*stream.select(stream.quantized, error.segment.inputs, rows)):
-                    tokens = value.flatten(0, -2).float()
+                    tokens = value.reshape(-1, value.shape[-1]).float()
                     product = (tokens.T @ tokens).double()
                     hessian = product if hessian is None else hessian.add_(product)
         assert hessian is not None  # there is at least one row
