@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import export
 from torch.fx import GraphModule
+from torchao.quantization.granularity import PerGroup
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fp4dit_ao import (
@@ -24,9 +26,11 @@ from fp4dit_ao import (
     transform,
     w4a6,
 )
+from fp4dit_ao.observers import Grid, WeightObserver
 from fp4dit_ao.passes.block_outlining import kinds_of_blocks, outline
 from fp4dit_ao.passes.compilation import compile_blocks
 from fp4dit_ao.passes.joined_linears import join_linears
+from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS, ClosedFormRounding
 from fp4dit_ao.passes.transforms.registry import TRANSFORMS
 from tests.graphs import TinyDiT, tiny_sample
 
@@ -388,3 +392,67 @@ def test_the_module_form_is_for_models_of_diffusers() -> None:
         ValueError, match=r"models of diffusers, and TinyDiT is none .*; quantize its graph: prepare_pt2e"
     ):
         quantize_modules(TinyDiT())
+
+
+# --- methods of a user's own -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("search", "found"),
+    [
+        (
+            lambda weight, block, fmt, dtype: torch.ones(3),
+            r"of shape \(3,\); it must return positive numbers of shape \(256, 4\)",
+        ),
+        (lambda weight, block, fmt, dtype: -torch.ones(256, 4), r"not all positive and finite; .* of shape \(256, 4\)"),
+        (lambda weight, block, fmt, dtype: torch.full((256, 4), torch.nan), r"not all positive and finite"),
+    ],
+    ids=["shape", "negative", "nan"],
+)
+def test_scales_of_a_search_are_checked(monkeypatch: pytest.MonkeyPatch, search: object, found: str) -> None:
+    observer = WeightObserver("e2m1", PerGroup(32), name="blocks.0.ff.up.weight")
+    monkeypatch.setattr(observer, "find_scale", search)
+    with pytest.raises(
+        ValueError, match=rf"^weight blocks\.0\.ff\.up\.weight: the scale search 'absmax' found .*{found}"
+    ):
+        observer(torch.randn(256, 128))
+
+
+class Mine(ClosedFormRounding):
+    needs_hessian = False
+
+    def __init__(self, change: Callable[[Tensor], object]):
+        self.change = change
+
+    def solve(self, weight: Tensor, grid: Grid, hessian: Tensor | None, name: str) -> Tensor:
+        return self.change(grid.encode(weight))
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda codes: codes[:1], r"torch\.uint8 \(1, 128\)"),
+        (Tensor.float, r"torch\.float32 \(128, 128\)"),
+        (lambda codes: codes + 200, r"the code 2\d\d"),
+        (lambda codes: None, "NoneType"),
+    ],
+    ids=["shape", "type", "range", "nothing"],
+)
+def test_codes_of_a_rule_are_checked(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], object], found: str
+) -> None:
+    model, sample = TinyDiT().eval(), tiny_sample()
+    prepared = prepare_pt2e(exported(model, sample), FP4DiTQuantizer().set_global(w4a6()))
+    monkeypatch.setattr(ROUNDINGS, "find", lambda name: Mine(change))
+    with pytest.raises(
+        ValueError, match=rf"^blocks\.0\.attn\.to_\w+\.weight: Mine\.solve returned {found}; .* below 16, torch"
+    ):
+        reconstruct(prepared, [sample], ReconstructionConfig("gptq"), progress=False)
+
+
+def test_a_checkpoint_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    model, sample = TinyDiT().eval(), tiny_sample()
+    prepared = prepare_pt2e(exported(model, sample), FP4DiTQuantizer().set_global(w4a6()))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint_dir='.*file' is a file; give a folder"):
+        reconstruct(prepared, [sample], ReconstructionConfig("gptq"), checkpoint_dir=tmp_path / "file", progress=False)

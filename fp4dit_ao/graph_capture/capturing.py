@@ -75,9 +75,9 @@ def capture(model: nn.Module, sample: Mapping[str, object]) -> GraphModule:
             be captured with it.
     """
     if not isinstance(model, nn.Module) or isinstance(model, GraphModule):
-        graph = "a graph already: give it to prepare_pt2e, or capture the module that it was exported from"
+        again = "a graph already: give it to prepare_pt2e, or capture the module that it was exported from"
         wrong = (
-            graph if isinstance(model, GraphModule) else "no module: give a torch.nn.Module, such as pipe.transformer"
+            again if isinstance(model, GraphModule) else "no module: give a torch.nn.Module, such as pipe.transformer"
         )
         raise ValueError(f"capture: {type(model).__name__} is {wrong}")
     model.eval()

@@ -118,11 +118,11 @@ def reconstruct(
 
         try:
             planned = planned_bytes(plan, streams, device, keep_inputs, note)
-        except (AssertionError, RuntimeError) as error:
+        except (AssertionError, RuntimeError) as failure:
             wrong = next((found for x in streams if (found := misfit(prepared, x.first_row().full)) is not None), None)
             if wrong is None:
                 raise
-            raise ValueError(f"reconstruct: {wrong}") from error
+            raise ValueError(f"reconstruct: {wrong}") from failure
         _check_memory(planned, streams, config)
         in_files = None
         if memory is not None:
