@@ -20,6 +20,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from fp4dit_ao.config import QuantConfig
+from fp4dit_ao.formats import parse
 from fp4dit_ao.observers.log_probability import LogProbabilityObserver
 from fp4dit_ao.passes.transforms.attention_products import AttentionProducts, attention_products, split_attention
 from fp4dit_ao.passes.transforms.low_rank import adds_branch
@@ -36,7 +37,9 @@ _TRANSPARENT = (
     _ATEN.dropout.default, _ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN.clone.default, _ATEN.contiguous.default,
     _ATEN.view.default, _ATEN.reshape.default, _ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.slice.Tensor,
 )  # fmt: skip
-_PRODUCTS = (_ATEN.matmul.default, _ATEN.bmm.default)
+_PRODUCTS = (_ATEN.matmul.default, _ATEN.bmm.default, _ATEN.einsum.default)
+_DECOMPOSED = (_ATEN.addmm.default, _ATEN.mm.default)
+_SOFTMAX = (_ATEN.softmax.int, _ATEN._softmax.default, _ATEN._safe_softmax.default)
 EXPERTS = "one tensor holds the weights of all its experts"
 """Why a mixture of experts is left in high precision that keeps no linear for each."""
 
@@ -74,23 +77,30 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
 
     def set_global(self, config: QuantConfig | None) -> "FP4DiTQuantizer":
         """Use ``config`` for every module that its own ``skip`` globs do not name."""
-        self._rules.append(("global", "", config))
+        self._rules.append(("global", "", _checked("set_global", config)))
         return self
 
     def set_module_name(self, glob: str, config: QuantConfig | None) -> "FP4DiTQuantizer":
         """Use ``config`` for modules whose fully qualified name matches ``glob`` (``*`` also crosses dots)."""
-        self._rules.append(("name", glob, config))
+        self._rules.append(("name", _checked_glob("set_module_name", glob), _checked("set_module_name", config)))
         return self
 
     def set_module_pattern(self, glob: str, config: QuantConfig) -> "FP4DiTQuantizer":
         """Use ``config`` for modules whose name matches ``glob``, if there are any, and that its own ``skip`` globs do not
         name: what is known of many models, where :meth:`set_module_name` is said of one."""
-        self._rules.append(("pattern", glob, config))
+        self._rules.append(
+            ("pattern", _checked_glob("set_module_pattern", glob), _checked("set_module_pattern", config))
+        )
         return self
 
     def set_module_type(self, module_type: type[nn.Module], config: QuantConfig | None) -> "FP4DiTQuantizer":
         """Use ``config`` for modules of that type and everything inside them."""
-        self._rules.append(("type", f"{module_type.__module__}.{module_type.__qualname__}", config))
+        if not isinstance(module_type, type) or not issubclass(module_type, nn.Module):
+            raise ValueError(
+                f"set_module_type({module_type!r:.60}, …): give a class of modules, such as torch.nn.Linear"
+            )
+        kind = f"{module_type.__module__}.{module_type.__qualname__}"
+        self._rules.append(("type", kind, _checked("set_module_type", config)))
         return self
 
     @property
@@ -136,11 +146,21 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
                 self.decisions[experts] = Decision(experts, "linear", None, EXPERTS)
             elif _is_other_attention(node):
                 name = _module_name(node)
-                self.decisions[name] = Decision(name, "attention", None, "its products are no softmax attention")
+                if self.decisions.get(name) is None or self.decisions[name].config is None:
+                    self.decisions[name] = Decision(name, "attention", None, _why_other(node))
         return model
 
     def validate(self, model: GraphModule) -> None:
-        if not any(decision.config for decision in self.decisions.values()):
+        if any(decision.config for decision in self.decisions.values()):
+            return
+        decomposed = next((node for node in model.graph.nodes if node.target in _DECOMPOSED), None)
+        linear = any(decision.kind == "linear" for decision in self.decisions.values())
+        if decomposed is not None and not linear:
+            raise ValueError(
+                f"this graph has no linear, but products such as {decomposed.target} ({decomposed.name}); export the model "
+                "without run_decompositions, which takes linears apart"
+            )
+        else:
             raise ValueError(
                 "nothing in this graph would be quantized; call set_global(w4a6()), and check that skip globs leave a linear"
             )
@@ -151,9 +171,10 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         """The config of the module ``name``, by the rules that go by name, and which rule that was."""
         return self._config(name, ())
 
-    def _config(self, name: str, types: tuple[str, ...]) -> tuple[QuantConfig | None, str]:
-        """The config of module ``name`` inside modules of ``types``, and the reason; parts of a module are the module, too."""
-        names = (name, whole_name(name))
+    def _config(self, name: str, types: tuple[str, ...], owner: str = "") -> tuple[QuantConfig | None, str]:
+        """The config of module ``name`` inside modules of ``types``, and the reason; parts of a module are the module, too, and
+        so are its weights (``owner`` is the module of one that has a name of its own)."""
+        names = (name, whole_name(name), owner or name)
         for kind, key, config in reversed(self._rules):
             if kind == "name" and any(fnmatchcase(name, key) for name in names):
                 return config, f"name matches {key!r}"
@@ -172,12 +193,12 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
     def _splits(self, node: Node) -> bool:
         """Whether a linear's config, or that of its parts, says that it is split."""
         name = _linear_name(node)
-        configs = [self._config(found, _types(node))[0] for found in (name, part_name(name, 0))]
+        configs = [self._config(found, _types(node), _owner(node))[0] for found in (name, part_name(name, 0))]
         return any(config is not None and config.split_inputs for config in configs)
 
     def _refuse_unmatched(self, model: GraphModule) -> None:
         """A name rule that matches no module is a typing mistake; saying nothing would leave the user believing it."""
-        names = [found for n in _named(model) for found in (_module_name(n), _linear_name(n))]
+        names = [found for n in _named(model) for found in (_module_name(n), _linear_name(n), _owner(n))]
         names += [whole_name(name) for name in names]
         for kind, glob, _ in self._rules:
             if kind == "name" and not any(fnmatchcase(name, glob) for name in names):
@@ -190,7 +211,7 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
     def _annotate_linear(self, node: Node, shared: dict[tuple[object, ...], EdgeOrNode]) -> None:
         name = _linear_name(node)
         source, weight = node.args[0], node.args[1]
-        config, reason = self._config(name, _types(node))
+        config, reason = self._config(name, _types(node), _owner(node))
         assert isinstance(source, Node) and isinstance(weight, Node)
         if config is not None and config.weight is None and not config.weight_candidates:
             config, reason = None, "its config names no weight format"
@@ -201,7 +222,8 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         if config is not None and config.pre_gelu_weight is not None and reaches_gate(node):
             config = dataclasses.replace(config, weight=config.pre_gelu_weight, weight_candidates=())
             reason += ", before a gate"
-        self.decisions[name] = Decision(name, "linear", config, reason)
+        unique = name if weight.op == "get_attr" or name not in self.decisions else f"{name}#{node.name}"
+        self.decisions[unique] = Decision(name, "linear", config, reason)
         if config is None:
             return
         observer = scheme_of(config).weight_observer(config).constructor(name=str(weight.target))
@@ -252,6 +274,23 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         node.meta[ANNOTATION] = QuantizationAnnotation(specs, allow_implicit_sharing=False, _annotated=True)
 
 
+def _checked(setter: str, config: QuantConfig | None) -> QuantConfig | None:
+    """``config``; raises ``ValueError`` if it is something else, such as the name of a recipe."""
+    if config is not None and not isinstance(config, QuantConfig):
+        found = f"{config!r:.60}" if isinstance(config, str) else getattr(config, "__name__", type(config).__name__)
+        raise ValueError(
+            f"{setter}: found {found} for a config; give a QuantConfig, such as w4a6() or "
+            "QuantConfig.from_name('w4a6'), or None"
+        )
+    return config
+
+
+def _checked_glob(setter: str, glob: str) -> str:
+    if not isinstance(glob, str):
+        raise ValueError(f"{setter}: found {glob!r:.60} for a name; give a text, such as 'transformer_blocks.0.*'")
+    return glob
+
+
 def reaches_gate(node: Node) -> bool:
     """Whether the output of ``node`` reaches a GELU or SiLU through nothing but views, chunks, casts, dropout and the sum with
     a low-rank branch, or the range and bias that were taken out of a linear."""
@@ -290,8 +329,16 @@ def fit_group(name: str, features: int, config: QuantConfig, reason: str) -> tup
     """The config with a group size that divides ``features``, as its ``indivisible`` field asks.
 
     Raises:
-        ValueError: it does not divide, and the config says to refuse (or no divisor serves).
+        ValueError: it does not divide, and the config says to refuse (or no divisor serves); or two codes share a byte, and
+            ``features`` is odd.
     """
+    if features % 2 and config.weight_granularity != "group" and _fewest_bits(config) <= 4:
+        if config.indivisible != "error":
+            return None, f"its {features} inputs are odd, and two codes of 4 bits share a byte"
+        raise ValueError(
+            f"{name}: its {features} input features are odd, and two codes of 4 bits share a byte; use indivisible='keep' or "
+            f"set_module_name({name!r}, None) to leave it as it is"
+        )
     if config.weight_granularity != "group" or features % config.group_size == 0:
         return config, reason
     if config.indivisible == "keep":
@@ -301,10 +348,17 @@ def fit_group(name: str, features: int, config: QuantConfig, reason: str) -> tup
         if not sizes:
             return None, f"no multiple of 16 divides its {features} inputs"
         return dataclasses.replace(config, group_size=sizes[-1]), f"{reason}, groups of {sizes[-1]}"
+    other = "" if features % 2 else ", or weight_granularity='channel'"
     raise ValueError(
         f"{name}: groups of {config.group_size} do not divide its {features} input features; "
-        "use a group_size that does, indivisible='divisor' or 'keep', or weight_granularity='channel'"
+        f"use a group_size that does, indivisible='divisor' or 'keep'{other}"
     )
+
+
+def _fewest_bits(config: QuantConfig) -> int:
+    """Bits of a code in the smallest of the formats that a weight may get."""
+    names = [config.weight, config.pre_gelu_weight, *config.weight_candidates]
+    return min(parse(name).bits for name in names if name is not None)
 
 
 # --- names in the graph ----------------------------------------------------------------------------------------------
@@ -324,16 +378,39 @@ def _experts(node: Node) -> str | None:
         if source.target is _ATEN.select.int:
             source = source.all_input_nodes[0]
         if source.op == "get_attr" and source.meta["val"].ndim == 3:
-            return str(source.target).rpartition(".")[0]
+            return str(source.target).rpartition(".")[0] or str(source.target)
     return None
 
 
 def _is_other_attention(node: Node) -> bool:
     """Whether a node multiplies two computed tensors (batch, …, rows, columns), as linear attention does."""
-    if node.target not in _PRODUCTS:
+    if node.target not in _PRODUCTS or (
+        node.target is _ATEN.einsum.default and not _is_matrix_product(str(node.args[0]))
+    ):
         return False
     values = [source.meta["val"] for source in node.all_input_nodes if source.op == "call_function"]
     return len(values) == 2 and all(x.ndim >= 3 and x.is_floating_point() for x in values)
+
+
+def _is_matrix_product(equation: str) -> bool:
+    """Whether an ``einsum`` of two tensors gives each a dimension of its own in the result, as ``bqd,bkd->bqk`` does."""
+    operands, _, result = equation.replace(" ", "").partition("->")
+    left, _, right = operands.partition(",")
+    return bool(set(result) & (set(left) - set(right))) and bool(set(result) & (set(right) - set(left)))
+
+
+def _why_other(node: Node) -> str:
+    """Why q, k and v of a product of two computed tensors stay as they are."""
+    if any(_follows_softmax(source) for source in node.all_input_nodes):
+        return "its softmax stands between separate products; call scaled_dot_product_attention to have q, k and v quantized"
+    return "its products are no softmax attention"
+
+
+def _follows_softmax(node: Node) -> bool:
+    """Whether a value is a softmax, or one behind nothing but casts, views and dropout."""
+    while node.target in _TRANSPARENT and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node.target in _SOFTMAX
 
 
 def _stack(node: Node) -> list[tuple[str, str | type]]:
@@ -343,17 +420,25 @@ def _stack(node: Node) -> list[tuple[str, str | type]]:
 def _module_name(node: Node) -> str:
     """Name of the innermost module that the node was traced in."""
     stack = _stack(node)
-    return stack[-1][0] if stack else node.name
+    return (stack[-1][0] if stack else "") or node.name
 
 
 def _linear_name(node: Node) -> str:
-    """Name of the module that owns the node's weight; unlike the module stack it survives weight sharing."""
+    """Name of the module that owns the node's weight; unlike the module stack it survives weight sharing. A weight that is not
+    called ``weight`` has its own name, since its module may have several."""
     if (experts := _experts(node)) is not None:
         return experts
     weight = node.args[1]
     if isinstance(weight, Node) and weight.op == "get_attr":
-        return str(weight.target).rpartition(".")[0] or str(weight.target)
+        owner, _, leaf = str(weight.target).rpartition(".")
+        return owner if owner and leaf == "weight" else str(weight.target)
     return _module_name(node)
+
+
+def _owner(node: Node) -> str:
+    """Name of the module that owns the weight of a node; ``""`` at the root, and for a weight that is computed."""
+    weight = node.args[1] if len(node.args) > 1 else None
+    return str(weight.target).rpartition(".")[0] if isinstance(weight, Node) and weight.op == "get_attr" else ""
 
 
 def _types(node: Node) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ class ActivationObserver(FloatObserver):
             return torch.where(torch.rand(x.shape, device=x.device) < self.drop, x, rounded) if self.drop else rounded
         refuse_non_finite(x, f"calibration data at {self.name}")
         if self.collect_gram:
-            rows = x.detach().flatten(0, -2).float()
+            rows = x.detach().reshape(-1, x.shape[-1]).float()
             gram = rows.T @ rows
             self.gram = gram if self.gram is None else self.gram.add_(gram)
         self.observe(x.detach())

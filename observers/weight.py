@@ -110,8 +110,18 @@ class WeightObserver(FloatObserver):
     def _search(self, weight: Tensor) -> Tensor:
         block_size = self.block_size(weight)
         if self.importance is None:
-            return self.find_scale(weight, block_size, self.fmt, self.scale_dtype)
-        return INPUT_SEARCHES[self.search](weight, block_size, self.fmt, self.scale_dtype, self.importance)
+            scale = self.find_scale(weight, block_size, self.fmt, self.scale_dtype)
+        else:
+            scale = INPUT_SEARCHES[self.search](weight, block_size, self.fmt, self.scale_dtype, self.importance)
+        expected = tuple(n // b for n, b in zip(weight.shape, full_block(weight.shape, block_size), strict=True))
+        fits = tuple(scale.shape) == expected
+        if not fits or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise ValueError(
+                f"weight {self.name}: the scale search {self.search!r} found scales of shape {tuple(scale.shape)}"
+                f"{' that are not all positive and finite' if fits else ''}; it must return positive numbers of shape "
+                f"{expected}"
+            )
+        return scale
 
     def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(codes, scale): the learned codes if there are any, else to nearest."""

@@ -52,7 +52,7 @@ def outline(model: GraphModule) -> GraphModule:
     graph.output(pytree.tree_map_only(Node, lambda node: values[node.name], output.args[0]))
     _compat.copy_calling_convention(graph, convention)
     for node in graph.nodes:
-        if node.op == "get_attr":
+        if node.op in ("get_attr", "call_module") and node.target not in attributes:
             attributes[str(node.target)] = operator.attrgetter(str(node.target))(model)
     outlined = GraphModule(attributes, graph)
     outlined.meta.update(model.meta)

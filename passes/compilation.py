@@ -7,6 +7,7 @@ from torch.fx import GraphModule
 from fp4dit_ao import _compat
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.passes.block_outlining import kinds_of_blocks, outline
+from fp4dit_ao.passes.graph_stage import require_graph
 from fp4dit_ao.passes.joined_linears import join_linears
 
 
@@ -33,6 +34,7 @@ def compile_blocks(graph: GraphModule, *, joined: bool = True) -> GraphModule:
         graph: the result of ``lower``; it is not changed, and shares its tensors with the result.
         joined: whether linears that read the same value become one product; see :func:`join_linears`.
     """
+    require_graph(graph, "compile_blocks", "the result of lower")
     outlined = outline(join_linears(graph) if joined else graph)
     for weight in (*outlined.parameters(), *outlined.buffers()):
         _compat.mark_static(weight)  # weights are arguments of their block here, but their sizes never change

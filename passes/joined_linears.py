@@ -65,7 +65,9 @@ def join_linears(model: GraphModule) -> GraphModule:
                 continue  # a weight's memory is a part of one other weight at most
             known[paths] = _join_parameters(model, members, new)
         _join_nodes(graph, members, known[paths])
-    graph.eliminate_dead_code()
+    for node in reversed(list(graph.nodes)):  # of the members alone: what else nothing reads may check its input
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
     graph.lint()
     read = dict.fromkeys(str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module"))
     joined = GraphModule({path: new[path] if path in new else operator.attrgetter(path)(model) for path in read}, graph)

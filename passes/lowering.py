@@ -10,6 +10,7 @@ from torch.fx.node import Argument
 from fp4dit_ao import _compat
 from fp4dit_ao._compat import Operator
 from fp4dit_ao.kernels.attention import arguments_of
+from fp4dit_ao.passes.graph_stage import is_observed, is_quantized, require_graph
 from fp4dit_ao.schemes import SCHEMES
 from fp4dit_ao.schemes.graph_patterns import is_call, token_wise_input
 from fp4dit_ao.tensors.low_bit_weight import store_parts
@@ -32,7 +33,17 @@ def lower(model: GraphModule) -> GraphModule:
 
     Args:
         model: the result of ``convert_pt2e``; not changed.
+
+    Raises:
+        ValueError: no graph, one that still has observers, or one of which nothing is quantized.
     """
+    require_graph(model, "lower", "the result of convert_pt2e")
+    if is_observed(model):
+        raise ValueError("lower: this graph has observers and is not converted yet; give it convert_pt2e(prepared)")
+    if not is_quantized(model):
+        raise ValueError(
+            "lower: nothing in this graph is quantized; give it the result of prepare_pt2e and convert_pt2e"
+        )
     _compat.forget_graphs()
     shared = {id(x): x for x in model.buffers()}  # codes and scales are read, not changed
     return lower_in_place(_compat.copied(model, shared))

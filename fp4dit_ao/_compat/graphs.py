@@ -134,8 +134,12 @@ def create_buffer_node(model: GraphModule, path: str, value: Tensor) -> Node:
     """
     *parents, leaf = path.split(".")
     module: nn.Module = model
-    for part in parents:
-        if not isinstance(getattr(module, part, None), nn.Module):
+    for index, part in enumerate(parents):
+        found = getattr(module, part, None)
+        if found is not None and not isinstance(found, nn.Module):  # a parameter that is no module's ``weight``
+            parents, leaf = parents[:index], "_".join([*parents[index:], leaf])
+            break
+        if found is None:
             module.add_module(part, nn.Module())
         module = getattr(module, part)
     name, copy = leaf, 1

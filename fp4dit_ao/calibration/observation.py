@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from tqdm import tqdm
 
+from fp4dit_ao import _compat
 from fp4dit_ao._compat import pytree
 from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.graph_capture.sample_description import tensors
 from fp4dit_ao.observers import set_fake_quantize
+from fp4dit_ao.passes.graph_stage import is_observed, misfit, require_graph
 
 
 def calibrate(prepared: GraphModule, samples: Sequence[Mapping[str, object]], progress: bool = True) -> None:
@@ -23,12 +25,18 @@ def calibrate(prepared: GraphModule, samples: Sequence[Mapping[str, object]], pr
         progress: show a progress bar with the time left.
 
     Raises:
-        ValueError: there are no samples, one does not match ``forward``, or one holds NaN or Inf.
+        ValueError: the graph has no observers, there are no samples, one does not match ``forward`` or has sizes or
+            types that the graph cannot take, or one holds NaN or Inf.
     """
     if isinstance(samples, Mapping):
         raise ValueError("samples must be a list of dicts, one a forward call; found a single dict")
     if not samples:
         raise ValueError("calibration needs at least one sample; see collect_samples(pipe, prompts)")
+    require_graph(prepared, "calibrate", "the result of prepare_pt2e")
+    if not is_observed(prepared):
+        raise ValueError(
+            "calibrate: this graph has no observers of FP4DiTQuantizer; give it the result of prepare_pt2e, before convert_pt2e"
+        )
     for index, sample in enumerate(samples):
         check_finite(sample, index)
     device = device_of(prepared)
@@ -39,7 +47,13 @@ def calibrate(prepared: GraphModule, samples: Sequence[Mapping[str, object]], pr
                 arguments = bind(prepared, sample)
             except ValueError as error:
                 raise ValueError(f"calibration sample {index}: {error}") from error
-            prepared(**pytree.tree_map_only(Tensor, lambda x: x.to(device), arguments))
+            try:
+                prepared(**pytree.tree_map_only(Tensor, lambda x: x.to(device), arguments))
+            except (AssertionError, RuntimeError) as error:
+                wrong = misfit(prepared, _compat.flat_inputs(prepared, arguments))
+                if wrong is None:
+                    raise
+                raise ValueError(f"calibration sample {index}: {wrong}") from error
 
 
 def check_finite(sample: Mapping[str, object], index: int) -> None:

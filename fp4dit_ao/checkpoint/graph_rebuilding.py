@@ -39,7 +39,7 @@ def resolve(decisions: Iterable[Decision], graph: nn.Module) -> list[Decision]:
     for decision in decisions:
         config = decision.config
         if config is not None:
-            weight = weights.get(f"{decision.name}.weight")
+            weight = weights.get(f"{decision.name}.weight", weights.get(decision.name))
             fmt = getattr(weight, "fmt", config.weight)
             fmt = fmt if decision.kind == "linear" else None
             activation = config.activation

@@ -58,7 +58,7 @@ def layer_summaries(decisions: Iterable[Decision], weights: Mapping[str, Tensor]
             row = LayerSummary(decision.name, "attention", None, fmt, None, 0, quantized, decision.reason, inside)
             rows.append(row)
             continue
-        weight = weights.get(f"{decision.name}.weight")
+        weight = weights.get(f"{decision.name}.weight", weights.get(decision.name))
         shape, size, kept = None, 0, None
         if weight is not None:
             shape, kept = tuple(weight.shape), str(weight.dtype).removeprefix("torch.")

@@ -51,6 +51,11 @@ def quantize_modules(
     Raises:
         ValueError: the recipe or a transform is unknown, needs calibration data, or does not fit the model.
     """
+    if not hasattr(model, "config"):
+        raise ValueError(
+            f"quantize_modules takes models of diffusers, and {type(model).__name__} is none (it has no config); quantize its "
+            "graph: prepare_pt2e(capture(model, sample), FP4DiTQuantizer().set_global(w4a6()))"
+        )
     check_source(model)
     record = decide(model, recipe, skip=skip, sample=sample, source=source, transforms=transforms)
     for transform in record.transforms:

@@ -28,9 +28,14 @@ def bind(model: nn.Module, sample: Mapping[str, object]) -> dict[str, object]:
     in the form that graphs take.
 
     Raises:
-        ValueError: ``sample`` has a key that ``forward`` does not take, lacks one that it needs, or has a value that no
-            graph takes.
+        ValueError: ``sample`` is no mapping, has a key that ``forward`` does not take, lacks one that it needs, or has a value
+            that no graph takes.
     """
+    if not isinstance(sample, Mapping):
+        raise ValueError(
+            f"a sample is a dict of the keyword arguments of {type(model).__name__}.forward, found {type(sample).__name__}; "
+            f"its keys are among {', '.join(inspect.signature(model.forward).parameters)}"
+        )
     signature = inspect.signature(model.forward)
     accepted = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     unknown = sorted(set(sample) - set(accepted))
@@ -66,8 +71,15 @@ def capture(model: nn.Module, sample: Mapping[str, object]) -> GraphModule:
         sample: keyword arguments of one forward call, as the pipeline makes it.
 
     Raises:
-        ValueError: the sample's keys do not match ``forward``, or the model cannot be captured with it.
+        ValueError: ``model`` is no module, or a graph already; the sample's keys do not match ``forward``, or the model cannot
+            be captured with it.
     """
+    if not isinstance(model, nn.Module) or isinstance(model, GraphModule):
+        again = "a graph already: give it to prepare_pt2e, or capture the module that it was exported from"
+        wrong = (
+            again if isinstance(model, GraphModule) else "no module: give a torch.nn.Module, such as pipe.transformer"
+        )
+        raise ValueError(f"capture: {type(model).__name__} is {wrong}")
     model.eval()
     kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().contiguous(), bind(model, sample))
     _check_leaves(model, kwargs)

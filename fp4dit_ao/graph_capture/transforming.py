@@ -7,6 +7,7 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantizer import Quantizer
 
 from fp4dit_ao.config import QuantConfig, w4a6
+from fp4dit_ao.passes.graph_stage import is_observed, is_quantized, require_graph
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.registry import TRANSFORMS, transform_named
 from fp4dit_ao.quantizer import FP4DiTQuantizer
@@ -34,8 +35,12 @@ def transform(
         ``exported``.
 
     Raises:
-        ValueError: an unknown name, no samples where they are needed, or samples that do not fit.
+        ValueError: no graph, or one that is prepared or quantized; an unknown name, no samples where they are needed, or
+            samples that do not fit.
     """
+    require_graph(exported, "transform", "the result of capture, or of torch.export.export(…).module()")
+    if is_observed(exported) or is_quantized(exported):
+        raise ValueError("transform: this graph is prepared or quantized already; transforms come before prepare_pt2e")
     if not isinstance(quantizer, Quantizer):
         quantizer = FP4DiTQuantizer().set_global(quantizer or w4a6())
     for found in resolve_transforms(transforms):

@@ -63,7 +63,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = (gradient @ ctx.weight.stored_values(gradient.dtype)).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            of_bias = gradient.flatten(0, -2).sum(0).to(ctx.dtypes[1])
+            of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.dtypes[1])
         return of_x, of_bias, None
 
 

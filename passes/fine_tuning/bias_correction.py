@@ -108,7 +108,7 @@ def _mean_error(segment: Segment, position: int, streams: Sequence[Stream], chun
             for rows in stream.chunks(chunk):
                 (full,) = stream.select(stream.full, [name], rows)
                 outputs = segment.graph(*stream.select(stream.quantized, segment.inputs, rows))
-                difference = (full.double() - outputs[position].double()).flatten(0, -2)
+                difference = (full.double() - outputs[position].double()).reshape(-1, full.shape[-1])
                 total, tokens = total.to(difference.device) + difference.sum(0), tokens + len(difference)
     return total / tokens
 

@@ -106,7 +106,7 @@ class Mimicking:
 @torch.no_grad()
 def principal_components(features: Tensor) -> Tensor:
     """The leading eigenvectors of the covariance of ``(…, channels)``: float32 ``(channels, channels / 4)``."""
-    rows = features.flatten(0, -2).double()
+    rows = features.reshape(-1, features.shape[-1]).double()
     rows = rows - rows.mean(0)
     _, vectors = torch.linalg.eigh(rows.T @ rows)  # eigenvalues ascend
     return vectors[:, -max(1, features.shape[-1] // PART) :].flip(1).float()

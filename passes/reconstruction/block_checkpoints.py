@@ -37,7 +37,7 @@ class Store:
     """The units of one run, a file each; the first process reads and writes them for all.
 
     Raises:
-        ValueError: the folder holds units of another run (other settings, weights or data), or a broken file.
+        ValueError: the folder is a file, or holds units of another run (other settings, weights or data), or a broken file.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str, world: World):
@@ -46,6 +46,10 @@ class Store:
             raise ValueError(
                 "the processes have different models, settings or calibration data; give all of them the same (numbers can "
                 "differ in their last bits between kinds of processors and GPUs)"
+            )
+        if self.folder.is_file():
+            raise ValueError(
+                f"checkpoint_dir={str(self.folder)!r} is a file; give a folder, or the name of one to make"
             )
         world.agreed(lambda: self.folder.mkdir(parents=True, exist_ok=True))
 

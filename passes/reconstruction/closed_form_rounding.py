@@ -37,15 +37,33 @@ def solve(error: UnitError, rule: ClosedFormRounding, bar: tqdm) -> dict[WeightO
         bar: updated at each weight.
 
     Raises:
-        ValueError: a weight that no linear multiplies, or a Hessian that the rule cannot use.
+        ValueError: a weight that no linear multiplies, a Hessian that the rule cannot use, or codes that the format lacks.
     """
     for group in groups_by_input(error.segment):
         hessian = hessian_of(error, group.inputs) if rule.needs_hessian else None
         for observer in group.observers:
             own = None if hessian is None else hessian.clone()
-            observer.codes = rule.solve(error.weights[observer], error.grids[observer], own, observer.name)
+            weight = error.weights[observer]
+            observer.codes = _checked(
+                rule, rule.solve(weight, error.grids[observer], own, observer.name), weight, observer
+            )
             bar.update()
     return {observer: observer.settled for observer in error.weights}
+
+
+def _checked(rule: ClosedFormRounding, codes: object, weight: Tensor, observer: WeightObserver) -> Tensor:
+    """What a rule returned, if it is codes of the weight."""
+    count = 2**observer.fmt.bits
+    found = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
+    if isinstance(codes, Tensor) and codes.dtype == torch.uint8 and codes.shape == weight.shape:
+        largest = int(codes.max()) if codes.numel() else 0
+        if largest < count:
+            return codes
+        found = f"the code {largest}"
+    raise ValueError(
+        f"{observer.name}: {type(rule).__name__}.solve returned {found}; it must return codes below {count}, torch.uint8 "
+        f"{tuple(weight.shape)}, as grid.encode does"
+    )
 
 
 def groups_by_input(segment: Segment) -> list[SharedInput]:
@@ -80,7 +98,7 @@ def hessian_of(error: UnitError, inputs: list[Node]) -> Tensor:
         for stream in (error.streams[number] for number in shard.streams):
             for rows in stream.chunks(error.shards.chunk):
                 for value in run(*stream.select(stream.quantized, error.segment.inputs, rows)):
-                    tokens = value.flatten(0, -2).float()
+                    tokens = value.reshape(-1, value.shape[-1]).float()
                     product = (tokens.T @ tokens).double()
                     hessian = product if hessian is None else hessian.add_(product)
         assert hessian is not None  # there is at least one row

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from fp4dit_ao.config import AdaRoundConfig, ReconstructionConfig
 from fp4dit_ao.observers.fake_quantization import frozen_parameters
 from fp4dit_ao.observers.weight import gram_of, weight_of
+from fp4dit_ao.passes.graph_stage import misfit, require_graph
 from fp4dit_ao.passes.partition import weight_observers
 from fp4dit_ao.passes.reconstruction import block_checkpoints
 from fp4dit_ao.passes.reconstruction.memory_budget import Need, check, need_of, prefetch_after
@@ -64,11 +65,21 @@ def reconstruct(
         A report with a row per unit.
 
     Raises:
-        ValueError: an unknown method; samples that are empty, do not fit, or hold NaN; a checkpoint of another run; too little
-            memory allowed.
+        ValueError: an unknown method; a graph without observed weights; samples that are empty, do not fit, or hold NaN; a
+            checkpoint of another run; too little memory allowed.
         RuntimeError: formats are to be chosen on data, but the graph was not calibrated.
     """
     config = config or AdaRoundConfig()
+    if not isinstance(config, ReconstructionConfig):
+        raise ValueError(
+            f"reconstruct: found config={config!r:.60}; give ReconstructionConfig(rounding=…), or AdaRoundConfig()"
+        )
+    require_graph(prepared, "reconstruct", "the result of prepare_pt2e")
+    if next(weight_observers(prepared), None) is None:
+        raise ValueError(
+            "reconstruct: no weight in this graph has an observer of FP4DiTQuantizer; give it the result of prepare_pt2e, "
+            "before convert_pt2e"
+        )
     rule, objective = ROUNDINGS.find(config.rounding), OBJECTIVES.find(config.objective)
     scope = SCOPES.find(config.scope)
     began = time.monotonic()
@@ -105,7 +116,13 @@ def reconstruct(
                 needs.append(need_of(unit, rule, row, shards.chunk))
                 return_freed(WORTH_IT)
 
-        planned = planned_bytes(plan, streams, device, keep_inputs, note)
+        try:
+            planned = planned_bytes(plan, streams, device, keep_inputs, note)
+        except (AssertionError, RuntimeError) as failure:
+            wrong = next((found for x in streams if (found := misfit(prepared, x.first_row().full)) is not None), None)
+            if wrong is None:
+                raise
+            raise ValueError(f"reconstruct: {wrong}") from failure
         _check_memory(planned, streams, config)
         in_files = None
         if memory is not None:

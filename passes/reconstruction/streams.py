@@ -281,6 +281,8 @@ def checked(model: GraphModule, samples: Sequence[Mapping[str, object]]) -> list
     Raises:
         ValueError: no samples, one that does not fit the graph's signature, or one that holds NaN or Inf.
     """
+    if isinstance(samples, Mapping):
+        raise ValueError("samples must be a list of dicts, one a forward call; found a single dict")
     if not samples:
         raise ValueError("no calibration samples; collect_samples(pipe, prompts) records some")
     return [_checked(model, number, sample) for number, sample in enumerate(samples)]
@@ -297,6 +299,8 @@ def stacked(samples: Sequence[Values], rows: Rows) -> list[Stream]:
 
 def _checked(model: GraphModule, number: int, sample: Mapping[str, object]) -> Values:
     try:
+        if not isinstance(sample, Mapping):
+            raise TypeError(f"found {type(sample).__name__}")
         values = _compat.flat_inputs(model, sample)
     except (TypeError, ValueError) as error:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The linears of a graph that a quantizer would quantize, with the observers that it would put there."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,17 +60,31 @@ def linear_name(node: Node) -> str:
     return weight_path(node).rpartition(".")[0]
 
 
+def crowded_modules(graph: GraphModule) -> set[str]:
+    """Names of the modules that own the weights of several linears (``F.linear`` on parameters).
+
+    Transforms keep what they add to a linear beside its weight, under the module's name; those linears they leave alone.
+    """
+    paths = {weight_path(node) for node in graph.graph.nodes if node.target is _ATEN.linear.default}
+    owners = Counter(path.rpartition(".")[0] for path in paths if path)
+    return {owner for owner, count in owners.items() if count > 1}
+
+
 def annotated_linears(graph: GraphModule, quantizer: Quantizer) -> list[AnnotatedLinear]:
     """The linears that ``quantizer`` quantizes, in the order of the graph, which is left without annotations.
+
+    Those that share their module with the weight of another linear are left out: see :func:`crowded_modules`.
 
     Raises:
         ValueError: what the quantizer raises.
     """
     quantizer.annotate(graph)
-    found = []
+    found, crowded = [], crowded_modules(graph)
     for node in graph.graph.nodes:
         annotation = node.meta.get(_ANNOTATION)
         if node.target is not _ATEN.linear.default or annotation is None or not weight_path(node):
+            continue
+        if linear_name(node) in crowded:
             continue
         specs = annotation.input_qspec_map
         weight = _observer(specs.get(node.args[1]))

@@ -31,7 +31,7 @@ class InputStatistics:
 
     def update(self, x: Tensor) -> None:
         """Take note of one sample's tensor."""
-        rows = x.detach().flatten(0, -2)
+        rows = x.detach().reshape(-1, x.shape[-1])
         absmax = rows.abs().amax(0).float()
         self.by_sample.append(absmax)
         self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
@@ -91,6 +91,8 @@ def input_statistics(
     device = next((x.device for x in (*graph.parameters(), *graph.buffers())), torch.device("cpu"))
     for index, sample in enumerate(tqdm(samples, desc="inputs of linears", unit="sample", disable=not progress)):
         try:
+            if not isinstance(sample, Mapping):
+                raise TypeError(f"found {type(sample).__name__}; give a dict of keyword arguments")
             values = _compat.flat_inputs(graph, sample)
         except (TypeError, ValueError) as error:
             raise ValueError(f"calibration sample {index} does not fit the graph: {error}") from error

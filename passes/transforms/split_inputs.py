@@ -11,7 +11,7 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat
-from fp4dit_ao.passes.transforms.annotated_linears import annotated_linears, linear_name
+from fp4dit_ao.passes.transforms.annotated_linears import annotated_linears, crowded_modules, linear_name
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform, Record
 from fp4dit_ao.passes.transforms.linear_groups import call
 from fp4dit_ao.passes.transforms.scaled_linear import INPUT_SCALE, scaled_input
@@ -194,10 +194,10 @@ class SplitInputs(GraphTransform):
         wanted = self.wanted
         if wanted is None and self.quantizer is not None:
             wanted = {linear.node for linear in annotated_linears(graph, self.quantizer)}.__contains__
-        self.parts = {}
+        self.parts, left = {}, {"", *crowded_modules(graph)}
         for node in graph.graph.nodes:
             if node.target is _ATEN.linear.default and (wanted is None or wanted(node)):
-                sizes = joined_features(node) if linear_name(node) else None
+                sizes = None if linear_name(node) in left else joined_features(node)
                 if sizes is not None:
                     self.parts[linear_name(node)] = sizes
 
