@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
@@ -39,6 +39,7 @@ from fp4dit_ao.diffusers_integration.layer_summary import (
 )
 from fp4dit_ao.diffusers_integration.module_conversion import from_graph
 from fp4dit_ao.diffusers_integration.module_form import memory_footprint
+from fp4dit_ao.diffusers_integration.module_methods import ModuleMethodsRefused
 from fp4dit_ao.diffusers_integration.saving import refuse_unsaveable, save_pretrained
 from fp4dit_ao.families.calls import call_of
 from fp4dit_ao.families.dtypes import is_kept, main_dtype
@@ -59,7 +60,7 @@ __all__ = ["LayerSummary", "QuantizedTransformer", "load_graph"]
 _NOT_CONFIG = ("quantization_config", "_use_default_values", "_name_or_path")
 
 
-class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Lowered graph with the config, the plain attributes and the call signature of the model that it was captured
     from.
 
@@ -95,7 +96,8 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         super().__init__()
         config = model.config
         own = {key: value for key, value in config.items() if key not in _NOT_CONFIG}
-        _compat.replace_config(self, FrozenDict(own | {"_class_name": type(model).__name__}))
+        self._class = type(model).__name__
+        _compat.replace_config(self, FrozenDict(own | {"_class_name": self._class}))
         # pipelines read plain attributes of their transformer, such as Hunyuan-DiT's num_heads
         for name, value in vars(model).items():
             plain = isinstance(value, bool | int | float | str) and not name.startswith("_")
@@ -165,10 +167,6 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if not any(x.is_meta for x in (*self.graph.parameters(), *self.graph.buffers())):
             move_to(self.graph, self.device)
 
-    @property
-    def _class(self) -> str:
-        return str(self.config["_class_name"])
-
     def cache_context(self, name: str, **_: object) -> contextlib.AbstractContextManager[None]:
         """Does nothing: pipelines announce their next call with it, for caches between steps, which a graph does not
         have."""
@@ -210,13 +208,6 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.compile_blocks()
 
     # --- placement ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _float_class(self) -> type | None:
-        """Class of the model that the graph was captured from; None if diffusers has none of that name."""
-        import diffusers
-
-        return getattr(diffusers, self._class, None)
 
     @property
     def _kept(self) -> tuple[str, ...]:
@@ -271,36 +262,6 @@ class QuantizedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         graph_tensors.fill(graph, stored)
         self.graph = graph
         self._set_up()
-
-    def __getattr__(self, name: str) -> Any:
-        """What the float model has and a graph does not is refused by a sentence; ``hasattr`` stays False."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            own = vars(self)
-            if name.startswith("_") or "_internal_dict" not in own or "graph" not in own["_modules"]:
-                raise
-            if not hasattr(self._float_class, name) and name not in dict(own["_modules"]["graph"].named_children()):
-                raise
-        raise AttributeError(self._only_of_modules(name))
-
-    def _only_of_modules(self, name: str) -> str:
-        return (
-            f"a quantized graph has no {name}, which is of the modules of {self._class}: use the module form, "
-            "pipe.transformer = pipe.transformer.to_modules(), or load_pipeline(folder, form='module')"
-        )
-
-    def enable_group_offload(self, *args: object, **kwargs: object) -> NoReturn:
-        """Refused: a graph calls no modules, one after the other, that could be offloaded."""
-        raise ValueError(self._only_of_modules("enable_group_offload"))
-
-    def enable_layerwise_casting(self, *args: object, **kwargs: object) -> NoReturn:
-        """Refused: a graph calls no modules that could be cast before and after."""
-        raise ValueError(self._only_of_modules("enable_layerwise_casting"))
-
-    def set_attention_backend(self, backend: str) -> NoReturn:
-        """Refused: attention is an operator of the graph, which chooses the backend."""
-        raise ValueError(self._only_of_modules("set_attention_backend"))
 
     # --- copies ------------------------------------------------------------------------------------------------------
 
