@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch.compiler.config
+from hypothesis import HealthCheck, settings
 
 from fp4dit_ao.util.user_cache import VARIABLE
 from tests.tiny import CALL, tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
+
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 SLOW = (
     "tests/benchmark",

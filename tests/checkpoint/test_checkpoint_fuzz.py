@@ -86,14 +86,14 @@ def damage(draw: st.DrawFn, files: Files) -> Files:
     return damaged
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_files(saved: tuple[Files, dict[str, Tensor]], data: st.DataObject) -> None:
     files, tensors = saved
     check(data.draw(damage(files)), tensors, load_modules)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_files_and_the_graph_form(saved: tuple[Files, dict[str, Tensor]], data: st.DataObject) -> None:
     check(data.draw(damage(saved[0])), None, load_graph)
@@ -142,7 +142,7 @@ def put(data: Any, path: tuple[Any, ...], value: Any) -> None:
     data[path[-1]] = value
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_lying_headers(saved: tuple[Files, dict[str, Tensor]], data: st.DataObject) -> None:
     files, tensors = saved
@@ -156,7 +156,7 @@ def test_lying_headers(saved: tuple[Files, dict[str, Tensor]], data: st.DataObje
     check(files | {name: lying}, tensors, load_modules)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_lying_configs(saved: tuple[Files, dict[str, Tensor]], data: st.DataObject) -> None:
     """Whoever changes a config can also bring its checksum up to date; what then loads, loads without harm."""

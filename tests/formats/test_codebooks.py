@@ -61,7 +61,7 @@ def test_every_16_bit_float(fmt: CodebookFormat, dtype: torch.dtype) -> None:
     assert np.array_equal(fmt.encode(y).numpy(), nearest_code(fmt, y.float().numpy()))
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     st.sets(st.integers(-127, 127).filter(bool), min_size=15, max_size=15),
     st.lists(st.floats(width=32), min_size=1, max_size=50),

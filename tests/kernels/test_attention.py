@@ -50,7 +50,7 @@ def check(y: Tensor, expected: tuple[Tensor, Tensor], tolerance: float) -> None:
 
 
 @needs_kernel
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(derandomize=True, max_examples=60)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 60), st.integers(1, 600), st.integers(1, 256),
     st.sampled_from(["e2m3", "int8", "int6", "e3m0", "nf4", "e3m4", "e3m3"]), st.sampled_from([None, 0.05, 1.0]),
@@ -100,7 +100,7 @@ def in_bfloat16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, fmt: str, 
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(derandomize=True, max_examples=60)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 80), st.integers(1, 600), st.integers(1, 256),
     st.sampled_from(["e2m3", "int8", "int6", "e3m0", "nf4"]), st.booleans(), st.integers(0, 99),

@@ -115,7 +115,7 @@ def test_amx_is_found_where_the_processor_has_it() -> None:
     assert next(iter(codebook_linear.kernels())) == "amx"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 70), features=st.integers(1, 100), groups=st.integers(1, 9),
     group=st.sampled_from([4, 8, 12, 20, 32, 36, 64, 96, 128, 256]), seed=st.integers(0, 2**31), digits=st.integers(1, 3),

@@ -43,7 +43,7 @@ def stored(
     return p["qdata"], p["index"], p["codebooks"] if codebooks is None else codebooks
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     features=st.integers(1, 70), groups=st.integers(1, 5), pairs=st.integers(1, 80), seed=st.integers(0, 2**31),
 )  # fmt: skip

@@ -36,7 +36,7 @@ def weight(p: dict[str, Any]) -> tuple[Any, ...]:
     return p["qdata"], p["index"], p["codebooks"], p["group_size"]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     rows=st.integers(1, 40), features=st.integers(1, 70), groups=st.integers(1, 5), group=st.sampled_from([32, 96, 128, 256]),
     splits=st.integers(1, 5), seed=st.integers(0, 2**31),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
@@ -39,7 +39,6 @@ def test_every_half_is_the_nearest_or_its_neighbour(dtype) -> None:
     assert (error <= limits.eps / 2 * 1.001 * wanted[finite].abs() + least).all()
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=64))
 def test_float32_keeps_its_relative_precision(values) -> None:
     x = torch.tensor(values)

@@ -92,7 +92,7 @@ def test_every_layout(features, depth, group, shared_scale) -> None:
         check(problem(9, features, depth, group, shared_scale=shared_scale, digits=digits))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 30), features=st.integers(1, 140), groups=st.integers(1, 6), fours=st.integers(1, 40),
     seed=st.integers(0, 2**31), table=st.lists(st.integers(-127, 127), min_size=16, max_size=16), bias=st.booleans(),
@@ -357,7 +357,7 @@ def test_multiplying_by_the_inverse_divides_exactly(fmt: str, dtype: torch.dtype
         _both(torch.cat([rows[:, None], torch.minimum(below, rows[:, None])], 1).to(dtype), fmt)
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     st.lists(st.floats(width=32), min_size=1, max_size=40), st.sampled_from(["e2m3", "int8", "e1m2", "e3m4", "e4m3"])
 )

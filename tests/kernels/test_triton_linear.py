@@ -67,7 +67,7 @@ def test_every_layout(kernel, rows, features, depth, group, shared_scale) -> Non
     check(kernel, problem(rows, features, depth, group, shared_scale=shared_scale))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 40), features=st.integers(1, 100), groups=st.integers(1, 4), pairs=st.integers(1, 80),
     seed=st.integers(0, 2**31), table=st.lists(st.integers(-127, 127), min_size=16, max_size=16), bias=st.booleans(),

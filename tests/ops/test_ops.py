@@ -103,7 +103,7 @@ def test_scale_types(name: str, scale_dtype: torch.dtype) -> None:
     check_block_by_block(normal(4, 64) * 0.02, [1, 32], name, scale_dtype)
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(derandomize=True, max_examples=60)
 @given(data=st.data())
 def test_any_shape_and_block(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))

@@ -344,7 +344,7 @@ def running() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_whatever_is_sent_is_answered_as_the_schema_says(running: None, mode: GenerationMode, data: Any) -> None:
     operation = data.draw(st.sampled_from([found.ok() for found in SCHEMA.get_all_operations()]))

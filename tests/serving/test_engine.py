@@ -96,7 +96,7 @@ def test_the_oldest_image_waits_for_others_but_a_full_batch_does_not(gate: Gate)
     assert [prompts for _, prompts, _ in gate.batches] == [["a"], ["b", "b"]]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.tuples(st.text("xy", max_size=3), st.integers(1, 4), st.sampled_from([SMALL, LARGE])), max_size=12),
     st.integers(1, 5),

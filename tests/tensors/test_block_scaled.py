@@ -105,7 +105,7 @@ def test_every_bfloat16_magnitude_gets_torchaos_scale(fmt) -> None:
     assert torch.equal(ours.qdata[normal], expected.qdata[normal])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.floats(2.0**-126, 2.0**127, width=32))
 def test_the_power_of_two_is_the_next_one(value) -> None:
     got = Fraction(power_of_two_above(torch.tensor([value])).item())

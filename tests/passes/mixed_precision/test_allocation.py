@@ -42,7 +42,7 @@ def best(layers: list[LayerChoices], budget: float) -> float:
     return min(error for error, bits in found if bits <= budget * (1 + 1e-9))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.floats(4.25, 9))
 def test_the_integer_programme_is_optimal_and_greedy_keeps_the_budget(
     layers: list[LayerChoices], budget: float
@@ -56,7 +56,7 @@ def test_the_integer_programme_is_optimal_and_greedy_keeps_the_budget(
     assert greedy_error >= error - 1e-5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(problems())
 def test_without_a_budget_all_take_the_least_error(layers: list[LayerChoices]) -> None:
     wanted = sum(min(choice.error for choice in layer.choices) for layer in layers)

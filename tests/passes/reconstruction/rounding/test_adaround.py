@@ -67,7 +67,7 @@ def test_it_starts_at_the_weight_and_hardens_to_nearest(fmt) -> None:
     st.lists(st.floats(-1e4, 1e4, width=32), min_size=8, max_size=8),
     st.lists(st.floats(-50, 50, width=32), min_size=8, max_size=8),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_whatever_is_learned_is_a_code(fmt, values, logits) -> None:
     weight = torch.tensor([values])
     for kind in RULES:
