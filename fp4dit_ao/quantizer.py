@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -22,6 +21,19 @@ from torchao.quantization.pt2e.quantizer import (
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.formats import parse
 from fp4dit_ao.observers.log_probability import LogProbabilityObserver
+from fp4dit_ao.passes.graph_products import (
+    CONVOLUTIONS,
+    DECOMPOSED,
+    TRANSPARENT,
+    is_other_attention,
+    linear_name,
+    module_name,
+    module_types,
+    named_products,
+    owner_name,
+    stored_operand,
+    why_other,
+)
 from fp4dit_ao.passes.transforms.attention_products import AttentionProducts, attention_products, split_attention
 from fp4dit_ao.passes.transforms.low_rank import adds_branch
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs, part_name, whole_name
@@ -31,17 +43,7 @@ from fp4dit_ao.schemes.scheme import ObserverSpec
 
 ANNOTATION = "quantization_annotation"
 _ATEN = torch.ops.aten
-_CONVOLUTIONS = (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv2d.padding, _ATEN.conv3d.default)
 _GATES = (_ATEN.gelu.default, _ATEN.silu.default)
-_TRANSPARENT = (
-    _ATEN.dropout.default, _ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN.clone.default, _ATEN.contiguous.default,
-    _ATEN.view.default, _ATEN.reshape.default, _ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.slice.Tensor,
-)  # fmt: skip
-_PRODUCTS = (_ATEN.matmul.default, _ATEN.bmm.default, _ATEN.einsum.default)
-_DECOMPOSED = (_ATEN.addmm.default, _ATEN.mm.default)
-_SOFTMAX = (_ATEN.softmax.int, _ATEN._softmax.default, _ATEN._safe_softmax.default)
-EXPERTS = "one tensor holds the weights of all its experts"
-"""Why a mixture of experts is left in high precision that keeps no linear for each."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         split.apply(model)
         for node in list(model.graph.nodes):
             if node.target is _ATEN.scaled_dot_product_attention.default:
-                config, _ = self._config(_module_name(node), _types(node))
+                config, _ = self._config(module_name(node), module_types(node))
                 if config is not None and config.attention_probabilities is not None:
                     split_attention(model, node)
         model.graph.lint()
@@ -139,22 +141,22 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
                 self._annotate_linear(node, shared)
             elif node.target is _ATEN.scaled_dot_product_attention.default:
                 self._annotate_attention(node, shared)
-            elif node.target in _CONVOLUTIONS:
-                name = _linear_name(node)
+            elif node.target in CONVOLUTIONS:
+                name = linear_name(node)
                 self.decisions[name] = Decision(name, "convolution", None, "convolutions are not quantized")
-            elif (experts := _experts(node)) is not None:
-                self.decisions[experts] = Decision(experts, "linear", None, EXPERTS)
-            elif _is_other_attention(node):
-                name = _module_name(node)
+            elif (stored := stored_operand(node)) is not None:
+                self.decisions.setdefault(stored[0], Decision(stored[0], "linear", None, stored[1]))
+            elif is_other_attention(node):
+                name = module_name(node)
                 if self.decisions.get(name) is None or self.decisions[name].config is None:
-                    self.decisions[name] = Decision(name, "attention", None, _why_other(node))
+                    self.decisions[name] = Decision(name, "attention", None, why_other(node))
         return model
 
     def validate(self, model: GraphModule) -> None:
         if any(decision.config for decision in self.decisions.values()):
             return
-        decomposed = next((node for node in model.graph.nodes if node.target in _DECOMPOSED), None)
-        linear = any(decision.kind == "linear" for decision in self.decisions.values())
+        decomposed = next((node for node in model.graph.nodes if node.target in DECOMPOSED), None)
+        linear = any(node.target is _ATEN.linear.default for node in model.graph.nodes)
         if decomposed is not None and not linear:
             raise ValueError(
                 f"this graph has no linear, but products such as {decomposed.target} ({decomposed.name}); export the model "
@@ -192,13 +194,13 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
 
     def _splits(self, node: Node) -> bool:
         """Whether a linear's config, or that of its parts, says that it is split."""
-        name = _linear_name(node)
-        configs = [self._config(found, _types(node), _owner(node))[0] for found in (name, part_name(name, 0))]
+        name = linear_name(node)
+        configs = [self._config(found, module_types(node), owner_name(node))[0] for found in (name, part_name(name, 0))]
         return any(config is not None and config.split_inputs for config in configs)
 
     def _refuse_unmatched(self, model: GraphModule) -> None:
         """A name rule that matches no module is a typing mistake; saying nothing would leave the user believing it."""
-        names = [found for n in _named(model) for found in (_module_name(n), _linear_name(n), _owner(n))]
+        names = [found for n in named_products(model) for found in (module_name(n), linear_name(n), owner_name(n))]
         names += [whole_name(name) for name in names]
         for kind, glob, _ in self._rules:
             if kind == "name" and not any(fnmatchcase(name, glob) for name in names):
@@ -209,9 +211,9 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
     # --- annotations -------------------------------------------------------------------------------------------------
 
     def _annotate_linear(self, node: Node, shared: dict[tuple[object, ...], EdgeOrNode]) -> None:
-        name = _linear_name(node)
+        name = linear_name(node)
         source, weight = node.args[0], node.args[1]
-        config, reason = self._config(name, _types(node), _owner(node))
+        config, reason = self._config(name, module_types(node), owner_name(node))
         assert isinstance(source, Node) and isinstance(weight, Node)
         if config is not None and config.weight is None and not config.weight_candidates:
             config, reason = None, "its config names no weight format"
@@ -235,8 +237,8 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
         node.meta[ANNOTATION] = QuantizationAnnotation(specs, allow_implicit_sharing=False, _annotated=True)
 
     def _annotate_products(self, found: AttentionProducts, shared: dict[tuple[object, ...], EdgeOrNode]) -> None:
-        name = _module_name(found.result)
-        config, reason = self._config(name, _types(found.result))
+        name = module_name(found.result)
+        config, reason = self._config(name, module_types(found.result))
         unique = name if name not in self.decisions else f"{name}#{found.result.name}"
         self.decisions[unique] = Decision(name, "attention", config, reason)
         if config is None or config.probability_bits is None:
@@ -256,8 +258,8 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
             reader.meta[ANNOTATION] = QuantizationAnnotation(specs, allow_implicit_sharing=False, _annotated=True)
 
     def _annotate_attention(self, node: Node, shared: dict[tuple[object, ...], EdgeOrNode]) -> None:
-        name = _module_name(node)
-        config, reason = self._config(name, _types(node))
+        name = module_name(node)
+        config, reason = self._config(name, module_types(node))
         if config is not None and config.attention is None:
             config, reason = None, "its config names no attention format"
         unique = name if name not in self.decisions else f"{name}#{node.name}"
@@ -297,7 +299,7 @@ def reaches_gate(node: Node) -> bool:
     for user in node.users:
         if user.target in _GATES:
             return True
-        passes = user.target in _TRANSPARENT or getattr(user.target, "__name__", "") == "getitem"
+        passes = user.target in TRANSPARENT or getattr(user.target, "__name__", "") == "getitem"
         passes = passes or adds_branch(user, node) or adds_range(user, node)
         if passes and user.args[0] is node and reaches_gate(user):
             return True
@@ -359,88 +361,3 @@ def _fewest_bits(config: QuantConfig) -> int:
     """Bits of a code in the smallest of the formats that a weight may get."""
     names = [config.weight, config.pre_gelu_weight, *config.weight_candidates]
     return min(parse(name).bits for name in names if name is not None)
-
-
-# --- names in the graph ----------------------------------------------------------------------------------------------
-
-
-def _named(model: GraphModule) -> Iterator[Node]:
-    """The nodes that get a decision."""
-    kinds = (_ATEN.linear.default, _ATEN.scaled_dot_product_attention.default, *_CONVOLUTIONS)
-    for node in model.graph.nodes:
-        if node.target in kinds or _experts(node) is not None or _is_other_attention(node):
-            yield node
-
-
-def _experts(node: Node) -> str | None:
-    """Name of the module whose stored weights of several experts, (experts, in, out), a node multiplies with; else None."""
-    for source in node.all_input_nodes if node.target in _PRODUCTS else ():
-        if source.target is _ATEN.select.int:
-            source = source.all_input_nodes[0]
-        if source.op == "get_attr" and source.meta["val"].ndim == 3:
-            return str(source.target).rpartition(".")[0] or str(source.target)
-    return None
-
-
-def _is_other_attention(node: Node) -> bool:
-    """Whether a node multiplies two computed tensors (batch, …, rows, columns), as linear attention does."""
-    if node.target not in _PRODUCTS or (
-        node.target is _ATEN.einsum.default and not _is_matrix_product(str(node.args[0]))
-    ):
-        return False
-    values = [source.meta["val"] for source in node.all_input_nodes if source.op == "call_function"]
-    return len(values) == 2 and all(x.ndim >= 3 and x.is_floating_point() for x in values)
-
-
-def _is_matrix_product(equation: str) -> bool:
-    """Whether an ``einsum`` of two tensors gives each a dimension of its own in the result, as ``bqd,bkd->bqk`` does."""
-    operands, _, result = equation.replace(" ", "").partition("->")
-    left, _, right = operands.partition(",")
-    return bool(set(result) & (set(left) - set(right))) and bool(set(result) & (set(right) - set(left)))
-
-
-def _why_other(node: Node) -> str:
-    """Why q, k and v of a product of two computed tensors stay as they are."""
-    if any(_follows_softmax(source) for source in node.all_input_nodes):
-        return "its softmax stands between separate products; call scaled_dot_product_attention to have q, k and v quantized"
-    return "its products are no softmax attention"
-
-
-def _follows_softmax(node: Node) -> bool:
-    """Whether a value is a softmax, or one behind nothing but casts, views and dropout."""
-    while node.target in _TRANSPARENT and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node.target in _SOFTMAX
-
-
-def _stack(node: Node) -> list[tuple[str, str | type]]:
-    return list(node.meta.get("nn_module_stack", {}).values())
-
-
-def _module_name(node: Node) -> str:
-    """Name of the innermost module that the node was traced in."""
-    stack = _stack(node)
-    return (stack[-1][0] if stack else "") or node.name
-
-
-def _linear_name(node: Node) -> str:
-    """Name of the module that owns the node's weight; unlike the module stack it survives weight sharing. A weight that is not
-    called ``weight`` has its own name, since its module may have several."""
-    if (experts := _experts(node)) is not None:
-        return experts
-    weight = node.args[1]
-    if isinstance(weight, Node) and weight.op == "get_attr":
-        owner, _, leaf = str(weight.target).rpartition(".")
-        return owner if owner and leaf == "weight" else str(weight.target)
-    return _module_name(node)
-
-
-def _owner(node: Node) -> str:
-    """Name of the module that owns the weight of a node; ``""`` at the root, and for a weight that is computed."""
-    weight = node.args[1] if len(node.args) > 1 else None
-    return str(weight.target).rpartition(".")[0] if isinstance(weight, Node) and weight.op == "get_attr" else ""
-
-
-def _types(node: Node) -> tuple[str, ...]:
-    """Qualified type names of every module around the node."""
-    return tuple(t if isinstance(t, str) else f"{t.__module__}.{t.__qualname__}" for _, t in _stack(node))

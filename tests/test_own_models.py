@@ -250,6 +250,31 @@ def test_decomposed_linears_are_refused_with_the_remedy() -> None:
         prepare_pt2e(decomposed, FP4DiTQuantizer().set_global(w4a6()))
 
 
+class Matrices(nn.Module):
+    """Products with stored matrices, which are no linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.right, self.turned, self.added, self.summed = (nn.Parameter(torch.randn(64, 64)) for _ in range(4))
+        self.embedding, self.out = nn.Embedding(64, 64), nn.Linear(64, 64)
+        self.bias = nn.Parameter(torch.randn(64))
+        self.register_buffer("table", torch.randn(64, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x @ self.right + x @ self.turned.T + torch.addmm(self.bias, x, self.added)
+        x = torch.einsum("bd,df->bf", x, self.summed) @ self.table
+        return torch.matmul(self.out(x), self.embedding.weight.transpose(0, 1))
+
+
+def test_products_with_stored_matrices_are_listed_with_the_remedy() -> None:
+    quantizer = FP4DiTQuantizer().set_global(RECIPE).set_module_name("turned", None)  # which is a name that it has
+    quantizer.annotate(exported(Matrices().eval(), {"x": torch.randn(6, 64)}))
+    left = {decision.name: decision.reason for decision in quantizer.decisions.values() if decision.config is None}
+    assert set(left) == {"right", "turned", "added", "summed", "embedding"}
+    assert all("call torch.nn.functional.linear" in reason for reason in left.values())
+    assert [decision.name for decision in quantizer.decisions.values() if decision.config] == ["out"]
+
+
 @pytest.mark.parametrize("einsum", [False, True], ids=["matmul", "einsum"])
 def test_attention_by_separate_products_is_listed_with_the_remedy(einsum: bool) -> None:
     class ByHand(nn.Module):

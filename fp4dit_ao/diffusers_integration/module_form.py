@@ -29,11 +29,12 @@ from fp4dit_ao.families.dtypes import main_dtype
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.passes.device_placement import convert_tensors, quantizing_device
+from fp4dit_ao.passes.graph_products import EXPERTS
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.registry import applied_transforms, transform_named
 from fp4dit_ao.passes.transforms.scaled_linear import unscale_modules
 from fp4dit_ao.passes.transforms.split_inputs import SplitInputs, SplitLinear, join_modules, whole_name
-from fp4dit_ao.quantizer import EXPERTS, Decision, FP4DiTQuantizer, fit_group
+from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer, fit_group
 from fp4dit_ao.schemes import scheme_of
 from fp4dit_ao.util.freed_memory import return_freed
 
