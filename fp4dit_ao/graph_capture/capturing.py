@@ -105,7 +105,7 @@ def capture(model: nn.Module, sample: Mapping[str, object]) -> GraphModule:
     if frozen := _compat.frozen_sizes(exported):
         warnings.warn(
             f"{type(model).__name__} computes a number from the sizes of its inputs, and its graph holds that of this sample "
-            f"({'; '.join(frozen)}): use it at this size alone, or use the module form: quantize_modules(model)",
+            f"({'; '.join(frozen)}): use it at this size alone, or {_instead(model)}",
             stacklevel=2,
         )
     graph = _compat.exported_graph(exported, {name: value for name, value in defaults.items() if name in kwargs})
@@ -120,9 +120,19 @@ def _exported(model: nn.Module, kwargs: dict[str, object], shapes: dict[str, obj
         return torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be captured as a graph ({type(error).__name__}: {first_line(error)[:200]}); use "
-            "the module form, which needs none: quantize_modules(model)"
+            f"{type(model).__name__} cannot be captured as a graph ({type(error).__name__}: {first_line(error)[:200]}); "
+            f"{_instead(model)}"
         ) from error
+
+
+def _instead(model: nn.Module) -> str:
+    """What to do with a model that cannot be captured: the module form is for models of diffusers, which have a config."""
+    if hasattr(model, "config"):
+        return "use the module form, which needs no graph: quantize_modules(model)"
+    return (
+        "see whether torch.export can take it at the sizes of one sample, and give prepare_pt2e "
+        "torch.export.export(model, (), sample).module()"
+    )
 
 
 def _check_leaves(model: nn.Module, kwargs: Mapping[str, object]) -> None:
@@ -132,7 +142,7 @@ def _check_leaves(model: nn.Module, kwargs: Mapping[str, object]) -> None:
         if other is not None:
             raise ValueError(
                 f"{name} of {type(model).__name__} holds a {type(other).__name__}, which a graph cannot take; leave it out, or "
-                "use the module form: quantize_modules(model)"
+                f"{_instead(model)}"
             )
 
 
