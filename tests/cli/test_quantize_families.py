@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from torch import nn
+from torch.fx import Graph, GraphModule
 from typer.testing import CliRunner, Result
 
 from benchmarks.families import SMALL, small_model
@@ -30,7 +31,7 @@ class Decided(Exception):
 
 @pytest.fixture
 def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``quantize_pipeline`` without calibration data and without a graph, stopped by :class:`Decided`."""
+    """``quantize_pipeline`` without calibration data and with an empty graph, stopped by :class:`Decided`."""
 
     def stop(graph: Any, quantizer: FP4DiTQuantizer) -> None:
         raise Decided(quantizer)
@@ -38,7 +39,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         pipeline_quantization, "collect_samples", lambda pipe, *_, **__: [example_inputs(pipe.transformer)]
     )
-    monkeypatch.setattr(pipeline_quantization, "capture", lambda *_: None)
+    monkeypatch.setattr(pipeline_quantization, "capture", lambda *_: GraphModule({}, Graph()))
     monkeypatch.setattr(pipeline_quantization, "prepare_pt2e", stop)
 
 
