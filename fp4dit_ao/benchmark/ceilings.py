@@ -70,8 +70,9 @@ ONEDNN = "int8, oneDNN"
 
 
 def has_onednn(device: str) -> bool:
-    """Whether oneDNN computes on ``device``."""
-    return torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available()
+    """Whether oneDNN has a quick int8 product on ``device``: with AVX2 alone a call takes many seconds."""
+    quick = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX2"
+    return torch.device(device).type == "cpu" and quick
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Callable[[], object]:

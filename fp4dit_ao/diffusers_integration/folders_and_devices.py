@@ -36,7 +36,7 @@ def resolve_folder(name: str | Path, subfolder: str | None = None, **hub: object
         download = cast("Callable[..., str]", snapshot_download)
         how = {key: value for key, value in hub.items() if key in _HUB and value is not None}
         try:
-            return Path(download(str(name), allow_patterns=subfolder and f"{subfolder}/*", **how))
+            return Path(download(str(name), **how, **({"allow_patterns": f"{subfolder}/*"} if subfolder else {})))
         except Exception as error:
             raise FileNotFoundError(
                 f"there is no folder {name}, and no such model on the hub: {first_line(error)}"
