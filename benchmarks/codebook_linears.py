@@ -27,6 +27,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fp4dit_ao import _compat
+from fp4dit_ao.benchmark.ceilings import has_onednn_int8
 from fp4dit_ao.benchmark.transformers import PIXART_XL, quantized, random_model, sample
 from fp4dit_ao.diffusers_integration.graph_form import QuantizedTransformer
 from fp4dit_ao.evaluation.environment import one_line
@@ -169,9 +170,9 @@ def _ways(features: int, depth: int, count: int, fmt: str) -> dict[str, Callable
     }  # fmt: skip
     if not torch.backends.mkldnn.is_available():
         return ways
-    try:
+    with contextlib.suppress(RuntimeError):  # a processor without instructions for bfloat16
         ways[PREPACKED] = _compat.prepacked_linear(x, weight, half_bias)
-    except RuntimeError:  # a processor without AVX-512, where oneDNN's int8 product takes seconds
+    if not has_onednn_int8("cpu"):
         return ways
     integers = codebook_linear.decode(qdata, index, codebooks, GROUP)
     ways[ONEDNN] = _compat.prepacked_int8_linear(levels[:count], integers, torch.ones(features), torch.bfloat16)

@@ -162,10 +162,9 @@ class FP4DiTQuantizer(Quantizer):  # type: ignore[misc]
                 f"this graph has no linear, but products such as {decomposed.target} ({decomposed.name}); export the model "
                 "without run_decompositions, which takes linears apart"
             )
-        else:
-            raise ValueError(
-                "nothing in this graph would be quantized; call set_global(w4a6()), and check that skip globs leave a linear"
-            )
+        raise ValueError(
+            "nothing in this graph would be quantized; call set_global(w4a6()), and check that skip globs leave a linear"
+        )
 
     # --- rules -------------------------------------------------------------------------------------------------------
 

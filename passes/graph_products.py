@@ -3,22 +3,24 @@
 Names are those of the modules that own a product's weight, or that it was traced in.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+Stored = TypeVar("Stored")
 _ATEN = torch.ops.aten
 CONVOLUTIONS = (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv2d.padding, _ATEN.conv3d.default)
 DECOMPOSED = (_ATEN.addmm.default, _ATEN.mm.default)
-"""What ``run_decompositions`` makes of linears."""
+"""Products that ``run_decompositions`` makes of linears."""
 _PRODUCTS = (_ATEN.matmul.default, _ATEN.bmm.default, _ATEN.einsum.default)
 _VIEWS = (
     _ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default, _ATEN.numpy_T.default, _ATEN.mT.default, _ATEN.select.int,
     _ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN.clone.default, _ATEN.contiguous.default,
 )  # fmt: skip
-"""What may stand between a stored tensor and its product."""
+"""Operators that may stand between a stored tensor and its product."""
 _SOFTMAX = (_ATEN.softmax.int, _ATEN._softmax.default, _ATEN._safe_softmax.default)
 TRANSPARENT = (
     _ATEN.dropout.default, _ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN.clone.default, _ATEN.contiguous.default,
@@ -60,7 +62,7 @@ def stored_operand(node: Node) -> tuple[str, str] | None:
 
 
 def _parameter(node: Node) -> object:
-    """What a ``get_attr`` node reads; None if its graph has no module."""
+    """Tensor that a ``get_attr`` node reads; None if its graph has no module."""
     found: object = node.graph.owning_module
     for part in str(node.target).split("."):
         found = getattr(found, part, None)
@@ -118,6 +120,11 @@ def linear_name(node: Node) -> str:
         owner, _, leaf = str(weight.target).rpartition(".")
         return owner if owner and leaf == "weight" else str(weight.target)
     return module_name(node)
+
+
+def weight_named(tensors: Mapping[str, Stored], name: str) -> Stored | None:
+    """Weight of the linear that :func:`linear_name` calls ``name``; None if it is not among ``tensors``, by their paths."""
+    return tensors.get(f"{name}.weight", tensors.get(name))
 
 
 def owner_name(node: Node) -> str:

@@ -1,4 +1,4 @@
-"""What a graph is by now (float, prepared, quantized), so that a function of another stage can refuse it in a sentence."""
+"""Stages of a graph (float, prepared, quantized), so that a function of another stage can refuse it in a sentence."""
 
 from collections.abc import Mapping
 

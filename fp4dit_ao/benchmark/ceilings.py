@@ -29,7 +29,7 @@ class Ceilings(Workload):
 
     def prepare(self, **case: object) -> Facts:
         products = {name: self._products(*way) for name, way in _WAYS.items()}
-        if has_onednn(self.device):
+        if has_onednn_int8(self.device):
             with contextlib.suppress(RuntimeError):  # not every build of it has int8
                 products[ONEDNN] = self._products(torch.int8, _onednn)
         copies = {str(megabytes): self._copy(int(megabytes * 1e6)) for megabytes in _COPIES_MB}
@@ -69,8 +69,8 @@ ONEDNN = "int8, oneDNN"
 """oneDNN's int8 product with the weight laid out beforehand, one scale for all tokens and bfloat16 results."""
 
 
-def has_onednn(device: str) -> bool:
-    """Whether oneDNN has a quick int8 product on ``device``: with AVX2 alone a call takes many seconds."""
+def has_onednn_int8(device: str) -> bool:
+    """Whether oneDNN has an int8 product on ``device`` that is worth timing; with AVX2 alone it is a slow reference."""
     quick = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() != "AVX2"
     return torch.device(device).type == "cpu" and quick
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from fp4dit_ao.benchmark import linears, transformers
-from fp4dit_ao.benchmark.ceilings import Rates, has_onednn
+from fp4dit_ao.benchmark.ceilings import Rates, has_onednn_int8
 from fp4dit_ao.benchmark.peers import PEERS
 from fp4dit_ao.benchmark.turns import Measured, Progress, Worker, WorkerFailed, measure
 from fp4dit_ao.benchmark.variants import FLOATS, Variant
@@ -99,7 +99,7 @@ def measure_call(settings: Settings, progress: Progress) -> Iterator[Measured]:
 def measure_linears(settings: Settings, cases: Sequence[Case], peers: bool, progress: Progress) -> Iterator[Measured]:
     """Measures our recipes, eager floats and int8 products alone; with ``peers`` also these and compiled floats."""
     bases = [linears.INT_MM, Variant("float32"), Variant("bfloat16")]
-    bases += [linears.ONEDNN] if has_onednn(settings.device) else []
+    bases += [linears.ONEDNN] if has_onednn_int8(settings.device) else []
     variants = [Variant(recipe, "compiled") for recipe in settings.recipes]
     variants.append(Variant(settings.recipes[0] + linears.PRODUCT))
     if peers:

@@ -21,6 +21,7 @@ from fp4dit_ao.graph_capture.capturing import capture
 from fp4dit_ao.graph_capture.sample_description import Description
 from fp4dit_ao.observers import StaticActivationObserver, WeightObserver
 from fp4dit_ao.observers.weight import weight_of
+from fp4dit_ao.passes.graph_products import weight_named
 from fp4dit_ao.passes.lowering import lower
 from fp4dit_ao.passes.transforms.annotated_linears import linear_name
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
@@ -39,7 +40,7 @@ def resolve(decisions: Iterable[Decision], graph: nn.Module) -> list[Decision]:
     for decision in decisions:
         config = decision.config
         if config is not None:
-            weight = weights.get(f"{decision.name}.weight", weights.get(decision.name))
+            weight = weight_named(weights, decision.name)
             fmt = getattr(weight, "fmt", config.weight)
             fmt = fmt if decision.kind == "linear" else None
             activation = config.activation

@@ -17,6 +17,7 @@ from fp4dit_ao.checkpoint import tensor_files
 from fp4dit_ao.checkpoint.empty_model import empty_model
 from fp4dit_ao.checkpoint.quantization_record import Record, check_model
 from fp4dit_ao.checkpoint.tensor_files import Entry
+from fp4dit_ao.passes.graph_products import weight_named
 from fp4dit_ao.util.atomic_files import whole_folder
 
 CONFIG = "config.json"
@@ -61,7 +62,7 @@ def save(
 def check_codes(record: Record, tensors: Mapping[str, Tensor]) -> None:
     """Raises ``ValueError`` if a weight that the record calls quantized is a float tensor, and could not be loaded again."""
     for decision in record.decisions:
-        weight = tensors.get(f"{decision.name}.weight")
+        weight = weight_named(tensors, decision.name)
         if decision.kind == "linear" and decision.config is not None and weight is not None:
             raise ValueError(
                 f"{decision.name} was quantized to {decision.config.weight}, and its weight is {weight.dtype} now, as after "

@@ -20,6 +20,7 @@ from fp4dit_ao.evaluation.certificate import Certificate, MeasuredLinear
 from fp4dit_ao.evaluation.environment import one_line
 from fp4dit_ao.evaluation.layer_timing import LayerSpeed
 from fp4dit_ao.graph_capture.layer_rows import LayerRows
+from fp4dit_ao.passes.graph_products import weight_named
 from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.schemes import owner_of
 from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
@@ -134,7 +135,7 @@ def layer_table(
             seen = tokens.rows[row.name] if speed and tokens else 0
             if speeds:
                 cells += [str(seen), f"{speed.seconds * 1e3:.3g}", f"{speed.speed:.2f}"] if speed else [""] * 3
-            original = originals.get(f"{row.name}.weight")
+            original = weight_named(originals, row.name)
             if originals:
                 cells += ["", ""] if weight is None or original is None else _errors(weight, original)
             if speeds:

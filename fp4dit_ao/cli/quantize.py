@@ -20,7 +20,7 @@ from fp4dit_ao.graph_capture.transforming import resolve_transforms
 from fp4dit_ao.passes.fine_tuning import FINE_TUNINGS, FineTuneConfig
 from fp4dit_ao.passes.mixed_precision import ALLOCATIONS, measures
 from fp4dit_ao.passes.reconstruction import ROUNDINGS
-from fp4dit_ao.passes.reconstruction.choice import DEFAULT, chosen_config
+from fp4dit_ao.passes.reconstruction.choice import chosen_config
 from fp4dit_ao.passes.reconstruction.rounding import ClosedFormRounding
 from fp4dit_ao.util.atomic_files import write_text
 from fp4dit_ao.util.byte_sizes import byte_count
@@ -40,8 +40,7 @@ class Methods:
     """Names of the methods that a model is quantized with, as ``quantize_pipeline`` takes them.
 
     Attributes:
-        rounding: None for a plan's. With a recipe that names formats alone, ``"adaround"`` where something of learned rounding
-            is given, else ``"gptq"``.
+        rounding: None for a plan's, or for what :func:`chosen_config` takes where none is named.
         iters: iterations of learned rounding per unit; None for the default.
         patience: iterations without progress after which a unit ends early; None for never.
         fine_tuning_steps: optimisation steps of fine-tuning; None for the default.
@@ -82,8 +81,8 @@ class Methods:
             ValueError: a plan, and methods beside it.
         """
         if recipe not in PLANS:
-            learns = self.learned_options or self.objective or self.scope or self.search_combination
-            return recipe, replace(self, rounding=self.rounding or ("adaround" if learns else DEFAULT))
+            learns = self.learned_options or self.search_combination
+            return recipe, replace(self, rounding=self.rounding or ("adaround" if learns else None))
         plan = PLANS[recipe]
         plan.check_alone(recipe, {
             "--rounding": self.rounding, "--objective": self.objective, "--scope": self.scope, "--iters": self.iters,

@@ -1,4 +1,4 @@
-"""Where a model is read from, and where it goes: folders or names of repositories, and diffusers' ``device_map``."""
+"""Places of a model that is loaded: its folder or repository, and the device that diffusers' ``device_map`` names."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

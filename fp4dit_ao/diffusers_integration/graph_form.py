@@ -47,6 +47,7 @@ from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.passes import compilation
 from fp4dit_ao.passes.device_placement import convert_tensors, move_to
 from fp4dit_ao.passes.fine_tuning import FineTuneReport
+from fp4dit_ao.passes.graph_products import weight_named
 from fp4dit_ao.passes.reconstruction.report import ReconstructionReport
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.registry import applied_transforms
@@ -301,7 +302,7 @@ class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # ty
         rows, parameters, device = self.summary(), dict(self.graph.named_parameters()), self.device
 
         def unit(row: LayerSummary) -> str:
-            weight = parameters.get(f"{row.name}.weight")
+            weight = weight_named(parameters, row.name)
             return unit_of(row, weight if isinstance(weight, LowBitWeight) else None, device)
 
         quantized = sum(row.quantized for row in rows)

@@ -11,6 +11,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels.attention import ATTENTION, LARGEST_HEAD, AttentionOperands
+from fp4dit_ao.passes.graph_products import weight_named
 from fp4dit_ao.quantizer import Decision
 from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
 
@@ -58,7 +59,7 @@ def layer_summaries(decisions: Iterable[Decision], weights: Mapping[str, Tensor]
             row = LayerSummary(decision.name, "attention", None, fmt, None, 0, quantized, decision.reason, inside)
             rows.append(row)
             continue
-        weight = weights.get(f"{decision.name}.weight", weights.get(decision.name))
+        weight = weight_named(weights, decision.name)
         shape, size, kept = None, 0, None
         if weight is not None:
             shape, kept = tuple(weight.shape), str(weight.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""What only the modules of a model can do, said where a graph is asked for it."""
+"""Refusals of a graph that is asked for what only the modules of a model can do."""
 
 from typing import Any, NoReturn
 
@@ -13,13 +13,13 @@ class ModuleMethodsRefused:
 
     @property
     def _float_class(self) -> type | None:
-        """That class; None if diffusers has none of that name."""
+        """Class of the model that the graph was captured from; None if diffusers has none of that name."""
         import diffusers
 
         return getattr(diffusers, self._class, None)
 
     def __getattr__(self, name: str) -> Any:
-        """What the float model has and a graph does not is refused by a sentence; ``hasattr`` stays False."""
+        """Refuses in a sentence what the float model has and a graph does not; ``hasattr`` stays False."""
         try:
             return super().__getattr__(name)  # type: ignore[misc]
         except AttributeError:

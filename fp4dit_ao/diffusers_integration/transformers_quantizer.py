@@ -1,4 +1,4 @@
-"""What transformers finds under this package's name: a refusal that says how text encoders are quantized and loaded.
+"""Entry in transformers' tables of quantizers: a refusal that says how text encoders are quantized and loaded.
 
 Diffusers looks here, too: ``PipelineQuantizationConfig(quant_backend="fp4dit_ao", …)`` wants a config of the same signature
 from both libraries. Nothing is imported from diffusers, which may be importing transformers at this moment.

@@ -126,7 +126,7 @@ def _exported(model: nn.Module, kwargs: dict[str, object], shapes: dict[str, obj
 
 
 def _instead(model: nn.Module) -> str:
-    """What to do with a model that cannot be captured: the module form is for models of diffusers, which have a config."""
+    """Remedy for a model that cannot be captured: the module form is for models of diffusers, which have a config."""
     if hasattr(model, "config"):
         return "use the module form, which needs no graph: quantize_modules(model)"
     return (

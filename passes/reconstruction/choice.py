@@ -12,7 +12,7 @@ _FIND: dict[str, Callable[[str], object]] = {
     "rounding": ROUNDINGS.find, "objective": OBJECTIVES.find, "scope": SCOPES.find,
 }  # fmt: skip
 
-DEFAULT = "gptq"
+_DEFAULT = "gptq"
 """Rounding where nothing is said of rounding: nearer to full precision than scale-aware AdaRound on
 the pipeline that ships, in less time (``python -m benchmarks.methods``)."""
 
@@ -38,7 +38,7 @@ def chosen_config(
         ValueError: an unknown name, or arguments that contradict each other.
     """
     if all(x is None for x in (rounding, objective, scope, adaround, reconstruction)):
-        rounding = DEFAULT
+        rounding = _DEFAULT
     if adaround is not None and reconstruction is not None:
         raise ValueError("adaround and reconstruction both say how weights are rounded; give one of the two")
     names = {"rounding": rounding, "objective": objective, "scope": scope}

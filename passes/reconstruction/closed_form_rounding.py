@@ -52,7 +52,7 @@ def solve(error: UnitError, rule: ClosedFormRounding, bar: tqdm) -> dict[WeightO
 
 
 def _checked(rule: ClosedFormRounding, codes: object, weight: Tensor, observer: WeightObserver) -> Tensor:
-    """What a rule returned, if it is codes of the weight."""
+    """Codes that a rule returned, if they are such of the weight."""
     count = 2**observer.fmt.bits
     found = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
     if isinstance(codes, Tensor) and codes.dtype == torch.uint8 and codes.shape == weight.shape:

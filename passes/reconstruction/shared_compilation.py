@@ -141,7 +141,7 @@ class _Number(int):
 
 
 def _settings(observer: nn.Module) -> Hashable:
-    """What an observer without tensors computes: its class and attributes, but for its name."""
+    """Class and attributes, but for the name, which decide what an observer without tensors computes."""
     values = {name: x for name, x in vars(observer).items() if not name.startswith("_") and name != "name"}
     return (type(observer), repr(values))
 
@@ -159,7 +159,7 @@ def _attribute(graph: GraphModule, node: Node) -> Tensor:
 
 
 def _kind(value: object) -> Hashable:
-    """What compiled code is made for."""
+    """Properties of an argument that compiled code is made for."""
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
     return repr(value)

@@ -81,7 +81,7 @@ def test_the_command_takes_a_plan_in_place_of_a_recipe() -> None:
     assert recipe == plan.recipe and arguments["reconstruction"].rounding == plan.rounding
     assert (arguments["transforms"], arguments["fine_tuning"]) == (plan.transforms, plan.fine_tuning)
     assert arguments["selection"] == "density_diversity"
-    assert Methods().with_plan("w4a6")[1].rounding == "gptq"
+    assert Methods().with_plan("w4a6")[1].arguments()["reconstruction"].rounding == "gptq"
     refused = {"--rounding": Methods("gptq"), "--iters": Methods(iters=3), "--transform": Methods(transforms=["x"])}
     for option, methods in refused.items():
         with pytest.raises(ValueError, match=f"leave out {option}"):

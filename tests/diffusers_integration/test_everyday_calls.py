@@ -1,4 +1,4 @@
-"""What people do with any pipeline of diffusers, done with quantized ones."""
+"""Calls that people make of any pipeline of diffusers, made of quantized ones."""
 
 import copy
 import io
@@ -243,7 +243,7 @@ def test_a_graph_goes_to_the_device_of_its_map(saved: Path) -> None:
 
 
 def test_a_graph_is_found_by_the_name_of_its_repository(saved: Path, tmp_path: Path) -> None:
-    """In the hub's cache, whose snapshots are links."""
+    """Snapshots in the hub's cache are links."""
     root = tmp_path / "models--me--tiny"
     (root / "refs").mkdir(parents=True)
     (root / "snapshots").mkdir()
