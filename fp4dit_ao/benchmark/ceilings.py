@@ -12,7 +12,9 @@ from fp4dit_ao import _compat
 from fp4dit_ao.benchmark.worker import Facts, Workload, timed
 
 _PRODUCTS = [(512, 1152, 4608), (1024, 1152, 4608), (1024, 4608, 1152), (1024, 4096, 4096), (2048, 2048, 2048)]
-"""Sizes of the matrix products that are tried, (rows, in_features, out_features); the fastest counts."""
+"""Sizes of the matrix products that are tried, (rows, in_features, out_features), smallest first; the fastest counts."""
+_SLOW = 0.5
+"""Seconds of a product after which no larger one is tried: int8 on processors without a unit for it is slow at any size."""
 _COPIES_MB = (0.5, 2, 8, 32, 128, 512)
 """Working sets of the copies, in MB."""
 
@@ -41,7 +43,10 @@ class Ceilings(Workload):
         for rows, depth, features in _PRODUCTS:
             x = torch.ones(rows, depth, dtype=dtype, device=self.device)
             weight = torch.ones(features, depth, dtype=dtype, device=self.device)
-            best = max(best, rows * depth * features / self._seconds(prepared(x, weight)))
+            seconds = self._seconds(prepared(x, weight))
+            best = max(best, rows * depth * features / seconds)
+            if seconds > _SLOW:
+                break
         return best
 
     def _copy(self, size: int) -> float:

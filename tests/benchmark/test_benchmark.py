@@ -291,6 +291,22 @@ def test_peak_memory_begins_anew():
     assert memory.peak() - after < 20 << 20
 
 
+def test_a_slow_product_is_tried_at_its_smallest_size_alone(monkeypatch):
+    monkeypatch.setattr(ceilings, "_PRODUCTS", [(2, 32, 8), (4, 32, 8)])
+    tried = []
+
+    def seconds(self, call):
+        tried.append(call().shape[0])
+        return 2.0 if call().dtype == torch.int32 else 0.1
+
+    monkeypatch.setattr(ceilings.Ceilings, "_seconds", seconds)
+    found = ceilings.Ceilings("cpu", torch.get_num_threads(), repeats=1)
+    assert found._products(*ceilings._WAYS["int8"]) == 2 * 32 * 8 / 2.0
+    assert tried == [2]
+    assert found._products(*ceilings._WAYS["float32"]) == pytest.approx(4 * 32 * 8 / 0.1)
+    assert tried == [2, 2, 4]
+
+
 # --- sections, report ------------------------------------------------------------------------------------------------
 
 

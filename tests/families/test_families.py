@@ -161,6 +161,7 @@ MASKED = {
 
 TRACED = {
     "AuraFlow": "SD3, FLUX.1 and Lumina 2",
+    "PixArt-α": "PixArt-Σ",
     "CogVideoX": "CogVideoX, rotary",
     "Wan": "Wan, image to video",
 }
