@@ -105,5 +105,5 @@ def _in_bfloat16(weight: TorchAOBaseTensor) -> Tensor:
 
 
 def _without_graph(path: str) -> str:
-    """A linear's name in the model, which the graph form holds as its submodule ``graph``."""
-    return path.removeprefix("graph.")
+    """A linear's name in the model, which the graph form holds as its submodule ``lowered``."""
+    return path.removeprefix("lowered.")

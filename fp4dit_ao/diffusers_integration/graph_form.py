@@ -83,7 +83,7 @@ class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # ty
     # model_index.json of a saved pipeline names this module, so that from_pretrained finds the class
     __module__ = "fp4dit_ao"
     config_name = "config.json"
-    graph: GraphModule
+    lowered: GraphModule
 
     def __init__(
         self,
@@ -117,6 +117,15 @@ class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # ty
         self._read: tuple[GraphModule, tuple[list[str], set[str], dict[str, object]]] | None = None
         self._set_up()
         self.eval()
+
+    @property
+    def graph(self) -> GraphModule:
+        """The lowered graph, which is the submodule ``lowered``: ``torch.export.export`` of this module makes a ``GraphModule``,
+        whose own ``graph`` would hide a submodule of that name."""
+        return self.lowered
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__("lowered" if name == "graph" else name, value)
 
     # --- calls -------------------------------------------------------------------------------------------------------
 

@@ -24,9 +24,9 @@ class ModuleMethodsRefused:
             return super().__getattr__(name)  # type: ignore[misc]
         except AttributeError:
             own = vars(self)
-            if name.startswith("_") or "_internal_dict" not in own or "graph" not in own["_modules"]:
+            if name.startswith("_") or "_internal_dict" not in own or "lowered" not in own["_modules"]:
                 raise
-            graph: torch.nn.Module = own["_modules"]["graph"]
+            graph: torch.nn.Module = own["_modules"]["lowered"]
             if not hasattr(self._float_class, name) and name not in dict(graph.named_children()):
                 raise
         raise AttributeError(self._only_of_modules(name))

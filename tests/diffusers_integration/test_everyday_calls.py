@@ -107,6 +107,24 @@ def test_weights_move_into_shared_memory(form: str, tiny_quantized: Any) -> None
     assert torch.equal(draw(with_transformer(tiny_quantized, model)), draw(tiny_quantized))
 
 
+# --- torch.export ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["graph", "module"])
+@torch.no_grad()
+def test_torch_exports_a_transformer_as_any_other(form: str, tiny_quantized: Any, tmp_path: Path) -> None:
+    """With the arguments that a pipeline gives it; the program may be run, saved and loaded."""
+    model, calls = in_form(form, tiny_quantized), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    draw(with_transformer(tiny_quantized, model))
+    args, kwargs = calls[0]
+    program = torch.export.export(model, args, kwargs)
+    torch.export.save(program, tmp_path / "transformer.pt2")
+    expected = model(*args, **kwargs)[0]
+    for some in (program, torch.export.load(tmp_path / "transformer.pt2")):
+        assert torch.equal(some.module()(*args, **kwargs)[0], expected)
+
+
 # --- what cannot be saved --------------------------------------------------------------------------------------------
 
 
@@ -116,7 +134,7 @@ def test_float_weights_that_took_the_place_of_codes_are_not_saved(
 ) -> None:
     model, state = in_form(form, tiny_quantized), tiny_pipeline(layers=1).transformer.state_dict()
     if form == "graph":
-        state = {f"graph.{name}": x for name, x in state.items()}
+        state = {f"lowered.{name}": x for name, x in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
     with pytest.raises(
         ValueError, match=r"attn1.to_q was quantized to e2m1, and its weight is torch.float32 now.*float model"
