@@ -27,6 +27,7 @@ NOT_IMPORTED = {
     "pytest-timeout": "pytest's option timeout",
     "pytest-xdist": "pytest's option -n",
     "pytest-cov": "pytest's option --cov",
+    "pytest-instafail": "pytest's option --instafail",
     "ruff": "a command",
     "mypy": "a command",
     "build": "a command",
