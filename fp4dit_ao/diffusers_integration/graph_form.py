@@ -120,8 +120,8 @@ class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # ty
 
     @property
     def graph(self) -> GraphModule:
-        """The lowered graph, which is the submodule ``lowered``: ``torch.export.export`` of this module makes a ``GraphModule``,
-        whose own ``graph`` would hide a submodule of that name."""
+        """The lowered graph, held as the submodule ``lowered``: ``torch.export.export`` of this module makes a ``GraphModule``,
+        which has a ``graph`` of its own."""
         return self.lowered
 
     def __setattr__(self, name: str, value: object) -> None:
