@@ -104,7 +104,7 @@ class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # ty
             plain = isinstance(value, bool | int | float | str) and not name.startswith("_")
             if plain and name not in ("training", "report", "fine_tuning_report", "combination_report"):
                 setattr(self, name, value)
-        self.graph = graph
+        self.lowered = graph
         self.description = description
         self.decisions = list(decisions)
         self.recipe = recipe
@@ -270,7 +270,7 @@ class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # ty
         empty = empty_model(dict(self.config))
         graph = graph_rebuilding.build(empty, self.description, self.decisions, dtype, dtypes, transforms=transforms)
         graph_tensors.fill(graph, stored)
-        self.graph = graph
+        self.lowered = graph
         self._set_up()
 
     # --- copies ------------------------------------------------------------------------------------------------------
