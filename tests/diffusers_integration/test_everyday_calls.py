@@ -19,6 +19,7 @@ from diffusers import (
 from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors.torch import save_file, save_model
 from torch import nn
+from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import QuantizedTransformer, quantize_modules, quantize_pipeline
 from fp4dit_ao.checkpoint import transformer_folder
@@ -105,6 +106,17 @@ def test_weights_move_into_shared_memory(form: str, tiny_quantized: Any) -> None
     assert all(p.is_shared() for p in model.parameters())
     assert not all(p.is_shared() for p in tiny_quantized.transformer.parameters())
     assert torch.equal(draw(with_transformer(tiny_quantized, model)), draw(tiny_quantized))
+
+
+def test_the_graph_of_a_transformer_may_be_replaced(tiny_quantized: Any) -> None:
+    own = copy.deepcopy(tiny_quantized.transformer)
+    other = copy.deepcopy(own.graph)
+    for parameter in other.parameters():
+        if not isinstance(parameter, TorchAOBaseTensor):
+            parameter.data.zero_()
+    own.graph = other
+    assert own.graph is other
+    assert not torch.equal(draw(with_transformer(tiny_quantized, own)), draw(tiny_quantized))
 
 
 # --- torch.export ----------------------------------------------------------------------------------------------------
