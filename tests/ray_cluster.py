@@ -1,9 +1,13 @@
 """A Ray of two CPUs on this machine, for tests that need a cluster."""
 
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -39,3 +43,15 @@ def ray_cluster() -> Iterator[None]:
             for process in alive:
                 process.kill()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_apart(file: Path) -> None:
+    """Runs the tests of a file in a process of their own.
+
+    A process that used Ray has its handlers of signals, and was aborted without a word a quarter of an hour after its second
+    cluster was gone: with it went the tests that it ran then.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "--tb=short", str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout[-10_000:]}\n{done.stderr[-3000:]}"
