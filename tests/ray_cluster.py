@@ -48,8 +48,8 @@ def ray_cluster() -> Iterator[None]:
 def run_apart(file: Path) -> None:
     """Runs the tests of a file in a process of their own.
 
-    A process that used Ray has its handlers of signals, and was aborted without a word a quarter of an hour after its second
-    cluster was gone: with it went the tests that it ran then.
+    Ray replaces a process's handlers of signals, so that nothing says where it died: one that had held two clusters did, a
+    quarter of an hour after the second was gone, in the middle of another file's test.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "--tb=short", str(file)]

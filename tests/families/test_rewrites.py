@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -264,13 +264,14 @@ def test_a_failure_of_export_names_the_form_that_works() -> None:
         def forward(self, x: Tensor, options: Any = None) -> Tensor:
             return x + 1 if x.sum() > 0 else x
 
+    class OfDiffusers(Branches):
+        config = MappingProxyType[str, object]({})
+
     with pytest.raises(
         ValueError, match=r"Branches cannot be captured as a graph .*torch\.export\.export\(model, \(\), sample\)"
     ):
         capture(Branches(), {"x": torch.ones(2, 3)})
-    model = Branches()
-    model.config = {}  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"Branches cannot be captured as a graph .*quantize_modules\(model\)"):
-        capture(model, {"x": torch.ones(2, 3)})
+    with pytest.raises(ValueError, match=r"OfDiffusers cannot be captured as a graph .*quantize_modules\(model\)"):
+        capture(OfDiffusers(), {"x": torch.ones(2, 3)})
     with pytest.raises(ValueError, match="options of Branches holds a SimpleNamespace, which a graph cannot take"):
         capture(Branches(), {"x": torch.ones(2, 3), "options": SimpleNamespace()})
