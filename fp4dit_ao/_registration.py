@@ -16,10 +16,12 @@ _ADDS = {
     "torch": OPERATORS,
     "diffusers.quantizers.auto": "fp4dit_ao.diffusers_integration.hf_quantizer",
     "diffusers.pipelines.pipeline_utils": "fp4dit_ao.diffusers_integration.call_defaults",
+    "diffusers.pipelines.auto_pipeline": "fp4dit_ao.diffusers_integration.auto_pipelines",
     "transformers.quantizers.auto": "fp4dit_ao.diffusers_integration.transformers_quantizer",
 }
 """The module that adds itself when it is imported, by the module that it adds to: operators to ``torch.ops``, the quantizer
-to diffusers' tables, default call arguments to pipelines that are loaded, a refusal to transformers' tables."""
+to diffusers' tables, default call arguments to pipelines that are loaded or made of others, a refusal to transformers'
+tables."""
 
 
 def register() -> None:

@@ -635,3 +635,23 @@ def test_components_are_added_to_what_from_pipe_is_given() -> None:
     _compat.before_from_pipe(Made, passed)
     assert Made.from_pipe("pipe", two=3) == {"one": "pipe", "two": 3}
     assert Made.from_pipe("pipe", custom_pipeline="other") == {"custom_pipeline": "other"}
+
+
+def test_what_from_pipe_makes_is_changed_once() -> None:
+    from diffusers import DiffusionPipeline
+
+    class Base(DiffusionPipeline):  # type: ignore[misc]
+        @classmethod
+        def from_pipe(cls, pipeline: object, **kwargs: object) -> object:
+            return cls.__name__, pipeline, kwargs
+
+    class Made(Base):
+        pass
+
+    def change(given: object, made: object) -> object:
+        return given, made
+
+    _compat.before_from_pipe(Base, lambda pipe, expected: {"one": 1})
+    _compat.after_from_pipe(Base, change)
+    _compat.after_from_pipe(Base, change)
+    assert Made.from_pipe("pipe", two=2) == ("pipe", ("Made", "pipe", {"one": 1, "two": 2}))

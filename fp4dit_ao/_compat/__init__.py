@@ -18,6 +18,7 @@ from fp4dit_ao._compat.compilation import (
     types_in_packages,
 )  # fmt: skip
 from fp4dit_ao._compat.diffusers import (
+    after_from_pipe,
     after_from_pretrained,
     before_from_pipe,
     kept_in_float32,
@@ -74,8 +75,8 @@ from fp4dit_ao._compat.tensors import (
 from fp4dit_ao._compat.torchao import forget_graphs, parts
 
 __all__ = [
-    "Arguments", "FakeTensorMode", "Keywords", "Operator", "TensorMeta", "after_from_pretrained", "aliased",
-    "before_from_pipe", "captured_sizes", "compile_package", "compiler_options", "copied", "copy_calling_convention",
+    "Arguments", "FakeTensorMode", "Keywords", "Operator", "TensorMeta", "after_from_pipe", "after_from_pretrained",
+    "aliased", "before_from_pipe", "captured_sizes", "compile_package", "compiler_options", "copied", "copy_calling_convention",
     "create_buffer_node", "distinct_sizes", "exported_graph", "fake_like", "fake_mode", "flat_inputs", "forget_graphs",
     "fp8_product", "frozen_sizes", "input_names", "int8_product", "is_compiled_copy", "is_persistent", "is_traced",
     "is_view", "is_view_of_another", "kept_in_float32", "lerp_", "load_package", "make_buffers_persistent",

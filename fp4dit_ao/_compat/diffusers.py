@@ -84,6 +84,27 @@ def before_from_pipe(
     cls.from_pipe = classmethod(from_pipe)  # type: ignore[attr-defined]
 
 
+def after_from_pipe(
+    cls: type, change: Callable[["DiffusionPipeline", "DiffusionPipeline"], "DiffusionPipeline"]
+) -> None:
+    """Let ``change`` have the pipeline that ``cls.from_pipe`` was given and the one it made, and return the one to use; once.
+
+    Args:
+        cls: diffusers' base class of pipelines, or one of its automatic pipelines.
+        change: takes both pipelines, the given one first.
+    """
+    original = cls.__dict__["from_pipe"].__func__
+    if getattr(original, "_changed_by", None) is change:
+        return
+
+    @functools.wraps(original)
+    def from_pipe(cls: type, /, pipeline: "DiffusionPipeline", **kwargs: object) -> "DiffusionPipeline":
+        return change(pipeline, original(cls, pipeline, **kwargs))
+
+    from_pipe._changed_by = change  # type: ignore[attr-defined]
+    cls.from_pipe = classmethod(from_pipe)  # type: ignore[attr-defined]
+
+
 def offloading_hook(model: "nn.Module") -> str | None:
     """Class of a hook of accelerate's or diffusers' that moves a model's weights, or leaves parts of it out, around its calls;
     None if there is none. Hooks that only send inputs to a device do not count."""

@@ -2,7 +2,8 @@
 
 Diffusers has no place for them, so a pipeline that has some becomes an instance of a subclass of its class, by the same name,
 that adds them to every call and writes them when it is saved. This happens to what this package loads and quantizes, and, once
-``fp4dit_ao`` is imported, to what ``from_pretrained`` loads from a folder that has such a file.
+``fp4dit_ao`` is imported, to what ``from_pretrained`` loads from a folder that has such a file, and to what ``from_pipe`` makes
+of such a pipeline.
 """
 
 import functools
@@ -30,6 +31,13 @@ def with_call_defaults(pipe: Pipe) -> Pipe:
         plain: Any = type(pipe)  # a class is hashable, which mypy does not see
         pipe.__class__ = _subclass(plain)
     return pipe
+
+
+def with_call_defaults_of(pipe: DiffusionPipeline, new: Pipe) -> Pipe:
+    """Makes ``new(…)`` use the default arguments of ``pipe``, the pipeline that it was made of; returns ``new`` itself."""
+    if defaults := pipeline_arguments.defaults_of(pipe):
+        new.generation_defaults = defaults
+    return with_call_defaults(new)
 
 
 class _Defaults:
@@ -70,3 +78,4 @@ def _empty(plain: Any) -> _Defaults:
 
 
 _compat.after_from_pretrained(DiffusionPipeline, with_call_defaults)
+_compat.after_from_pipe(DiffusionPipeline, with_call_defaults_of)

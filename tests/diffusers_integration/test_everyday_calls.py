@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AutoPipelineForText2Image,
     DiffusionPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
@@ -76,6 +77,21 @@ def test_another_transformer_may_be_given(tiny_quantized: Any) -> None:
     other = copy.copy(tiny_quantized.transformer)
     assert isinstance(other, QuantizedTransformer)
     assert PixArtSigmaPipeline.from_pipe(tiny_quantized, transformer=other).transformer is other
+
+
+@pytest.mark.parametrize("cls", [PixArtSigmaPipeline, PixArtAlphaPipeline, AutoPipelineForText2Image])
+def test_default_arguments_go_on_in_a_pipeline_made_from_one_that_has_some(cls: Any, tiny_quantized: Any) -> None:
+    made = cls.from_pipe(tiny_quantized)
+    made.set_progress_bar_config(disable=True)
+    image = made("a red cat", generator=torch.Generator().manual_seed(1), output_type="latent").images
+    assert torch.equal(image, draw(made))
+    assert made.generation_defaults == CALL
+    assert made.generation_defaults is not tiny_quantized.generation_defaults
+
+
+def test_a_pipeline_made_from_one_without_default_arguments_has_none() -> None:
+    for cls in (PixArtSigmaPipeline, AutoPipelineForText2Image):
+        assert not hasattr(cls.from_pipe(tiny_pipeline(layers=1)), "generation_defaults")
 
 
 # --- copies ----------------------------------------------------------------------------------------------------------
