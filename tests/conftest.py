@@ -5,11 +5,12 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch.compiler.config
 from hypothesis import HealthCheck, settings
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fp4dit_ao.util.user_cache import VARIABLE
 from tests.tiny import CALL, tiny_pipeline
@@ -113,6 +114,16 @@ LONGEST = (
 processes would wait for the other."""
 
 PACKAGES = ("torch", "torchao", "diffusers", "transformers", "triton", "numpy")
+
+
+def _refuse(ref: StorageWeakRef, protocol: object) -> NoReturn:
+    raise AssertionError(
+        "a weak reference to a storage is copied, as by deepcopy of a fake tensor's mode: both copies would free it, and the "
+        "process crash some time later; see _compat.copied"
+    )
+
+
+StorageWeakRef.__reduce_ex__ = _refuse
 
 
 def _sources() -> str:

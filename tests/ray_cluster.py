@@ -48,8 +48,7 @@ def ray_cluster() -> Iterator[None]:
 def run_apart(file: Path) -> None:
     """Runs the tests of a file in a process of their own.
 
-    Ray replaces a process's handlers of signals, so that nothing says where it died: one that had held two clusters did, a
-    quarter of an hour after the second was gone, in the middle of another file's test.
+    Ray replaces a process's handlers of signals: if it crashed later, in another file's test, nothing would say where.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "--tb=short", str(file)]

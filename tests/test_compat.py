@@ -221,6 +221,22 @@ def test_fake_tensors_hold_nothing_and_claim_the_cpu() -> None:
     assert product.shape == (3, 7)
 
 
+@pytest.mark.parametrize("low_bit", [False, True])
+def test_copies_of_fake_tensors_have_their_mode(low_bit: bool) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        traced = torch.fx.symbolic_trace(nn.Linear(64, 64))
+        weight = MinifloatTensor.from_hp(torch.randn(64, 64), [1, 32], "e2m1") if low_bit else torch.randn(64, 64)
+        traced.weight = nn.Parameter(weight, requires_grad=False)
+        constant = torch.tensor(3.0)  # whose storage the mode knows by a weak reference
+        copied = _compat.copied(traced, {})
+    parts = [copied.weight.qdata, copied.weight.scale] if low_bit else [copied.weight]
+    for part in (*parts, copied.bias):
+        assert isinstance(part, FakeTensor)
+        assert part.fake_mode is mode
+    assert copied.weight is not traced.weight
+    assert constant.constant is not None
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs", "expected"),
     [

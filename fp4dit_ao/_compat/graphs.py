@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 import torch.utils._pytree as pytree
 from torch import SymInt, Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.printers import PythonPrinter
 
 
@@ -56,10 +58,25 @@ def exported_graph(exported: ExportedProgram, defaults: Mapping[str, object]) ->
 
 
 def copied(model: GraphModule, memo: dict[int, Any]) -> GraphModule:
-    """``copy.deepcopy(model, memo)``. torch warns that it copies a class of its own that it would not have others use."""
+    """``copy.deepcopy(model, memo)``, for graphs of fake tensors, too. torch warns of a class of its own that it copies.
+
+    The copy of a fake tensor has that tensor's mode. ``deepcopy`` alone copies the mode with it, whose weak references to
+    storages then end twice: the second time frees a storage that somebody has, and the process crashes once that one lets go.
+    """
+    modes = (mode for x in (*model.parameters(), *model.buffers()) for mode in _fake_modes(x))
+    memo |= {id(mode): mode for mode in modes}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         return copy.deepcopy(model, memo)
+
+
+def _fake_modes(x: Tensor) -> Iterator[FakeTensorMode]:
+    """The mode of a fake tensor, and those of the tensors that a subclass consists of."""
+    if isinstance(x, FakeTensor):
+        yield x.fake_mode
+    elif is_traceable_wrapper_subclass(x):
+        for name in x.__tensor_flatten__()[0]:
+            yield from _fake_modes(getattr(x, name))
 
 
 def copy_calling_convention(graph: Graph, source: Graph) -> None:
