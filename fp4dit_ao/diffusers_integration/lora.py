@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from fp4dit_ao.config import QuantConfig
 from fp4dit_ao.passes.transforms.scaled_linear import INPUT_SCALE
 from fp4dit_ao.passes.transforms.split_inputs import SplitLinear, part_name, whole_name
+from fp4dit_ao.passes.transforms.transformed_linear import TransformedLinear
 from fp4dit_ao.passes.weight_unpacking import refuse_unpacked
 from fp4dit_ao.schemes import scheme_of
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -92,20 +94,28 @@ def adding_refused_on(add: Callable[P, Result], model: "ModelMixin", refused: Ma
 
         before = set(getattr(model, "peft_config", {}))
         result = add(*args, **kwargs)
-        layers = [
-            name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer) and name in refused
-        ]
-        if layers:
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+        reasons = {name: refused.get(name) or _no_weight_for_dora(layer) for name, layer in layers.items()}
+        for name in filter(reasons.get, reasons):
             model.delete_adapters(sorted(set(model.peft_config) - before))
             if not before:
                 model.unload_lora()
             raise ValueError(
-                f"this LoRA would compute something else than in the float model: it changes {layers[0]}, "
-                f"{refused[layers[0]]}"
+                f"this LoRA would compute something else than in the float model: it changes {name}, {reasons[name]}"
             )
         return result
 
     return checked
+
+
+def _no_weight_for_dora(layer: "BaseTunerLayer") -> str | None:
+    """Why a DoRA cannot take norms of the rows of this layer's weight: they would not be those of the float model."""
+    base = layer.get_base_layer()
+    if any(getattr(layer, "use_dora", {}).values()) and (
+        isinstance(base, TransformedLinear) or hasattr(base, INPUT_SCALE)
+    ):
+        return "whose stored weight is what a transform made of it, and a DoRA divides by norms of the weight"
+    return None
 
 
 @torch.no_grad()

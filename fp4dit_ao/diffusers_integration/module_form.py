@@ -186,7 +186,7 @@ def finish(model: "ModelMixin", quantizer: "FP4DiTDiffusersQuantizer") -> "Model
         whole_name(name): why for transform in record.transforms for name, why in transform.refused_loras().items()
     }
     for method in ("load_lora_adapter", "add_adapter"):
-        if refused and hasattr(model, method):
+        if record.transforms and hasattr(model, method):
             setattr(model, method, lora.adding_refused_on(getattr(model, method), model, refused))
     return model.eval()
 

@@ -27,6 +27,7 @@ from fp4dit_ao.formats import FloatFormat, pack, unpack
 from fp4dit_ao.kernels import block_scaled_linear, straight_through
 from fp4dit_ao.kernels.units import Unit
 from fp4dit_ao.ops.block_scale import BLOCKS, unit
+from fp4dit_ao.tensors import float_sum
 from fp4dit_ao.tensors.copied_by_call import CopiedByCall
 from fp4dit_ao.tensors.stored_bytes import StoredBytes
 
@@ -204,6 +205,7 @@ for _cls in (MXWeight, NVFP4Weight, FourOverSixWeight):
     _cls.implements(_ATEN.linear.default)(_linear)
     _cls.implements_torch_function([F.linear, _ATEN.linear.default])(_linear)
     _cls.implements(_ATEN._to_copy.default)(_to_copy)
+    _cls.implements(_ATEN.add.Tensor)(float_sum.add)
 
 
 torch.serialization.add_safe_globals([MXWeight, NVFP4Weight, FourOverSixWeight])

@@ -30,6 +30,7 @@ from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels import straight_through
 from fp4dit_ao.kernels.cpu import native
 from fp4dit_ao.kernels.units import Unit
+from fp4dit_ao.tensors import float_sum
 from fp4dit_ao.tensors.copied_by_call import CopiedByCall
 from fp4dit_ao.tensors.stored_bytes import StoredBytes
 
@@ -199,6 +200,9 @@ def _matrix_product(func: Operator, types: object, args: Arguments, kwargs: Keyw
     if any(kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
         weight.refuse(f"addmm with {kwargs}; expected alpha = beta = 1")
     return weight.stored_linear(x, bias)
+
+
+_overrides(_ATEN.add.Tensor)(float_sum.add)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

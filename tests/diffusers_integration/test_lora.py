@@ -10,6 +10,8 @@ from torch import nn
 
 from fp4dit_ao import quantize_modules, unpack_weights
 from fp4dit_ao.diffusers_integration.module_conversion import load_modules
+from fp4dit_ao.diffusers_integration.module_form import finish
+from fp4dit_ao.passes.transforms.smoothquant import SmoothQuant
 from tests.diffusers_integration.test_module_form import low_bit, run
 from tests.tiny import tiny_pipeline
 
@@ -157,6 +159,60 @@ def test_a_fused_lora_does_what_it_did_unfused_but_for_rounding() -> None:
 
 def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
     return float(((x - exact).norm() / exact.norm()).detach())
+
+
+def dora(targets: list[str]) -> dict[str, torch.Tensor]:
+    """A DoRA of the float model, under whose magnitudes rows change their lengths, too."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    model: Any = flux(None)
+    model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False, use_dora=True))
+    state = {f"transformer.{name}": x for name, x in get_peft_model_state_dict(model).items()}
+    return {name: x * (1 + 0.3 * torch.rand_like(x)) if "magnitude" in name else x for name, x in state.items()}
+
+
+@pytest.mark.parametrize("recipe", ["w4a6", "w4a6_codebook", "mxfp4", "nvfp4"])
+def test_a_dora_divides_by_the_norms_of_the_dequantized_weights(recipe: str) -> None:
+    """DoRA (arXiv 2402.09353), equation 5, in float64; the input of the first product is quantized as without it."""
+    model: Any = flux(recipe)
+    plain = run(model)
+    model.load_lora_adapter(dora(["to_q", "to_out.0", "proj_mlp"]), adapter_name="one")
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_magnitude_vector")]
+    assert len(layers) == 4
+    for layer in layers:
+        down, up = (x["one"].weight.double() for x in (layer.lora_A, layer.lora_B))
+        base = layer.get_base_layer()
+        total = base.weight.dequantize(torch.float32).double() + up @ down
+        factor = layer.lora_magnitude_vector["one"].weight.double() / total.norm(dim=1)
+        x = torch.randn(3, base.in_features)
+        with torch.no_grad():
+            exact = factor * ((base(x) - base.bias).double() + x.double() @ down.T @ up.T) + base.bias.double()
+            assert relative_error(layer(x).double(), exact) < 1e-5
+    assert not torch.equal(run(model), plain)
+    with pytest.raises(ValueError, match="DoraLinearVariant, which cannot be fused"):
+        model.fuse_lora()
+    model.unload_lora()
+    assert torch.equal(run(model), plain)
+
+
+def test_a_dora_of_a_linear_that_a_transform_changed_is_refused() -> None:
+    model: Any = flux()
+    smoothing = SmoothQuant.from_record({"groups": [{"linears": FUSED, "folded": []}]})
+    smoothing.apply_to_modules(model)
+    model.hf_quantizer.record.transforms.append(smoothing)
+    model = finish(model, model.hf_quantizer)
+    plain = run(model)
+    with pytest.raises(ValueError, match=f"it changes {FUSED[0]}, whose stored weight is what a transform made of it"):
+        model.load_lora_adapter(dora(["to_q"]), adapter_name="one")
+    assert torch.equal(run(model), plain)
+    model.load_lora_adapter(adapter(model, 1), adapter_name="two")
+    with_two = run(model)
+    assert not torch.equal(with_two, plain)
+    with pytest.raises(ValueError, match=f"it changes {FUSED[0]}"):
+        model.load_lora_adapter(dora(["to_q"]), adapter_name="three")
+    assert torch.equal(run(model), with_two), "the one before stays"
+    model.load_lora_adapter(dora(["to_k"]), adapter_name="four")
 
 
 def test_two_loras_are_rounded_together() -> None:

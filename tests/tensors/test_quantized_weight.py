@@ -152,6 +152,27 @@ def test_products_with_the_transposed_weight_are_linears(kind: str) -> None:
 
 
 @each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("added", ["matrix", "weight", "number"])
+def test_a_sum_is_a_float_tensor(kind: str, dtype: torch.dtype, added: str) -> None:
+    weight = make(kind).to(dtype)
+    x = {"matrix": torch.randn(ROWS, COLUMNS, dtype=dtype, requires_grad=True), "weight": make(kind, seed=1).to(dtype)}
+    other: Any = x.get(added, 0.5)
+    values = other.dequantize() if added == "weight" else other
+    for found, expected in (
+        (weight + other, weight.dequantize() + values),
+        (other + weight.t().t(), values + weight.dequantize()),
+        (torch.add(weight, other, alpha=2), torch.add(weight.dequantize(), values, alpha=2)),
+    ):
+        assert type(found) is Tensor
+        assert found.dtype == dtype
+        assert torch.equal(found, expected)
+    if added == "matrix":
+        (weight + other).sum().backward()
+        assert torch.equal(other.grad, torch.ones(ROWS, COLUMNS, dtype=dtype))
+
+
+@each_kind
 def test_memory_is_made_and_filled(kind: str) -> None:
     weight, other = make(kind), make(kind, seed=1)
     empty = torch.empty_like(weight)
