@@ -202,6 +202,8 @@ def _matrix_product(func: Operator, types: object, args: Arguments, kwargs: Keyw
     return weight.stored_linear(x, bias)
 
 
+# --- sums ------------------------------------------------------------------------------------------------------------
+
 _overrides(_ATEN.add.Tensor)(float_sum.add)
 
 
