@@ -1,7 +1,7 @@
 """Tensors and modules: subclasses, fake tensors, versions, low-bit products, parameter slots."""
 
 import contextlib
-from collections.abc import Callable, Container, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -167,3 +167,8 @@ def make_buffers_transient(buffers: list[tuple[nn.Module, set[str]]]) -> None:
     """Undo :func:`make_buffers_persistent`."""
     for module, names in buffers:
         module._non_persistent_buffers_set |= names
+
+
+def leave_in_data_parallel(model: nn.Module, names: Iterable[str]) -> None:
+    """Let ``DistributedDataParallel(model)``, when it is made, leave the parameters of these names alone."""
+    model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]

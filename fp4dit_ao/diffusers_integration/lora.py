@@ -4,8 +4,8 @@ PEFT's own merging supports only torchao's configs and unmerges by subtracting; 
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from fp4dit_ao.schemes import scheme_of
 if TYPE_CHECKING:
     from diffusers import ModelMixin
     from peft.tuners.tuners_utils import BaseTunerLayer
-
-P = ParamSpec("P")
-Result = TypeVar("Result")
 
 
 def fuse_lora(
@@ -79,33 +76,32 @@ def unfuse_lora(model: "ModelMixin") -> None:
             layer.unmerge()
 
 
-def adding_refused_on(add: Callable[P, Result], model: "ModelMixin", refused: Mapping[str, str]) -> Callable[P, Result]:
-    """``add``, one of diffusers' methods that load a LoRA, with a refusal of LoRAs on linears that a transform changed.
+def add_checked(
+    model: "ModelMixin", method: str, refused: Mapping[str, str], *args: object, **kwargs: object
+) -> object:
+    """Calls one of the model's methods that add a LoRA, and refuses LoRAs on linears that a transform changed.
 
     Args:
-        add: ``model.load_lora_adapter`` or ``model.add_adapter``.
-        model: that it belongs to.
+        model: a model in the module form.
+        method: ``"load_lora_adapter"`` or ``"add_adapter"``, a method of its class.
         refused: why no LoRA of the float model may change a linear, by its name.
+        *args: arguments of the method.
+        **kwargs: further ones.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    @functools.wraps(add)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> Result:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        before = set(getattr(model, "peft_config", {}))
-        result = add(*args, **kwargs)
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
-        reasons = {name: refused.get(name) or _no_weight_for_dora(layer) for name, layer in layers.items()}
-        for name in filter(reasons.get, reasons):
-            model.delete_adapters(sorted(set(model.peft_config) - before))
-            if not before:
-                model.unload_lora()
-            raise ValueError(
-                f"this LoRA would compute something else than in the float model: it changes {name}, {reasons[name]}"
-            )
-        return result
-
-    return checked
+    before = set(getattr(model, "peft_config", {}))
+    result: object = getattr(type(model), method)(model, *args, **kwargs)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    reasons = {name: refused.get(name) or _no_weight_for_dora(layer) for name, layer in layers.items()}
+    for name in filter(reasons.get, reasons):
+        model.delete_adapters(sorted(set(model.peft_config) - before))
+        if not before:
+            model.unload_lora()
+        raise ValueError(
+            f"this LoRA would compute something else than in the float model: it changes {name}, {reasons[name]}"
+        )
+    return result
 
 
 def _no_weight_for_dora(layer: "BaseTunerLayer") -> str | None:

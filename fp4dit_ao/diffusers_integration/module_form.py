@@ -22,6 +22,7 @@ from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.config import DEFAULT_RECIPE, QuantConfig
 from fp4dit_ao.diffusers_integration import lora
 from fp4dit_ao.diffusers_integration.attention_processors import quantize_attention, restore_attention
+from fp4dit_ao.diffusers_integration.data_parallel import leave_low_bit_weights
 from fp4dit_ao.diffusers_integration.module_slots import Slots, quantized_linears
 from fp4dit_ao.diffusers_integration.saving import refuse_unsaveable, save_pretrained
 from fp4dit_ao.families import example_inputs, family_of, quantizer_for, recipe_for
@@ -179,6 +180,7 @@ def finish(model: "ModelMixin", quantizer: "FP4DiTDiffusersQuantizer") -> "Model
     if hasattr(model, "fuse_qkv_projections"):
         model.fuse_qkv_projections = _fusing_refused
     _compat.replace_apply(model, functools.partial(_apply, model))
+    leave_low_bit_weights(model)
     for module in model.modules():
         if isinstance(module, SplitLinear):
             module.list_whole_weight()
@@ -187,7 +189,7 @@ def finish(model: "ModelMixin", quantizer: "FP4DiTDiffusersQuantizer") -> "Model
     }
     for method in ("load_lora_adapter", "add_adapter"):
         if record.transforms and hasattr(model, method):
-            setattr(model, method, lora.adding_refused_on(getattr(model, method), model, refused))
+            setattr(model, method, functools.partial(lora.add_checked, model, method, refused))
     return model.eval()
 
 
