@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,7 @@ def test_loras_on_folded_linears_are_refused() -> None:
     with pytest.raises(ValueError, match=message):
         model.load_lora_adapter(lora(model, folded), adapter_name="one")
     assert torch.equal(run(model, sample), plain), "the refused LoRA is gone"
+    assert torch.equal(run(pickle.loads(pickle.dumps(model)), sample), plain)
     model.load_lora_adapter(lora(model, free), adapter_name="two")
     changed = run(model, sample)
     assert not torch.equal(changed, plain)
