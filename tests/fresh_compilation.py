@@ -65,9 +65,14 @@ def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[s
 
 
 def _content(value: object) -> object:
-    """Stand-in for ``value``, equal while nothing is set in it: an object's identity, and that of a collection's items."""
+    """Stand-in for ``value``, equal while nothing is set in it: an object's identity, and that of a collection's items, but for
+    texts, which may be made anew."""
     if isinstance(value, Mapping):
         return tuple((key, id(item)) for key, item in value.items())
     if isinstance(value, Iterable) and not isinstance(value, Tensor | str):
-        return tuple(sorted(map(repr, value))) if isinstance(value, set) else tuple(map(id, value))
+        return tuple(sorted(map(repr, value))) if isinstance(value, set) else tuple(map(_identity, value))
     return value if isinstance(value, bool | int | float | str | None) else id(value)
+
+
+def _identity(item: object) -> object:
+    return item if isinstance(item, str) else id(item)

@@ -272,7 +272,7 @@ def test_diffusers_learns_of_the_quantizer_when_it_is_imported() -> None:
         "import diffusers.quantizers.auto as auto\n"
         "assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING['fp4dit_ao'] is fp4dit_ao.FP4DiTConfig\n"
         "assert 'fp4dit_ao' in auto.AUTO_QUANTIZER_MAPPING\n"
-        "import diffusers.pipelines.pipeline_utils\n"
+        "import diffusers.pipelines.auto_pipeline\n"
         "assert not any(type(f).__module__.startswith('fp4dit_ao') for f in sys.meta_path)\n"
         "assert auto.__spec__.loader.get_source(auto.__name__)"
     )
