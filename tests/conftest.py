@@ -116,14 +116,15 @@ processes would wait for the other."""
 PACKAGES = ("torch", "torchao", "diffusers", "transformers", "triton", "numpy")
 
 
-def _refuse(ref: StorageWeakRef, protocol: object) -> NoReturn:
+def _refuse_copy(ref: StorageWeakRef, protocol: object) -> NoReturn:
+    """Takes the place of what copies and pickles a weak reference to a storage, in all tests."""
     raise AssertionError(
         "a weak reference to a storage is copied, as by deepcopy of a fake tensor's mode: both copies would free it, and the "
         "process crash some time later; see _compat.copied"
     )
 
 
-StorageWeakRef.__reduce_ex__ = _refuse
+StorageWeakRef.__reduce_ex__ = _refuse_copy
 
 
 def _sources() -> str:

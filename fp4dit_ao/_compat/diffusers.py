@@ -49,16 +49,11 @@ def replace_apply(model: "ModelMixin", convert: Callable[..., "ModelMixin"] | No
 
 def after_from_pretrained(cls: type["DiffusionPipeline"], change: Callable[[Pipe], Pipe]) -> None:
     """Let ``change`` have what ``cls.from_pretrained`` and that of its subclasses return; once, however often it is asked."""
-    original = cls.__dict__["from_pretrained"].__func__
-    if getattr(original, "_changed_by", None) is change:
-        return
 
-    @functools.wraps(original)
-    def from_pretrained(cls: type["DiffusionPipeline"], /, *args: object, **kwargs: object) -> "DiffusionPipeline":
-        return change(original(cls, *args, **kwargs))
+    def changed(original: Callable[..., Pipe], own: type, *args: object, **kwargs: object) -> Pipe:
+        return change(original(own, *args, **kwargs))
 
-    from_pretrained._changed_by = change  # type: ignore[attr-defined]
-    cls.from_pretrained = classmethod(from_pretrained)  # type: ignore[attr-defined]
+    _replace(cls, "from_pretrained", changed, change)
 
 
 def before_from_pipe(
@@ -71,38 +66,43 @@ def before_from_pipe(
         cls: diffusers' base class of pipelines.
         passed: takes the pipeline, and the classes of the new pipeline's components by name; returns components.
     """
-    original = cls.__dict__["from_pipe"].__func__
-    if getattr(original, "_passed_by", None) is passed:
-        return
 
-    @functools.wraps(original)
-    def from_pipe(cls: type["DiffusionPipeline"], /, pipeline: "DiffusionPipeline", **kwargs: object) -> object:
-        added = {} if "custom_pipeline" in kwargs else passed(pipeline, cls._get_signature_types())
-        return original(cls, pipeline, **(dict(added) | kwargs))
+    def given_more(
+        original: Callable[..., Pipe], own: type["DiffusionPipeline"], pipeline: "DiffusionPipeline", **kwargs: object
+    ) -> Pipe:
+        added = {} if "custom_pipeline" in kwargs else passed(pipeline, own._get_signature_types())
+        return original(own, pipeline, **(dict(added) | kwargs))
 
-    from_pipe._passed_by = passed  # type: ignore[attr-defined]
-    cls.from_pipe = classmethod(from_pipe)  # type: ignore[attr-defined]
+    _replace(cls, "from_pipe", given_more, passed)
 
 
-def after_from_pipe(
-    cls: type, change: Callable[["DiffusionPipeline", "DiffusionPipeline"], "DiffusionPipeline"]
-) -> None:
+def after_from_pipe(cls: type, change: Callable[["DiffusionPipeline", Pipe], Pipe]) -> None:
     """Let ``change`` have the pipeline that ``cls.from_pipe`` was given and the one it made, and return the one to use; once.
 
     Args:
         cls: diffusers' base class of pipelines, or one of its automatic pipelines.
         change: takes both pipelines, the given one first.
     """
-    original = cls.__dict__["from_pipe"].__func__
-    if getattr(original, "_changed_by", None) is change:
+
+    def changed(original: Callable[..., Pipe], own: type, pipeline: "DiffusionPipeline", **kwargs: object) -> Pipe:
+        return change(pipeline, original(own, pipeline, **kwargs))
+
+    _replace(cls, "from_pipe", changed, change)
+
+
+def _replace(cls: type, method: str, by: Callable[..., object], mark: object) -> None:
+    """Replaces a class method of ``cls`` by ``by``, which is given the former one before the arguments; once for each mark."""
+    original = cls.__dict__[method].__func__
+    marks = vars(original).get("_marks", ())
+    if mark in marks:
         return
 
     @functools.wraps(original)
-    def from_pipe(cls: type, /, pipeline: "DiffusionPipeline", **kwargs: object) -> "DiffusionPipeline":
-        return change(pipeline, original(cls, pipeline, **kwargs))
+    def replacement(own: type, /, *args: object, **kwargs: object) -> object:
+        return by(original, own, *args, **kwargs)
 
-    from_pipe._changed_by = change  # type: ignore[attr-defined]
-    cls.from_pipe = classmethod(from_pipe)  # type: ignore[attr-defined]
+    vars(replacement)["_marks"] = (*marks, mark)
+    setattr(cls, method, classmethod(replacement))
 
 
 def offloading_hook(model: "nn.Module") -> str | None:

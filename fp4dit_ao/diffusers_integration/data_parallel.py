@@ -12,7 +12,7 @@ from fp4dit_ao import _compat
 from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
 
 _PEFT = "base_model.model."
-"""What names begin with in a model that ``peft.get_peft_model`` wrapped, which asks the model that it wraps."""
+"""Prefix of names in a model that ``peft.get_peft_model`` wrapped; such a model has the attributes of the one inside of it."""
 
 
 class LowBitNames:

@@ -106,10 +106,9 @@ def add_checked(
 
 def _no_weight_for_dora(layer: "BaseTunerLayer") -> str | None:
     """Why a DoRA cannot take norms of the rows of this layer's weight: they would not be those of the float model."""
-    base = layer.get_base_layer()
-    if any(getattr(layer, "use_dora", {}).values()) and (
-        isinstance(base, TransformedLinear) or hasattr(base, INPUT_SCALE)
-    ):
+    parts = layer.get_base_layer().modules()
+    changed = any(isinstance(part, TransformedLinear) or hasattr(part, INPUT_SCALE) for part in parts)
+    if changed and any(getattr(layer, "use_dora", {}).values()):
         return "whose stored weight is what a transform made of it, and a DoRA divides by norms of the weight"
     return None
 

@@ -21,6 +21,7 @@ from fp4dit_ao.checkpoint import graph_rebuilding, graph_tensors, tensor_files, 
 from fp4dit_ao.checkpoint.quantization_record import Record, model_config
 from fp4dit_ao.checkpoint.transformer_folder import SHARD_SIZE
 from fp4dit_ao.config import DEFAULT_RECIPE, Fields, QuantConfig
+from fp4dit_ao.diffusers_integration.data_parallel import leave_low_bit_weights
 from fp4dit_ao.diffusers_integration.float_source import check_weight
 from fp4dit_ao.diffusers_integration.module_form import memory_footprint, quantize_linear
 from fp4dit_ao.diffusers_integration.module_slots import quantized_linears
@@ -109,6 +110,7 @@ def _finished(model: "PreTrainedModel", record: Record) -> "PreTrainedModel":
     model.save_pretrained = functools.partial(save_text_encoder, model, record)
     model.get_memory_footprint = functools.partial(memory_footprint, model)
     _compat.replace_apply(model, functools.partial(_apply, model))
+    leave_low_bit_weights(model)
     return model.eval()
 
 

@@ -10,7 +10,7 @@ from fp4dit_ao._compat import Arguments, Keywords, Operator
 
 @runtime_checkable
 class _LowBit(Protocol):
-    """What a sum needs of a low-bit weight."""
+    """A low-bit weight, as far as a sum needs it."""
 
     @property
     def dtype(self) -> torch.dtype: ...

@@ -12,6 +12,7 @@ from fp4dit_ao import quantize_modules, unpack_weights
 from fp4dit_ao.diffusers_integration.module_conversion import load_modules
 from fp4dit_ao.diffusers_integration.module_form import finish
 from fp4dit_ao.passes.transforms.smoothquant import SmoothQuant
+from fp4dit_ao.passes.transforms.split_inputs import part_name
 from tests.diffusers_integration.test_module_form import low_bit, run
 from tests.tiny import tiny_pipeline
 
@@ -194,6 +195,17 @@ def test_a_dora_divides_by_the_norms_of_the_dequantized_weights(recipe: str) -> 
         model.fuse_lora()
     model.unload_lora()
     assert torch.equal(run(model), plain)
+
+
+def test_a_dora_of_a_linear_one_of_whose_parts_is_smoothed_is_refused() -> None:
+    model: Any = flux()
+    whole = "single_transformer_blocks.0.proj_out"
+    smoothing = SmoothQuant.from_record({"groups": [{"linears": [part_name(whole, 0)], "folded": []}]})
+    smoothing.apply_to_modules(model)
+    model.hf_quantizer.record.transforms.append(smoothing)
+    model = finish(model, model.hf_quantizer)
+    with pytest.raises(ValueError, match=f"it changes {whole}, whose stored weight is what a transform made of it"):
+        model.load_lora_adapter(dora(["proj_out"]), adapter_name="one")
 
 
 def test_a_dora_of_a_linear_that_a_transform_changed_is_refused() -> None:
