@@ -9,6 +9,8 @@ Writes ``reconstruction.json`` beside the table.
 """
 
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
@@ -23,12 +25,13 @@ import torch
 import typer
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.profiler import ProfilerActivity, profile
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from tqdm import tqdm
 
 from benchmarks.eager_reconstruction import EagerLoop
 from fp4dit_ao import AdaRoundConfig, capture, collect_samples, quantizer_for, reconstruct, reference
-from fp4dit_ao._compat import pytree
+from fp4dit_ao._compat import cpu_multiplies_bfloat16, pytree
 from fp4dit_ao.benchmark import memory
 from fp4dit_ao.evaluation.environment import environment, one_line
 from fp4dit_ao.families import recipe_for
@@ -39,6 +42,11 @@ from fp4dit_ao.util.atomic_files import write_text
 from fp4dit_ao.util.markdown import markdown_table
 
 BLOCK = "transformer_blocks.0"
+PROFILED = 5
+"""Steps of the eager loop whose operators are timed."""
+PRODUCT = re.compile(r"^aten::(mm|addmm|bmm|baddbmm)$|scaled_dot_product")
+"""Operators that multiply matrices."""
+FIRST_STEPS = "first steps"
 VARIANTS: dict[str, dict[str, bool] | None] = {
     "eager loop": None,
     "reconstruct": {"bfloat16": False},
@@ -46,7 +54,7 @@ VARIANTS: dict[str, dict[str, bool] | None] = {
     "reconstruct, bfloat16": {"bfloat16": True},
     "reconstruct, bfloat16, compiled": {"bfloat16": True, "compile": True},
 }
-"""Settings by name; the eager loop, which is float32, has none."""
+"""Settings by name; the eager loop, which is float32, has none. Products in bfloat16 are left out where a CPU emulates them."""
 
 
 class Turns:
@@ -135,6 +143,7 @@ def measure(
         assert loop is not None
         for _ in tqdm(range(config.iters), desc="eager loop"):
             loop.step()
+        found["products"] = share_of_products(loop.step)
     else:
         turns = Turns(loop.step if loop else None, config.iters)
         with mock.patch.object(reconstruct_pass, "tqdm", lambda **_: turns):
@@ -149,6 +158,22 @@ def measure(
         found["nearest, eager"] = loop.before
     found["bytes"] = memory.peak() - resident
     return found
+
+
+def share_of_products(step: Callable[[], None]) -> float:
+    """The part of a step's time that matrix products and attention take, which any float32 loop has to spend."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(PROFILED):
+            step()
+    times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+    return sum(time for name, time in times.items() if PRODUCT.search(name)) / sum(times.values())
+
+
+def first_steps(model: nn.Module, samples: list[Any], config: AdaRoundConfig, recipe: str, device: str) -> list[float]:
+    """Seconds that each block of a model takes for one compiled iteration: those that are alike wait for the compiler once."""
+    prepared, data = prepare(model, samples, recipe, device)
+    once = replace(config, iters=1, bfloat16=False, compile=True)
+    return [row.seconds for row in reconstruct(prepared, data, once, progress=False).rows]
 
 
 def only_first_block(prepared: GraphModule) -> GraphModule:
@@ -174,29 +199,44 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = AdaRoundConfig(iters=iters, batch_size=batch_size)
 
-    def measured(variant: str, both: bool) -> dict[str, Any]:
+    def measured(variant: str, both: bool) -> Any:
         transformer, samples = reference_block(rows) if model == "reference" else pixart_xl_block()
+        if variant == FIRST_STEPS:
+            return first_steps(transformer, samples, config, recipe, device)
         return measure(transformer, samples, config, recipe, device, variant, both)
 
     if only:
         print(json.dumps(measured(only, False)))
         return
-    asked = {"model": model, "recipe": recipe, "iters": iters, "batch size": batch_size}
-    result: dict[str, Any] = {"settings": asked, "environment": environment()}
-    for variant, settings in VARIANTS.items():
+
+    def alone(variant: str, **variables: str) -> Any:
         command = [sys.executable, "-m", "benchmarks.reconstruction", f"--only={variant}", f"--model={model}"]
         command += [f"--iters={iters}", f"--rows={rows}", f"--batch-size={batch_size}", f"--recipe={recipe}"]
-        alone = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
-        result[variant] = {} if settings is None else measured(variant, True)
-        result[variant]["bytes"] = alone["bytes"]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | variables)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    asked = {"model": model, "recipe": recipe, "iters": iters, "batch size": batch_size}
+    result: dict[str, Any] = {"settings": asked, "environment": environment()}
+    emulated = device == "cpu" and not cpu_multiplies_bfloat16()
+    variants = [name for name, settings in VARIANTS.items() if not (emulated and settings and settings["bfloat16"])]
+    for variant in variants:
+        by_itself = alone(variant)
+        result[variant] = {"products": by_itself["products"]} if VARIANTS[variant] is None else measured(variant, True)
+        result[variant]["bytes"] = by_itself["bytes"]
     result["eager loop"]["own"] = result["reconstruct"]["eager"]
-    lines = [line(variant, result[variant]) for variant in VARIANTS]
+    result[FIRST_STEPS] = alone(FIRST_STEPS, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
+    lines = [line(variant, result[variant]) for variant in variants]
     print(markdown_table(["", "speed against the eager loop", "s / block-iteration", "peak memory, MiB"], lines))
     ours = result["reconstruct"]
-    learned = ", ".join(f"{result[name]['learned']:.3e} ({name})" for name in VARIANTS if "learned" in result[name])
+    learned = ", ".join(f"{result[name]['learned']:.3e} ({name})" for name in variants if "learned" in result[name])
     print(
         f"\n{model}, {recipe}, {batch_size} rows an iteration; medians, in turns. Round-to-nearest error of the block by "
         f"both: {ours['nearest']:.3e}, {ours['nearest, eager']:.3e}; learned: {learned}. {one_line()}"
+    )
+    share, firsts = result["eager loop"]["products"], ", ".join(f"{x:.1f}" for x in result[FIRST_STEPS])
+    print(
+        f"Matrix products and attention take {share:.0%} of the eager loop: no loop in float32 is more than {1 / share:.2f} "
+        f"times as fast. The first compiled step of each block took {firsts} s."
     )
     write_text(out / f"reconstruction-{model}.json", json.dumps(result, indent=1) + "\n")
 

@@ -71,14 +71,14 @@ class Grid:
 
     def position(self, weight: Tensor) -> Tensor:
         """``weight`` over its scale, clipped to the levels (float32, steps); differentiable in both."""
-        lattice = self.fmt.lattice
-        return (weight.float() / self.scale).clamp(float(lattice[0]), float(lattice[-1]))
+        lowest, highest = self.fmt.level_range
+        return (weight.float() / self.scale).clamp(float(lowest), float(highest))
 
     def neighbours(self, weight: Tensor) -> Neighbours:
         """:meth:`bracket` without codes, for rules that look at it in every step."""
         position = self.position(weight)
         low, step = self.fmt.bracket(position.detach())
-        return Neighbours(position, low, (low + step).clamp(max=float(self.fmt.lattice[-1])))
+        return Neighbours(position, low, (low + step).clamp(max=float(self.fmt.level_range[1])))
 
     def rescaled(self, factor: Tensor) -> "Grid":
         """The grid whose stored scales are multiplied by ``factor``.
@@ -98,7 +98,7 @@ class Grid:
         """The two levels between which every element of ``weight`` (float, weight units) lies."""
         position = self.position(weight)
         low, step = self.fmt.bracket(position)
-        up = (low + step).clamp(max=float(self.fmt.lattice[-1]))
+        up = (low + step).clamp(max=float(self.fmt.level_range[1]))
         return Bracket(position, low, up, step, self.fmt.encode(low), self.fmt.encode(up))
 
     def columns(self, index: slice | Tensor) -> "Grid":

@@ -441,6 +441,13 @@ def test_a_wrapper_reports_what_it_is_told_and_holds_nothing() -> None:
     assert made.device.type == "meta"
 
 
+def test_whether_a_cpu_multiplies_bfloat16_is_what_the_system_says() -> None:
+    flags = Path("/proc/cpuinfo").read_text().split()
+    named = {"avx512_bf16", "amx_bf16", "bf16"} & set(flags)
+    if named or "avx512bw" not in flags:  # with AVX-512 alone, oneDNN emulates it in a way that it counts as its own
+        assert _compat.cpu_multiplies_bfloat16() == bool(named)
+
+
 def test_products_of_int8_are_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8) for shape in [(32, 64), (64, 16)])

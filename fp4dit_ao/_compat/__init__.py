@@ -53,6 +53,7 @@ from fp4dit_ao._compat.operator_calls import Arguments, Keywords, Operator
 from fp4dit_ao._compat.tensors import (
     TensorMeta,
     aliased,
+    cpu_multiplies_bfloat16,
     fake_like,
     fake_mode,
     fp8_product,
@@ -78,7 +79,8 @@ from fp4dit_ao._compat.torchao import forget_graphs, parts
 __all__ = [
     "Arguments", "FakeTensorMode", "Keywords", "Operator", "TensorMeta", "after_from_pipe", "after_from_pretrained",
     "aliased", "before_from_pipe", "captured_sizes", "compile_package", "compiler_options", "copied",
-    "copy_calling_convention", "create_buffer_node", "distinct_sizes", "exported_graph", "fake_like", "fake_mode",
+    "copy_calling_convention",
+    "cpu_multiplies_bfloat16", "create_buffer_node", "distinct_sizes", "exported_graph", "fake_like", "fake_mode",
     "flat_inputs", "forget_graphs", "fp8_product", "frozen_sizes", "input_names", "int8_product", "is_compiled_copy",
     "is_persistent", "is_traced", "is_view", "is_view_of_another", "kept_in_float32", "leave_in_data_parallel",
     "lerp_", "load_package", "make_buffers_persistent", "make_buffers_transient", "mark_static",

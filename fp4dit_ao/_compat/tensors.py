@@ -44,6 +44,11 @@ def int8_product(x: Tensor, y: Tensor) -> Tensor:
     return torch._int_mm(x, y)
 
 
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has products in bfloat16 (AVX-512 BF16, AMX, Arm's bf16), or else they are slower than float32's."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def fp8_product(
     x: Tensor,
     y: Tensor,

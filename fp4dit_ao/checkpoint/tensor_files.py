@@ -106,12 +106,24 @@ def write(tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, st
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, those that share memory as copies: a compiled graph's q, k and v are rows of one weight, with one set of
-    codebooks, and safetensors takes no shared memory."""
+    """The tensors, none of which shares a storage: a compiled graph's q, k and v are rows of one weight, with one set of
+    codebooks, and safetensors takes no shared storages. Parts of one are storages of their own on its memory, equals copies."""
     users = Counter(x.untyped_storage().data_ptr() for x in tensors.values() if x.numel())
-    return {
-        name: x.clone() if x.numel() and users[x.untyped_storage().data_ptr()] > 1 else x for name, x in tensors.items()
-    }
+    starts = set[int]()
+    found = {}
+    for name, x in tensors.items():
+        if x.numel() and users[x.untyped_storage().data_ptr()] > 1:
+            own = x.clone() if x.data_ptr() in starts else _as_storage_of_its_own(x)
+            starts.add(x.data_ptr())
+            found[name] = own
+        else:
+            found[name] = x
+    return found
+
+
+def _as_storage_of_its_own(x: Tensor) -> Tensor:
+    """A contiguous tensor on the same memory, of which it knows no more than its own part."""
+    return torch.from_numpy(x.reshape(-1).view(torch.uint8).numpy()).view(x.dtype).reshape(x.shape)
 
 
 def sort_metadata(path: Path) -> None:

@@ -51,6 +51,10 @@ class CodebookFormat(NumberFormat):
     def lattice_max(self) -> int:
         return max(-self.levels[0], self.levels[-1])
 
+    @property
+    def level_range(self) -> tuple[int, int]:
+        return self.levels[0], self.levels[-1]
+
     def encode(self, y: Tensor) -> Tensor:
         y = torch.nan_to_num(y.float(), nan=0.0)
         return torch.bucketize(y.contiguous(), torch.tensor(self._thresholds, device=y.device)).to(torch.uint8)

@@ -96,6 +96,10 @@ class FloatFormat(NumberFormat):
         return self.level(self.max_code)
 
     @property
+    def level_range(self) -> tuple[int, int]:
+        return -self.lattice_max, self.lattice_max
+
+    @property
     def is_exact_in_e4m3(self) -> bool:
         return self.mantissa_bits + (self.exponent_bits > 0) <= E4M3_BITS and self.lattice_max <= E4M3_MAX
 

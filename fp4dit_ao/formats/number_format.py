@@ -42,6 +42,11 @@ class NumberFormat(ABC):
         """Largest magnitude of a level, in steps. An absmax scale maps a tensor's largest magnitude to it."""
 
     @property
+    @abstractmethod
+    def level_range(self) -> tuple[int, int]:
+        """Lowest and highest level, in steps: numbers, which compiled code has as constants."""
+
+    @property
     def fits_int8(self) -> bool:
         """Whether every level fits int8, so that products are exact on int8 units."""
         return self.lattice_max <= 127

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.optim import Optimizer
 
+from fp4dit_ao._compat import cpu_multiplies_bfloat16
 from fp4dit_ao.config import ReconstructionConfig
 from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.passes.reconstruction.bfloat16_products import multiplies_alone, with_bfloat16_products
@@ -152,7 +154,17 @@ def _as_it_is(graph: GraphModule) -> Runs:
 
 
 def products_in_bfloat16(config: ReconstructionConfig, device: torch.device) -> bool:
-    """Whether a step multiplies in bfloat16: as asked, or on a GPU that can."""
+    """Whether a step multiplies in bfloat16: as asked, or on a GPU that can.
+
+    Warns:
+        UserWarning: it is asked for on a CPU that does not have it.
+    """
+    if config.bfloat16 and device.type == "cpu" and not cpu_multiplies_bfloat16():
+        warnings.warn(
+            "bfloat16=True: this CPU has no products in bfloat16 (AVX-512 BF16, AMX), and steps take many times longer than in "
+            "float32; leave it out",
+            stacklevel=2,
+        )
     if config.bfloat16 is not None:
         return config.bfloat16
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -61,8 +61,8 @@ class Shared:
     def __call__(self, *inputs: object) -> Sequence[Tensor]:
         """Results of the graph."""
         values = (*inputs, *map(self._value, self._constants))
-        key = (*self._structure, torch.is_grad_enabled(), *map(_kind, values))
-        return _compiled(_Structure(key, self._lifted))(*values)
+        key = (*self._structure, torch.is_grad_enabled(), *map(kind, values))
+        return once_per_structure(self._lifted, key)(*values)
 
     def _value(self, node: Node) -> Tensor:
         if node.op == "get_attr":
@@ -89,6 +89,16 @@ def _compiled(structure: _Structure) -> Runs:
     """A graph of its own for each combination of shapes: the compiler's limit of variants of a function does not count them."""
     found: Runs = torch.compile(copy.deepcopy(structure.graph), dynamic=False)
     return found
+
+
+def once_per_structure(graph: GraphModule, key: tuple[Hashable, ...]) -> Runs:
+    """A graph under ``torch.compile``, or what was compiled before of one with this key; it holds no tensors.
+
+    Args:
+        graph: without parameters and buffers.
+        key: all that compiled code depends on: the graph's structure, and kinds of its arguments.
+    """
+    return _compiled(_Structure(key, graph))
 
 
 def forget() -> None:
@@ -158,7 +168,7 @@ def _attribute(graph: GraphModule, node: Node) -> Tensor:
     return found
 
 
-def _kind(value: object) -> Hashable:
+def kind(value: object) -> Hashable:
     """Properties of an argument that compiled code is made for."""
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)

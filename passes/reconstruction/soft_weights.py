@@ -4,9 +4,7 @@ A step has two halves of autograd, so that gates are computed once, whatever the
 and backward of both halves can be compiled apart: the rules make the soft weights, and the unit's graph takes them as leaves.
 """
 
-import functools
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +12,11 @@ from torch.fx import Graph, GraphModule
 
 from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.passes.reconstruction.rounding import LearnedRounding
+from fp4dit_ao.passes.reconstruction.shared_compilation import kind, once_per_structure
 from fp4dit_ao.passes.reconstruction.unit_error import Fixed
+
+Makes = Callable[[Sequence["Softened"], Sequence[Tensor], Tensor, Tensor], Sequence[Tensor]]
+"""Gives soft weights, and behind them their penalty if it is asked for; see :func:`_results_of`."""
 
 
 class Softened(nn.Module):
@@ -60,19 +62,16 @@ class SoftWeights:
         self.penalty = torch.zeros((), device=device)
         self._soft: Sequence[Tensor] = ()
         self._reached: list[Tensor] = []
-        self._graphs: dict[bool, Callable[[Sequence[Tensor], Tensor, Tensor], Sequence[Tensor]]] = {}
-        for penalised in (True,) if compiled else (False, True):  # compiling another one takes longer than the penalty
-            parts = [Softened(rule, dtypes[o], penalised) for o, rule in rules.items()]
-            self._graphs[penalised] = (
-                torch.compile(_graph_of(parts, penalised))
-                if compiled
-                else functools.partial(_results_of, parts, penalised)
-            )
+        kinds = (True,) if compiled else (False, True)  # compiling another one takes longer than the penalty
+        self._parts = {
+            penalised: [Softened(rule, dtypes[o], penalised) for o, rule in rules.items()] for penalised in kinds
+        }
+        self._make: Makes = _compiled(self._parts[True], self._weights) if compiled else _results_of
 
     def soften(self, penalised: bool) -> None:
         """Make the soft weights of the parameters as they are, and the penalty, which compiled code makes in any case."""
-        penalised = penalised or False not in self._graphs
-        found = self._graphs[penalised](self._weights, self.beta, self._shares)
+        penalised = penalised or False not in self._parts
+        found = self._make(self._parts[penalised], self._weights, self.beta, self._shares)
         self._soft = found[: len(self._weights)]
         self.penalty = found[-1] if penalised else self._shares.new_zeros(())
         for leaf, soft in zip(self.leaves.values(), self._soft, strict=True):
@@ -100,32 +99,29 @@ class SoftWeights:
         self._soft, self._reached, self.penalty = (), [], self.penalty.detach()
 
 
-def _results_of(
-    parts: Sequence[Softened], penalised: bool, weights: Sequence[Tensor], beta: Tensor, shares: Tensor
-) -> Sequence[Tensor]:
-    """Calls all parts: soft weights, and behind them the penalty. Not a graph, which would hold them in a cycle of references:
+def _results_of(parts: Sequence[Softened], weights: Sequence[Tensor], beta: Tensor, shares: Tensor) -> Sequence[Tensor]:
+    """Calls all parts, which are penalised or not alike. Not a graph of them, which would hold them in a cycle of references:
     the unit's memory would be free only after the garbage collector's next run."""
     made = [part(weight, beta) for part, weight in zip(parts, weights, strict=True)]
     soft = [one[0] for one in made]
-    return [*soft, _average([one[1] for one in made], shares)] if penalised else soft
+    return [*soft, _average([one[1] for one in made], shares)] if parts[0].penalised else soft
 
 
-def _graph_of(parts: Sequence[Softened], penalised: bool) -> GraphModule:
-    """:func:`_results_of`, to be compiled: each unit's by itself, so that the compiler's limit of variants of one function does
-    not count units."""
+def _compiled(parts: Sequence[Softened], weights: Sequence[Tensor]) -> Makes:
+    """:func:`_results_of` under ``torch.compile``, one for all units with rules of these classes on tensors of these kinds.
+
+    The compiler takes tensors that it finds in modules as inputs, and makes another variant where anything else differs.
+    """
     graph = Graph()
-    weights, beta, shares = (graph.placeholder(name) for name in ("weights", "beta", "shares"))
-    made = []
-    for number in range(len(parts)):
-        weight = graph.call_function(operator.getitem, (weights, number))
-        made.append(graph.call_module(str(number), (weight, beta)))
-    found = [graph.call_function(operator.getitem, (one, 0)) for one in made]
-    if penalised:
-        found.append(
-            graph.call_function(_average, ([graph.call_function(operator.getitem, (one, 1)) for one in made], shares))
-        )
-    graph.output(tuple(found))
-    return GraphModule({str(number): part for number, part in enumerate(parts)}, graph)
+    arguments = tuple(graph.placeholder(name) for name in ("parts", "weights", "beta", "shares"))
+    graph.output(graph.call_function(_results_of, arguments))
+    found: Makes = once_per_structure(GraphModule({}, graph), tuple(map(_structure, parts, weights)))
+    return found
+
+
+def _structure(part: Softened, weight: Tensor) -> Hashable:
+    tensors = [*part.rule.named_parameters(), *part.rule.named_buffers()]
+    return (type(part.rule), part.dtype, kind(weight), *((name, kind(x)) for name, x in tensors))
 
 
 def _average(penalties: Sequence[Tensor], shares: Tensor) -> Tensor:

@@ -177,6 +177,15 @@ def test_bfloat16_is_for_gpus_unless_asked_for() -> None:
     assert not products_in_bfloat16(replace(SHORT, bfloat16=False), torch.device("cuda"))
 
 
+@pytest.mark.parametrize("has_it", [False, True])
+def test_a_cpu_without_bfloat16_is_said(has_it: bool, monkeypatch: pytest.MonkeyPatch, recwarn: Any) -> None:
+    monkeypatch.setattr("fp4dit_ao.passes.reconstruction.iteration.cpu_multiplies_bfloat16", lambda: has_it)
+    products_in_bfloat16(SHORT, torch.device("cpu"))
+    assert not recwarn
+    products_in_bfloat16(replace(SHORT, bfloat16=True), torch.device("cpu"))
+    assert ["no products in bfloat16" in str(found.message) for found in recwarn] == [True] * (not has_it)
+
+
 def test_minibatches_are_the_seeds() -> None:
     """Sorted, without replacement; of a stream that holds all rows, or divided among streams."""
     error, divided = unit(SHORT), unit(SHORT, sizes=(9,))

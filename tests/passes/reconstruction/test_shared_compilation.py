@@ -1,6 +1,8 @@
 """Blocks of one structure share what is compiled, and each computes with its own weights."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -22,8 +24,10 @@ from fp4dit_ao import (
 )
 from fp4dit_ao.passes.partition import weight_observers
 from fp4dit_ao.passes.reconstruction import shared_compilation
-from fp4dit_ao.passes.reconstruction.soft_weights import Softened
+from fp4dit_ao.passes.reconstruction.rounding import ROUNDINGS, LearnedRounding
+from fp4dit_ao.passes.reconstruction.soft_weights import SoftWeights, _results_of
 from tests.graphs import TinyDiT, tiny_sample
+from tests.passes.reconstruction.rounding.test_sign_gradient import OBSERVERS, random
 
 SHORT = AdaRoundConfig(iters=20, batch_size=3, relative_lr=0.5, compile=True)
 Quantizer = Callable[[], FP4DiTQuantizer]
@@ -45,14 +49,17 @@ def static_ranges() -> FP4DiTQuantizer:
     return FP4DiTQuantizer().set_global(QuantConfig(weight="e2m1", activation="e2m3", activation_granularity="tensor"))
 
 
+SOFT_WEIGHTS = {plain: 1, two_formats: 1, two_structures: 2, static_ranges: 1}
+"""Graphs of soft weights: formats make no difference in AdaRound's, and ranges of inputs none at all."""
+
+
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphModule]]:
-    """Graphs of units that were given to the compiler, which gives them back as they are."""
+    """Graphs that were given to the compiler, which gives them back as they are."""
     found: list[GraphModule] = []
 
     def note(graph: GraphModule, **options: object) -> GraphModule:
-        if not any(isinstance(module, Softened) for module in graph.modules()):
-            found.append(graph)
+        found.append(graph)
         return graph
 
     monkeypatch.setattr(torch, "compile", note)
@@ -70,6 +77,18 @@ def prepared_graph(
         for sample in data:
             prepared(**sample)
     return prepared, data
+
+
+def of_units(graphs: list[GraphModule]) -> list[GraphModule]:
+    return [graph for graph in graphs if not _makes_soft_weights(graph)]
+
+
+def of_soft_weights(graphs: list[GraphModule]) -> list[GraphModule]:
+    return [graph for graph in graphs if _makes_soft_weights(graph)]
+
+
+def _makes_soft_weights(graph: GraphModule) -> bool:
+    return any(node.target is _results_of for node in graph.graph.nodes)
 
 
 def codes(prepared: GraphModule) -> list[Tensor]:
@@ -93,7 +112,8 @@ def test_each_structure_is_compiled_once(
     prepared, data = prepared_graph(quantizer)
     expected = copy.deepcopy(prepared)
     shared = reconstruct(prepared, data, config, progress=False)
-    assert len(compiled) == graphs
+    assert len(of_units(compiled)) == graphs
+    assert len(of_soft_weights(compiled)) == SOFT_WEIGHTS[quantizer]
     own = reconstruct(expected, data, replace(config, compile=False), progress=False)
     assert [row.loss_after for row in shared.rows] == [row.loss_after for row in own.rows]
     assert any(row.kept == "learned" for row in own.rows)
@@ -105,17 +125,78 @@ def test_what_is_drawn_by_chance_is_compiled_for_each_block(compiled: list[Graph
     config = ReconstructionConfig(objective="prediction_difference", iters=2, batch_size=3, compile=True)
     prepared, data = prepared_graph(plain)
     reconstruct(prepared, data, config, progress=False)
-    assert len(compiled) == 3
+    assert len(of_units(compiled)) == 3
 
 
 def test_rows_of_several_sizes_are_compiled_for_each_block(compiled: list[GraphModule]) -> None:
     """How many rows of each size a step draws changes, and the compiler decides by what it has seen before."""
     prepared, data = prepared_graph(plain, sizes=(6, 6, 9, 9))
     reconstruct(prepared, data, SHORT, progress=False)
-    assert len(compiled) == 3
+    assert len(of_units(compiled)) == 3
 
 
 def test_a_shared_graph_keeps_no_unit_alive(compiled: list[GraphModule]) -> None:
     prepared, data = prepared_graph(plain)
     reconstruct(prepared, data, SHORT, progress=False)
-    assert not [*compiled[0].parameters(), *compiled[0].buffers()]
+    assert len(compiled) == 2
+    assert not [x for graph in compiled for x in (*graph.parameters(), *graph.buffers())]
+
+
+LEARNED = [name for name in ROUNDINGS if isinstance(ROUNDINGS.get(name), type)]
+
+
+def rule_of(name: str, kind: str, seed: int) -> tuple[LearnedRounding, Tensor]:
+    weight = random(seed=seed)
+    rule: type[LearnedRounding] = ROUNDINGS.get(name)  # type: ignore[assignment]
+    return rule(weight, OBSERVERS[kind]().grid(weight)), weight
+
+
+def make_soft(rule: LearnedRounding, weight: Tensor, compiled: bool) -> list[Tensor]:
+    """The soft weight, the penalty, and all gradients."""
+    soft = SoftWeights({OBSERVER: rule}, {OBSERVER: weight}, {OBSERVER: torch.float32}, compiled)  # type: ignore[dict-item]
+    soft.beta.fill_(3.0)
+    soft.soften(True)
+    leaf, penalty = soft.leaves[OBSERVER].weight, soft.penalty.detach()  # type: ignore[index]
+    leaf.grad = torch.sin(torch.arange(leaf.numel(), dtype=torch.float32)).reshape(leaf.shape)
+    soft.backward(torch.tensor(0.5))
+    gradients = [parameter.grad for parameter in rule.parameters()]
+    return [leaf.detach(), penalty, *(x for x in gradients if x is not None)]
+
+
+OBSERVER = "observer"
+
+
+@pytest.mark.parametrize("kind", OBSERVERS)
+@pytest.mark.parametrize("name", LEARNED)
+def test_every_rounding_is_one_graph_that_is_compiled_once(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under Dynamo: what another unit's rule has in its tensors is read, and nothing of the first one's is left in the code."""
+    torch._dynamo.reset()
+    shared_compilation.forget()
+    traced = 0
+
+    def backend(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        nonlocal traced
+        traced += 1
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda graph, **options: real(graph, backend=backend, fullgraph=True, **options)
+    )
+    alive = []
+    for seed in range(3):
+        rule, weight = rule_of(name, kind, seed)
+        found = make_soft(rule, weight, compiled=True)
+        alive.append(weakref.ref(next(rule.parameters())))
+        del rule
+        expected = make_soft(*rule_of(name, kind, seed), compiled=False)
+        torch.testing.assert_close(
+            found, expected, rtol=1e-6, atol=0
+        )  # compiled code adds the penalty up in another order
+    assert traced == 1
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 3
+    shared_compilation.forget()
+    torch._dynamo.reset()
