@@ -12,6 +12,8 @@ from fp4dit_ao.passes.transforms.registry import TRANSFORMS
 
 BUDGETS = ("w4a8", "w4a6", "w4a4")
 BLOCK_RECIPES = ("nvfp4", "mxfp4")
+BLOCK_TRANSFORMS = (("low_rank:rank=8",), ("smoothquant", "low_rank"))
+"""Transforms before GPTQ with these recipes."""
 LEARNED = "scale_aware"
 
 
@@ -64,8 +66,8 @@ def rows_of(budget: str) -> dict[str, Row]:
         ("smoothquant", "low_rank"),
         ("low_rank:rank=8",),
     ):
-        names = "+".join(transforms).replace(":rank=", "_")
-        add(f"{names}+gptq", f"{', '.join(transforms)}, gptq", rounding="gptq", transforms=transforms)
+        names = "+".join((*transforms, "gptq"))
+        add(_key(names), f"{', '.join(transforms)}, gptq", rounding="gptq", transforms=transforms)
     for name in ("gptq", LEARNED):
         found[f"{budget}-e2m1-{name}"] = Row(f"E2M1, {name}", e2m1, name, base=f"{budget}-e2m1")
     for name in ("nearest", "gptq"):
@@ -79,8 +81,14 @@ def rows_of(budget: str) -> dict[str, Row]:
         for recipe in BLOCK_RECIPES:
             blocks, key = RECIPES[recipe](), f"{budget}-{recipe}"
             found[key] = Row(f"{recipe.upper()}, nearest", blocks)
-            found[f"{key}-gptq"] = Row(f"{recipe.upper()}, gptq", blocks, "gptq", base=key)
+            for transforms in ((), *BLOCK_TRANSFORMS):
+                names, label = "+".join((*transforms, "gptq")), ", ".join((recipe.upper(), *transforms, "gptq"))
+                found[f"{key}-{_key(names)}"] = Row(label, blocks, "gptq", transforms=transforms, base=key)
     return found
+
+
+def _key(names: str) -> str:
+    return names.replace(":rank=", "_")
 
 
 def all_rows(budgets: Sequence[str]) -> dict[str, Row]:
