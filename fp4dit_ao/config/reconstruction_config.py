@@ -61,7 +61,8 @@ class ReconstructionConfig:
     """Parts of the calibration data whose gradients are added up, by pairs. None: as many as there are processes. Any number of
     processes gives the same bits, if it divides ``shards`` by 1, 2, 4, …"""
     compile: bool = False
-    """Run each unit through ``torch.compile``: worth its start where there are many iterations."""
+    """Learn under ``torch.compile``: the first unit of each structure waits for the compiler, half a minute or so, and steps
+    take about two thirds of the time. Worth it from hundreds of steps in all at PixArt-XL's width, thousands at a fifth."""
     offload: bool | None = None
     """Keep the streams' values in host memory, and only a minibatch on the model's device. None: if they would fill half of
     what the accelerator has free."""

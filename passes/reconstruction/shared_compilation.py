@@ -15,8 +15,9 @@ from torch.fx.node import map_aggregate
 from fp4dit_ao.observers import WeightObserver
 from fp4dit_ao.observers.activation import ActivationObserver
 
-KEPT = 32
-"""Compiled functions that are kept. A model has one or two kinds of blocks, and as many kinds of layers as shapes."""
+KEPT = 64
+"""Compiled functions that are kept, two for each kind of unit: a model has one or two kinds of blocks, and as many kinds of
+layers as shapes."""
 
 Runs = Callable[..., Sequence[Tensor]]
 

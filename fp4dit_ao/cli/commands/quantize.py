@@ -92,7 +92,7 @@ def quantize(
         bool,
         typer.Option(
             "--compile-rounding",
-            help="Learn rounding under torch.compile: worth its start if there are many iterations.",
+            help="Learn rounding under torch.compile: half a minute for each kind of block, then in two thirds of the time.",
         ),
     ] = False,
     bfloat16: Annotated[
