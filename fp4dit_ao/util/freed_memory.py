@@ -9,6 +9,13 @@ from collections.abc import Callable, Iterator
 WORTH_IT = 2**20
 """Elements of tensors from which on their intermediates are worth returning: what they leave in the heap is in megabytes."""
 
+LARGE = 2**20
+"""Bytes of a tensor from which on its memory may be asked for by itself."""
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+"""glibc's numbers of the options (malloc.h)."""
+_LARGEST = 2**25
+"""Bytes up to which glibc raises its threshold by itself, on a 64-bit system."""
+
 
 class _Since:
     """Elements that were worked on since memory was last returned."""
@@ -24,10 +31,29 @@ def return_freed(elements: int) -> None:
     weight after another would add up to several times what is kept of them.
     """
     _Since.elements += elements
-    trim = _trim()
+    trim = _function("malloc_trim")
     if trim is not None and _Since.elements >= WORTH_IT:
         trim(0)
         _Since.elements = 0
+
+
+@contextlib.contextmanager
+def large_tensors_apart() -> Iterator[None]:
+    """Context in which glibc asks the system for each large tensor's memory and gives it back when the tensor is freed.
+
+    Otherwise it soon takes tensors of up to 32 MiB from its heap, where those of a step leave holes, up to as much again as the
+    step needs. It costs page faults. Behind the context glibc does what it does by itself after it has freed such a tensor.
+    """
+    set_option = _function("mallopt")
+    if set_option is None:
+        yield
+        return
+    set_option(_MMAP_THRESHOLD, LARGE)
+    try:
+        yield
+    finally:
+        set_option(_MMAP_THRESHOLD, _LARGEST)
+        set_option(_TRIM_THRESHOLD, 2 * _LARGEST)
 
 
 @contextlib.contextmanager
@@ -47,9 +73,10 @@ def collecting_new_objects_alone() -> Iterator[None]:
 
 
 @functools.cache
-def _trim() -> Callable[[int], int] | None:
+def _function(name: str) -> Callable[..., int] | None:
+    """A function of glibc."""
     try:
-        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):  # another C library; Windows
         return None
     return found

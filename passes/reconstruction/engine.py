@@ -6,6 +6,7 @@ that its output on *quantized* inputs comes close to the original's output on th
 weight observers.
 """
 
+import contextlib
 import gc
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from fp4dit_ao.passes.reconstruction.streams import Stream
 from fp4dit_ao.passes.reconstruction.unit_error import UnitError
 from fp4dit_ao.passes.reconstruction.unit_rounding import round_unit, steps_of
 from fp4dit_ao.passes.reconstruction.walk import planned_bytes, walk
-from fp4dit_ao.util.freed_memory import WORTH_IT, collecting_new_objects_alone, return_freed
+from fp4dit_ao.util.freed_memory import WORTH_IT, collecting_new_objects_alone, large_tensors_apart, return_freed
 from fp4dit_ao.util.mapped_files import MappedFiles, anonymous_bytes
 from fp4dit_ao.util.world import current
 
@@ -107,7 +108,8 @@ def reconstruct(
     report, results = ReconstructionReport([], 0.0, 0), model_results(prepared)
     total = sum(steps_of(unit.segment, rule, config) for unit in plan.units)
     silent = not (progress and world.first)
-    with frozen_parameters(prepared), tqdm(total=total, desc="reconstruct", disable=silent) as bar:
+    apart = contextlib.nullcontext() if memory is None else large_tensors_apart()
+    with apart, frozen_parameters(prepared), tqdm(total=total, desc="reconstruct", disable=silent) as bar:
         keep_inputs = objective.needs_layers or (objective.drop > 0 and not isinstance(rule, ClosedFormRounding))
         needs: list[Need] = []
 

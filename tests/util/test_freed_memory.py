@@ -1,12 +1,15 @@
-"""Garbage collection that looks at new objects alone."""
+"""Garbage collection that looks at new objects alone; memory of large tensors that goes back when they are freed."""
 
 import gc
 import weakref
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from fp4dit_ao.util.freed_memory import collecting_new_objects_alone
+from fp4dit_ao.util import freed_memory
+from fp4dit_ao.util.freed_memory import collecting_new_objects_alone, large_tensors_apart
+from fp4dit_ao.util.mapped_files import anonymous_bytes
 
 
 class Cycle:
@@ -53,3 +56,30 @@ def test_what_somebody_else_froze_stays_frozen() -> None:
         gc.collect()
         assert new() is None
     assert gc.get_freeze_count() > 0
+
+
+def bytes_that_holes_leave() -> int:
+    """What stays of twenty tensors of 8 MiB that were freed, with a small one behind each that was not."""
+    first = torch.ones(2**21)
+    del first  # glibc takes its like from the heap from now on, unless it was told otherwise
+    before = anonymous_bytes()
+    pairs = [[torch.ones(2**21), torch.ones(64)] for _ in range(20)]
+    assert anonymous_bytes() - before > 18 * 2**23
+    kept = [pair.pop() for pair in pairs]
+    pairs.clear()
+    left = anonymous_bytes() - before
+    assert len(kept) == 20
+    return left
+
+
+@pytest.mark.skipif(freed_memory._function("mallopt") is None, reason="not glibc")
+def test_freed_tensors_leave_no_holes() -> None:
+    with large_tensors_apart():
+        assert bytes_that_holes_leave() < 2**23
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(freed_memory, "_function", lambda name: None)
+    with large_tensors_apart():
+        pass
+    freed_memory.return_freed(2**30)
