@@ -41,8 +41,8 @@ def return_freed(elements: int) -> None:
 def large_tensors_apart() -> Iterator[None]:
     """Context in which glibc asks the system for each large tensor's memory and gives it back when the tensor is freed.
 
-    Otherwise it soon takes tensors of up to 32 MiB from its heap, where those of a step leave holes, up to as much again as the
-    step needs. It costs page faults. Behind the context glibc does what it does by itself after it has freed such a tensor.
+    Otherwise it soon takes tensors of up to 32 MiB from its heap, where those of a step leave holes.
+    It costs page faults. Behind the context glibc does what it does by itself after it has freed such a tensor.
     """
     set_option = _function("mallopt")
     if set_option is None:

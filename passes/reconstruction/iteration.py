@@ -161,8 +161,8 @@ def products_in_bfloat16(config: ReconstructionConfig, device: torch.device) -> 
     """
     if config.bfloat16 and device.type == "cpu" and not cpu_multiplies_bfloat16():
         warnings.warn(
-            "bfloat16=True: this CPU has no products in bfloat16 (AVX-512 BF16, AMX), and steps take many times longer than in "
-            "float32; leave it out",
+            "bfloat16=True: this CPU has no products in bfloat16 (AVX-512 BF16, AMX) and emulates them, slower than float32; "
+            "leave it out",
             stacklevel=2,
         )
     if config.bfloat16 is not None:

@@ -59,7 +59,7 @@ def test_what_somebody_else_froze_stays_frozen() -> None:
 
 
 def bytes_that_holes_leave() -> int:
-    """What stays of twenty tensors of 8 MiB that were freed, with a small one behind each that was not."""
+    """Bytes that stay resident after twenty tensors of 8 MiB are freed, each followed by a small tensor that is kept."""
     first = torch.ones(2**21)
     del first  # glibc takes its like from the heap from now on, unless it was told otherwise
     before = anonymous_bytes()

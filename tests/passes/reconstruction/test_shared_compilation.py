@@ -142,28 +142,21 @@ def test_a_shared_graph_keeps_no_unit_alive(compiled: list[GraphModule]) -> None
     assert not [x for graph in compiled for x in (*graph.parameters(), *graph.buffers())]
 
 
-LEARNED = [name for name in ROUNDINGS if isinstance(ROUNDINGS.get(name), type)]
+LEARNED = {name: rule for name, rule in ROUNDINGS.items() if isinstance(rule, type)}
 
 
-def rule_of(name: str, kind: str, seed: int) -> tuple[LearnedRounding, Tensor]:
-    weight = random(seed=seed)
-    rule: type[LearnedRounding] = ROUNDINGS.get(name)  # type: ignore[assignment]
-    return rule(weight, OBSERVERS[kind]().grid(weight)), weight
-
-
-def make_soft(rule: LearnedRounding, weight: Tensor, compiled: bool) -> list[Tensor]:
-    """The soft weight, the penalty, and all gradients."""
-    soft = SoftWeights({OBSERVER: rule}, {OBSERVER: weight}, {OBSERVER: torch.float32}, compiled)  # type: ignore[dict-item]
+def make_soft(name: str, kind: str, seed: int, compiled: bool) -> tuple[LearnedRounding, list[Tensor]]:
+    """A rule, and of a step with it the soft weight, the penalty, and all gradients."""
+    observer, weight = OBSERVERS[kind](), random(seed=seed)
+    rule = LEARNED[name](weight, observer.grid(weight))
+    soft = SoftWeights({observer: rule}, {observer: weight}, {observer: torch.float32}, compiled)
     soft.beta.fill_(3.0)
     soft.soften(True)
-    leaf, penalty = soft.leaves[OBSERVER].weight, soft.penalty.detach()  # type: ignore[index]
+    leaf, penalty = soft.leaves[observer].weight, soft.penalty.detach()
     leaf.grad = torch.sin(torch.arange(leaf.numel(), dtype=torch.float32)).reshape(leaf.shape)
     soft.backward(torch.tensor(0.5))
     gradients = [parameter.grad for parameter in rule.parameters()]
-    return [leaf.detach(), penalty, *(x for x in gradients if x is not None)]
-
-
-OBSERVER = "observer"
+    return rule, [leaf.detach(), penalty, *(x for x in gradients if x is not None)]
 
 
 @pytest.mark.parametrize("kind", OBSERVERS)
@@ -187,14 +180,12 @@ def test_every_rounding_is_one_graph_that_is_compiled_once(
     )
     alive = []
     for seed in range(3):
-        rule, weight = rule_of(name, kind, seed)
-        found = make_soft(rule, weight, compiled=True)
+        rule, found = make_soft(name, kind, seed, compiled=True)
         alive.append(weakref.ref(next(rule.parameters())))
         del rule
-        expected = make_soft(*rule_of(name, kind, seed), compiled=False)
-        torch.testing.assert_close(
-            found, expected, rtol=1e-6, atol=0
-        )  # compiled code adds the penalty up in another order
+        _, expected = make_soft(name, kind, seed, compiled=False)
+        # compiled code adds the penalty up in another order
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     assert traced == 1
     gc.collect()
     assert [reference() for reference in alive] == [None] * 3
