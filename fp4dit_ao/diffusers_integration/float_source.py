@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fp4dit_ao import _compat
 from fp4dit_ao.checkpoint.empty_model import empty_model
+from fp4dit_ao.families.lookup import check_not_compiled
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -30,8 +30,7 @@ def check_source(model: "ModelMixin") -> None:
         model: a float diffusers model.
     """
     kind = type(model).__name__
-    if _compat.is_compiled_copy(model):  # its modules have other names
-        raise ValueError(f"this {kind} is a compiled model: quantize the model that it was made from, then compile")
+    check_not_compiled(model)
     if "quantization_config" in getattr(model, "config", {}) or kind == "QuantizedTransformer":
         raise ValueError(f"this {kind} is already quantized; start from the float model")
     _check_layout(model)

@@ -22,11 +22,22 @@ _PAPER = ("w4a6", "w4a8", "w4a6_static", "w4a6_mse")
 """Recipes of the paper, whose formats depend on the family; all other recipes name their formats outright."""
 
 
+def check_not_compiled(model: nn.Module) -> None:
+    """Raises ``ValueError`` if ``model`` is what ``torch.compile(module)`` returned: its modules have other names."""
+    if _compat.is_compiled_copy(model):
+        kind = type(model).__name__
+        raise ValueError(f"this {kind} is a compiled model: quantize the model that it was made from, then compile")
+
+
 def family_of(model: nn.Module) -> Family:
     """Family of ``model``; if the table has none, one with safe defaults, named after the model's class.
 
     In every family, linears outside of numbered blocks stay in high precision.
+
+    Raises:
+        ValueError: ``model`` is the result of ``torch.compile``.
     """
+    check_not_compiled(model)
     kind = type(model).__name__
     family = _row_of(model) or Family(kind, kind, paper=E2M1_THROUGHOUT)
     outside = outside_blocks(model)
@@ -85,8 +96,9 @@ def quantizer_for(
             that match, the last one holds.
 
     Raises:
-        ValueError: no such recipe or field.
+        ValueError: no such recipe or field, or ``model`` is the result of ``torch.compile``.
     """
+    check_not_compiled(model)
     config = recipe_for(model, recipe, fields)
     quantizer = FP4DiTQuantizer().set_global(config)
     if not isinstance(recipe, QuantConfig):
@@ -133,7 +145,7 @@ def example_inputs(
         dtype: type of floating-point tensors; the model's if None.
 
     Raises:
-        ValueError: the model's family is not in the table.
+        ValueError: the model's family is not in the table, or it is the result of ``torch.compile``.
     """
     family = family_of(model)
     if family.sample is None:

@@ -71,8 +71,8 @@ def capture(model: nn.Module, sample: Mapping[str, object]) -> GraphModule:
         sample: keyword arguments of one forward call, as the pipeline makes it.
 
     Raises:
-        ValueError: ``model`` is no module, or a graph already; the sample's keys do not match ``forward``, or the model cannot
-            be captured with it.
+        ValueError: ``model`` is no module, a graph already, or the result of ``torch.compile``; the sample's keys do not match
+            ``forward``, or the model cannot be captured with it.
     """
     if not isinstance(model, nn.Module) or isinstance(model, GraphModule):
         again = "a graph already: give it to prepare_pt2e, or capture the module that it was exported from"
@@ -80,10 +80,10 @@ def capture(model: nn.Module, sample: Mapping[str, object]) -> GraphModule:
             again if isinstance(model, GraphModule) else "no module: give a torch.nn.Module, such as pipe.transformer"
         )
         raise ValueError(f"capture: {type(model).__name__} is {wrong}")
+    family = family_of(model)
     model.eval()
     kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().contiguous(), bind(model, sample))
     _check_leaves(model, kwargs)
-    family = family_of(model)
     kwargs = _unspecialised(kwargs, call_of(type(model).__name__), family.shared)
     defaults = _defaults(model)
     # a whole number that is the argument's default, such as a patch size, is a constant

@@ -22,7 +22,15 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 from torchao.utils import TorchAOBaseTensor
 
-from fp4dit_ao import QuantizedTransformer, quantize_modules, quantize_pipeline
+from fp4dit_ao import (
+    QuantConfig,
+    QuantizedTransformer,
+    capture,
+    example_inputs,
+    quantize_modules,
+    quantize_pipeline,
+    quantizer_for,
+)
 from fp4dit_ao.checkpoint import transformer_folder
 from fp4dit_ao.diffusers_integration.component_types import stand_ins
 from fp4dit_ao.diffusers_integration.folders_and_devices import one_device
@@ -221,11 +229,19 @@ def test_a_graph_offloaded_layer_by_layer_names_the_remedy(tiny_quantized: Any) 
 
 def test_a_compiled_model_is_compiled_after_it_is_quantized() -> None:
     pipe = tiny_pipeline(layers=1)
-    pipe.transformer = torch.compile(pipe.transformer)
-    with pytest.raises(ValueError, match="this OptimizedModule is a compiled model: quantize the model"):
-        quantize_modules(pipe.transformer)
-    with pytest.raises(ValueError, match="this OptimizedModule is a compiled model: quantize the model"):
-        quantize_pipeline(pipe, prompts=["a cat"], **CALL)
+    sample = example_inputs(pipe.transformer)
+    pipe.transformer = model = torch.compile(pipe.transformer)
+    steps: list[Callable[[], object]] = [
+        lambda: quantize_modules(model),
+        lambda: quantize_pipeline(pipe, prompts=["a cat"], **CALL),
+        lambda: example_inputs(model),
+        lambda: capture(model, sample),
+        lambda: quantizer_for(model),
+        lambda: quantizer_for(model, QuantConfig.from_name("w4a6")),
+    ]
+    for step in steps:
+        with pytest.raises(ValueError, match="this OptimizedModule is a compiled model: quantize the model"):
+            step()
 
 
 def test_a_quantized_model_is_not_quantized_again(tiny_quantized: Any) -> None:
