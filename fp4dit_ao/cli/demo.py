@@ -1,10 +1,10 @@
 """``fp4dit-ao demo``: quantizes the reference pipeline in a few minutes on two cores."""
 
-import shutil
 import time
 from pathlib import Path
 
 from fp4dit_ao import reference
+from fp4dit_ao.cli.compilation import compile_if_possible
 from fp4dit_ao.config import DEFAULT_RECIPE, ReconstructionConfig
 from fp4dit_ao.diffusers_integration import named_models
 from fp4dit_ao.diffusers_integration.pipeline_quantization import quantize_pipeline
@@ -17,15 +17,12 @@ JUDGED, SHOWN = 40, 8
 """Number of prompts generated for the table, and number of those that the picture shows."""
 CALIBRATION_PROMPTS, CALIBRATION_SAMPLES = 32, 128
 BATCH = 20
-COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 def demo(out: Path, rounding: str, iters: int, seed: int, compile: bool) -> None:
     """Quantizes to W4A6 and to naive INT4/INT6; writes ``comparison.png``, ``table.md`` and ``w4a6/`` into ``out``."""
     start = time.perf_counter()
-    if compile and not any(shutil.which(name) for name in COMPILERS):
-        print("no C++ compiler on this machine: the quantized pipeline runs without torch.compile")
-        compile = False
+    compile = compile_if_possible(compile, "cpu")
     print("[1/4] loading the reference pipeline", flush=True)
     pipe = named_models.open_pipeline(named_models.REFERENCE, "cpu")
     known = reference.prompts()

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+from fp4dit_ao.cli.compilation import compile_if_possible
 from fp4dit_ao.diffusers_integration import named_models
 
 
@@ -41,7 +42,7 @@ def serve(
         Batching(**batching),
         Limits(**limits),
         same_bits,
-        compile,
+        compile_if_possible(compile, device or named_models.default_device()),
         device,
         weights,
         Access(api_key, tuple(origins)),
