@@ -1,6 +1,7 @@
 """Moves a graph to another device, including the devices that export wrote into it."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,9 @@ from torch.fx import GraphModule
 
 from fp4dit_ao import _compat
 from fp4dit_ao._compat import pytree
+from fp4dit_ao.util.plain_mode import plain_mode
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def move_to(model: GraphModule, device: torch.device | str) -> GraphModule:
@@ -28,13 +32,22 @@ def move_to(model: GraphModule, device: torch.device | str) -> GraphModule:
     return model
 
 
+def leave_inference_mode(model: Model) -> Model:
+    """``model``, whose tensors of ``torch.inference_mode`` are replaced by equal ones, which can be learned and exported."""
+    if any(x.is_inference() for x in (*model.parameters(), *model.buffers())):
+        convert_tensors(model, lambda x: x)
+    return model
+
+
 def quantizing_device(device: torch.device) -> torch.device:
     """Where weights on ``device`` are rounded: those in host memory on the GPU if there is one, one after the other."""
     return torch.device("cuda") if device.type == "cpu" and torch.cuda.is_available() else device
 
 
+@plain_mode()
 def convert_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
-    """Replaces every parameter and buffer ``x`` by ``convert(x)``; shared tensors stay shared.
+    """Replaces every parameter and buffer ``x`` by ``convert(x)``; shared tensors stay shared. None is a tensor of
+    ``torch.inference_mode`` afterwards.
 
     ``nn.Module.to`` swaps the contents of tensor subclasses in place, which fails while a compiled graph, for example,
     holds a weak reference to them; here modules get new parameters instead.
@@ -47,5 +60,6 @@ def convert_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> No
                     continue
                 if id(x) not in done:
                     y = convert(x.detach())
+                    y = y.clone() if y.is_inference() else y
                     done[id(x)] = x, nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
                 slots[name] = done[id(x)][1]

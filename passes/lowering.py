@@ -10,15 +10,18 @@ from torch.fx.node import Argument
 from fp4dit_ao import _compat
 from fp4dit_ao._compat import Operator
 from fp4dit_ao.kernels.attention import arguments_of
+from fp4dit_ao.passes.device_placement import leave_inference_mode
 from fp4dit_ao.passes.graph_stage import is_observed, is_quantized, require_graph
 from fp4dit_ao.schemes import SCHEMES
 from fp4dit_ao.schemes.graph_patterns import is_call, token_wise_input
 from fp4dit_ao.tensors.low_bit_weight import store_parts
+from fp4dit_ao.util.plain_mode import plain_mode
 
 _OPS = torch.ops.fp4dit_ao
 _ANNOTATION = "quantization_annotation"
 
 
+@plain_mode()
 def lower(model: GraphModule) -> GraphModule:
     """Rewrite ``linear(dequantize(quantize(x)), dequantize(codes))`` to ``linear(x, MinifloatTensor)``.
 
@@ -46,7 +49,7 @@ def lower(model: GraphModule) -> GraphModule:
         )
     _compat.forget_graphs()
     shared = {id(x): x for x in model.buffers()}  # codes and scales are read, not changed
-    return lower_in_place(_compat.copied(model, shared))
+    return lower_in_place(leave_inference_mode(_compat.copied(model, shared)))
 
 
 def lower_in_place(model: GraphModule) -> GraphModule:

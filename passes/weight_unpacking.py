@@ -12,6 +12,7 @@ from fp4dit_ao import _compat
 from fp4dit_ao.tensors.codebook import CodebookTensor
 from fp4dit_ao.tensors.levels import TYPES, LevelTensor
 from fp4dit_ao.tensors.minifloat import MinifloatTensor
+from fp4dit_ao.util.plain_mode import plain_mode
 
 Module = TypeVar("Module", bound=nn.Module)
 BFLOAT16 = "bfloat16"
@@ -20,6 +21,7 @@ _UNPACKED = "fp4dit_ao_unpacked"
 were."""
 
 
+@plain_mode()
 def unpack_weights(model: Module, to: str = "int8", layers: Collection[str] | None = None) -> Module:
     """Unpacks packed weights in place: to a byte each, which changes no value, or to bfloat16.
 

@@ -26,6 +26,7 @@ from fp4dit_ao.calibration.sample_selection import SELECTIONS, check_chosen
 from fp4dit_ao.calibration.uncomputed_calls import is_uncomputed
 from fp4dit_ao.graph_capture.sample_description import tensors
 from fp4dit_ao.util.placement import on_device
+from fp4dit_ao.util.plain_mode import plain_mode
 from fp4dit_ao.util.world import current
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ MEMORY_LIMIT = 4 * 2**30
 """Default limit of all samples together, in bytes."""
 
 
+@plain_mode()
 def collect_samples(
     pipe: "DiffusionPipeline",
     prompts: Sequence[str] | None = None,

@@ -12,9 +12,12 @@ from fp4dit_ao._compat import pytree
 from fp4dit_ao.graph_capture.capturing import bind
 from fp4dit_ao.graph_capture.sample_description import tensors
 from fp4dit_ao.observers import set_fake_quantize
+from fp4dit_ao.passes.device_placement import leave_inference_mode
 from fp4dit_ao.passes.graph_stage import is_observed, misfit, require_graph
+from fp4dit_ao.util.plain_mode import plain_mode
 
 
+@plain_mode()
 def calibrate(prepared: GraphModule, samples: Sequence[Mapping[str, object]], progress: bool = True) -> None:
     """Runs ``samples`` through a graph that ``prepare_pt2e`` returned, so that its observers see them.
 
@@ -39,7 +42,7 @@ def calibrate(prepared: GraphModule, samples: Sequence[Mapping[str, object]], pr
         )
     for index, sample in enumerate(samples):
         check_finite(sample, index)
-    device = device_of(prepared)
+    device = device_of(leave_inference_mode(prepared))
     set_fake_quantize(prepared, weight=False, activation=False)
     with torch.no_grad():
         for index, sample in enumerate(tqdm(samples, desc="calibration", unit="sample", disable=not progress)):

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torchao.utils import TorchAOBaseTensor
 
 from fp4dit_ao import _compat
@@ -13,6 +14,13 @@ def state_of(graph: GraphModule) -> dict[str, Tensor]:
     """Tensors that the graph reads, by name: parameters, buffers and constants."""
     names = dict.fromkeys(str(node.target) for node in graph.graph.nodes if node.op == "get_attr")
     return {name: value for name in names if isinstance(value := tensor_at(graph, name), Tensor)}
+
+
+def static_scales(graph: GraphModule) -> set[str]:
+    """Names of the scales of static ranges, which are float32 whatever the model's type."""
+    target = torch.ops.fp4dit_ao.fake_quantize.default
+    scales = (node.args[2] for node in graph.graph.nodes if node.target is target)
+    return {str(scale.target) for scale in scales if isinstance(scale, Node) and scale.op == "get_attr"}
 
 
 def flatten(name: str, x: Tensor) -> dict[str, Tensor]:

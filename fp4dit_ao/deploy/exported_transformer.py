@@ -22,6 +22,7 @@ from fp4dit_ao.deploy.signature import Signature, as_length, signature_of
 from fp4dit_ao.graph_capture import sample_description
 from fp4dit_ao.passes.numbers_to_lengths import numbers_to_lengths
 from fp4dit_ao.util.atomic_files import whole_file
+from fp4dit_ao.util.plain_mode import plain_mode
 from fp4dit_ao.util.versions import version_of
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Note(TypedDict):
     versions: dict[str, str]
 
 
+@plain_mode()
 def export_program(model: "QuantizedTransformer", *, joined: bool = False) -> ExportedProgram:
     """Exports the lowered graph of ``model`` as a program, whose results equal those of the eager graph in every bit.
 

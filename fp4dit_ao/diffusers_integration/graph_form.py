@@ -54,6 +54,7 @@ from fp4dit_ao.passes.transforms.registry import applied_transforms
 from fp4dit_ao.passes.weight_unpacking import refuse_unpacked, times_unpacked
 from fp4dit_ao.quantizer import Decision
 from fp4dit_ao.tensors.low_bit_weight import LowBitWeight
+from fp4dit_ao.util.plain_mode import plain_mode
 from fp4dit_ao.util.sentences import first_line
 
 __all__ = ["LayerSummary", "QuantizedTransformer", "load_graph"]
@@ -233,6 +234,7 @@ class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # ty
         """Device of the first tensor."""
         return next((x.device for x in (*self.graph.parameters(), *self.graph.buffers())), torch.device("cpu"))
 
+    @plain_mode()
     def to(self, *args: Any, **kwargs: Any) -> "QuantizedTransformer":
         """Moves to a device, or casts everything that is not quantized to another floating-point type.
 
@@ -257,10 +259,11 @@ class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # ty
     def _recapture(self, dtype: torch.dtype) -> None:
         refuse_unpacked(self.graph, f"changing the type to {dtype}")
         stored: dict[str, Tensor] = {}
+        scales = graph_tensors.static_scales(self.graph)
         for name, x in graph_tensors.state_of(self.graph).items():
-            quantized = isinstance(x, TorchAOBaseTensor)
+            fixed = name in scales or isinstance(x, TorchAOBaseTensor)
             parts = graph_tensors.flatten(name, x.detach())
-            cast = not quantized and not is_kept(name, self._kept)
+            cast = not fixed and not is_kept(name, self._kept)
             stored |= {k: v.to(dtype) if v.is_floating_point() and cast else v for k, v in parts.items()}
         self._rebuild(dtype, stored, applied_transforms(self.graph))
 
@@ -306,6 +309,7 @@ class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # ty
         """One row per linear, attention and convolution of the graph."""
         return layer_summaries(self.decisions, dict(self.graph.named_parameters()))
 
+    @plain_mode()
     def __repr__(self) -> str:
         """Layers with their formats and the units that compute them where the tensors are; the modules of a graph are empty."""
         rows, parameters, device = self.summary(), dict(self.graph.named_parameters()), self.device
@@ -339,11 +343,13 @@ class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # ty
         own = model_config(self.config)
         return Record(self.decisions, self.dtype, self.recipe, self.source, self.description, transforms, model=own)
 
+    @plain_mode()
     def tensors_to_save(self) -> dict[str, Tensor]:
         """Plain tensors that the graph reads, by name, with codes and scales as separate tensors."""
         state = graph_tensors.state_of(self.graph)
         return {part: y for name, x in state.items() for part, y in graph_tensors.flatten(name, x.detach()).items()}
 
+    @plain_mode()
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -388,6 +394,7 @@ class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # ty
         return sizes
 
     @classmethod
+    @plain_mode()
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> "QuantizedTransformer":

@@ -15,7 +15,9 @@ from fp4dit_ao.diffusers_integration.float_source import check_source
 from fp4dit_ao.diffusers_integration.hf_quantizer import FP4DiTConfig, FP4DiTDiffusersQuantizer
 from fp4dit_ao.diffusers_integration.module_form import decide, finish, quantize_linear
 from fp4dit_ao.diffusers_integration.module_slots import Slots, check_online, quantized_linears
+from fp4dit_ao.passes.device_placement import leave_inference_mode
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
+from fp4dit_ao.util.plain_mode import plain_mode
 from fp4dit_ao.util.sentences import first_line
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ BUFFER_LIMIT = 1 << 30
 """Most bytes of buffers, such as position tables, that a model may compute while it is loaded."""
 
 
+@plain_mode()
 def quantize_modules(
     model: "ModelMixin",
     recipe: str | QuantConfig = DEFAULT_RECIPE,
@@ -57,6 +60,7 @@ def quantize_modules(
             "graph: prepare_pt2e(capture(model, sample), FP4DiTQuantizer().set_global(w4a6()))"
         )
     check_source(model)
+    leave_inference_mode(model)
     record = decide(model, recipe, skip=skip, sample=sample, source=source, transforms=transforms)
     for transform in record.transforms:
         transform.apply_to_modules(model)

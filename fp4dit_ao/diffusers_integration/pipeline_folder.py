@@ -27,6 +27,7 @@ from fp4dit_ao.diffusers_integration.text_encoders import load_text_encoder
 from fp4dit_ao.diffusers_integration.weight_forms import keep_fastest
 from fp4dit_ao.passes.weight_unpacking import unpack_weights
 from fp4dit_ao.util.atomic_files import whole_folder
+from fp4dit_ao.util.plain_mode import plain_mode
 
 Weights = Literal["packed", "int8", "fp8", "auto"]
 """Forms of quantized weights in memory; see :func:`load_pipeline`."""
@@ -101,6 +102,7 @@ def _forget_last_call(pipe: DiffusionPipeline) -> None:
             backend.no_truncation()
 
 
+@plain_mode()
 def load_pipeline(
     folder: str | Path,
     *,

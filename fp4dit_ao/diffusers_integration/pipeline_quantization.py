@@ -50,6 +50,7 @@ from fp4dit_ao.quantizer import FP4DiTQuantizer
 from fp4dit_ao.schemes import scheme_of
 from fp4dit_ao.util.byte_sizes import byte_count
 from fp4dit_ao.util.mapped_files import MappedFiles
+from fp4dit_ao.util.plain_mode import plain_mode
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -58,6 +59,7 @@ _NAME = re.compile(r"transformer(_\d+)?")
 """Names of transformers in diffusers' pipelines."""
 
 
+@plain_mode()
 def quantize_pipeline(
     pipe: "DiffusionPipeline",
     recipe: str | QuantConfig = DEFAULT_RECIPE,

@@ -17,7 +17,9 @@ from fp4dit_ao.families import family_of
 from fp4dit_ao.families.calls import Call, call_of
 from fp4dit_ao.families.rewrites import REWRITES, methods_replaced
 from fp4dit_ao.graph_capture.symbolic_numbers import numbers_kept_symbolic
+from fp4dit_ao.passes.device_placement import leave_inference_mode
 from fp4dit_ao.passes.functional_writes import make_functional
+from fp4dit_ao.util.plain_mode import plain_mode
 from fp4dit_ao.util.sentences import first_line
 
 _CONSTANTS = (type(None), bool, int, float, str)
@@ -60,6 +62,7 @@ def bind(model: nn.Module, sample: Mapping[str, object]) -> dict[str, object]:
     return bound
 
 
+@plain_mode()
 def capture(model: nn.Module, sample: Mapping[str, object]) -> GraphModule:
     """Exports ``model`` (non-strict) as a GraphModule with the call signature of ``model.forward``.
 
@@ -81,7 +84,7 @@ def capture(model: nn.Module, sample: Mapping[str, object]) -> GraphModule:
         )
         raise ValueError(f"capture: {type(model).__name__} is {wrong}")
     family = family_of(model)
-    model.eval()
+    leave_inference_mode(model).eval()
     kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().contiguous(), bind(model, sample))
     _check_leaves(model, kwargs)
     kwargs = _unspecialised(kwargs, call_of(type(model).__name__), family.shared)

@@ -11,8 +11,10 @@ from fp4dit_ao.passes.graph_stage import is_observed, is_quantized, require_grap
 from fp4dit_ao.passes.transforms.graph_transform import GraphTransform
 from fp4dit_ao.passes.transforms.registry import TRANSFORMS, transform_named
 from fp4dit_ao.quantizer import FP4DiTQuantizer
+from fp4dit_ao.util.plain_mode import plain_mode
 
 
+@plain_mode()
 def transform(
     exported: GraphModule,
     samples: Sequence[Mapping[str, object]],

@@ -12,9 +12,11 @@ from fp4dit_ao.observers.weight import WeightObserver, gram_of, weight_of
 from fp4dit_ao.passes.mixed_precision.allocation import ALLOCATIONS, Choice, LayerChoices, MeasuredAllocation
 from fp4dit_ao.passes.mixed_precision.sensitivity import Trials
 from fp4dit_ao.passes.partition import weight_observers
+from fp4dit_ao.util.plain_mode import plain_mode
 
 
 @torch.no_grad()
+@plain_mode()
 def choose_formats(
     prepared: GraphModule,
     allocation: str = "least_error",

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from fp4dit_ao.config import AdaRoundConfig, ReconstructionConfig
 from fp4dit_ao.observers.fake_quantization import frozen_parameters
 from fp4dit_ao.observers.weight import gram_of, weight_of
+from fp4dit_ao.passes.device_placement import leave_inference_mode
 from fp4dit_ao.passes.graph_stage import misfit, require_graph
 from fp4dit_ao.passes.partition import weight_observers
 from fp4dit_ao.passes.reconstruction import block_checkpoints
@@ -36,9 +37,11 @@ from fp4dit_ao.passes.reconstruction.unit_rounding import round_unit, steps_of
 from fp4dit_ao.passes.reconstruction.walk import planned_bytes, walk
 from fp4dit_ao.util.freed_memory import WORTH_IT, collecting_new_objects_alone, large_tensors_apart, return_freed
 from fp4dit_ao.util.mapped_files import MappedFiles, anonymous_bytes
+from fp4dit_ao.util.plain_mode import plain_mode
 from fp4dit_ao.util.world import current
 
 
+@plain_mode()
 def reconstruct(
     prepared: GraphModule,
     samples: Sequence[Mapping[str, object]],
@@ -81,6 +84,7 @@ def reconstruct(
             "reconstruct: no weight in this graph has an observer of FP4DiTQuantizer; give it the result of prepare_pt2e, "
             "before convert_pt2e"
         )
+    leave_inference_mode(prepared)
     rule, objective = ROUNDINGS.find(config.rounding), OBJECTIVES.find(config.objective)
     scope = SCOPES.find(config.scope)
     began = time.monotonic()

@@ -224,6 +224,31 @@ def test_a_graph_offloaded_layer_by_layer_names_the_remedy(tiny_quantized: Any) 
         draw(pipe)
 
 
+def stored_bits(pipe: Any) -> dict[str, torch.Tensor]:
+    tensors = pipe.transformer.tensors_to_save()
+    return {name: x.contiguous().flatten().view(torch.uint8) for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "recipe", ["w4a6_static", "w4a8_lowbit_fp", "w4a6_codebook", "nvfp4", "mxfp6_e2m3", "w4a4_twin_log"]
+)
+def test_a_graph_is_cast_whatever_its_scales(recipe: str) -> None:
+    """Those of static ranges and of weights stay as they are."""
+    quantized = quantize_pipeline(
+        tiny_pipeline(layers=1), recipe, prompts=["a cat"], samples=4, rounding="nearest", progress=False, **CALL
+    )
+    expected, before = draw(quantized), stored_bits(quantized)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        quantized.to(dtype)
+        found = draw(quantized)
+        assert found.dtype == quantized.transformer.dtype == dtype
+        assert (found.float() - expected).norm() <= 0.3 * expected.norm()  # of 4-bit tokens some take another level
+    after = stored_bits(quantized)
+    fixed = [name for name in before if name.endswith(("scale", "qdata", "index"))]
+    assert fixed
+    assert all(torch.equal(before[name], after[name]) for name in fixed)
+
+
 # --- models that are not as they were loaded --------------------------------------------------------------------------
 
 
