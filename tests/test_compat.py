@@ -448,6 +448,11 @@ def test_whether_a_cpu_multiplies_bfloat16_is_what_the_system_says() -> None:
         assert _compat.cpu_multiplies_bfloat16() == bool(named)
 
 
+def test_whether_a_cpu_multiplies_int8_is_what_the_system_says() -> None:
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert _compat.cpu_multiplies_int8() == ("avx512_vnni" in flags)
+
+
 def test_products_of_int8_are_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8) for shape in [(32, 64), (64, 16)])

@@ -1,5 +1,8 @@
 """The exact product of two int8 matrices on PyTorch's operators, of any sizes on any device."""
 
+import functools
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,6 +11,9 @@ from fp4dit_ao import _compat
 
 _MULTIPLE, _LEAST_ROWS = 8, 17
 """Of ``torch._int_mm`` on CUDA: output and input features in eights, more than 16 rows."""
+
+_EXACT = 2**24 // 128**2
+"""Products of int8 numbers whose sum float32 holds, in whatever order they are added."""
 
 
 def integer_product(tokens: Tensor, levels: Tensor) -> Tensor:
@@ -24,6 +30,8 @@ def integer_product(tokens: Tensor, levels: Tensor) -> Tensor:
     known = isinstance(rows, int)  # a comparison would tie a traced graph to sizes
     if not features or (known and not rows):
         return tokens.new_zeros((rows, features), dtype=torch.int32)
+    if not tokens.is_cuda and tokens.device.type == "cpu" and not _compat.cpu_multiplies_int8():
+        return _in_floats(tokens, levels)
     if not tokens.is_cuda:
         return _compat.int8_product(tokens.contiguous(), levels.contiguous().T)
     missing = max(0, _LEAST_ROWS - rows) if known else _LEAST_ROWS
@@ -34,3 +42,12 @@ def integer_product(tokens: Tensor, levels: Tensor) -> Tensor:
         levels = F.pad(levels, (0, wide, 0, tall))
     product = _compat.int8_product(tokens.contiguous(), levels.contiguous().T)
     return product.narrow(0, 0, rows).narrow(1, 0, features)
+
+
+def _in_floats(tokens: Tensor, levels: Tensor) -> Tensor:
+    """The same product in float32, input features in parts of which no sum is rounded."""
+    wide = (
+        torch.float64 if torch.is_autocast_enabled("cpu") else torch.float32
+    )  # of float32's products it makes bfloat16's
+    parts = zip(tokens.split(_EXACT, 1), levels.split(_EXACT, 1), strict=True)
+    return functools.reduce(operator.add, (F.linear(x.to(wide), y.to(wide)).to(torch.int32) for x, y in parts))

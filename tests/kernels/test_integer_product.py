@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp4dit_ao import MinifloatTensor
+from fp4dit_ao import MinifloatTensor, _compat
 from fp4dit_ao.kernels import level_linear
 from fp4dit_ao.kernels.cuda import int8_linear as triton_units
 from fp4dit_ao.kernels.integer_product import integer_product
@@ -15,7 +15,18 @@ from fp4dit_ao.tensors.levels import LevelTensor
 from tests.cuda_rules import GPU, CudaRules, on_gpu
 
 pytestmark = pytest.mark.usefixtures("copies")
-SIZES = [(0, 5, 8), (1, 1, 1), (1, 70, 256), (16, 8, 8), (17, 8, 8), (18, 7, 9), (33, 16, 12), (5, 0, 8)]
+SIZES = [
+    (0, 5, 8),
+    (1, 1, 1),
+    (1, 70, 256),
+    (16, 8, 8),
+    (17, 8, 8),
+    (18, 7, 9),
+    (33, 16, 12),
+    (5, 0, 8),
+    (3, 4, 1024),
+    (3, 4, 1025),
+]
 
 
 @pytest.fixture
@@ -34,6 +45,21 @@ def test_it_is_the_product(rows: int, features: int, depth: int) -> None:
     y = integer_product(tokens, levels)
     assert y.dtype == torch.int32
     assert torch.equal(y.long(), tokens.long() @ levels.long().T)
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("depth", [1024, 1025, 3000])
+def test_no_sum_is_rounded(depth: int, autocast: bool, instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest sums, odd ones next to them, and random ones; with the CPU's int8 instructions and without."""
+    monkeypatch.setattr(_compat, "cpu_multiplies_int8", lambda: instructions)
+    tokens, levels = int8(5, depth), int8(4, depth).flip(1)
+    tokens[:3], levels[:2] = -128, -128
+    tokens[1, -1], tokens[2, ::2] = -127, 127
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = integer_product(tokens, levels)
+    assert found.dtype == torch.int32
+    assert torch.equal(found.long(), tokens.long() @ levels.long().T)
 
 
 @pytest.mark.parametrize(("rows", "features", "depth"), SIZES)
