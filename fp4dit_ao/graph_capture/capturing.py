@@ -109,7 +109,7 @@ def capture(model: nn.Module, sample: Mapping[str, object]) -> GraphModule:
         warnings.warn(
             f"{type(model).__name__} computes a number from the sizes of its inputs, and its graph holds that of this sample "
             f"({'; '.join(frozen)}): use it at this size alone, or {_instead(model)}",
-            stacklevel=2,
+            stacklevel=3,  # beyond the decorator
         )
     graph = _compat.exported_graph(exported, {name: value for name, value in defaults.items() if name in kwargs})
     _drop_asserts(graph)

@@ -30,9 +30,9 @@ def integer_product(tokens: Tensor, levels: Tensor) -> Tensor:
     known = isinstance(rows, int)  # a comparison would tie a traced graph to sizes
     if not features or (known and not rows):
         return tokens.new_zeros((rows, features), dtype=torch.int32)
-    if not tokens.is_cuda and tokens.device.type == "cpu" and not _compat.cpu_multiplies_int8():
-        return _in_floats(tokens, levels)
     if not tokens.is_cuda:
+        if tokens.device.type == "cpu" and not _compat.cpu_multiplies_int8():
+            return _in_floats(tokens, levels)
         return _compat.int8_product(tokens.contiguous(), levels.contiguous().T)
     missing = max(0, _LEAST_ROWS - rows) if known else _LEAST_ROWS
     wide, tall = -depth % _MULTIPLE, -features % _MULTIPLE
@@ -46,8 +46,7 @@ def integer_product(tokens: Tensor, levels: Tensor) -> Tensor:
 
 def _in_floats(tokens: Tensor, levels: Tensor) -> Tensor:
     """The same product in float32, input features in parts of which no sum is rounded."""
-    wide = (
-        torch.float64 if torch.is_autocast_enabled("cpu") else torch.float32
-    )  # of float32's products it makes bfloat16's
+    # under autocast a product of float32 has a bfloat16 result, and one of float64 stays as it is
+    wide = torch.float64 if torch.is_autocast_enabled("cpu") else torch.float32
     parts = zip(tokens.split(_EXACT, 1), levels.split(_EXACT, 1), strict=True)
     return functools.reduce(operator.add, (F.linear(x.to(wide), y.to(wide)).to(torch.int32) for x, y in parts))

@@ -136,8 +136,10 @@ class TokensInTwos(torch.nn.Module):
 
 
 def test_a_number_made_of_sizes_is_not_silently_kept() -> None:
-    with pytest.warns(UserWarning, match=r"^LogarithmOfTokens computes a number .* == 24\): use it at this size alone"):
+    text = r"^LogarithmOfTokens computes a number .* == 24\): use it at this size alone"
+    with pytest.warns(UserWarning, match=text) as warned:
         capture(LogarithmOfTokens(), {"hidden_states": torch.randn(2, 3, 4, 6)})
+    assert warned[0].filename == __file__
     model = TokensInTwos()
     graph = capture(model, {"hidden_states": torch.randn(2, 4, 6, 8)})
     other = torch.randn(3, 4, 10, 4)
