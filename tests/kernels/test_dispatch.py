@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fp4dit_ao import MinifloatTensor, QuantConfig, kernels
+from fp4dit_ao import MinifloatTensor, QuantConfig, _compat, kernels
 from fp4dit_ao.config import RECIPES
 from fp4dit_ao.formats import parse
 from fp4dit_ao.kernels.attention import ATTENTION, AttentionOperands
@@ -58,6 +58,12 @@ def units_that_ran(names: set[str], table: UnitTable) -> set[str]:
     found = {unit.name for unit in table.units if TRACES.get(unit.name, set()) & names}
     special = {name for name in found if not name.startswith(("float32", "block-scaled"))}
     return special or found
+
+
+@pytest.fixture(autouse=True)
+def instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU with int8 instructions: without them, exact products in float32 leave another trace."""
+    monkeypatch.setattr(_compat, "cpu_multiplies_int8", lambda: True)
 
 
 @pytest.fixture(params=["library", "no library"])
