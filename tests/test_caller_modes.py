@@ -1,5 +1,6 @@
 """``torch.inference_mode`` and ``torch.autocast`` of a caller: what is made in them is as good outside as any other."""
 
+import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,10 +28,10 @@ from fp4dit_ao import (
 from fp4dit_ao.deploy import exported_transformer
 from fp4dit_ao.passes.device_placement import leave_inference_mode
 from fp4dit_ao.util.plain_mode import plain_mode
+from tests.diffusers_integration.test_everyday_calls import draw
 from tests.tiny import CALL, tiny_pipeline
 
 Mode = Callable[[], AbstractContextManager[Any]]
-SEEDED = {"output_type": "latent"}
 
 MODES: dict[str, Mode] = {
     "inference": torch.inference_mode,
@@ -80,11 +81,6 @@ def test_observers_and_samples_of_inference_mode() -> None:
 
 
 def test_a_pipeline(mode: Mode, tmp_path: Path) -> None:
-    def draw(pipe: Any) -> Tensor:
-        pipe.set_progress_bar_config(disable=True)
-        found: Tensor = pipe("a red cat", generator=torch.Generator().manual_seed(1), **CALL | SEEDED).images
-        return found
-
     def quantized() -> Any:
         return quantize_pipeline(tiny_pipeline(layers=1), prompts=["a cat"], samples=4, rounding="gptq", **CALL)
 
@@ -103,6 +99,8 @@ def test_a_pipeline(mode: Mode, tmp_path: Path) -> None:
     with mode():
         found.transformer.to(torch.bfloat16)
         assert "bfloat16" in repr(found.transformer)
+        state = pickle.loads(pickle.dumps(found.transformer)).state_dict()
+    assert state.keys() == found.transformer.state_dict().keys()
     assert draw(load_pipeline(tmp_path, form="module").to(torch.bfloat16)).dtype == torch.bfloat16
 
 

@@ -234,7 +234,6 @@ class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # ty
         """Device of the first tensor."""
         return next((x.device for x in (*self.graph.parameters(), *self.graph.buffers())), torch.device("cpu"))
 
-    @plain_mode()
     def to(self, *args: Any, **kwargs: Any) -> "QuantizedTransformer":
         """Moves to a device, or casts everything that is not quantized to another floating-point type.
 
@@ -309,7 +308,6 @@ class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # ty
         """One row per linear, attention and convolution of the graph."""
         return layer_summaries(self.decisions, dict(self.graph.named_parameters()))
 
-    @plain_mode()
     def __repr__(self) -> str:
         """Layers with their formats and the units that compute them where the tensors are; the modules of a graph are empty."""
         rows, parameters, device = self.summary(), dict(self.graph.named_parameters()), self.device
@@ -343,13 +341,11 @@ class QuantizedTransformer(ModuleMethodsRefused, ModelMixin, ConfigMixin):  # ty
         own = model_config(self.config)
         return Record(self.decisions, self.dtype, self.recipe, self.source, self.description, transforms, model=own)
 
-    @plain_mode()
     def tensors_to_save(self) -> dict[str, Tensor]:
         """Plain tensors that the graph reads, by name, with codes and scales as separate tensors."""
         state = graph_tensors.state_of(self.graph)
         return {part: y for name, x in state.items() for part, y in graph_tensors.flatten(name, x.detach()).items()}
 
-    @plain_mode()
     def save_pretrained(
         self,
         save_directory: str | Path,

@@ -38,7 +38,6 @@ from fp4dit_ao.passes.transforms.split_inputs import SplitInputs, SplitLinear, j
 from fp4dit_ao.quantizer import Decision, FP4DiTQuantizer, fit_group
 from fp4dit_ao.schemes import scheme_of
 from fp4dit_ao.util.freed_memory import return_freed
-from fp4dit_ao.util.plain_mode import plain_mode
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -231,7 +230,6 @@ def tensors_to_save(model: "ModelMixin") -> dict[str, Tensor]:
     return {part: y for name, x in every.items() for part, y in graph_tensors.flatten(name, x.detach()).items()}
 
 
-@plain_mode()
 def save_module_form(
     model: "ModelMixin",
     save_directory: str | Path,

@@ -5,6 +5,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from fp4dit_ao import _compat
+from fp4dit_ao.util.plain_mode import plain_mode
 
 
 class StoredBytes:
@@ -22,6 +23,11 @@ class StoredBytes:
     def _stored(self) -> list[Tensor]:
         parts = (getattr(self, name) for name in _compat.parts(type(self)))
         return [part for part in parts if isinstance(part, Tensor)]
+
+    @plain_mode()
+    def detach(self) -> Tensor:
+        """The same values without gradients; within ``torch.inference_mode``, too, where PyTorch cannot detach a subclass."""
+        return Tensor.detach(self)  # type: ignore[arg-type]
 
     def share_memory_(self) -> "StoredBytes":
         """Moves the stored tensors into memory that processes share, in place."""

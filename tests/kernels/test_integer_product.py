@@ -16,17 +16,8 @@ from tests.cuda_rules import GPU, CudaRules, on_gpu
 
 pytestmark = pytest.mark.usefixtures("copies")
 SIZES = [
-    (0, 5, 8),
-    (1, 1, 1),
-    (1, 70, 256),
-    (16, 8, 8),
-    (17, 8, 8),
-    (18, 7, 9),
-    (33, 16, 12),
-    (5, 0, 8),
-    (3, 4, 1024),
-    (3, 4, 1025),
-]
+    (0, 5, 8), (1, 1, 1), (1, 70, 256), (16, 8, 8), (17, 8, 8), (18, 7, 9), (33, 16, 12), (5, 0, 8), (3, 4, 1024), (3, 4, 1025),
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fp4dit_ao.cli.compilation import compile_if_possible
-from fp4dit_ao.util.compilers import missing_for_compilation
+from fp4dit_ao.cli.compilation import compile_if_possible, missing_for_compilation
 
 
 @pytest.fixture
